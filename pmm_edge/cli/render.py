@@ -1,0 +1,66 @@
+"""What every command prints the same way: progress bars, tables, JSON, notes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pmm_edge.progress import Report
+
+out = Console(highlight=False)
+"""Results: what a user may pipe into a file."""
+err = Console(stderr=True, highlight=False)
+"""Progress, notes and errors."""
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Show one bar for each `what` that is reported: done, total, time left and the detail."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("[dim]{task.fields[detail]}"),
+        console=err,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int, detail: str = "") -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total, detail=detail)
+        bars.update(tasks[what], completed=done, total=total, detail=detail)
+
+    with bars:
+        yield report
+
+
+def note(text: str) -> None:
+    """Say something about the run, beside its results."""
+    err.print(text, soft_wrap=True)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print results for programs: one JSON object on standard output."""
+    out.print(json.dumps(data, indent=2), soft_wrap=True, markup=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print results for people. The first column names the row; the others are right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def percent(fraction: float) -> str:
+    """0.8523 as `85.2`, the way reID tables give Rank-1 and mAP."""
+    return f"{100 * fraction:.1f}"

@@ -1,0 +1,79 @@
+"""Run folders: what one training made and what was exported from it, found again without naming it.
+
+runs/20261122-1742-quick/
+config.toml  log.txt  metrics.jsonl  tensorboard/
+last.pt  best.pt
+export/model.onnx
+bench.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pmm_edge.errors import ModelError, OutputError
+
+RUNS = Path("runs")
+BEST = "best.pt"
+LAST = "last.pt"
+EXPORT_FOLDER = "export"
+_ABOUT = "run.json"
+
+
+@dataclass(frozen=True)
+class AboutRun:
+    """What later commands ask of a run."""
+
+    name: str
+    data: str
+    """The data set's folder, absolute."""
+    version: str
+    """Of pmm-edge."""
+
+
+def new_run_folder(about: AboutRun, out: Path | None = None) -> Path:
+    """Make a run's folder, `runs/<time>-<name>/` unless `out` names one.
+
+    Raises:
+        OutputError: it cannot be made, or is another run's.
+    """
+    folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{about.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _ABOUT).open("x", encoding="utf-8") as file:  # of two runs at once, one makes it
+            file.write(json.dumps(asdict(about), indent=2) + "\n")
+    except FileExistsError as error:
+        raise OutputError(
+            f"{folder} is taken by another run or file", "Go on with that run with --resume, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}", "Choose another folder with --out") from error
+    return folder
+
+
+def about_run(folder: Path) -> AboutRun | None:
+    """What a run says of itself; None where the folder is no run."""
+    try:
+        return AboutRun(**json.loads((folder / _ABOUT).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """The run with the newest best checkpoint.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = sorted(runs.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ModelError(f"no run with a {BEST} in {runs.resolve()}", "Run pmm train first, or name a checkpoint")
+    return found[-1].parent
+
+
+def run_of(file: Path) -> Path | None:
+    """The run folder that a checkpoint or an export lies in, or None."""
+    return next((folder for folder in file.resolve().parents[:2] if about_run(folder)), None)

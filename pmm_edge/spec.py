@@ -1,0 +1,124 @@
+"""ModelSpec: all that a consumer of a network must know, carried by every artefact of it.
+
+It is written once, at training, and travels inside the checkpoint, in the ONNX file's metadata and beside
+every engine. The runtimes and the bench derive preprocessing from it, so nothing is ever typed twice.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from pmm_edge.errors import ModelError
+
+SCHEMA = 1
+METADATA_KEY = "pmm_edge.spec"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+InputForm = Literal["uint8", "raw", "normalized"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the network is fed.
+
+    `form` is one of
+    - `uint8`: (N, height, width, 3) uint8; normalisation is inside the graph.
+    - `raw`: (N, 3, height, width) float32 in 0..255; normalisation is inside the graph.
+    - `normalized`: (N, 3, height, width) float32, already scaled to 0..1, less `mean`, over `std`.
+    """
+
+    height: int
+    width: int
+    form: InputForm = "normalized"
+    color: str = "RGB"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resize: str = "bilinear"
+
+    @property
+    def layout(self) -> str:
+        return "NHWC" if self.form == "uint8" else "NCHW"
+
+    @property
+    def dtype(self) -> str:
+        return "uint8" if self.form == "uint8" else "float32"
+
+    def shape(self, batch: int) -> tuple[int, int, int, int]:
+        """The shape of a batch in this input's layout."""
+        if self.layout == "NHWC":
+            return (batch, self.height, self.width, 3)
+        return (batch, 3, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class RetrievalFigures:
+    """Retrieval on a data set's query and gallery, in 0..1 (paper section 3.1; mAP over the whole ranking)."""
+
+    rank1: float
+    mAP: float  # noqa: N815  the field's own spelling
+    mINP: float  # noqa: N815
+    mAP_at_50: float  # noqa: N815
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The contract that travels with every artefact of a trained network."""
+
+    architecture: str
+    backbone: str
+    num_classes: int
+    input: InputSpec
+    embedding_size: int
+    stages: dict[str, tuple[int, int]]
+    """The slice [start, stop) of the embedding that each stage fills."""
+    mix_blocks: int
+    """K, the blocks that mixing replaces in training (paper section 2.2)."""
+    block_size: tuple[int, int] = (3, 2)
+    """Height and width of a block on the map."""
+    distance: str = "euclidean"
+    dataset: str | None = None
+    retrieval: RetrievalFigures | None = None
+    checkpoint_sha256: str | None = None
+    """Of the checkpoint an export was made from; None in the checkpoint itself."""
+    precision: str = "fp32"
+    precision_method: str = "as trained"
+    tools: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> ModelSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ModelError: the text is no spec, or one of another schema.
+        """
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            if raw["schema"] != SCHEMA:
+                raise ModelError(
+                    f"the model's spec has schema {raw['schema']}, this version of pmm-edge reads {SCHEMA}",
+                    "Export the model again with this version",
+                )
+            raw["input"] = _build(InputSpec, raw["input"], mean=tuple, std=tuple)
+            raw["stages"] = {name: (int(start), int(stop)) for name, (start, stop) in raw["stages"].items()}
+            if raw.get("retrieval"):
+                raw["retrieval"] = _build(RetrievalFigures, raw["retrieval"])
+            return _build(ModelSpec, raw, block_size=tuple)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"the model's spec cannot be read ({type(error).__name__}: {error})",
+                "Export the model again with this version",
+            ) from error
+
+
+def _build(kind: type, raw: dict[str, Any], **convert: Any) -> Any:
+    unknown = raw.keys() - {f.name for f in fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown entries {sorted(unknown)}")
+    return kind(**{name: convert[name](value) if name in convert else value for name, value in raw.items()})
