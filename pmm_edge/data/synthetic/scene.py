@@ -1,0 +1,149 @@
+"""Where people are seen: one procedural panorama for each camera, and what stands in front of people."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from pmm_edge.data.synthetic.person import CLOTH, VIVID, Colour
+
+HEIGHT, WIDTH = 512, 2048
+KINDS = ("street", "park", "plaza", "hall", "market", "car park")
+GROUNDS: dict[str, tuple[Colour, ...]] = {
+    "street": ((104, 104, 108), (132, 128, 122)),
+    "park": ((96, 126, 62), (168, 148, 108)),
+    "plaza": ((186, 176, 160), (170, 130, 108)),
+    "hall": ((206, 204, 198), (124, 116, 110)),
+    "market": ((150, 146, 140), (118, 112, 108)),
+    "car park": ((78, 78, 82), (96, 98, 104)),
+}
+WALLS: dict[str, tuple[Colour, ...]] = {
+    "street": ((170, 120, 96), (196, 186, 168)),
+    "park": ((60, 92, 48), (86, 112, 58)),
+    "plaza": ((214, 208, 196), (120, 140, 158)),
+    "hall": ((226, 222, 208), (150, 172, 180)),
+    "market": ((206, 196, 180), (110, 96, 88)),
+    "car park": ((146, 152, 156), (96, 104, 88)),
+}
+
+
+@functools.lru_cache(maxsize=16)
+def panorama(seed: int, camera: int, horizon: float) -> Image.Image:
+    """The (2048, 512) background of a camera; `horizon` is where ground meets wall, as a fraction of the height."""
+    rng = np.random.default_rng((seed, 3, camera))
+    kind = KINDS[(camera - 1 + seed) % len(KINDS)]
+    ground = GROUNDS[kind][int(rng.integers(2))]
+    wall = WALLS[kind][int(rng.integers(2))]
+    image = Image.new("RGB", (WIDTH, HEIGHT), ground)
+    draw = ImageDraw.Draw(image, "RGBA")
+    line = round(horizon * HEIGHT)
+    draw.rectangle((0, 0, WIDTH, line), fill=wall)
+    _ground(draw, rng, kind, line)
+    _wall(draw, rng, kind, line)
+    return _textured(image.filter(ImageFilter.GaussianBlur(2.0)), rng, 8.0 if kind == "park" else 5.0)
+
+
+def _ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line: int) -> None:
+    if kind in ("plaza", "hall", "market"):
+        for k in range(1, 9):  # rows of tiles close up towards the horizon
+            row = line + (HEIGHT - line) * (k / 9) ** 1.6
+            draw.line((0, row, WIDTH, row), fill=(0, 0, 0, 60), width=2 + k // 3)
+        for joint in range(0, WIDTH, 110):
+            draw.line((joint, line, joint + (joint % 220) - 55, HEIGHT), fill=(0, 0, 0, 50), width=3)
+    elif kind in ("street", "car park"):
+        kerb = line + (HEIGHT - line) * float(rng.uniform(0.1, 0.4))
+        draw.rectangle((0, line, WIDTH, kerb), fill=(170, 168, 160, 255))
+        draw.line((0, kerb, WIDTH, kerb), fill=(60, 60, 60, 255), width=6)
+        top, bottom = HEIGHT - 70, HEIGHT - 40
+        for dash in range(0, WIDTH, 260):
+            corners = [(dash, top), (dash + 120, top), (dash + 90, bottom), (dash - 30, bottom)]
+            draw.polygon(corners, fill=(232, 228, 200, 220))
+    else:
+        for _ in range(60):
+            x, y, r = (float(value) for value in rng.uniform((0, line, 20), (WIDTH, HEIGHT, 120)))
+            draw.ellipse((x - r, y - r / 5, x + r, y + r / 5), fill=(50, 80, 30, 60))
+
+
+def _wall(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line: int) -> None:
+    x = 0.0
+    while x < WIDTH:
+        width = float(rng.uniform(60, 200))
+        _fixture(draw, rng, kind, x, width, line)
+        x += width + float(rng.uniform(10, 70))
+
+
+def _fixture(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, x: float, width: float, line: int) -> None:
+    """One thing along the wall: a window, a door, a tree, a poster, a stall or a parked car."""
+    tint = CLOTH[int(rng.integers(len(CLOTH)))]
+    end, top = x + width, line * float(rng.uniform(0.05, 0.35))
+    choice = float(rng.random())
+    if kind == "park":
+        trunk = x + width / 2
+        draw.rectangle((trunk - 10, 0, trunk + 10, line + 20), fill=(84, 62, 44))
+        for _ in range(5):
+            cx, cy, r = trunk + rng.normal(0, 45), line * rng.uniform(0, 0.8), rng.uniform(30, 70)
+            green = int(rng.integers(60, 130))
+            draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=(green // 2, green, green // 3))
+    elif kind in ("market", "plaza") and choice < 0.6:
+        draw.rectangle((x, top, end, line), fill=(58, 62, 70))
+        draw.rectangle((x - 8, top, end + 8, top + line * 0.2), fill=tint)
+        for _ in range(8):
+            bx, by = rng.uniform(x, end - 20), rng.uniform(top + line * 0.3, line - 12)
+            draw.rectangle((bx, by, bx + rng.uniform(12, 40), by + 24), fill=VIVID[int(rng.integers(len(VIVID)))])
+    elif kind in ("car park", "street") and choice < 0.45:
+        base = line + 36
+        draw.rounded_rectangle((x, base - 60, x + 230, base), radius=20, fill=tint)
+        draw.rounded_rectangle((x + 45, base - 104, x + 180, base - 50), radius=24, fill=(50, 58, 66))
+        for wheel in (x + 50, x + 180):
+            draw.ellipse((wheel - 24, base - 24, wheel + 24, base + 24), fill=(22, 22, 24))
+    elif choice < 0.75:
+        draw.rectangle((x, top, end, line * 0.75), fill=(70, 88, 108), outline=(230, 226, 216), width=7)
+        draw.polygon([(x, line * 0.7), (x + width * 0.5, top), (end, top)], fill=(200, 220, 236, 70))
+    else:
+        draw.rectangle((x, top, x + width * 0.7, line), fill=tint)
+
+
+def _textured(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+    """Uneven light and dirt: without it the flat areas would all be one histogram bin."""
+    fine = rng.normal(0, strength, (HEIGHT // 4, WIDTH // 4))
+    coarse = rng.normal(0, 2.0 * strength, (HEIGHT // 64, WIDTH // 64))
+    total = np.zeros((HEIGHT, WIDTH), np.float32)
+    for grain in (fine, coarse):
+        total += np.asarray(Image.fromarray(grain.astype(np.float32)).resize((WIDTH, HEIGHT)))
+    return Image.fromarray(np.clip(np.asarray(image) + total[..., None], 0, 255).astype(np.uint8))
+
+
+def background(seed: int, camera: int, horizon: float, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A random stretch of the camera's panorama at `size` (width, height)."""
+    whole = panorama(seed, camera, horizon)
+    height = HEIGHT * float(rng.uniform(0.72, 1.0))
+    width = min(height * size[0] / size[1], WIDTH)
+    x, y = float(rng.uniform(0, WIDTH - width)), float(rng.uniform(0, HEIGHT - height))
+    # The nearest pixel will do: the panorama is soft, and the whole scene is averaged down later.
+    return whole.resize(size, Image.Resampling.NEAREST, box=(x, y, x + width, y + height))
+
+
+def shadow(draw: ImageDraw.ImageDraw, x: float, ground: float, size: float, light: float) -> None:
+    """The soft dark patch under a person's feet, away from the light."""
+    for k in (1.0, 0.7, 0.45):
+        cx, rx, ry = x - light * 0.07 * size, 0.2 * size * k, 0.035 * size * k
+        draw.ellipse((cx - rx, ground - ry, cx + rx, ground + ry), fill=(0, 0, 0, 46))
+
+
+def occlude(draw: ImageDraw.ImageDraw, width: int, height: int, rng: np.random.Generator) -> None:
+    """Put a post, a railing or a box in front of the person; a third of the body stays free at the least."""
+    colour = CLOTH[int(rng.integers(len(CLOTH)))]
+    kind = int(rng.integers(3))
+    if kind == 0:
+        x, half = rng.uniform(0.1, 0.9) * width, rng.uniform(0.03, 0.08) * width
+        draw.rectangle((x - half, 0, x + half, height), fill=colour)
+        draw.rectangle((x, 0, x + half, height), fill=(0, 0, 0, 60))
+    elif kind == 1:
+        for y in (rng.uniform(0.5, 0.62) * height, rng.uniform(0.7, 0.85) * height):
+            draw.rectangle((0, y, width, y + 0.028 * height), fill=colour)
+    else:
+        x, top = rng.uniform(-0.3, 0.6) * width, rng.uniform(0.66, 0.82) * height
+        draw.rectangle((x, top, x + rng.uniform(0.4, 0.8) * width, height), fill=colour)
+        draw.rectangle((x, top, x + 0.8 * width, top + 0.02 * height), fill=(255, 255, 255, 50))

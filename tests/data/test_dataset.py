@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from pmm_edge.data.dataset import scan
+from pmm_edge.errors import DataError
+
+NAMES = {
+    "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0002_c2s1_000500_01.jpg", "0007_c1s1_000100_01.jpg"],
+    "query": ["0003_c1s1_000200_00.jpg"],
+    "bounding_box_test": [
+        "-1_c2s1_000001_00.jpg",
+        "0000_c1s1_000002_00.jpg",
+        "0003_c2s1_000300_00.jpg",
+        "Thumbs.db",
+    ],
+}
+
+
+@pytest.fixture
+def market(tmp_path):
+    for folder, names in NAMES.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).touch()
+    return tmp_path
+
+
+def test_names_are_read_as_market1501_writes_them(market):
+    dataset = scan(market)
+    assert dataset.train.pids.tolist() == [2, 2, 7] and dataset.train.camids.tolist() == [1, 2, 1]
+    assert sorted(dataset.gallery.pids.tolist()) == [-1, 0, 3]
+    assert dataset.gallery.identities == 1 and dataset.gallery.cameras == 2
+    assert dataset.query.pids.dtype == np.int64
+
+
+def break_it(market, how):
+    match how:
+        case "missing":
+            return market / "nowhere"
+        case "no query":
+            (market / "query" / NAMES["query"][0]).unlink()
+            (market / "query").rmdir()
+        case "empty":
+            (market / "query" / NAMES["query"][0]).unlink()
+        case "name":
+            (market / "query" / "anna.jpg").touch()
+        case "one identity":
+            (market / "bounding_box_train" / "0007_c1s1_000100_01.jpg").unlink()
+        case "one camera":
+            for path in market.glob("*/*_c2*"):
+                path.rename(path.with_name(path.name.replace("_c2", "_c1s9")))
+        case "others":
+            (market / "query" / NAMES["query"][0]).rename(market / "query" / "0099_c1s1_000200_00.jpg")
+    return market
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "nowhere is no folder. Name the folder that holds bounding_box_train/"),
+        ("no query", "has no folder query: it is not in the layout of Market-1501"),
+        ("empty", "query holds no images"),
+        ("name", "anna.jpg does not say who it shows"),
+        ("one identity", "shows 1 identity"),
+        ("one camera", "come from one camera"),
+        ("others", "no identity in .*query is in"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_says_why(market, how, message):
+    with pytest.raises(DataError, match=message):
+        scan(break_it(market, how))
+
+
+def test_a_folder_one_level_too_high_is_pointed_out(market):
+    with pytest.raises(DataError, match=f"Did you mean {market}"):
+        scan(market.parent)

@@ -1,0 +1,86 @@
+"""k-reciprocal re-ranking: the golden figures, the definition written out with sets, and degenerate inputs."""
+
+from math import exp
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pmm_edge.errors import DataError
+from pmm_edge.retrieval import distances, rerank_distances, reranking
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "retrieval_metrics.npz"
+
+
+def plain_rerank(query, gallery, k1, k2, lambda_value):
+    """Equations 5 to 12 of Zhong et al., with sets and dense rows."""
+    images = np.concatenate([query, gallery]).astype(np.float64)
+    total = len(images)
+    squared = ((images[:, None] - images) ** 2).sum(axis=2)
+    squared /= squared.max(axis=1, keepdims=True)
+    order = np.argsort(squared, axis=1, kind="stable").tolist()
+
+    def reciprocal(image, k):
+        return {other for other in order[image][: k + 1] if image in order[other][: k + 1]}
+
+    encoding = np.zeros((total, total))
+    for image in range(total):
+        own = reciprocal(image, k1)
+        joined = set(own)
+        for member in own:
+            theirs = reciprocal(member, round(k1 / 2))
+            if 3 * len(theirs & own) > 2 * len(theirs):
+                joined |= theirs
+        for member in joined:
+            encoding[image, member] = exp(-squared[image, member])
+        encoding[image] /= encoding[image].sum()
+    encoding = np.stack([encoding[order[image][:k2]].mean(axis=0) for image in range(total)])
+    of_query, of_gallery = encoding[: len(query), None], encoding[None, len(query) :]
+    jaccard = 1 - np.minimum(of_query, of_gallery).sum(axis=2) / np.maximum(of_query, of_gallery).sum(axis=2)
+    return (1 - lambda_value) * jaccard + lambda_value * squared[: len(query), len(query) :]
+
+
+def clustered(seed, queries=15, gallery=90, size=6):
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((10, size))
+    images = centres[rng.integers(0, 10, queries + gallery)] + 0.5 * rng.standard_normal((queries + gallery, size))
+    return images[:queries], images[queries:]
+
+
+def test_golden_distances():
+    with np.load(GOLDEN) as golden:
+        result = rerank_distances(golden["query_features"], golden["gallery_features"])
+        assert result.shape == (120, 900) and result.dtype == np.float32
+        np.testing.assert_allclose(result[:8], golden["reranked_distance_first_rows"], atol=1e-6)
+
+
+@pytest.mark.parametrize(("k1", "k2", "lambda_value"), [(20, 6, 0.3), (7, 1, 0.0), (5, 3, 0.8), (200, 2, 0.3)])
+def test_the_definition_written_out(monkeypatch, k1, k2, lambda_value):
+    # Parts that do not divide the work, so that their seams are tested.
+    monkeypatch.setattr(reranking, "_IMAGES_PER_PART", 16)
+    monkeypatch.setattr(reranking, "_PAIRS_PER_PART", 50)
+    monkeypatch.setattr(distances, "BLOCK_BYTES", 8 * 105 * 7)
+    query, gallery = clustered(k1)
+    result = rerank_distances(query, gallery, k1, k2, lambda_value)
+    np.testing.assert_allclose(result, plain_rerank(query, gallery, k1, k2, lambda_value), atol=1e-6)
+
+
+def test_all_images_in_one_place_give_finite_distances():
+    result = rerank_distances(np.ones((3, 4)), np.ones((60, 4)))
+    assert np.isfinite(result).all() and (result >= 0).all() and (result <= 1).all()
+
+
+def test_one_query_and_one_image():
+    np.testing.assert_allclose(rerank_distances([[0.0]], [[2.0]]), [[0.3]], atol=1e-6)
+
+
+def test_float16_embeddings_do_not_overflow():
+    query, gallery = (np.round(side * 500).astype(np.float16) for side in clustered(1))
+    wide = rerank_distances(query.astype(np.float64), gallery.astype(np.float64))
+    np.testing.assert_allclose(rerank_distances(query, gallery), wide, atol=1e-6)
+
+
+@pytest.mark.parametrize("parameters", [{"k1": 0}, {"k2": 0}, {"k1": 3, "k2": 4}, {"lambda_value": 1.5}])
+def test_parameters_out_of_range(parameters):
+    with pytest.raises(DataError, match="re-ranking with"):
+        rerank_distances(np.ones((2, 2)), np.ones((3, 2)), **parameters)

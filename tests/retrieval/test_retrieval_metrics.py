@@ -1,0 +1,220 @@
+"""CMC, mAP, mINP: the golden figures, the protocol's corners against a plain implementation, and errors."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pmm_edge as pmm
+from pmm_edge.errors import DataError
+from pmm_edge.retrieval import evaluate, evaluate_distances, protocol
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "retrieval_metrics.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        return {name: file[name] for name in file.files}
+
+
+def golden_inputs(golden):
+    sides = ("features", "pids", "camids")
+    return [golden[f"{side}_{what}"] for what in sides for side in ("query", "gallery")]
+
+
+@dataclass
+class PlainFigures:
+    average_precision: list = field(default_factory=list)
+    first_match_rank: list = field(default_factory=list)
+    top1: list = field(default_factory=list)
+    mAP: float = 0.0  # noqa: N815
+    mINP: float = 0.0  # noqa: N815
+    cmc: list = field(default_factory=list)
+    valid_queries: int = 0
+
+
+def plain_evaluate(distances, query_pids, gallery_pids, query_camids, gallery_camids, max_rank=50, ap_cutoff=None):
+    result = PlainFigures()
+    penalties = []
+    for query, row in enumerate(distances):
+        counted = [
+            g
+            for g in range(len(row))
+            if gallery_pids[g] != -1
+            and not (gallery_pids[g] == query_pids[query] and gallery_camids[g] == query_camids[query])
+        ]
+        counted.sort(key=lambda g: (row[g], g))
+        ranks = [rank for rank, g in enumerate(counted, 1) if gallery_pids[g] == query_pids[query]]
+        result.top1.append(counted[0] if counted else -1)
+        result.first_match_rank.append(ranks[0] if ranks else 0)
+        if not ranks:
+            result.average_precision.append(float("nan"))
+            continue
+        precisions = [hits / rank for hits, rank in enumerate(ranks, 1) if ap_cutoff is None or rank <= ap_cutoff]
+        result.average_precision.append(sum(precisions) / len(ranks))
+        penalties.append(len(ranks) / ranks[-1])
+    result.valid_queries = len(penalties)
+    result.mINP = sum(penalties) / len(penalties)
+    result.mAP = sum(ap for ap in result.average_precision if ap == ap) / len(penalties)
+    firsts = [rank for rank in result.first_match_rank if rank]
+    result.cmc = [sum(rank <= k for rank in firsts) / len(firsts) for k in range(1, max_rank + 1)]
+    return result
+
+
+def random_case(seed, queries=40, gallery=300, identities=12, levels=None):
+    """Random distances with junk, distractors and a query identity that the gallery lacks; `levels` makes ties."""
+    rng = np.random.default_rng(seed)
+    distances = rng.random((queries, gallery))
+    if levels:
+        distances = np.floor(distances * levels)
+    query_pids = rng.integers(1, identities + 2, queries)
+    gallery_pids = rng.integers(-1, identities + 1, gallery)
+    return distances, query_pids, gallery_pids, rng.integers(0, 3, queries), rng.integers(0, 3, gallery)
+
+
+def assert_same_figures(result, plain):
+    assert result.valid_queries == plain.valid_queries
+    np.testing.assert_array_equal(result.first_match_rank, plain.first_match_rank)
+    np.testing.assert_array_equal(result.top1, plain.top1)
+    np.testing.assert_allclose(result.average_precision, plain.average_precision, rtol=1e-12)
+    np.testing.assert_allclose(result.cmc, plain.cmc, rtol=1e-12)
+    assert result.mAP == pytest.approx(plain.mAP, rel=1e-12)
+    assert result.mINP == pytest.approx(plain.mINP, rel=1e-12)
+
+
+def test_golden_figures(golden):
+    result = evaluate(*golden_inputs(golden))
+    np.testing.assert_allclose(result.cmc, golden["cmc"], atol=1e-7)
+    assert result.mAP == pytest.approx(float(golden["mAP"]), abs=1e-7)
+    assert result.mAP_at_50 == pytest.approx(float(golden["mAP_at_50"]), abs=1e-7)
+    assert result.rank(1) == result.cmc[0] == pytest.approx(0.35, abs=1e-7)
+    assert result.valid_queries == 120
+
+
+def test_a_cutoff_of_50_is_the_papers_map(golden):
+    result = evaluate(*golden_inputs(golden), ap_cutoff=50)
+    assert result.mAP == result.mAP_at_50 == pytest.approx(float(golden["mAP_at_50"]), abs=1e-7)
+
+
+def test_golden_reranked_figures(golden):
+    result = evaluate(*golden_inputs(golden), rerank=True)
+    np.testing.assert_allclose(result.cmc, golden["reranked_cmc"], atol=1e-7)
+    assert result.mAP == pytest.approx(float(golden["reranked_mAP"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("levels", [None, 200, 7, 1], ids=lambda levels: f"{levels or 'no'} levels")
+@pytest.mark.parametrize("sort_from", [0, 1000], ids=["by sort", "by count"])
+@pytest.mark.parametrize("few", [0, 10**6], ids=["last match on left out", "whole row"])
+@pytest.mark.parametrize("ap_cutoff", [None, 20])
+def test_figures_are_those_of_the_plain_protocol(monkeypatch, levels, sort_from, few, ap_cutoff):
+    monkeypatch.setattr(protocol, "_SORT_FROM", sort_from)
+    monkeypatch.setattr(protocol, "_FEW", few)
+    for seed in range(4):
+        case = random_case(seed, levels=levels)
+        result = evaluate_distances(*case, max_rank=30, ap_cutoff=ap_cutoff)
+        assert result.valid_queries < 40  # the case has queries without a match
+        assert_same_figures(result, plain_evaluate(*case, max_rank=30, ap_cutoff=ap_cutoff))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int32])
+def test_any_real_dtype_of_distances(dtype):
+    distances, *labels = random_case(5, levels=100)
+    result = evaluate_distances(distances.astype(dtype), *labels)
+    assert_same_figures(result, plain_evaluate(distances, *labels))
+
+
+def test_embeddings_give_the_figures_of_their_distances_without_junk():
+    rng = np.random.default_rng(3)
+    query, gallery = rng.standard_normal((30, 8)), rng.standard_normal((200, 8))
+    labels = random_case(3, 30, 200)[1:]
+    distances = np.linalg.norm(query[:, None] - gallery, axis=2)
+    assert_same_figures(evaluate(query, gallery, *labels), plain_evaluate(distances, *labels))
+
+    kept = labels[1] != -1
+    without_junk = (labels[0], labels[1][kept], labels[2], labels[3][kept])
+    reranked = evaluate(query, gallery, *labels, rerank=True)
+    assert reranked.mAP == evaluate(query, gallery[kept], *without_junk, rerank=True).mAP
+    assert (labels[1][reranked.top1] != -1).all()
+
+
+def test_a_model_that_puts_all_images_in_one_place_gets_no_credit():
+    pids = np.repeat(np.arange(1, 51), 4)
+    camids = np.tile([0, 1, 2, 3], 50)
+    features = np.full((200, 16), 3.7, np.float32)
+    result = evaluate(features[::4], features, pids[::4], pids, camids[::4], camids)
+    assert result.rank(1) == 0.02  # the first identity's query alone: its images come first in the gallery
+    assert result.mAP < 0.1
+
+
+def test_gallery_order_does_not_matter_without_ties():
+    distances, query_pids, gallery_pids, query_camids, gallery_camids = random_case(8)
+    order = np.random.default_rng(0).permutation(300)
+    one = evaluate_distances(distances, query_pids, gallery_pids, query_camids, gallery_camids)
+    other = evaluate_distances(
+        distances[:, order], query_pids, gallery_pids[order], query_camids, gallery_camids[order]
+    )
+    assert one.mAP == other.mAP and one.mINP == other.mINP
+    np.testing.assert_array_equal(one.cmc, other.cmc)
+    np.testing.assert_array_equal(one.top1, order[other.top1])
+
+
+def test_cmc_is_as_long_as_asked_though_the_gallery_is_shorter():
+    result = evaluate_distances([[0.2, 0.1]], [1], [1, 2], [0], [1, 1], max_rank=5)
+    np.testing.assert_array_equal(result.cmc, [0, 1, 1, 1, 1])
+    assert (result.mAP, result.mINP, result.rank(1), result.rank(2)) == (0.5, 0.5, 0.0, 1.0)
+    with pytest.raises(DataError, match=r"Rank-6 is not in 1..5. Evaluate with a larger max_rank"):
+        result.rank(6)
+
+
+def test_no_image_left_for_a_query():
+    result = evaluate_distances([[0.5], [0.5]], [1, 1], [1], [0, 1], [0])
+    np.testing.assert_array_equal(result.top1, [-1, 0])
+    assert result.valid_queries == 1
+
+
+def test_the_result_is_frozen():
+    result = evaluate_distances([[0.2, 0.1]], [1], [1, 2], [0], [1, 1])
+    with pytest.raises(FrozenInstanceError):
+        result.mAP = 1.0
+
+
+GOOD = {
+    "distances": np.ones((2, 3)),
+    "query_pids": [1, 2],
+    "gallery_pids": [1, 2, 0],
+    "query_camids": [0, 0],
+    "gallery_camids": [1, 1, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distances": np.ones(3)}, r"distances have shape \(3,\)"),
+        ({"distances": np.ones((0, 3))}, r"distances have shape \(0, 3\)"),
+        ({"distances": np.full((2, 3), "a")}, "distances hold <U1. Pass real numbers"),
+        ({"distances": [[1, 2, 3], [1, np.nan, 3]]}, "NaN or infinity in 1 of 2 rows, the first is row 1"),
+        ({"distances": [[1, np.inf, 3], [1, -np.inf, 3]]}, "NaN or infinity in 2 of 2 rows, the first is row 0"),
+        ({"query_pids": [1]}, r"query pids have shape \(1,\), expected \(2,\)"),
+        ({"gallery_camids": [1, 1]}, r"gallery camids have shape \(2,\), expected \(3,\)"),
+        ({"gallery_pids": [1.0, 2.0, 0.0]}, "gallery pids hold float64. Pass integers"),
+        ({"gallery_pids": [-1, -1, -1]}, "all 3 gallery images are junk"),
+        ({"query_pids": [7, 8]}, "none of 2 queries has a match in the gallery.*Check that query and gallery share"),
+        ({"gallery_camids": [0, 0, 0]}, "none of 2 queries has a match in the gallery from another camera"),
+        ({"max_rank": 0}, "max_rank is 0"),
+        ({"ap_cutoff": 0}, "ap_cutoff is 0"),
+    ],
+)
+def test_errors_say_what_is_wrong(change, message):
+    with pytest.raises(DataError, match=message):
+        evaluate_distances(**{**GOOD, **change})
+
+
+def test_evaluation_needs_no_torch():
+    code = "import sys, pmm_edge; pmm_edge.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert pmm.evaluate is evaluate
