@@ -1,0 +1,16 @@
+"""The PMM network, and the networks it is compared with. `network.py` and `mixing.py` hold the whole method."""
+
+from pmm_edge.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pmm_edge.model.network import PMM, ReidNetwork, StageOutput, build_model
+from pmm_edge.model.released import load_released_checkpoint
+
+__all__ = [
+    "PMM",
+    "Checkpoint",
+    "ReidNetwork",
+    "StageOutput",
+    "build_model",
+    "load_checkpoint",
+    "load_released_checkpoint",
+    "save_checkpoint",
+]

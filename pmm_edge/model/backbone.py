@@ -1,0 +1,88 @@
+"""ResNet of torchvision with stride 1 in its last stage, so that 384×128 gives a 24×8 map (paper section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pmm_edge.errors import PmmError
+
+RESNETS: dict[str, Callable[..., torchvision.models.ResNet]] = {
+    name: getattr(torchvision.models, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")
+}
+STRIDE = 16
+"""Input pixels per position of the map, in each direction."""
+
+
+class Backbone(nn.Module):
+    """A torchvision ResNet up to its last map. `forward`: (N, 3, H, W) -> (N, channels, ⌈H/16⌉, ⌈W/16⌉).
+
+    The paper says that the stride is taken from "the 3rd and 4th blocks"; its 24×8 map and the authors' code
+    have stride 1 in the last stage alone.
+
+    Parameters carry torchvision's names, so ImageNet weights load as they are.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in RESNETS:
+            raise PmmError(f"backbone '{name}' is unknown", f"Choose one of {', '.join(RESNETS)}")
+        super().__init__()
+        resnet = RESNETS[name]()
+        self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
+        self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
+        self.layer4 = _with_stride_1(resnet.layer4)
+        self.channels: int = resnet.fc.in_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.layer4(x)
+
+
+def map_size(height: int, width: int) -> tuple[int, int]:
+    """The size of the map that an input of this size gives."""
+    return -(-height // STRIDE), -(-width // STRIDE)
+
+
+def load_backbone_weights(backbone: Backbone, state_dict: dict[str, Tensor]) -> None:
+    """Load weights in torchvision's layout; its ImageNet classifier `fc` is left out.
+
+    Raises:
+        PmmError: tensors are missing, unknown or of another shape.
+    """
+    weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith("fc.")}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise PmmError(
+            f"the weights do not fit the backbone: {first}",
+            "Give weights of torchvision's ResNet of the same name",
+        ) from error
+
+
+def _with_stride_1(stage: nn.Sequential) -> nn.Sequential:
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+    return stage
+
+
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """Torchvision's ImageNet weights for a backbone, downloaded once into torch's hub cache.
+
+    Raises:
+        PmmError: they are not in the cache and cannot be downloaded.
+    """
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        folder = torch.hub.get_dir()
+        raise PmmError(
+            f"the ImageNet weights of {name} cannot be downloaded ({error})",
+            f"Put {weights.url} into {folder}/checkpoints/, name a local file, or train from scratch with 'none'",
+        ) from error

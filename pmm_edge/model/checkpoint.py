@@ -1,0 +1,103 @@
+"""Our checkpoints: a network's weights and its spec in one file, read as data, never as code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmm_edge.errors import ModelError
+from pmm_edge.files import written_whole
+from pmm_edge.model.network import PMM, build_model
+from pmm_edge.spec import ModelSpec
+
+_FORMAT = "pmm-edge checkpoint 1"
+
+# Research code often saves its best figure as a numpy scalar: plain data, but not on torch's own list.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_SCALARS: list[Any] = [
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # as numpy 1 wrote it
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64")),
+]
+
+
+@dataclass
+class Checkpoint:
+    """A network as trained, and in `training` what it takes to go on."""
+
+    spec: ModelSpec
+    weights: dict[str, Tensor]
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def network(self) -> PMM:
+        """Build the network and load the weights; evaluation mode."""
+        size = self.spec.input
+        model = build_model(
+            self.spec.architecture,
+            num_classes=self.spec.num_classes,
+            backbone=self.spec.backbone,
+            height=size.height,
+            width=size.width,
+            mix_blocks=self.spec.mix_blocks,
+            block_size=self.spec.block_size,
+        )
+        model.load_state_dict(self.weights)
+        return model.eval()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint whole, or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    content = {
+        "format": _FORMAT,
+        "spec": checkpoint.spec.to_json(),
+        "weights": checkpoint.weights,
+        "training": checkpoint.training,
+    }
+    with written_whole(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        ModelError: the file is missing, truncated, or no checkpoint of ours.
+    """
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ModelError(
+            f"{path} is not a pmm-edge checkpoint",
+            "Give best.pt or last.pt of a run folder; a file of the paper's authors loads with"
+            " pmm_edge.load_released_checkpoint",
+        )
+    return Checkpoint(ModelSpec.from_json(content["spec"]), content["weights"], content["training"])
+
+
+def read_torch_file(path: Path) -> Any:
+    """Read a file of `torch.save` as data: tensors and plain values, no code is run.
+
+    Raises:
+        ModelError: the file is missing, truncated, or holds anything else.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist", "Name a checkpoint; pmm train writes them to runs/*/best.pt")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path} cannot be read as a checkpoint: it is truncated, no file of torch, or holds more than data",
+            "Train again, or fetch the file again",
+        ) from error

@@ -1,0 +1,112 @@
+"""Attentive feature Hard-Mix: Grad-CAM, block ranking, mixing (paper section 2.2).
+
+Every function works on a whole batch at once; nothing here loops over samples.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own name for it
+from torch import Tensor
+
+from pmm_edge.errors import PmmError
+from pmm_edge.model.backbone import STRIDE, map_size
+
+PAPER_BLOCKS = 32
+"""Blocks of 3×2 on the paper's 24×8 map: the grid for which its K = 3, 6, 8 are meant."""
+
+
+def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Grad-CAM of the target classes on the map that was pooled.
+
+    The textbook weights channel c by the mean over positions of d logit / d features[c]. Average and max
+    pooling are linear in the positions they pick, so that mean is (d logit / d pooled[c]) / (H W): the gradient
+    is needed at the pooled vector only, one backward through a 512-wide head, never one through the backbone.
+
+    Args:
+        features: (N, C, H, W), the map.
+        pooled: (N, C), its global average or max pooling, part of the graph that leads to `logits`.
+        logits: (N, classes).
+        targets: (N,) int64, the class whose evidence is mapped.
+
+    Returns:
+        (N, H, W), ReLU applied, not rescaled, detached.
+    """
+    evidence = logits.gather(1, targets[:, None]).sum()
+    (gradient,) = torch.autograd.grad(evidence, pooled, retain_graph=True)
+    height, width = features.shape[-2:]
+    weights = gradient.to(features.dtype) / (height * width)
+    return F.relu(torch.einsum("nc,nchw->nhw", weights, features.detach()))
+
+
+def draw_negatives(pids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """For each sample the index of one of another identity, uniformly, whatever the order of the batch.
+
+    Args:
+        pids: (N,) identities; on the CPU a batch of one identity is refused, on a GPU that check would wait
+            for the device, and the sampler is trusted.
+
+    Returns:
+        (N,) int64.
+
+    Raises:
+        PmmError: the batch holds a single identity.
+    """
+    same = pids[:, None] == pids[None, :]
+    if not pids.is_cuda and bool(same.all()):
+        raise PmmError("a batch for mixing holds one identity only", "Put images of two or more identities in it")
+    score = torch.rand(same.shape, device=pids.device, generator=generator)
+    return score.masked_fill(same, -1.0).argmax(dim=1)
+
+
+def top_blocks(cam: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
+    """The positions of the `count` blocks with the largest sum (paper equation 1, where they are 0).
+
+    Args:
+        cam: (N, H, W); H and W are multiples of the block's height and width.
+
+    Returns:
+        (N, 1, H, W) bool, True where the block is to be replaced.
+    """
+    size, (block_height, block_width) = cam.shape[-2:], block_size
+    sums = F.avg_pool2d(cam[:, None].float(), block_size, divisor_override=1)
+    blocks = sums.flatten(1)
+    chosen = torch.zeros_like(blocks, dtype=torch.bool).scatter_(1, blocks.topk(count).indices, True)
+    grid = chosen.view(-1, 1, size[0] // block_height, size[1] // block_width)
+    return grid.repeat_interleave(block_height, 2).repeat_interleave(block_width, 3)
+
+
+def mix(features: Tensor, negatives: Tensor, replaced: Tensor) -> Tensor:
+    """Replace the positions where `replaced` is True by those of the negative (paper equation 2).
+
+    Args:
+        features: (N, C, H, W).
+        negatives: (N,) int64, the sample of the batch that each one is mixed with.
+        replaced: (N, 1, H, W) bool.
+    """
+    return torch.where(replaced, features[negatives], features)
+
+
+def check_block_grid(height: int, width: int, block_size: tuple[int, int]) -> int:
+    """The number of blocks on the map of an input of this size.
+
+    Raises:
+        PmmError: the map is no multiple of the block; the remedy names input sizes that fit.
+    """
+    (rows, columns), (block_height, block_width) = map_size(height, width), block_size
+    if rows % block_height or columns % block_width:
+        step_h, step_w = block_height * STRIDE, block_width * STRIDE
+        near_h = [step_h * n for n in (height // step_h, height // step_h + 1) if n]
+        near_w = [step_w * n for n in (width // step_w, width // step_w + 1) if n]
+        raise PmmError(
+            f"an input of {height}x{width} gives a {rows}x{columns} map, which blocks of {block_height}x{block_width}"
+            " do not divide",
+            f"Take a height that is a multiple of {step_h} (such as {' or '.join(map(str, near_h))}) and a width that"
+            f" is a multiple of {step_w} (such as {' or '.join(map(str, near_w))})",
+        )
+    return rows * columns // (block_height * block_width)
+
+
+def scaled_mix_blocks(paper_k: int, blocks: int) -> int:
+    """The paper's K, given for 32 blocks, in proportion to another number of blocks; at least 1."""
+    return max(1, round(paper_k * blocks / PAPER_BLOCKS))
