@@ -1,0 +1,134 @@
+"""Time of one training step of PMM, beside one with textbook Grad-CAM, in one run.
+
+The textbook step sends the true-class logits back through the whole network, twice, to read the gradient at the
+map (with `retain_graph`, as Grad-CAM is usually written), and ranks and mixes blocks sample by sample. The step
+without mixing does the same work but for Grad-CAM, ranking and mixing: what it saves is mixing's share.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --dtype bf16 --batch 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import torch
+from machine import machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pmm_edge.model import PMM, StageOutput
+from pmm_edge.model.mixing import draw_negatives
+from pmm_edge.model.network import average_pool, max_pool
+from pmm_edge.trainer.config import PRESETS
+from pmm_edge.trainer.device import choose_device
+from pmm_edge.trainer.step import prepare, train_step
+
+
+class TextbookPMM(PMM):
+    """PMM with Grad-CAM as it is usually written: full backward passes, loops over samples."""
+
+    def _train_stages(self, features, pids, negatives, generator):
+        features.retain_grad()
+        unmixed = self.bottleneck(features)
+        embedding, logits = self.stage1(average_pool(features))
+        self._backward(logits, pids)
+        negative = draw_negatives(pids, generator)
+        stage1 = StageOutput(embedding, logits)
+        mixed = self._mix_by_sample(unmixed, negative, self._cam(features))
+        mixed.retain_grad()
+        embedding, logits = self.stage2(max_pool(mixed))
+        self._backward(logits, pids)
+        negative = draw_negatives(pids, generator)
+        stage2 = StageOutput(embedding, logits)
+        mixed = self._mix_by_sample(unmixed, negative, self._cam(mixed))
+        return stage1, stage2, StageOutput(*self.stage3(max_pool(mixed)))
+
+    def _backward(self, logits: Tensor, pids: Tensor) -> None:
+        logits.gather(1, pids[:, None]).sum().backward(retain_graph=True)
+
+    def _cam(self, features: Tensor) -> Tensor:
+        weights = features.grad.mean(dim=(2, 3), keepdim=True)
+        return torch.relu((weights * features).sum(dim=1)).detach()
+
+    def _mix_by_sample(self, features: Tensor, negatives: Tensor, cams: Tensor) -> Tensor:
+        height, width = self.block_size
+        keep = torch.ones_like(cams)
+        for sample, cam in enumerate(cams):
+            rows, columns = cam.shape
+            corners = [(r, c) for r in range(0, rows, height) for c in range(0, columns, width)]
+            sums = [float(cam[r : r + height, c : c + width].sum()) for r, c in corners]
+            best = sorted(range(len(corners)), key=lambda i: sums[i], reverse=True)[: self.mix_blocks]
+            for row, column in (corners[i] for i in best):
+                keep[sample, row : row + height, column : column + width] = 0
+        keep = keep[:, None]
+        return keep * features + (1 - keep) * features[negatives]
+
+
+class UnmixedPMM(PMM):
+    """PMM whose stages II and III see the map as it is."""
+
+    def _train_stages(self, features, pids, negatives, generator):
+        unmixed = self.bottleneck(features)
+        stage1 = StageOutput(*self.stage1(average_pool(features)))
+        stage2 = StageOutput(*self.stage2(max_pool(unmixed)))
+        return stage1, stage2, StageOutput(*self.stage3(max_pool(unmixed)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--height", type=int, default=384)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+
+    device = choose_device(options.device)
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    networks = {"pmm train": PMM, "textbook Grad-CAM": TextbookPMM, "without mixing": UnmixedPMM}
+    steps = {name: _step(network, options, device, dtype) for name, network in networks.items()}
+    # Taken in turns, so that drift of the machine hits all alike; the first round warms up.
+    rounds = [{name: _seconds(step, device) for name, step in steps.items()} for _ in range(options.repeat + 1)][1:]
+
+    console = Console()
+    console.print(machine("torch"), soft_wrap=True)
+    work = f"{options.backbone} {options.height}x{options.width}, batch {options.batch}, {options.dtype} on {device}"
+    table = Table("step", "seconds", "lowest", "images/s", "ratio to pmm train", title=work, title_justify="left")
+    for name in steps:
+        times = [taken[name] for taken in rounds]
+        ratio = median(taken[name] / taken["pmm train"] for taken in rounds)
+        speed = options.batch / median(times)
+        table.add_row(name, f"{median(times):.3f}", f"{min(times):.3f}", f"{speed:.1f}", f"{ratio:.3f}")
+    console.print(table)
+    share = median(1 - taken["without mixing"] / taken["pmm train"] for taken in rounds)
+    console.print(f"mixing's share of a step: {100 * share:.1f} % (median of {options.repeat} rounds)")
+
+
+def _step(network: type[PMM], options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:
+    torch.manual_seed(0)
+    trainee = prepare(network(751, options.backbone), replace(PRESETS["market1501"]), device, dtype)
+    crops = torch.randint(0, 256, (options.batch, options.height, options.width, 3), dtype=torch.uint8).to(device)
+    pids = (torch.arange(options.batch) // 4).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda: train_step(trainee, crops, pids, 64, generator)
+
+
+def _seconds(step: Callable, device: torch.device) -> float:
+    start = time.perf_counter()
+    loss, _ = step()
+    loss.item()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

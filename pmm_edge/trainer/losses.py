@@ -1,0 +1,60 @@
+"""The losses of PMM: for each stage, batch-hard soft-margin triplet plus smoothed cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from pmm_edge.model import StageOutput
+
+LABEL_SMOOTHING = 0.1
+
+
+def batch_hard_triplet_loss(embeddings: Tensor, pids: Tensor) -> Tensor:
+    """Mean of softplus(d_ap - d_an), with each anchor's farthest positive and nearest negative.
+
+    Source: Hermans et al., In Defense of the Triplet Loss, 2017, equation 5 with the soft margin.
+
+    Args:
+        embeddings: (N, D); distances are Euclidean.
+        pids: (N,).
+    """
+    distances = pairwise_distances(embeddings)
+    same = pids[:, None] == pids[None, :]
+    hardest_positive = distances.masked_fill(~same, 0.0).amax(dim=1)
+    hardest_negative = distances.masked_fill(same, torch.inf).amin(dim=1)
+    return F.softplus(hardest_positive - hardest_negative).mean()
+
+
+def pairwise_distances(embeddings: Tensor) -> Tensor:
+    """(N, D) -> (N, N) Euclidean distances in float32; the floor keeps the gradient finite at 0."""
+    embeddings = embeddings.float()
+    squares = embeddings.square().sum(dim=1)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        squared = squares[:, None] + squares[None, :] - 2 * embeddings @ embeddings.T
+    return squared.clamp_min(1e-12).sqrt()
+
+
+def identity_loss(logits: Tensor, pids: Tensor) -> Tensor:
+    """Cross-entropy with label smoothing 0.1: (N, classes), (N,) -> scalar."""
+    return F.cross_entropy(logits.float(), pids, label_smoothing=LABEL_SMOOTHING)
+
+
+def pmm_loss(outputs: Sequence[StageOutput], pids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of both losses over all stages (paper section 2.1).
+
+    Args:
+        outputs: of a network in training mode.
+        pids: (N,) int64 class indices.
+
+    Returns:
+        The loss to minimise, and its parts by name (`triplet_1`, `identity_1`, `triplet_2`, ...), detached.
+    """
+    parts: dict[str, Tensor] = {}
+    for number, stage in enumerate(outputs, start=1):
+        parts[f"triplet_{number}"] = batch_hard_triplet_loss(stage.embedding, pids)
+        parts[f"identity_{number}"] = identity_loss(stage.logits, pids)
+    return torch.stack(list(parts.values())).sum(), {name: part.detach() for name, part in parts.items()}

@@ -1,0 +1,120 @@
+"""`pmm train` as a user meets it: results, and one clear line for everything that can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+TINY = [
+    "--height", 96, "--width", 64, "--epochs", 1, "--batch", 8, "--erase-size", 8, "--device", "cpu",
+]  # fmt: skip
+
+
+def test_a_run_prints_its_figures_and_its_folder(pmm, tiny_dataset, tmp_path):
+    result = pmm("train", tiny_dataset, "--out", tmp_path / "run", *TINY, "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["finished"] and 0 < printed["best"]["mAP"] <= 1
+    assert (tmp_path / "run" / "best.pt").is_file()
+    assert "pmm export" in result.stderr
+
+
+def test_print_config_prints_toml_that_repeats_the_run(pmm, tmp_path):
+    printed = pmm("train", "--preset", "market1501", "--epochs", 7, "--print-config").stdout
+    (tmp_path / "run.toml").write_text(printed)
+    again = pmm("train", "--config", tmp_path / "run.toml", "--print-config").stdout
+    assert again == printed and "epochs = 7" in printed
+
+
+@pytest.fixture
+def data(tiny_dataset, tmp_path):
+    return shutil.copytree(tiny_dataset, tmp_path / "data")
+
+
+def missing(data: Path) -> None:
+    shutil.rmtree(data)
+
+
+def empty(data: Path) -> None:
+    shutil.rmtree(data)
+    data.mkdir()
+
+
+def other_layout(data: Path) -> None:
+    (data / "bounding_box_train").rename(data / "train")
+
+
+def no_images(data: Path) -> None:
+    shutil.rmtree(data / "query")
+    (data / "query").mkdir()
+
+
+def unparsable_name(data: Path) -> None:
+    next((data / "bounding_box_train").iterdir()).rename(data / "bounding_box_train" / "holiday.jpg")
+
+
+def truncated(data: Path) -> None:
+    image = sorted((data / "bounding_box_train").iterdir())[0]
+    image.write_bytes(image.read_bytes()[:400])
+
+
+def one_identity(data: Path) -> None:
+    for path in (data / "bounding_box_train").iterdir():
+        if not path.name.startswith("0001"):
+            path.unlink()
+
+
+def one_camera(data: Path) -> None:
+    for folder in ("query", "bounding_box_test"):
+        for path in (data / folder).iterdir():
+            if "_c1" not in path.name:
+                path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (missing, "is no folder"),
+        (empty, "not in the layout of Market-1501"),
+        (other_layout, "has no folder bounding_box_train"),
+        (no_images, "query holds no images"),
+        (unparsable_name, "holiday.jpg does not say who it shows"),
+        (truncated, "cannot read image"),
+        (one_identity, "shows 1 identity. Training needs two or more"),
+        (one_camera, "come from one camera"),
+    ],
+)
+def test_data_that_cannot_be_used(pmm, data, tmp_path, spoil, message):
+    spoil(data)
+    result = pmm("train", data, "--out", tmp_path / "run", *TINY)
+    assert result.exit_code == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line and str(data) in line
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("run/*.pt")), "no checkpoint under a final name"
+
+
+def test_an_output_folder_that_cannot_be_written(pmm, tiny_dataset, tmp_path):
+    (tmp_path / "file").touch()
+    result = pmm("train", tiny_dataset, "--out", tmp_path / "file" / "run", *TINY)
+    assert result.exit_code == 2 and f"cannot write {tmp_path}/file/run" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", 100], "Take a height that is a multiple of 48 (such as 96 or 144)"),
+        (["--device", "cuda:63"], "device cuda:63 is not there"),
+        (["--device", "tpu9"], "is no device"),
+        (["--backbone", "vgg"], "Choose one of resnet18"),
+        (["--backbone-weights", "/nowhere.pth"], "/nowhere.pth does not exist"),
+        (["--batch", 6], "multiple of 4"),
+        (["--preset", "quik"], "Did you mean 'quick'"),
+        (["--resume", "runs"], "--resume goes on with a run's own settings"),
+    ],
+)
+def test_wrong_use(pmm, tiny_dataset, tmp_path, arguments, message):
+    result = pmm("train", tiny_dataset, "--out", tmp_path / "run", *TINY, *arguments)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "run").exists()

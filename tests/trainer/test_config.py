@@ -1,0 +1,42 @@
+import pytest
+
+from pmm_edge.errors import PmmError
+from pmm_edge.trainer.config import PRESETS, overridden, preset, read_config
+
+
+def test_a_preset_survives_its_toml(tmp_path):
+    for config in PRESETS.values():
+        path = tmp_path / "run.toml"
+        path.write_text(config.to_toml())
+        assert read_config(path) == config
+
+
+def test_a_file_overrides_the_preset_that_it_names(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "quick"\nepochs = 3\nweight_decay = 0\n')
+    config = read_config(path)
+    assert (config.epochs, config.weight_decay, config.backbone) == (3, 0.0, PRESETS["quick"].backbone)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("epoch = 3", "Did you mean 'epochs'"),
+        ('epochs = "3"', "epochs is '3'. It must be of type int"),
+        ("epochs = 1.5", "epochs is 1.5"),
+        ("batch = 30", "multiple of 4"),
+        ("epochs = [", "cannot be read as TOML"),
+        ('preset = "quik"', "Did you mean 'quick'"),
+        ('precision = "int8"', "auto, fp32, bf16, fp16"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path, toml, message):
+    path = tmp_path / "run.toml"
+    path.write_text(toml)
+    with pytest.raises(PmmError, match=message):
+        read_config(path)
+
+
+def test_a_value_of_a_wrong_type_is_refused():
+    with pytest.raises(PmmError, match="must be of type int"):
+        overridden(preset("quick"), {"epochs": True})
