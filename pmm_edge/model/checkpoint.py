@@ -39,18 +39,22 @@ class Checkpoint:
 
     def network(self) -> PMM:
         """Build the network and load the weights; evaluation mode."""
-        size = self.spec.input
-        model = build_model(
-            self.spec.architecture,
-            num_classes=self.spec.num_classes,
-            backbone=self.spec.backbone,
-            height=size.height,
-            width=size.width,
-            mix_blocks=self.spec.mix_blocks,
-            block_size=self.spec.block_size,
-        )
+        model = network_of(self.spec)
         model.load_state_dict(self.weights)
         return model.eval()
+
+
+def network_of(spec: ModelSpec) -> PMM:
+    """The network that a spec describes, its weights not yet loaded."""
+    return build_model(
+        spec.architecture,
+        num_classes=spec.num_classes,
+        backbone=spec.backbone,
+        height=spec.input.height,
+        width=spec.input.width,
+        mix_blocks=spec.mix_blocks,
+        block_size=spec.block_size,
+    )
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
