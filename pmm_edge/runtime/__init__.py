@@ -1,0 +1,47 @@
+"""One Embedder over every engine. Importing this imports no engine: each loads with the first file that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pmm_edge.errors import ModelError
+from pmm_edge.runtime.embedder import Embedder
+from pmm_edge.runtime.files import embed_files
+
+__all__ = ["Embedder", "embed_files", "load"]
+
+TORCH_SUFFIXES = frozenset({".pt", ".pth", ".safetensors"})
+
+
+def load(path: str | Path, device: str | None = None) -> Embedder:
+    """Load a network to embed with.
+
+    Args:
+        path: `.onnx` runs in ONNX Runtime; a checkpoint `.pt` or weights `.safetensors` run in PyTorch.
+        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where the engine can use one, else the CPU. The
+            embedder's `device` says which it became.
+
+    Raises:
+        ModelError: the file is missing, truncated or not ours, or its engine or device is not there.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        from pmm_edge.runtime.onnx_backend import OnnxEmbedder
+
+        return OnnxEmbedder(path, device)
+    if path.suffix in TORCH_SUFFIXES:
+        try:
+            from pmm_edge.runtime.torch_backend import load_torch
+        except ModuleNotFoundError as error:
+            raise ModelError(
+                f"{path} needs {error.name}, which is not installed",
+                "pip install 'pmm-edge[train]', or load the .onnx that pmm export makes, which needs no torch",
+            ) from error
+        return load_torch(path, device)
+    if path.suffix in (".engine", ".plan"):
+        raise ModelError(
+            f"{path} is a TensorRT engine, which this version does not run", "Load the .onnx it was built from"
+        )
+    raise ModelError(
+        f"{path} is of no kind that can be loaded", "Name a .onnx file, a checkpoint .pt or weights .safetensors"
+    )

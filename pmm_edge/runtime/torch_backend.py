@@ -1,0 +1,109 @@
+"""The reference: trained networks in PyTorch, from a checkpoint or from exported weights."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pmm_edge.errors import ModelError
+from pmm_edge.model import PMM, load_checkpoint
+from pmm_edge.model.checkpoint import network_of
+from pmm_edge.runtime.crops import Pixels
+from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
+from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
+
+CLASSIFIER = ".classifier."
+"""In the name of every tensor that only training needs."""
+
+
+class Preprocess(nn.Module):
+    """From an input's form to (N, 3, H, W) float32, normalised; part of every exported graph."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__()
+        self.form = spec.form
+        mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.form == "normalized":
+            return images
+        if self.form == "uint8":
+            # The cast comes first: TensorRT takes uint8 at a graph's input and nowhere behind it.
+            images = images.float().permute(0, 3, 1, 2)
+        return images * self.scale + self.shift
+
+
+class TorchEmbedder(Embedder):
+    """A network in PyTorch, eager, in the precision of its weights (TF32 is off: it is not FP32)."""
+
+    def __init__(self, network: nn.Module, spec: ModelSpec, path: Path, device: str | None = None) -> None:
+        target = _device(device)
+        super().__init__(spec, path, "torch", str(target))
+        self._target = target
+        self._network = nn.Sequential(Preprocess(replace(spec.input, form="uint8")), network).to(target).eval()
+
+    def embed_prepared(self, images: Pixels) -> Embeddings:
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._target.type == "cuda" else None
+        with torch.inference_mode(), exact or nullcontext():
+            embeddings: Tensor = self._network(torch.tensor(images, device=self._target))
+            return embeddings.cpu().numpy()
+
+
+def load_torch(path: Path, device: str | None = None) -> TorchEmbedder:
+    """Load a checkpoint (`.pt`) or exported weights (`.safetensors`).
+
+    Raises:
+        ModelError: the file is missing, truncated or not ours, or the device does not exist.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            network, spec = _read_safetensors(path)
+        else:
+            checkpoint = load_checkpoint(path)
+            network, spec = checkpoint.network(), checkpoint.spec
+    except RuntimeError as error:
+        raise ModelError(f"the weights in {path} are not those of its spec", "Train or export again") from error
+    return TorchEmbedder(network, spec, path, device)
+
+
+def _read_safetensors(path: Path) -> tuple[PMM, ModelSpec]:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist", "Make it with pmm export --safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            spec_json = (file.metadata() or {}).get(METADATA_KEY)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is truncated or no safetensors file", "Export it again") from error
+    if spec_json is None:
+        raise ModelError(f"{path} carries no pmm-edge spec", "Make it with pmm export --safetensors")
+    spec = ModelSpec.from_json(spec_json)
+    network = network_of(spec)
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    if unexpected or any(CLASSIFIER not in name for name in missing):
+        raise RuntimeError("tensors are missing or unknown")
+    return network, spec
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, index = parse_device(name)
+    if kind == "cpu":
+        return torch.device("cpu")
+    if index >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {name} cannot be used: torch finds {torch.cuda.device_count()} GPUs",
+            "Leave the device out, or install a CUDA build of torch and the driver",
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,103 @@
+"""Small stand-ins that tests of several parts share: a network, and a data set on disk."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pmm_edge.cli import main
+from pmm_edge.export import Exported, export_onnx
+from pmm_edge.model import Checkpoint, build_model, save_checkpoint
+from pmm_edge.spec import InputSpec, ModelSpec
+
+HEIGHT, WIDTH = 96, 64
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_networks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Threads of a network this small only wait for each other, on a busy machine for seconds."""
+    threads = torch.get_num_threads()
+    if "tiny_checkpoint" in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 PMM of 96×64 whose batch normalisations are no identities, so that folding them shows."""
+    generator = torch.manual_seed(0)
+    network = build_model("pmm", num_classes=4, backbone="resnet18", height=HEIGHT, width=WIDTH)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.2, generator=generator)
+    spec = ModelSpec(
+        architecture="pmm",
+        backbone="resnet18",
+        num_classes=4,
+        input=InputSpec(HEIGHT, WIDTH),
+        embedding_size=1536,
+        stages=network.stages,
+        mix_blocks=network.mix_blocks,
+    )
+    path = tmp_path_factory.mktemp("tiny") / "best.pt"
+    save_checkpoint(path, Checkpoint(spec, network.state_dict()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four people, three cameras, 12 JPEG files in each split, in Market-1501's layout: a colour a person."""
+    root = tmp_path_factory.mktemp("data") / "tiny"
+    random = np.random.default_rng(0)
+    for folder, first_pid in (("bounding_box_train", 1), ("query", 101), ("bounding_box_test", 101)):
+        (root / folder).mkdir(parents=True)
+        for pid in range(first_pid, first_pid + 4):
+            colour = np.random.default_rng(pid).integers(0, 256, 3)
+            for camera in (1, 2, 3):
+                noisy = colour + random.normal(0, 30, (128, 64, 3)) + 10 * camera
+                image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+                image.save(root / folder / f"{pid:04d}_c{camera}s1_{len(folder):06d}_00.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The tiny network, exported with the input form uint8."""
+    return export_onnx(tiny_checkpoint, tmp_path_factory.mktemp("export") / "model.onnx")
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_export: Exported) -> Path:
+    return tiny_export.path
+
+
+class Outcome(NamedTuple):
+    """What a command did."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def pmm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run `pmm` with arguments, as the console script does."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["pmm", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Outcome(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run

@@ -1,0 +1,128 @@
+"""Crops of any kind through every back end: the same people, the same numbers, and clear refusals."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pmm_edge
+from pmm_edge.errors import DataError
+from pmm_edge.runtime import Embedder, embed_files
+from pmm_edge.runtime.embedder import CHUNK
+
+
+@pytest.fixture(scope="module")
+def onnx(tiny_onnx: Path) -> Embedder:
+    return pmm_edge.load(tiny_onnx, "cpu")
+
+
+@pytest.fixture(scope="module")
+def torch(tiny_checkpoint: Path) -> Embedder:
+    return pmm_edge.load(tiny_checkpoint, "cpu")
+
+
+def crops(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
+
+
+def test_embedders_say_what_they_are(onnx: Embedder, torch: Embedder, tiny_onnx: Path) -> None:
+    assert (onnx.backend, onnx.device, onnx.path) == ("onnxruntime", "cpu", tiny_onnx)
+    assert (torch.backend, torch.device) == ("torch", "cpu")
+    assert (onnx.spec.input.form, onnx.spec.input.height, onnx.spec.embedding_size) == ("uint8", 96, 1536)
+
+
+def test_back_ends_agree_on_crops_of_any_size(onnx: Embedder, torch: Embedder) -> None:
+    mixed = crops((96, 64), (200, 80), (31, 17), (1, 1))
+    first, second = onnx.embed(mixed), torch.embed(mixed)
+    assert first.shape == (4, 1536)
+    assert first.dtype == second.dtype == np.float32
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * second.max())
+
+
+def test_a_list_one_array_and_views_are_the_same(onnx: Embedder) -> None:
+    array = np.stack(crops((50, 40), (50, 40)))
+    expected = onnx.embed(list(array))
+    np.testing.assert_array_equal(onnx.embed(array), expected)
+    frame = np.zeros((100, 100, 3), np.uint8)
+    frame[20:70, 30:70] = array[1]
+    np.testing.assert_allclose(onnx.embed([frame[20:70, 30:70]])[0], expected[1], rtol=1e-4, atol=1e-4)
+    bgr = array[..., ::-1].copy()
+    np.testing.assert_array_equal(onnx.embed(bgr[..., ::-1]), expected)
+
+
+def test_no_crops_and_more_than_go_through_at_once(onnx: Embedder) -> None:
+    assert onnx.embed([]).shape == (0, 1536)
+    assert onnx.embed(np.empty((0, 96, 64, 3), np.uint8)).shape == (0, 1536)
+    one = crops((96, 64))
+    many = onnx.embed(one * (CHUNK + 2))
+    assert many.shape == (CHUNK + 2, 1536)
+    np.testing.assert_allclose(many, np.repeat(onnx.embed(one), CHUNK + 2, axis=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("crop", "message"),
+    [
+        (np.zeros((0, 20, 3), np.uint8), r"crop 1 has no pixels.*Leave out boxes"),
+        (np.zeros((20, 10), np.uint8), r"crop 1 is grey.*Repeat"),
+        (np.zeros((20, 10, 1), np.uint8), r"crop 1 is grey"),
+        (np.zeros((20, 10, 4), np.uint8), r"crop 1 has an alpha channel.*:3"),
+        (np.zeros((20, 10, 3), np.float32), r"crop 1 holds float32.*uint8 RGB values of 0 to 255"),
+        (np.zeros((3, 20, 10), np.uint8), r"crop 1 has shape \(3, 20, 10\)"),
+        (Image.new("RGB", (10, 20)), r"crop 1 is a Image, no array"),
+    ],
+)
+def test_crops_that_cannot_be_embedded(crop: object, message: str, onnx: Embedder) -> None:
+    with pytest.raises(DataError, match=message):
+        onnx.embed([*crops((20, 10)), crop])
+
+
+def test_one_bare_crop_is_no_list(onnx: Embedder) -> None:
+    with pytest.raises(DataError, match=r"Pass \[crop\]"):
+        onnx.embed(crops((20, 10))[0])
+
+
+def test_files_come_back_in_their_order(onnx: Embedder, tiny_dataset: Path) -> None:
+    paths = sorted((tiny_dataset / "query").iterdir())
+    expected = onnx.embed([np.asarray(Image.open(path)) for path in paths])
+    heard: list[int] = []
+    actual = embed_files(onnx, paths, batch=5, report=lambda what, done, total, detail="": heard.append(done))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert heard == [0, 5, 10, 12]
+    assert embed_files(onnx, []).shape == (0, 1536)
+
+
+def test_a_truncated_image_is_named(onnx: Embedder, tiny_dataset: Path, tmp_path: Path) -> None:
+    good = next((tiny_dataset / "query").iterdir())
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(good.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"cannot read image .*bad\.jpg"):
+        embed_files(onnx, [good, bad, good])
+
+
+def test_an_edge_box_needs_neither_torch_nor_onnx(tiny_onnx: Path) -> None:
+    script = f"""
+import sys
+for absent in ("torch", "torchvision", "onnx", "onnxscript", "safetensors"):
+    sys.modules[absent] = None
+import numpy as np, pmm_edge
+from pmm_edge.errors import ModelError
+print(pmm_edge.load({str(tiny_onnx)!r}).embed(np.zeros((2, 30, 20, 3), np.uint8)).shape)
+try:
+    pmm_edge.load("best.pt")
+except ModelError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[0] == "(2, 1536)"
+    assert "best.pt needs torch, which is not installed. pip install 'pmm-edge[train]'" in ended.stdout
+
+
+def test_importing_the_runtime_loads_no_engine() -> None:
+    script = "import sys, pmm_edge.runtime; print([name for name in ('torch', 'onnxruntime') if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"

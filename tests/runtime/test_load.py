@@ -1,0 +1,73 @@
+"""Files that do not load: one line that says which and what to do, and nothing of the engine's own log."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+from safetensors.torch import save_file
+
+import pmm_edge
+from pmm_edge.errors import ModelError
+from pmm_edge.export import export_safetensors
+from pmm_edge.spec import METADATA_KEY
+
+
+def refused(path: Path, message: str, device: str | None = "cpu") -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        pmm_edge.load(path, device)
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    refused(tmp_path / "model.onnx", r"model\.onnx does not exist\. Make it with pmm export")
+    refused(tmp_path / "model.safetensors", r"does not exist\. Make it with pmm export --safetensors")
+    refused(tmp_path / "best.pt", r"best\.pt does not exist")
+
+
+def test_kinds_that_do_not_load(tmp_path: Path) -> None:
+    refused(tmp_path / "model.engine", r"TensorRT engine.*Load the \.onnx")
+    refused(tmp_path / "model.tflite", r"of no kind that can be loaded\. Name a \.onnx")
+
+
+def test_truncated_files(
+    tiny_onnx: Path, tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = export_safetensors(tiny_checkpoint, tmp_path / "model.safetensors").path
+    for source in (tiny_onnx, tiny_checkpoint, weights):
+        short = tmp_path / f"short{source.suffix}"
+        short.write_bytes(source.read_bytes()[:100_000])
+        refused(short, "truncated")
+        short.write_bytes(b"")
+        refused(short, "truncated|carries no pmm-edge spec")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_without_our_metadata(tiny_onnx: Path, tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    refused(tmp_path / "bare.onnx", r"bare\.onnx carries no pmm-edge spec.*Export it again")
+    save_file({}, tmp_path / "bare.safetensors")
+    refused(tmp_path / "bare.safetensors", "carries no pmm-edge spec")
+
+
+def test_weights_that_are_not_those_of_the_spec(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spec = pmm_edge.load(tiny_checkpoint, "cpu").spec
+    save_file({}, tmp_path / "empty.safetensors", metadata={METADATA_KEY: spec.to_json()})
+    refused(tmp_path / "empty.safetensors", "are not those of its spec")
+
+
+def test_a_graph_that_is_not_what_its_spec_says(tiny_onnx: Path, tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    (metadata,) = model.metadata_props
+    metadata.value = metadata.value.replace('"height": 96', '"height": 192')
+    onnx.save(model, tmp_path / "other.onnx")
+    refused(tmp_path / "other.onnx", "is not what its spec says")
+
+
+def test_devices(tiny_onnx: Path, tiny_checkpoint: Path) -> None:
+    for path in (tiny_onnx, tiny_checkpoint):
+        refused(path, "device 'tpu' is unknown. Choose cpu, cuda", device="tpu")
+        refused(path, "device cuda:97 cannot be used", device="cuda:97")
+        assert pmm_edge.load(path, "cpu").device == "cpu"
