@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,9 @@ from rich.table import Table
 
 from pmm_edge.progress import Report
 
-out = Console(highlight=False)
+_PIPED_WIDTH = None if sys.stdout.isatty() else 160  # nothing is cut in a file or a log
+
+out = Console(highlight=False, width=_PIPED_WIDTH)
 """Results: what a user may pipe into a file."""
 err = Console(stderr=True, highlight=False)
 """Progress, notes and errors."""

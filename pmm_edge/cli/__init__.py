@@ -1,0 +1,64 @@
+"""The command line. Each command parses, calls one function and renders what it returns."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pmm_edge import __version__
+from pmm_edge.cli.bench import bench
+from pmm_edge.cli.eval import evaluate
+from pmm_edge.cli.export import export
+from pmm_edge.cli.render import err
+from pmm_edge.cli.synth import synth
+from pmm_edge.cli.train import train
+from pmm_edge.errors import PmmError
+
+app = typer.Typer(
+    name="pmm",
+    help="Train person re-identification networks, export them for edge devices, and prove that the export retrieves"
+    " the same people.\n\n"
+    "The journey is [bold]pmm train[/], [bold]pmm export[/], [bold]pmm bench[/]. Each does the sensible thing without"
+    " arguments: it goes on from what the one before it made.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pmm-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+app.command()(train)
+app.command()(export)
+app.command()(bench)
+app.command("eval")(evaluate)
+app.command()(synth)
+
+
+def main() -> None:
+    """Run `pmm`. A user's error is one line on standard error, a traceback only with `--debug`."""
+    try:
+        app()
+    except PmmError as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, emoji=False)
+        sys.exit(error.exit_code)

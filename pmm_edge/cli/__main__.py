@@ -1,0 +1,3 @@
+from pmm_edge.cli import main
+
+main()
