@@ -1,8 +1,9 @@
 """Time of one training step of PMM, beside one with textbook Grad-CAM, in one run.
 
 The textbook step sends the true-class logits back through the whole network, twice, to read the gradient at the
-map (with `retain_graph`, as Grad-CAM is usually written), and ranks and mixes blocks sample by sample. The step
-without mixing does the same work but for Grad-CAM, ranking and mixing: what it saves is mixing's share.
+map (with `retain_graph`, as Grad-CAM is usually written), and ranks and mixes blocks sample by sample. Mixing alone
+is Grad-CAM, ranking and mixing of both stages on maps of the step's size, forward and backward. The floor is the
+step's floating-point operations at the rate of a large matrix product, measured in the same run.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --dtype bf16 --batch 16
@@ -21,13 +22,18 @@ from machine import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pmm_edge.model import PMM, StageOutput
-from pmm_edge.model.mixing import draw_negatives
+from pmm_edge.model.backbone import map_size
+from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, top_blocks
 from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.trainer.config import PRESETS
 from pmm_edge.trainer.device import choose_device
 from pmm_edge.trainer.step import prepare, train_step
+
+PRODUCT_SIDE = 2048
+PRODUCT_OPERATIONS = 2 * PRODUCT_SIDE**3
 
 
 class TextbookPMM(PMM):
@@ -70,16 +76,6 @@ class TextbookPMM(PMM):
         return keep * features + (1 - keep) * features[negatives]
 
 
-class UnmixedPMM(PMM):
-    """PMM whose stages II and III see the map as it is."""
-
-    def _train_stages(self, features, pids, negatives, generator):
-        unmixed = self.bottleneck(features)
-        stage1 = StageOutput(*self.stage1(average_pool(features)))
-        stage2 = StageOutput(*self.stage2(max_pool(unmixed)))
-        return stage1, stage2, StageOutput(*self.stage3(max_pool(unmixed)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnet50")
@@ -93,23 +89,31 @@ def main() -> None:
 
     device = choose_device(options.device)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    networks = {"pmm train": PMM, "textbook Grad-CAM": TextbookPMM, "without mixing": UnmixedPMM}
-    steps = {name: _step(network, options, device, dtype) for name, network in networks.items()}
+    operations = _operations(options)
+    steps = {
+        "pmm train": _step(PMM, options, device, dtype),
+        "textbook Grad-CAM": _step(TextbookPMM, options, device, dtype),
+        "mixing alone": _mixing(options, device, dtype),
+        "floor": _matrix_product(device, dtype),
+    }
     # Taken in turns, so that drift of the machine hits all alike; the first round warms up.
     rounds = [{name: _seconds(step, device) for name, step in steps.items()} for _ in range(options.repeat + 1)][1:]
+    for taken in rounds:
+        taken["floor"] *= operations / PRODUCT_OPERATIONS
 
     console = Console()
     console.print(machine("torch"), soft_wrap=True)
     work = f"{options.backbone} {options.height}x{options.width}, batch {options.batch}, {options.dtype} on {device}"
-    table = Table("step", "seconds", "lowest", "images/s", "ratio to pmm train", title=work, title_justify="left")
+    table = Table("", "seconds", "lowest", "ratio to pmm train", title=work, title_justify="left")
     for name in steps:
         times = [taken[name] for taken in rounds]
         ratio = median(taken[name] / taken["pmm train"] for taken in rounds)
-        speed = options.batch / median(times)
-        table.add_row(name, f"{median(times):.3f}", f"{min(times):.3f}", f"{speed:.1f}", f"{ratio:.3f}")
+        table.add_row(name, f"{median(times):.3f}", f"{min(times):.3f}", f"{ratio:.3f}")
     console.print(table)
-    share = median(1 - taken["without mixing"] / taken["pmm train"] for taken in rounds)
-    console.print(f"mixing's share of a step: {100 * share:.1f} % (median of {options.repeat} rounds)")
+    rate = operations / median(taken["floor"] for taken in rounds)
+    console.print(
+        f"floor: {operations / 1e9:.0f} GFLOP a step at {rate / 1e9:.0f} GFLOP/s; medians of {options.repeat}"
+    )
 
 
 def _step(network: type[PMM], options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:
@@ -119,6 +123,45 @@ def _step(network: type[PMM], options: argparse.Namespace, device: torch.device,
     pids = (torch.arange(options.batch) // 4).to(device)
     generator = torch.Generator(device).manual_seed(0)
     return lambda: train_step(trainee, crops, pids, 64, generator)
+
+
+def _mixing(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:
+    network = PMM(751, options.backbone).to(device)
+    shape = (options.batch, network.backbone.channels, *map_size(options.height, options.width))
+    features = torch.rand(shape, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    pids = (torch.arange(options.batch) // 4).to(device)
+    pooled = [pool(features).detach().float().requires_grad_() for pool in (average_pool, max_pool)]
+    logits = [head(vector)[1] for head, vector in zip((network.stage1, network.stage2), pooled, strict=True)]
+
+    def run() -> tuple[Tensor, None]:
+        for vector, scores in zip(pooled, logits, strict=True):
+            cam = grad_cam(features, vector, scores, pids)
+            replaced = top_blocks(cam, network.block_size, network.mix_blocks)
+            mix(features, draw_negatives(pids), replaced).backward(features.detach())
+        return cam.sum(), None
+
+    return run
+
+
+def _matrix_product(device: torch.device, dtype: torch.dtype) -> Callable:
+    left, right = (torch.rand(PRODUCT_SIDE, PRODUCT_SIDE, device=device, dtype=dtype) for _ in range(2))
+    return lambda: ((left @ right)[0, 0], None)
+
+
+def _operations(options: argparse.Namespace) -> float:
+    """Floating-point operations of a step: those of two images on the meta device, scaled."""
+    with torch.device("meta"):
+        network = PMM(751, options.backbone)
+        images = torch.empty(2, 3, options.height, options.width)
+    # Convolutions and matrix products count; mixing has none, so one stage's loss on each head stands for the step.
+    with FlopCounterMode(display=False) as counter:
+        features = network.backbone(images)
+        maximum = max_pool(network.bottleneck(features))
+        heads = zip(
+            (network.stage1, network.stage2, network.stage3), (average_pool(features), maximum, maximum), strict=True
+        )
+        torch.stack([head(vector)[1].sum() for head, vector in heads]).sum().backward()
+    return counter.get_total_flops() * options.batch / 2
 
 
 def _seconds(step: Callable, device: torch.device) -> float:
