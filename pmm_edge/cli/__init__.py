@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from pmm_edge import __version__
 from pmm_edge.cli.bench import bench
+from pmm_edge.cli.data import data
 from pmm_edge.cli.eval import evaluate
 from pmm_edge.cli.export import export
 from pmm_edge.cli.render import err
@@ -51,6 +52,7 @@ app.command()(export)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(synth)
+app.command()(data)
 
 
 def main() -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pmm_edge.data.layouts import ANY_MARKET, Record, find
 from pmm_edge.errors import DataError
 
 JUNK_PID = -1
 """Boxes that show nobody in particular; they count neither as right nor as wrong."""
 DISTRACTOR_PID = 0
 """Boxes of nobody in the query set; they stay in the gallery as wrong answers."""
-
-_MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+)")
-_MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
 
 @dataclass(frozen=True)
@@ -46,63 +44,78 @@ class ReidDataset:
     """Training images, and the queries and gallery of other identities that a network is judged by."""
 
     name: str
+    """That of the layout where the set is a known one, otherwise that of its folder."""
     root: Path
     train: Split
     query: Split
     gallery: Split
+    layout: str = ANY_MARKET
+    """One of `pmm_edge.data.layouts.LAYOUTS`."""
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The three splits by name."""
+        return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
 
-def scan(root: Path) -> ReidDataset:
-    """Read the folders and file names of a data set in Market-1501's layout; no image is opened.
+def scan(root: Path, layout: str | None = None) -> ReidDataset:
+    """Read a data set that can train and judge a network; no image is opened.
+
+    Args:
+        root: the data set's folder: Market-1501, DukeMTMC-reID, CUHK03-NP, MSMT17, or any in Market-1501's layout.
+        layout: one of `pmm_edge.data.layouts.LAYOUTS`; recognised by itself where it is not given.
 
     Raises:
         DataError: a folder is missing or empty, a name does not parse, or the splits cannot train or judge.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder", "Name the folder that holds bounding_box_train/, or run pmm synth")
-    missing = [folder for folder in _MARKET_FOLDERS.values() if not (root / folder).is_dir()]
-    if missing:
-        inner = [child for child in sorted(root.iterdir()) if (child / _MARKET_FOLDERS["train"]).is_dir()]
-        raise DataError(
-            f"{root} has no folder {', '.join(missing)}: it is not in the layout of Market-1501",
-            f"Did you mean {inner[0]}?" if inner else f"It must hold {', '.join(_MARKET_FOLDERS.values())}",
-        )
-    splits = {split: _scan_folder(root / folder) for split, folder in _MARKET_FOLDERS.items()}
-    return _checked(ReidDataset(root.name, root, **splits))
+    dataset = read(root, layout)
+    for problem in problems(dataset):
+        raise problem
+    return dataset
 
 
-def _scan_folder(folder: Path) -> Split:
-    # Market-1501 itself ships Thumbs.db files: what is no image is passed over.
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not paths:
-        raise DataError(f"{folder} holds no images", "Fetch or unpack the data set again")
-    labels = [_parse(path) for path in paths]
-    pids, camids = np.array(labels, dtype=np.int64).T
-    return Split(paths, pids, camids)
+def read(root: Path, layout: str | None = None) -> ReidDataset:
+    """Read a data set as `scan` does, whether or not its splits can train and judge.
+
+    Raises:
+        DataError: a folder is missing or empty, or a name does not parse.
+    """
+    try:
+        found = find(root, layout)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or root}: {error.strerror}", "Check its permissions") from error
+    name = found.root.name if found.layout == ANY_MARKET else found.layout
+    train, query, gallery = map(_split, found.files)
+    return ReidDataset(name, found.root, train, query, gallery, found.layout)
 
 
-def _parse(path: Path) -> tuple[int, int]:
-    match = _MARKET_NAME.match(path.name)
-    if match is None:
-        raise DataError(
-            f"the name of {path} does not say who it shows and which camera took it",
-            "Name files IDENTITY_cCAMERA..., such as 0002_c1s1_000451_03.jpg, or remove this one",
-        )
-    return int(match[1]), int(match[2])
-
-
-def _checked(dataset: ReidDataset) -> ReidDataset:
-    train, query, gallery = dataset.train, dataset.query, dataset.gallery
+def problems(dataset: ReidDataset) -> list[DataError]:
+    """Why the splits cannot train a network or judge one; empty where they can."""
+    train, query, gallery, root = dataset.train, dataset.query, dataset.gallery, dataset.root
+    found = []
     if train.identities < 2:
-        raise DataError(f"{train.paths[0].parent} shows {train.identities} identity", "Training needs two or more")
+        word = "identity" if train.identities == 1 else "identities"
+        found.append(
+            DataError(f"the training set of {root} shows {train.identities} {word}", "Training needs two or more")
+        )
     if len(np.unique(np.concatenate([query.camids, gallery.camids]))) < 2:
-        raise DataError(
-            f"the query and gallery of {dataset.root} come from one camera",
-            "Re-identification is judged across cameras: two or more are needed",
+        found.append(
+            DataError(
+                f"the query and gallery of {root} come from one camera",
+                "Re-identification is judged across cameras: two or more are needed",
+            )
         )
     if not np.isin(query.pids, gallery.pids).any():
-        raise DataError(
-            f"no identity in {query.paths[0].parent} is in {gallery.paths[0].parent}",
-            "Query and gallery must show the same people; put their images back together",
+        found.append(
+            DataError(
+                f"no identity in {root}'s query is in its gallery",
+                "Query and gallery must show the same people; put their images back together",
+            )
         )
-    return dataset
+    return found
+
+
+def _split(records: Sequence[Record]) -> Split:
+    pids = np.array([record.pid for record in records], dtype=np.int64)
+    camids = np.array([record.camid for record in records], dtype=np.int64)
+    return Split([record.path for record in records], pids, camids)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pmm_edge.data.dataset import scan
+from pmm_edge.data.dataset import DISTRACTOR_PID, JUNK_PID, read, scan
 from pmm_edge.errors import DataError
 
 NAMES = {
@@ -11,6 +11,7 @@ NAMES = {
         "-1_c2s1_000001_00.jpg",
         "0000_c1s1_000002_00.jpg",
         "0003_c2s1_000300_00.jpg",
+        "._0003_c2s1_000300_00.jpg",
         "Thumbs.db",
     ],
 }
@@ -19,18 +20,19 @@ NAMES = {
 @pytest.fixture
 def market(tmp_path):
     for folder, names in NAMES.items():
-        (tmp_path / folder).mkdir()
+        (tmp_path / "mine" / folder).mkdir(parents=True)
         for name in names:
-            (tmp_path / folder / name).touch()
-    return tmp_path
+            (tmp_path / "mine" / folder / name).touch()
+    return tmp_path / "mine"
 
 
 def test_names_are_read_as_market1501_writes_them(market):
     dataset = scan(market)
     assert dataset.train.pids.tolist() == [2, 2, 7] and dataset.train.camids.tolist() == [1, 2, 1]
-    assert sorted(dataset.gallery.pids.tolist()) == [-1, 0, 3]
+    assert sorted(dataset.gallery.pids.tolist()) == [JUNK_PID, DISTRACTOR_PID, 3] == [-1, 0, 3]
     assert dataset.gallery.identities == 1 and dataset.gallery.cameras == 2
     assert dataset.query.pids.dtype == np.int64
+    assert (dataset.name, dataset.layout) == ("mine", "market layout")
 
 
 def break_it(market, how):
@@ -44,6 +46,8 @@ def break_it(market, how):
             (market / "query" / NAMES["query"][0]).unlink()
         case "name":
             (market / "query" / "anna.jpg").touch()
+        case "endless number":
+            (market / "query" / f"{'9' * 30}_c1.jpg").touch()
         case "one identity":
             (market / "bounding_box_train" / "0007_c1s1_000100_01.jpg").unlink()
         case "one camera":
@@ -61,6 +65,7 @@ def break_it(market, how):
         ("no query", "has no folder query: it is not in the layout of Market-1501"),
         ("empty", "query holds no images"),
         ("name", "anna.jpg does not say who it shows"),
+        ("endless number", "_c1.jpg does not say who it shows"),
         ("one identity", "shows 1 identity"),
         ("one camera", "come from one camera"),
         ("others", "no identity in .*query is in"),
@@ -71,6 +76,16 @@ def test_a_folder_that_cannot_be_used_says_why(market, how, message):
         scan(break_it(market, how))
 
 
+@pytest.mark.parametrize("how", ["one identity", "one camera", "others"])
+def test_what_cannot_train_or_judge_can_still_be_looked_at(market, how):
+    assert len(read(break_it(market, how)).query) == 1
+
+
 def test_a_folder_one_level_too_high_is_pointed_out(market):
     with pytest.raises(DataError, match=f"Did you mean {market}"):
         scan(market.parent)
+
+
+def test_a_folder_one_level_too_low_is_pointed_out(market):
+    with pytest.raises(DataError, match=f"Did you mean {market}\\?"):
+        scan(market / "bounding_box_train")
