@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 
 import torch
@@ -27,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pmm_edge.model import PMM, StageOutput
 from pmm_edge.model.backbone import map_size
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, top_blocks
-from pmm_edge.model.network import average_pool, max_pool
-from pmm_edge.trainer.config import PRESETS
+from pmm_edge.model.pooling import average_pool, max_pool
 from pmm_edge.trainer.device import choose_device
-from pmm_edge.trainer.step import prepare, train_step
+from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.step import Shard, prepare, train_step
 
 PRODUCT_SIDE = 2048
 PRODUCT_OPERATIONS = 2 * PRODUCT_SIDE**3
@@ -39,7 +38,7 @@ PRODUCT_OPERATIONS = 2 * PRODUCT_SIDE**3
 class TextbookPMM(PMM):
     """PMM with Grad-CAM as it is usually written: full backward passes, loops over samples."""
 
-    def _train_stages(self, features, pids, negatives, generator):
+    def train_stages(self, features, pids, negatives, generator):
         features.retain_grad()
         unmixed = self.bottleneck(features)
         embedding, logits = self.stage1(average_pool(features))
@@ -118,11 +117,10 @@ def main() -> None:
 
 def _step(network: type[PMM], options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:
     torch.manual_seed(0)
-    trainee = prepare(network(751, options.backbone), replace(PRESETS["market1501"]), device, dtype)
+    trainee = prepare(network(751, options.backbone), PRESETS["market1501"], device, dtype)
     crops = torch.randint(0, 256, (options.batch, options.height, options.width, 3), dtype=torch.uint8).to(device)
     pids = (torch.arange(options.batch) // 4).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda: train_step(trainee, crops, pids, 64, generator)
+    return lambda: train_step(trainee, [Shard(crops, pids, seed=0)], PRESETS["market1501"])
 
 
 def _mixing(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:

@@ -18,6 +18,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 InputForm = Literal["uint8", "raw", "normalized"]
+Method = Literal["pmm", "bdb", "baseline"]
+Mix = Literal["a-hard-mix", "dropblock", "cutout", "cutmix", "a-cutmix", "none"]
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,19 @@ class RetrievalFigures:
 class ModelSpec:
     """The contract that travels with every artefact of a trained network."""
 
-    architecture: str
+    architecture: Method
     backbone: str
     num_classes: int
     input: InputSpec
     embedding_size: int
     stages: dict[str, tuple[int, int]]
     """The slice [start, stop) of the embedding that each stage fills."""
-    mix_blocks: int
+    mix_blocks: int | None = None
     """K, the blocks that mixing replaces in training (paper section 2.2)."""
     block_size: tuple[int, int] = (3, 2)
     """Height and width of a block on the map."""
+    mix: Mix = "a-hard-mix"
+    """What stages II and III were trained on."""
     distance: str = "euclidean"
     dataset: str | None = None
     retrieval: RetrievalFigures | None = None

@@ -64,3 +64,12 @@ def main() -> None:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, emoji=False)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if "--debug" in sys.argv or (error.name or "").startswith("pmm_edge"):
+            raise
+        err.print(
+            f"[bold red]error:[/] this command needs {error.name}, which is not installed."
+            " Training and export need the extra: pip install 'pmm-edge\\[train]'",
+            soft_wrap=True,
+        )
+        sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,37 +18,68 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C stopped."""
+METHOD, COURSE, MACHINE = "Method", "Course of the training", "Machine"
+
+
+def _option(text: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
 def train(
     data: Annotated[
-        Path | None,
-        typer.Argument(help="Data set folder in Market-1501's layout. Without it: the synthetic set, made once."),
+        Path | None, typer.Argument(help="Data set folder (pmm data says what it is). Without it: the synthetic set.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="market1501 (the paper's setting) or quick (minutes on a CPU). ")
+        str | None,
+        typer.Option(
+            help="market1501, dukemtmc-reid, cuhk03-detected, cuhk03-labeled (the paper's settings), quick (minutes"
+            " on a CPU; the default) or edge (a small network for a small board)."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="resnet18, resnet34, resnet50 or resnet101.")] = None,
-    backbone_weights: Annotated[str | None, typer.Option(help="imagenet, none, or a torchvision file.")] = None,
-    height: Annotated[int | None, typer.Option(help="Input height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Input width in pixels.")] = None,
-    mix_blocks: Annotated[int | None, typer.Option(help="K, the blocks of the map that mixing replaces.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="The learning rate's schedule is scaled to them.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images in a batch, 4 of each identity.")] = None,
-    erase_size: Annotated[int | None, typer.Option(help="Side in pixels of the erased square; 0: none.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Epochs between two evaluations.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, batches, augmentation and mixing.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
+    layout: Annotated[str | None, typer.Option(help="The data set's layout, where it is not recognised.")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Run folder, else runs/<time>-<preset>.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this interrupted run; its own settings and data hold.")
     ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the settings as TOML, no training.")
-    ] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the settings as TOML.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    method: Annotated[str | None, _option("pmm, bdb or baseline.", METHOD)] = None,
+    mix: Annotated[
+        str | None,
+        _option("For PMM: a-hard-mix, dropblock, cutout, cutmix, a-cutmix or none.", METHOD),
+    ] = None,
+    mix_blocks: Annotated[int | None, _option("K, the blocks of the map that mixing replaces.", METHOD)] = None,
+    mix_block_size: Annotated[str | None, _option("Height x width of a block on the map, such as 3x2.", METHOD)] = None,
+    backbone: Annotated[str | None, _option("resnet18, resnet34, resnet50 or resnet101.", METHOD)] = None,
+    backbone_weights: Annotated[str | None, _option("imagenet, none, or a torchvision file.", METHOD)] = None,
+    init_from: Annotated[
+        str | None, _option("Start from what fits of a checkpoint, ours or the paper's authors'.", METHOD)
+    ] = None,
+    height: Annotated[int | None, _option("Input height in pixels.", METHOD)] = None,
+    width: Annotated[int | None, _option("Input width in pixels.", METHOD)] = None,
+    epochs: Annotated[int | None, _option("The learning rate's schedule is scaled to them.", COURSE)] = None,
+    batch: Annotated[int | None, _option("Images of an update, 4 of each identity.", COURSE)] = None,
+    accumulate: Annotated[int | None, _option("Parts that a batch is taken in, where memory is short.", COURSE)] = None,
+    erase_size: Annotated[int | None, _option("Side in pixels of the erased square; 0: none.", COURSE)] = None,
+    weight_decay: Annotated[float | None, _option("Of Adam.", COURSE)] = None,
+    clip_norm: Annotated[float | None, _option("Largest norm of the gradient; 0: no clipping.", COURSE)] = None,
+    ema: Annotated[float | None, _option("Decay of a moving average of the weights, such as 0.999.", COURSE)] = None,
+    patience: Annotated[int | None, _option("Stop after so many evaluations without a better mAP.", COURSE)] = None,
+    evaluate_every: Annotated[int | None, _option("Epochs between two evaluations.", COURSE)] = None,
+    seed: Annotated[int | None, _option("Of weights, batches, augmentation and mixing.", COURSE)] = None,
+    device: Annotated[str | None, _option("auto, cpu, cuda or cuda:N.", MACHINE)] = None,
+    precision: Annotated[str | None, _option("auto, fp32, bf16 or fp16.", MACHINE)] = None,
+    compile_backbone: Annotated[
+        bool | None, _option("Compile the backbone with torch.compile.", MACHINE, "--compile")
+    ] = None,
+    deterministic: Annotated[bool | None, _option("The same bits every time.", MACHINE, "--deterministic")] = None,
+    sync_batch_norm: Annotated[
+        bool | None, _option("Batch norm over all processes of torchrun.", MACHINE, "--sync-batch-norm")
+    ] = None,
+    cache_gib: Annotated[float | None, _option("Memory for decoded images.", MACHINE)] = None,
+    max_bad_images: Annotated[int | None, _option("Unreadable images that are passed over.", MACHINE)] = None,
+    keep: Annotated[int | None, _option("Checkpoints of the last epochs that are kept.", MACHINE)] = None,
 ) -> None:
     """Train PMM: a ResNet and three heads, each forced to find what the one before it missed.
 
@@ -59,43 +91,60 @@ def train(
     [dim]pmm train /data/Market-1501 --preset market1501[/]  the paper's training
 
     [dim]pmm train --resume runs/20261122-174200-quick[/]
+
+    [dim]torchrun --nproc-per-node 4 -m pmm_edge.cli train /data/Market-1501 --preset market1501[/]
     """
     flags = {
+        "method": method,
+        "mix": mix,
+        "mix_blocks": mix_blocks,
+        "mix_block_size": mix_block_size,
         "backbone": backbone,
         "backbone_weights": backbone_weights,
+        "init_from": init_from,
         "height": height,
         "width": width,
-        "mix_blocks": mix_blocks,
         "epochs": epochs,
         "batch": batch,
+        "accumulate": accumulate,
         "erase_size": erase_size,
+        "weight_decay": weight_decay,
+        "clip_norm": clip_norm,
+        "ema": ema,
+        "patience": patience,
         "evaluate_every": evaluate_every,
         "seed": seed,
         "device": device,
         "precision": precision,
+        "compile": compile_backbone,
+        "deterministic": deterministic,
+        "sync_batch_norm": sync_batch_norm,
+        "cache_gib": cache_gib,
+        "max_bad_images": max_bad_images,
+        "keep": keep,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     if resume:
-        _refuse_with_resume(given, data, preset, config, out_folder)
-    from pmm_edge.trainer import config as configs
+        _refuse_with_resume(given, data, preset, config, layout, out_folder)
+    note("[dim]loading torch[/]")
+    from pmm_edge.trainer import loop, presets
 
     if not resume:
         if preset and config:
             raise PmmError("--preset and --config are both given", "The file can name its preset; give one of them")
-        chosen = configs.read_config(config) if config else configs.preset(preset or "quick")
-        chosen = configs.overridden(chosen, given)
+        chosen = presets.read_config(config) if config else presets.preset(preset or "quick")
+        chosen = presets.resolved(chosen, given)
         if print_config:
             out.print(chosen.to_toml(), end="", markup=False)
             return
-    note("[dim]loading torch[/]")
-    from pmm_edge.trainer import loop
-
     with progress() as report:
         if resume:
-            result = loop.resume(resume, report=report)
+            result = loop.resume(resume, report=report, warn=note)
         else:
-            result = loop.train(chosen, data or _synthetic(report), out=out_folder, report=report)
-    _show(result, as_json)
+            data = data or _synthetic(report)
+            result = loop.train(chosen, data, layout=layout, out=out_folder, report=report, warn=note)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        _show(result, as_json)
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
 

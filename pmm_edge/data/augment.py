@@ -18,7 +18,9 @@ def normalize(crops: Tensor) -> Tensor:
     return ((crops.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def augment(crops: Tensor, erase_size: int, generator: torch.Generator) -> Tensor:
+def augment(
+    crops: Tensor, erase_size: int, generator: torch.Generator, erase_probability: float = ERASE_PROBABILITY
+) -> Tensor:
     """Flip, normalise and erase, each sample by its own draw (design of the paper's training, section 3.1).
 
     Args:
@@ -32,7 +34,7 @@ def augment(crops: Tensor, erase_size: int, generator: torch.Generator) -> Tenso
     draws = torch.rand(4, len(crops), device=crops.device, generator=generator)
     flipped = draws[0] < FLIP_PROBABILITY
     images = normalize(torch.where(flipped[:, None, None, None], crops.flip(2), crops))
-    return _erase(images, draws[1] < ERASE_PROBABILITY, draws[2], draws[3], erase_size)
+    return _erase(images, draws[1] < erase_probability, draws[2], draws[3], erase_size)
 
 
 def _erase(images: Tensor, chosen: Tensor, row_draw: Tensor, column_draw: Tensor, size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 
 CACHE_BYTES = 8 << 30
@@ -26,14 +27,23 @@ class Crops:
         paths: image files.
         height, width: network size in pixels.
         cache_bytes: images beyond this much memory are decoded each time they are asked for.
+        instead_of: names the image to take for one that cannot be read, or raises; None raises always.
     """
 
-    def __init__(self, paths: Sequence[Path], height: int, width: int, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        height: int,
+        width: int,
+        cache_bytes: int = CACHE_BYTES,
+        instead_of: Callable[[int, DataError], int] | None = None,
+    ) -> None:
         self.paths = paths
         self.height, self.width = height, width
         kept = min(len(paths), cache_bytes // (height * width * 3))
         self._kept = np.empty((kept, height, width, 3), dtype=np.uint8)
         self._decoded = np.zeros(kept, dtype=bool)
+        self._instead_of = instead_of
         self._pool = ThreadPoolExecutor(max_workers=cpu_count() or 1, thread_name_prefix="decode")
 
     def __len__(self) -> int:
@@ -45,6 +55,8 @@ class Crops:
         Raises:
             DataError: an image cannot be read.
         """
+        if indices.max(initial=-1) < len(self._kept) and self._decoded[indices].all():
+            return self._kept[indices]
         return np.stack(list(self._pool.map(self._crop, indices.tolist())))
 
     def prefetched(self, batches: Sequence[NDArray[np.int64]], ahead: int = 2) -> Generator[NDArray[np.uint8]]:
@@ -63,9 +75,15 @@ class Crops:
                     future.cancel()
 
     def _crop(self, index: int) -> NDArray[np.uint8]:
-        if index >= len(self._kept):
-            return read_crop(self.paths[index], self.height, self.width)
-        if not self._decoded[index]:
-            self._kept[index] = read_crop(self.paths[index], self.height, self.width)
+        if index < len(self._kept) and self._decoded[index]:
+            return self._kept[index]
+        try:
+            crop = read_crop(self.paths[index], self.height, self.width)
+        except DataError as error:
+            if self._instead_of is None:
+                raise
+            return self._crop(self._instead_of(index, error))
+        if index < len(self._kept):
+            self._kept[index] = crop
             self._decoded[index] = True
-        return self._kept[index]
+        return crop

@@ -10,40 +10,45 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from pmm_edge.model.network import PMM, Head
+from pmm_edge.model.network import Head, ReidNetwork
 from pmm_edge.runtime.torch_backend import Preprocess
 from pmm_edge.spec import InputSpec
 
 
-class StrippedPMM(nn.Module):
-    """PMM without classifiers and mixing. Forward: (N, 3, H, W) normalised -> (N, 1536).
+class Stripped(nn.Module):
+    """A network without classifiers and mixing. Forward: (N, 3, H, W) normalised -> (N, D).
 
-    Batch normalisation is folded into the layers before it. Stages II and III read one max-pooled vector when
-    nothing is mixed, so their two layers are one 2048->1024.
+    Batch normalisation is folded into the layers before it. Heads that read one pooled vector are one layer: when
+    nothing is mixed, PMM's stages II and III are one 2048->1024.
     """
 
-    def __init__(self, network: PMM) -> None:
+    def __init__(self, network: ReidNetwork) -> None:
         super().__init__()
         network = copy.deepcopy(network).eval()
         self.backbone = fold_batch_norm(network.backbone)
-        self.bottleneck = fold_batch_norm(network.bottleneck)
-        self.stage1 = _reduction(network.stage1)
-        self.stages23 = _side_by_side(_reduction(network.stage2), _reduction(network.stage3))
+        self.average = _side_by_side(network.average_heads)
+        self.maximum: nn.Linear | None = None
+        if network.max_heads:
+            self.bottleneck = fold_batch_norm(network.bottleneck)
+            self.maximum = _side_by_side(network.max_heads)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
         # Plain reductions export as one node each; torch's adaptive pooling brings shape arithmetic with it.
-        average, maximum = features.mean(dim=(2, 3)), self.bottleneck(features).amax(dim=(2, 3))
-        return torch.cat([F.relu(self.stage1(average)), F.relu(self.stages23(maximum))], dim=1)
+        average = F.relu(self.average(features.mean(dim=(2, 3))))
+        if self.maximum is None:
+            return average
+        maximum = F.relu(self.maximum(self.bottleneck(features).amax(dim=(2, 3))))
+        return torch.cat([average, maximum], dim=1)
 
 
-def inference_network(network: PMM, spec: InputSpec) -> nn.Module:
+def inference_network(network: ReidNetwork, spec: InputSpec) -> nn.Module:
     """The network to deploy, from the spec's input form to embeddings; the trained one is left as it is.
 
     The normalisation of the forms `uint8` and `raw` stays a scale and a shift of its own: folded into the first
     convolution it would be wrong at the border, where zeros are padded after it.
     """
-    return nn.Sequential(Preprocess(spec), StrippedPMM(network)).eval()
+    return nn.Sequential(Preprocess(spec), Stripped(network)).eval()
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
@@ -57,13 +62,12 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _reduction(head: Head) -> nn.Linear:
-    return fuse_linear_bn_eval(head.linear, head.bn)
-
-
-def _side_by_side(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """One layer that gives both layers' outputs, one behind the other."""
-    both = nn.Linear(first.in_features, first.out_features + second.out_features)
-    both.weight = nn.Parameter(torch.cat([first.weight, second.weight]))
-    both.bias = nn.Parameter(torch.cat([first.bias, second.bias]))
-    return both
+def _side_by_side(heads: list[Head]) -> nn.Linear:
+    """The heads' reductions, batch normalisation folded, as one layer that gives their outputs one behind another."""
+    layers = [fuse_linear_bn_eval(head.linear, head.bn) for head in heads]
+    if len(layers) == 1:
+        return layers[0]
+    together = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers))
+    together.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]))
+    together.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]))
+    return together

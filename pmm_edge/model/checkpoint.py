@@ -1,7 +1,8 @@
-"""Our checkpoints: a network's weights and its spec in one file, read as data, never as code."""
+"""Checkpoint files: ours, a network's weights and its spec in one; and the authors'. Read as data, never as code."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from pmm_edge.errors import ModelError
 from pmm_edge.files import written_whole
-from pmm_edge.model.network import PMM, build_model
+from pmm_edge.model.build import build_model
+from pmm_edge.model.network import PMM, ReidNetwork
+from pmm_edge.model.released import load_released, released_tensors, translated
 from pmm_edge.spec import ModelSpec
 
 _FORMAT = "pmm-edge checkpoint 1"
@@ -37,14 +40,14 @@ class Checkpoint:
     weights: dict[str, Tensor]
     training: dict[str, Any] = field(default_factory=dict)
 
-    def network(self) -> PMM:
+    def network(self) -> ReidNetwork:
         """Build the network and load the weights; evaluation mode."""
         model = network_of(self.spec)
         model.load_state_dict(self.weights)
         return model.eval()
 
 
-def network_of(spec: ModelSpec) -> PMM:
+def network_of(spec: ModelSpec) -> ReidNetwork:
     """The network that a spec describes, its weights not yet loaded."""
     return build_model(
         spec.architecture,
@@ -52,6 +55,7 @@ def network_of(spec: ModelSpec) -> PMM:
         backbone=spec.backbone,
         height=spec.input.height,
         width=spec.input.width,
+        mix=spec.mix,
         mix_blocks=spec.mix_blocks,
         block_size=spec.block_size,
     )
@@ -87,6 +91,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
             " pmm_edge.load_released_checkpoint",
         )
     return Checkpoint(ModelSpec.from_json(content["spec"]), content["weights"], content["training"])
+
+
+def load_released_checkpoint(model: PMM, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> PMM:
+    """Load the authors' `.pth.tar` layout into a ResNet-50 PMM with as many classes.
+
+    Args:
+        model: changed in place, and returned.
+        path_or_state_dict: a file, or its `state_dict`; names may carry DataParallel's `module.`.
+
+    Raises:
+        ModelError: the file cannot be read, or its tensors are not those of this network.
+    """
+    if isinstance(path_or_state_dict, Mapping):
+        return load_released(model, path_or_state_dict)
+    path = Path(path_or_state_dict)
+    return load_released(model, released_tensors(read_torch_file(path), path))
+
+
+def any_weights(path: Path) -> dict[str, Tensor]:
+    """The weights, under our names, of a checkpoint of ours or of the paper's authors.
+
+    Raises:
+        ModelError: the file is neither.
+    """
+    content = read_torch_file(path)
+    if isinstance(content, dict) and content.get("format") == _FORMAT:
+        weights: dict[str, Tensor] = content["weights"]
+        return weights
+    return translated(released_tensors(content, path))
 
 
 def read_torch_file(path: Path) -> Any:

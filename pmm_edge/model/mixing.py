@@ -68,12 +68,39 @@ def top_blocks(cam: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
     Returns:
         (N, 1, H, W) bool, True where the block is to be replaced.
     """
-    size, (block_height, block_width) = cam.shape[-2:], block_size
     sums = F.avg_pool2d(cam[:, None].float(), block_size, divisor_override=1)
-    blocks = sums.flatten(1)
-    chosen = torch.zeros_like(blocks, dtype=torch.bool).scatter_(1, blocks.topk(count).indices, True)
-    grid = chosen.view(-1, 1, size[0] // block_height, size[1] // block_width)
-    return grid.repeat_interleave(block_height, 2).repeat_interleave(block_width, 3)
+    return highest_blocks(sums, block_size, count)
+
+
+def random_blocks(
+    features: Tensor, block_size: tuple[int, int], count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """DropBlock's mask: `count` blocks of each sample's map, drawn without looking (Ghiasi et al., 2018).
+
+    The source drops squares around seeds at any position; here they are blocks of A-Hard-Mix's own grid and
+    number, so that the two differ in what is compared: attention, and features of another person for zeros.
+
+    Args:
+        features: (N, C, H, W).
+
+    Returns:
+        (N, 1, H, W) bool, True where the map is to be dropped.
+    """
+    samples, _, height, width = features.shape
+    grid = (samples, 1, height // block_size[0], width // block_size[1])
+    return highest_blocks(torch.rand(grid, device=features.device, generator=generator), block_size, count)
+
+
+def highest_blocks(scores: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
+    """Blocks with the highest scores, as positions: (N, 1, rows, columns) -> (N, 1, H, W) bool."""
+    flat = scores.flatten(1)
+    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count).indices, True)
+    return spread(chosen.view(scores.shape), block_size)
+
+
+def spread(grid: Tensor, factor: tuple[int, int]) -> Tensor:
+    """Each entry of (N, 1, rows, columns) over `factor` rows and columns."""
+    return grid.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3)
 
 
 def mix(features: Tensor, negatives: Tensor, replaced: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,14 +12,8 @@ from torchvision.models.resnet import Bottleneck
 
 from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import Backbone
-from pmm_edge.model.mixing import (
-    check_block_grid,
-    draw_negatives,
-    grad_cam,
-    mix,
-    scaled_mix_blocks,
-    top_blocks,
-)
+from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, random_blocks, top_blocks
+from pmm_edge.model.pooling import average_pool, max_pool
 
 STAGE_SIZE = 512
 """Width of each stage's embedding."""
@@ -48,6 +43,7 @@ class Head(nn.Module):
         self, channels: int, num_classes: int, init_mode: Literal["fan_in", "fan_out"], size: int = STAGE_SIZE
     ) -> None:
         super().__init__()
+        self.size = size
         self.linear = nn.Linear(channels, size)
         self.bn = nn.BatchNorm1d(size)
         self.classifier = nn.Linear(size, num_classes)
@@ -68,54 +64,41 @@ class Head(nn.Module):
         return embedding, self.classifier(embedding)
 
 
-class ReidNetwork(Protocol):
-    """What training and export ask of a network, whatever the method."""
+class ReidNetwork(nn.Module, ABC):
+    """A backbone, heads on its average-pooled map, and heads on the max-pooled map of an extra bottleneck.
 
-    backbone: Backbone
-    stages: dict[str, tuple[int, int]]
-
-    def __call__(
-        self,
-        images: Tensor,
-        pids: Tensor | None = None,
-        negatives: tuple[Tensor, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[StageOutput, ...] | Tensor: ...
-
-
-class PMM(nn.Module):
-    """Progressive Multi-stage feature Mix network.
-
-    Stage I reads the average-pooled map of the backbone. Stages II and III read the max-pooled map of one extra
-    bottleneck that they share; in training its most salient blocks, ranked by the Grad-CAM of the stage before,
-    are first replaced by those of another identity. The embedding is [I, II, III], not normalised; its distance
-    is Euclidean.
+    The embedding is the heads' embeddings side by side, not normalised; its distance is Euclidean. Methods differ
+    in their heads, and in what training does to the maps (`train_stages`).
 
     Args:
-        num_classes: identities of the training set.
         backbone: `resnet18`, `resnet34`, `resnet50` or `resnet101`.
-        mix_blocks: K, the number of blocks replaced.
-        block_size: (height, width) of a block on the map.
     """
 
-    stages = {"I": (0, 512), "II": (512, 1024), "III": (1024, 1536)}  # noqa: RUF012
+    bottleneck: nn.Module
 
-    def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet50",
-        mix_blocks: int = 3,
-        block_size: tuple[int, int] = (3, 2),
-    ) -> None:
+    def __init__(self, backbone: str) -> None:
         super().__init__()
         self.backbone = Backbone(backbone)
-        channels = self.backbone.channels
-        self.bottleneck = Bottleneck(channels, channels // 4)
-        self.stage1 = Head(channels, num_classes, init_mode="fan_in")
-        self.stage2 = Head(channels, num_classes, init_mode="fan_out")
-        self.stage3 = Head(channels, num_classes, init_mode="fan_out")
-        self.mix_blocks = mix_blocks
-        self.block_size = block_size
+
+    @property
+    @abstractmethod
+    def average_heads(self) -> list[Head]:
+        """Heads on the average-pooled map of the backbone, in the order of the embedding."""
+
+    @property
+    def max_heads(self) -> list[Head]:
+        """Heads on the max-pooled map of `self.bottleneck`, behind the average heads in the embedding."""
+        return []
+
+    @abstractmethod
+    def train_stages(
+        self,
+        features: Tensor,
+        pids: Tensor,
+        negatives: tuple[Tensor, Tensor] | None,
+        generator: torch.Generator | None,
+    ) -> tuple[StageOutput, ...]:
+        """What each stage gives in training, from the backbone's map (N, C, H, W)."""
 
     def forward(
         self,
@@ -123,7 +106,7 @@ class PMM(nn.Module):
         pids: Tensor | None = None,
         negatives: tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[StageOutput, StageOutput, StageOutput] | Tensor:
+    ) -> tuple[StageOutput, ...] | Tensor:
         """One step of training, or embeddings.
 
         Args:
@@ -133,30 +116,87 @@ class PMM(nn.Module):
             generator: of the drawing.
 
         Returns:
-            In training mode the three stages' outputs, in evaluation mode embeddings (N, 1536) float32.
+            In training mode the stages' outputs, in evaluation mode embeddings (N, D) float32.
 
         Raises:
             PmmError: training mode without `pids`.
         """
         features = self.backbone(images)
         if not self.training:
-            return self._embed(features)
+            return self.embed(features)
         if pids is None:
             raise PmmError("training mode needs the identities of the images", "Pass pids, or call model.eval()")
-        return self._train_stages(features, pids, negatives, generator)
+        return self.train_stages(features, pids, negatives, generator)
 
-    def _embed(self, features: Tensor) -> Tensor:
-        average, maximum = average_pool(features), max_pool(self.bottleneck(features))
-        parts = [self.stage1.embed(average), self.stage2.embed(maximum), self.stage3.embed(maximum)]
+    def embed(self, features: Tensor) -> Tensor:
+        """The backbone's map (N, C, H, W) -> embeddings (N, D) float32."""
+        average = average_pool(features)
+        parts = [head.embed(average) for head in self.average_heads]
+        if self.max_heads:
+            maximum = max_pool(self.bottleneck(features))
+            parts += [head.embed(maximum) for head in self.max_heads]
         return torch.cat(parts, dim=1).float()
 
-    def _train_stages(
+    @property
+    def stages(self) -> dict[str, tuple[int, int]]:
+        """The slice [start, stop) of the embedding that each stage fills: I, II, III."""
+        slices, start = {}, 0
+        for name, head in zip(("I", "II", "III"), (*self.average_heads, *self.max_heads), strict=False):
+            slices[name] = (start, start + head.size)
+            start += head.size
+        return slices
+
+
+class PMM(ReidNetwork):
+    """Progressive Multi-stage feature Mix network.
+
+    Stage I reads the average-pooled map of the backbone. Stages II and III read the max-pooled map of one extra
+    bottleneck that they share; in training its most salient blocks, ranked by the Grad-CAM of the stage before,
+    are first replaced by those of another identity.
+
+    Args:
+        num_classes: identities of the training set.
+        mix_blocks: K, the number of blocks replaced.
+        block_size: (height, width) of a block on the map.
+        mix: `a-hard-mix` replaces salient blocks, `dropblock` zeroes random ones , any other
+            leaves the map as it is.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        mix_blocks: int = 3,
+        block_size: tuple[int, int] = (3, 2),
+        mix: str = "a-hard-mix",
+    ) -> None:
+        super().__init__(backbone)
+        channels = self.backbone.channels
+        self.bottleneck = Bottleneck(channels, channels // 4)
+        self.stage1 = Head(channels, num_classes, init_mode="fan_in")
+        self.stage2 = Head(channels, num_classes, init_mode="fan_out")
+        self.stage3 = Head(channels, num_classes, init_mode="fan_out")
+        self.mix_blocks = mix_blocks
+        self.block_size = block_size
+        self.mix = mix
+
+    @property
+    def average_heads(self) -> list[Head]:
+        return [self.stage1]
+
+    @property
+    def max_heads(self) -> list[Head]:
+        return [self.stage2, self.stage3]
+
+    def train_stages(
         self,
         features: Tensor,
         pids: Tensor,
         negatives: tuple[Tensor, Tensor] | None,
         generator: torch.Generator | None,
     ) -> tuple[StageOutput, StageOutput, StageOutput]:
+        if self.mix != "a-hard-mix":
+            return self._train_stages_blindly(features, generator)
         first, second = negatives or (draw_negatives(pids, generator), draw_negatives(pids, generator))
         unmixed = self.bottleneck(features)
 
@@ -176,45 +216,17 @@ class PMM(nn.Module):
         stage3 = StageOutput(*self.stage3(max_pool(mixed)))
         return stage1, stage2, stage3
 
-
-def average_pool(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C)."""
-    return features.mean(dim=(2, 3))
-
-
-def max_pool(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C). The gradient goes to one position of a channel, also where several are equal."""
-    return F.adaptive_max_pool2d(features, 1).flatten(1)
-
-
-def build_model(
-    architecture: str = "pmm",
-    *,
-    num_classes: int,
-    backbone: str = "resnet50",
-    height: int = 384,
-    width: int = 128,
-    mix_blocks: int | None = None,
-    block_size: tuple[int, int] = (3, 2),
-) -> PMM:
-    """Build a network, its weights drawn from torch's global generator.
-
-    Args:
-        architecture: `pmm`.
-        num_classes: identities of the training set.
-        height, width: of the input in pixels; the blocks must divide its map.
-        mix_blocks: K; None scales the paper's 3 of 32 blocks (Market-1501) to the map.
-
-    Raises:
-        PmmError: an unknown name, an input whose map the blocks do not divide, or a K that leaves no block.
-    """
-    if architecture != "pmm":
-        raise PmmError(f"architecture '{architecture}' is unknown", "Choose pmm")
-    blocks = check_block_grid(height, width, block_size)
-    if mix_blocks is None:
-        mix_blocks = scaled_mix_blocks(3, blocks)
-    if not 1 <= mix_blocks < blocks:
-        raise PmmError(
-            f"{mix_blocks} of {blocks} blocks cannot be replaced", f"Choose mix blocks from 1 to {blocks - 1}"
-        )
-    return PMM(num_classes, backbone, mix_blocks, block_size)
+    def _train_stages_blindly(
+        self, features: Tensor, generator: torch.Generator | None
+    ) -> tuple[StageOutput, StageOutput, StageOutput]:
+        """The stages without Grad-CAM, on the map as it is or with random blocks dropped."""
+        unmixed = self.bottleneck(features)
+        maps = [unmixed, unmixed]
+        if self.mix == "dropblock":
+            maps = [
+                unmixed.masked_fill(random_blocks(unmixed, self.block_size, self.mix_blocks, generator), 0.0)
+                for _ in range(2)
+            ]
+        stage1 = StageOutput(*self.stage1(average_pool(features)))
+        stage2, stage3 = (StageOutput(*head(max_pool(seen))) for head, seen in zip(self.max_heads, maps, strict=True))
+        return stage1, stage2, stage3

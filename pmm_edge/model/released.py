@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from pmm_edge.errors import ModelError
-from pmm_edge.model.checkpoint import read_torch_file
 from pmm_edge.model.network import PMM
 
 _OURS = {
@@ -46,25 +46,37 @@ def our_name(released_name: str) -> str:
     )
 
 
-def load_released_checkpoint(model: PMM, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> PMM:
-    """Load the authors' `.pth.tar` layout into a ResNet-50 PMM with as many classes.
-
-    Args:
-        model: changed in place, and returned.
-        path_or_state_dict: a file, or its `state_dict`; names may carry DataParallel's `module.`.
+def released_tensors(content: Any, path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a released file's content.
 
     Raises:
-        ModelError: the file cannot be read, or its tensors are not those of this network.
+        ModelError: there is none.
     """
-    if isinstance(path_or_state_dict, Mapping):
-        tensors = path_or_state_dict
-    else:
-        content = read_torch_file(Path(path_or_state_dict))
-        tensors = content.get("state_dict", content)
+    tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ModelError(f"{path} holds no state dict", "Give a pmm-edge checkpoint or one of the authors' .pth.tar")
+    return tensors
+
+
+def translated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released tensors under our names; stage I's 1×1 convolution as the linear layer that it is.
+
+    Raises:
+        ModelError: a name is none of a released checkpoint.
+    """
     weights = {our_name(name): tensor for name, tensor in tensors.items()}
-    convolution = weights.get("stage1.linear.weight")
-    if convolution is not None:
+    if (convolution := weights.get("stage1.linear.weight")) is not None:
         weights["stage1.linear.weight"] = convolution.flatten(1)
+    return weights
+
+
+def load_released(model: PMM, tensors: Mapping[str, Tensor]) -> PMM:
+    """Load a released state dict into a ResNet-50 PMM with as many classes, in place.
+
+    Raises:
+        ModelError: its tensors are not those of this network.
+    """
+    weights = translated(tensors)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

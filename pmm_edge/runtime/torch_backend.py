@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pmm_edge.errors import ModelError
-from pmm_edge.model import PMM, load_checkpoint
+from pmm_edge.model import ReidNetwork, load_checkpoint
 from pmm_edge.model.checkpoint import network_of
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
@@ -76,7 +76,7 @@ def load_torch(path: Path, device: str | None = None) -> TorchEmbedder:
     return TorchEmbedder(network, spec, path, device)
 
 
-def _read_safetensors(path: Path) -> tuple[PMM, ModelSpec]:
+def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
     if not path.is_file():
         raise ModelError(f"{path} does not exist", "Make it with pmm export --safetensors")
     try:

@@ -1,16 +1,18 @@
-"""Everything that decides a training run, its presets, and its TOML form."""
+"""Everything that decides a training run, and its TOML form. The presets are in `presets.py`."""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from pmm_edge.errors import PmmError
+from pmm_edge.spec import Method, Mix
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,98 +22,109 @@ else:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def _require(holds: bool, problem: str, remedy: str) -> None:
-    if not holds:
-        raise PmmError(problem, remedy)
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"Did you mean '{near[0]}'? " if near else ""
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. The defaults are the paper's configuration for Market-1501 (paper section 3.1)."""
 
     preset: str = "market1501"
+    method: Method = "pmm"
+    mix: Mix = "a-hard-mix"
+    """What PMM's stages II and III are trained on (paper section 2.2 and table 3)."""
+    mix_blocks: int = 3
+    """K, the number of blocks that mixing replaces."""
+    mix_block_size: str = "3x2"
+    """Height and width of a block on the map."""
     backbone: str = "resnet50"
     backbone_weights: str = "imagenet"
     """`imagenet`, `none`, or the path of a file in torchvision's layout."""
+    init_from: str = ""
+    """A checkpoint of ours or of the paper's authors to start from; its tensors that fit are taken."""
     height: int = 384
     width: int = 128
-    mix_blocks: int = 3
-    """K, the number of blocks that mixing replaces (paper section 2.2)."""
-    block_height: int = 3
-    block_width: int = 2
     epochs: int = 400
     batch: int = 64
+    """Images that one update sees, over all processes."""
     images_per_identity: int = 4
+    accumulate: int = 1
+    """Parts that a process takes its share of the batch in; the triplet loss and batch norm see one part."""
     erase_size: int = 64
     """Side in pixels of the square that is set to 0 in half of the images; 0 erases nothing."""
     weight_decay: float = 5e-4
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is then what is judged and kept as best; 0 keeps none."""
+    patience: int = 0
+    """Evaluations without a better mAP after which the run stops; 0 never stops early."""
     seed: int = 0
+    deterministic: bool = False
+    """Take only algorithms that give the same bits every time, on a GPU too, where they are slower."""
     evaluate_every: int = 20
     """Epochs between two evaluations; the last epoch is always evaluated."""
+    keep: int = 1
+    """Checkpoints of the last epochs that are kept; last.pt is the newest."""
+    max_bad_images: int = 10
+    """Unreadable training images that are passed over, each with a warning; one more stops the run."""
+    cache_gib: float = 8.0
+    """Memory for decoded training images; what does not fit is decoded each time."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Precision = "auto"
     """`auto` takes bfloat16 autocast where the hardware computes in it, else float32."""
+    compile: bool = False
+    """Compile the backbone with torch.compile: minutes at the start, faster steps on a GPU."""
+    sync_batch_norm: bool = False
+    """Batch norm over all processes' images."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "mix_blocks", "block_height", "block_width", "epochs", "batch"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}", "It must be 1 or more")
-        _require(self.images_per_identity >= 2, f"images_per_identity is {self.images_per_identity}", "Take 2 or more")
+        """Check every value.
+
+        Raises:
+            PmmError: a value is out of its range.
+        """
+        for name, least in _LEAST.items():
+            _require(getattr(self, name) >= least, f"{name} is {getattr(self, name)}", f"It must be {least} or more")
+        for name, choices in (("method", Method), ("mix", Mix), ("precision", Precision)):
+            value, known = getattr(self, name), get_args(choices)
+            _require(value in known, f"{name} is '{value}'", f"{_suggest(value, known)}Choose {', '.join(known)}")
+        size = re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size)
+        _require(size is not None, f"mix_block_size is '{self.mix_block_size}'", "Write HEIGHTxWIDTH, such as 3x2")
+        identities = 2 * self.accumulate
         _require(
-            self.batch % self.images_per_identity == 0 and self.batch // self.images_per_identity >= 2,
-            f"a batch of {self.batch} does not hold two or more identities with {self.images_per_identity} images each",
-            f"Choose a multiple of {self.images_per_identity}, {2 * self.images_per_identity} or more",
+            self.batch % (self.images_per_identity * self.accumulate) == 0
+            and self.batch >= self.images_per_identity * identities,
+            f"a batch of {self.batch} does not give each of {self.accumulate} parts two or more identities with"
+            f" {self.images_per_identity} images each",
+            f"Choose a multiple of {self.images_per_identity * self.accumulate},"
+            f" {self.images_per_identity * identities} or more",
         )
         _require(
-            0 <= self.erase_size <= min(self.height, self.width),
+            self.erase_size <= min(self.height, self.width),
             f"erase_size is {self.erase_size}",
             f"The square must fit into {self.height}x{self.width}",
         )
-        _require(self.evaluate_every >= 1, f"evaluate_every is {self.evaluate_every}", "It must be 1 or more")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}", "It must be 0 or more")
-        choices = get_args(Precision)
-        _require(self.precision in choices, f"precision is '{self.precision}'", f"Choose {', '.join(choices)}")
+        _require(self.ema < 1, f"ema is {self.ema}", "Choose a decay below 1, such as 0.999")
+        _require(
+            self.mix == "a-hard-mix" or self.method == "pmm",
+            f"mix '{self.mix}' with method '{self.method}'",
+            "Only PMM has stages that a mix is made for: leave --mix out, or choose --method pmm",
+        )
 
     @property
-    def identities_per_batch(self) -> int:
-        """P of the P × K batch."""
-        return self.batch // self.images_per_identity
+    def block_size(self) -> tuple[int, int]:
+        """`mix_block_size` as numbers."""
+        height, width = self.mix_block_size.split("x")
+        return int(height), int(width)
 
     def to_toml(self) -> str:
         return tomli_w.dumps(asdict(self))
 
 
-PRESETS = {
-    "market1501": TrainConfig(),
-    "quick": TrainConfig(
-        preset="quick",
-        backbone="resnet18",
-        backbone_weights="none",
-        height=144,
-        width=64,
-        mix_blocks=1,
-        epochs=24,
-        batch=32,
-        erase_size=16,
-        evaluate_every=8,
-    ),
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("height", "width", "mix_blocks", "epochs", "batch", "accumulate", "evaluate_every", "keep"), 1),
+    "images_per_identity": 2,
+    **dict.fromkeys(("erase_size", "weight_decay", "clip_norm", "ema", "patience", "max_bad_images", "cache_gib"), 0),
 }
-
-
-def preset(name: str) -> TrainConfig:
-    """A preset by its name.
-
-    Raises:
-        PmmError: there is none of this name.
-    """
-    if name not in PRESETS:
-        raise PmmError(f"preset '{name}' is unknown", f"{_suggest(name, list(PRESETS))}Choose {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def overridden(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
@@ -120,31 +133,44 @@ def overridden(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
     Raises:
         PmmError: a key is unknown (the nearest is suggested), or a value has the wrong type or range.
     """
-    kinds = get_type_hints(TrainConfig)
-    names = [field.name for field in fields(TrainConfig)]
+    kinds = {name: str if get_origin(kind) is Literal else kind for name, kind in get_type_hints(TrainConfig).items()}
+    checked: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in names:
-            remedy = f"{_suggest(name, names)}The keys: {', '.join(names)}"
+        if name not in kinds:
+            remedy = f"{_suggest(name, kinds)}The keys: {', '.join(kinds)}"
             raise PmmError(f"'{name}' is no key of a training run", remedy)
-        kind = kinds[name] if isinstance(kinds[name], type) else str
         # TOML and flags give 1 where 1.0 is meant; nothing else is converted.
-        if kind is float and type(value) is int:
-            values = values | {name: float(value)}
-        elif type(value) is not kind:
-            raise PmmError(f"{name} is {value!r}", f"It must be of type {kind.__name__}")
-    return replace(config, **values)
+        checked[name] = float(value) if kinds[name] is float and type(value) is int else value
+        if type(checked[name]) is not kinds[name]:
+            raise PmmError(f"{name} is {value!r}", f"It must be of type {kinds[name].__name__}")
+    return replace(config, **checked)
 
 
-def read_config(path: Path) -> TrainConfig:
-    """Read a TOML file; what it does not name comes from the preset that it names, by default `market1501`.
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file.
 
     Raises:
-        PmmError: no such file, no TOML, an unknown key, a wrong type.
+        PmmError: no such file, or no TOML.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PmmError(f"{path} does not exist", "Name a TOML file, such as the config.toml of a run") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PmmError(f"{path} cannot be read as TOML: {error}", "Mend that line") from error
-    return overridden(preset(str(values.get("preset", "market1501"))), values)
+
+
+def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
+    """`key: value of one, value of other`, for each field that differs."""
+    pairs = ((field.name, getattr(one, field.name), getattr(other, field.name)) for field in fields(TrainConfig))
+    return [f"{name}: {mine!r}, {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def _require(holds: bool, problem: str, remedy: str) -> None:
+    if not holds:
+        raise PmmError(problem, remedy)
+
+
+def _suggest(name: Any, known: Any) -> str:
+    near = get_close_matches(str(name), list(known), n=1)
+    return f"Did you mean '{near[0]}'? " if near else ""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from pmm_edge.errors import PmmError
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU.
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` is this process's GPU where there is one, else the CPU.
 
     Raises:
         PmmError: the name is no device, or the GPU is not there.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    elif wanted == "cuda":
+        wanted = f"cuda:{local_rank}"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -43,3 +47,47 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast to `dtype`; nothing for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Take only algorithms that give the same bits every time; what has none raises."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iterator[None]:
+    """Say which batch would fit when the GPU's memory does not suffice.
+
+    Args:
+        batch: images in a step, over all processes.
+        unit: a batch must be a multiple of it.
+
+    Raises:
+        PmmError: instead of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fitting = _fitting_batch(device, batch, unit)
+        remedy = f"Try --batch {fitting}, or --accumulate 2 to see as many images in two parts"
+        raise PmmError(f"a batch of {batch} does not fit into the memory of {device}", remedy) from error
+
+
+def _fitting_batch(device: torch.device, batch: int, unit: int) -> int:
+    """What is left of the memory beside the network, at the memory an image took: at least an eighth off."""
+    statistics = torch.cuda.memory_stats(device)
+    fixed = statistics.get("allocated_bytes.all.current", 0)
+    peak = statistics.get("allocated_bytes.all.peak", 0)
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (total - fixed) / max(total, peak) if peak > fixed else 0.5
+    return max(2 * unit, int(batch * min(0.875, share * 0.9)) // unit * unit)

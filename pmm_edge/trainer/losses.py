@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pmm_edge.model import StageOutput
+from pmm_edge.model.alternatives import MixedLabels
 
 LABEL_SMOOTHING = 0.1
 
@@ -38,23 +39,37 @@ def pairwise_distances(embeddings: Tensor) -> Tensor:
     return squared.clamp_min(1e-12).sqrt()
 
 
-def identity_loss(logits: Tensor, pids: Tensor) -> Tensor:
-    """Cross-entropy with label smoothing 0.1: (N, classes), (N,) -> scalar."""
-    return F.cross_entropy(logits.float(), pids, label_smoothing=LABEL_SMOOTHING)
+def identity_loss(logits: Tensor, pids: Tensor, mixed: MixedLabels | None = None) -> Tensor:
+    """Cross-entropy with label smoothing 0.1: (N, classes), (N,) -> scalar.
+
+    Where images are mixed, each sample's loss is shared between its identities as its pixels are (CutMix, 2019).
+    """
+    if mixed is None:
+        return F.cross_entropy(logits.float(), pids, label_smoothing=LABEL_SMOOTHING)
+    own, other = (
+        F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING, reduction="none")
+        for labels in (pids, mixed.other)
+    )
+    return torch.lerp(own, other, mixed.share).mean()
 
 
-def pmm_loss(outputs: Sequence[StageOutput], pids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def pmm_loss(
+    outputs: Sequence[StageOutput], pids: Tensor, mixed: MixedLabels | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of both losses over all stages (paper section 2.1).
 
     Args:
         outputs: of a network in training mode.
         pids: (N,) int64 class indices.
+        mixed: the labels that CutMix and A-CutMix mixed in. A triplet has no half identities: there an image counts
+            as the one that fills the most of it.
 
     Returns:
         The loss to minimise, and its parts by name (`triplet_1`, `identity_1`, `triplet_2`, ...), detached.
     """
     parts: dict[str, Tensor] = {}
+    largest = pids if mixed is None else torch.where(mixed.share > 0.5, mixed.other, pids)
     for number, stage in enumerate(outputs, start=1):
-        parts[f"triplet_{number}"] = batch_hard_triplet_loss(stage.embedding, pids)
-        parts[f"identity_{number}"] = identity_loss(stage.logits, pids)
+        parts[f"triplet_{number}"] = batch_hard_triplet_loss(stage.embedding, largest)
+        parts[f"identity_{number}"] = identity_loss(stage.logits, pids, mixed)
     return torch.stack(list(parts.values())).sum(), {name: part.detach() for name, part in parts.items()}

@@ -3,38 +3,84 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import pmm_edge
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
-from pmm_edge.model import PMM, build_model
+from pmm_edge.errors import ModelError
+from pmm_edge.model import ReidNetwork, build_model
 from pmm_edge.model.backbone import imagenet_weights, load_backbone_weights
-from pmm_edge.model.checkpoint import read_torch_file
+from pmm_edge.model.checkpoint import any_weights, read_torch_file
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
 
 
-def new_network(config: TrainConfig, dataset: ReidDataset) -> PMM:
-    """The network of a run before its first step; the heads start from torch's global generator."""
-    model = build_model(
-        "pmm",
-        num_classes=dataset.train.identities,
-        backbone=config.backbone,
-        height=config.height,
-        width=config.width,
-        mix_blocks=config.mix_blocks,
-        block_size=(config.block_height, config.block_width),
-    )
+def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
+    """The network of a run before its first step; what no weights are given for starts from `config.seed`.
+
+    Raises:
+        PmmError: the configuration names no network, or weights that cannot be had.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        network = build_model(
+            config.method,
+            num_classes=num_classes,
+            backbone=config.backbone,
+            height=config.height,
+            width=config.width,
+            mix=config.mix,
+            mix_blocks=config.mix_blocks,
+            block_size=config.block_size,
+        )
+    if config.init_from:
+        return network
     if config.backbone_weights == "imagenet":
-        load_backbone_weights(model.backbone, imagenet_weights(config.backbone))
+        load_backbone_weights(network.backbone, imagenet_weights(config.backbone))
     elif config.backbone_weights != "none":
-        load_backbone_weights(model.backbone, read_torch_file(Path(config.backbone_weights)))
-    return model
+        load_backbone_weights(network.backbone, read_torch_file(Path(config.backbone_weights)))
+    return network
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What `init_from` a checkpoint did."""
+
+    taken: list[str]
+    left: list[str]
+    """Tensors of the network that the checkpoint lacks or has in another shape: they start afresh."""
+    unused: list[str]
+    """Tensors of the checkpoint that the network has no place for."""
+
+    def __str__(self) -> str:
+        text = f"{len(self.taken)} tensors taken"
+        for count, what in ((self.left, "start afresh"), (self.unused, "of the checkpoint not used")):
+            if count:
+                text += f", {len(count)} {what} ({', '.join(count[:3])}{', ...' if len(count) > 3 else ''})"
+        return text
+
+
+def init_from(network: ReidNetwork, path: Path) -> Taken:
+    """Take all tensors that fit from a checkpoint of ours or of the paper's authors.
+
+    Raises:
+        ModelError: the file is neither, or nothing in it fits.
+    """
+    given: Mapping[str, Tensor] = any_weights(path)
+    own = network.state_dict()
+    fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise ModelError(f"no tensor of {path} fits the network", "Choose the backbone and method it was trained with")
+    network.load_state_dict(fitting, strict=False)
+    return Taken(list(fitting), [name for name in own if name not in fitting], [n for n in given if n not in own])
 
 
 def class_indices(train: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -43,18 +89,23 @@ def class_indices(train: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return used, np.unique(train.pids[used], return_inverse=True)[1].astype(np.int64)
 
 
-def model_spec(config: TrainConfig, dataset: ReidDataset, num_classes: int) -> ModelSpec:
+def model_spec(
+    config: TrainConfig, dataset: ReidDataset, network: ReidNetwork, figures: RetrievalFigures | None
+) -> ModelSpec:
     """What travels with the network from here on."""
+    stages = network.stages
     return ModelSpec(
-        architecture="pmm",
+        architecture=config.method,
         backbone=config.backbone,
-        num_classes=num_classes,
+        num_classes=dataset.train.identities,
         input=InputSpec(config.height, config.width),
-        embedding_size=max(stop for _, stop in PMM.stages.values()),
-        stages=PMM.stages,
+        embedding_size=max(stop for _, stop in stages.values()),
+        stages=stages,
+        mix=config.mix,
         mix_blocks=config.mix_blocks,
-        block_size=(config.block_height, config.block_width),
+        block_size=config.block_size,
         dataset=dataset.name,
+        retrieval=figures,
         tools={"pmm-edge": pmm_edge.__version__, "torch": torch.__version__},
     )
 
@@ -66,6 +117,6 @@ def retrieval_figures(result: RetrievalResult) -> RetrievalFigures:
 
 def fingerprint(split: Split) -> str:
     """Names and labels of the training images; a resumed run must see the same."""
-    names = "\n".join(path.name for path in split.paths)
+    names = "\n".join(f"{path.name} {pid}" for path, pid in zip(split.paths, split.pids, strict=True))
     digest = hashlib.sha256(names.encode()).hexdigest()
     return f"{len(split)} images, {digest[:16]}"

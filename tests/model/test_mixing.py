@@ -12,7 +12,8 @@ from pmm_edge.model.mixing import (
     scaled_mix_blocks,
     top_blocks,
 )
-from pmm_edge.model.network import Head, average_pool, max_pool
+from pmm_edge.model.network import Head
+from pmm_edge.model.pooling import average_pool, max_pool
 
 
 @pytest.fixture

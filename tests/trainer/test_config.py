@@ -1,7 +1,8 @@
 import pytest
 
 from pmm_edge.errors import PmmError
-from pmm_edge.trainer.config import PRESETS, overridden, preset, read_config
+from pmm_edge.trainer.config import overridden
+from pmm_edge.trainer.presets import PRESETS, preset, read_config
 
 
 def test_a_preset_survives_its_toml(tmp_path):

@@ -1,0 +1,16 @@
+"""The two global poolings of the paper (section 2.1)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def average_pool(features: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C)."""
+    return features.mean(dim=(2, 3))
+
+
+def max_pool(features: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C). The gradient goes to one position of a channel, also where several are equal."""
+    return F.adaptive_max_pool2d(features, 1).flatten(1)

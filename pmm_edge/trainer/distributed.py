@@ -1,0 +1,64 @@
+"""Several processes that train one network, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those that train together; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of this machine: the number of its GPU."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process evaluates, writes and reports."""
+        return self.rank == 0
+
+    def agree(self, wish: bool) -> bool:
+        """Whether any process wishes it: all of them get the same answer."""
+        if self.size == 1:
+            return wish
+        wishes = torch.tensor(int(wish))  # on the CPU: nothing waits for a GPU
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        return bool(wishes.item())
+
+    def share(self, value: str) -> str:
+        """The leading process's value, in every process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the processes that `torchrun` started with this one; without it, a world of one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    # Both, so that flags travel between CPUs also where gradients travel between GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""Configurations by name: the paper's for its data sets, and two for small machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pmm_edge.errors import PmmError
+from pmm_edge.model.backbone import map_size
+from pmm_edge.trainer.config import TrainConfig, overridden, read_toml
+
+_PAPER = TrainConfig()
+
+PRESETS = {
+    # Paper section 3.1: batch 64, 400 epochs, 384×128, K by data set. It has one K for CUHK03, "detected".
+    "market1501": _PAPER,
+    "dukemtmc-reid": replace(_PAPER, preset="dukemtmc-reid", mix_blocks=6),
+    "cuhk03-detected": replace(_PAPER, preset="cuhk03-detected", mix_blocks=8),
+    "cuhk03-labeled": replace(_PAPER, preset="cuhk03-labeled", mix_blocks=8),
+    # The built-in set in minutes, on a CPU.
+    "quick": TrainConfig(
+        preset="quick",
+        backbone="resnet18",
+        backbone_weights="none",
+        height=144,
+        width=64,
+        mix_blocks=1,
+        epochs=24,
+        batch=32,
+        erase_size=16,
+        evaluate_every=8,
+    ),
+    # A Jetson Nano class device: an eighth of the paper's operations.
+    "edge": replace(
+        _PAPER, preset="edge", backbone="resnet18", height=192, width=96, mix_blocks=1, erase_size=32, epochs=120
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """A preset by its name.
+
+    Raises:
+        PmmError: there is none of this name.
+    """
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1)
+        meant = f"Did you mean '{near[0]}'? " if near else ""
+        raise PmmError(f"preset '{name}' is unknown", f"{meant}Choose {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def resolved(base: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """`base` with some values replaced; K follows the number of blocks on the map unless it is among them.
+
+    Raises:
+        PmmError: a key is unknown, or a value has the wrong type or range.
+    """
+    config = overridden(base, values)
+    if "mix_blocks" in values or _blocks(config) == _blocks(base):
+        return config
+    return replace(config, mix_blocks=max(1, round(base.mix_blocks * _blocks(config) / _blocks(base))))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a TOML file; what it does not name comes from the preset that it names, by default `market1501`.
+
+    Raises:
+        PmmError: no such file, no TOML, an unknown key, a wrong type.
+    """
+    values = read_toml(path)
+    return resolved(preset(str(values.get("preset", "market1501"))), values)
+
+
+def _blocks(config: TrainConfig) -> float:
+    (rows, columns), (height, width) = map_size(config.height, config.width), config.block_size
+    return rows * columns / (height * width)

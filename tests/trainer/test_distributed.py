@@ -1,0 +1,49 @@
+"""Two processes on the CPU, as torchrun starts them, beside one that takes the same batch in two parts."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pmm_edge.model import load_checkpoint
+
+# fmt: off
+FLAGS = [
+    "--height", "96", "--width", "64", "--epochs", "1", "--batch", "16", "--erase-size", "8", "--device", "cpu",
+    "--precision", "fp32",
+]
+# fmt: on
+
+
+def run(command: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def together(tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "pmm_edge.cli"]
+    done = run([*launch, "train", tiny_dataset, "--out", folder, *FLAGS])
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_two_processes_take_the_step_of_one_that_accumulates_over_the_same_parts(together, tiny_dataset, tmp_path):
+    done = run(["-m", "pmm_edge.cli", "train", tiny_dataset, "--out", tmp_path / "one", *FLAGS, "--accumulate", 2])
+    assert done.returncode == 0, done.stderr
+    alone, both = (load_checkpoint(folder / "last.pt") for folder in (tmp_path / "one", together[0]))
+    parameters = [name for name in alone.weights if "running" not in name and "num_batches" not in name]
+    for name in parameters:  # running statistics are each process's own
+        torch.testing.assert_close(both.weights[name], alone.weights[name], rtol=1e-4, atol=2e-6)
+
+
+def test_only_the_first_process_writes_and_reports(together):
+    folder, done = together
+    assert {"best.pt", "last.pt", "config.toml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert done.stdout.count("best epoch") == 1

@@ -1,0 +1,144 @@
+"""What a run does on request, and when its data, its losses or its settings go wrong."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pmm_edge.errors import CheckFailedError, DataError, ModelError
+from pmm_edge.model import load_checkpoint
+from pmm_edge.trainer.loop import resume, train
+from pmm_edge.trainer.presets import PRESETS
+
+CONFIG = replace(
+    PRESETS["quick"], height=96, width=64, epochs=2, batch=16, evaluate_every=1, erase_size=8, device="cpu"
+)
+
+
+@pytest.fixture
+def data(tiny_dataset, tmp_path):
+    return shutil.copytree(tiny_dataset, tmp_path / "data")
+
+
+def weights(folder, name="last.pt"):
+    return load_checkpoint(folder / name).weights
+
+
+def test_accumulation_takes_the_batch_in_parts_and_steps_once(data, tmp_path):
+    run = train(replace(CONFIG, accumulate=2), data, out=tmp_path / "run")
+    steps = load_checkpoint(run.folder / "last.pt").training["optimizer"]["state"][0]["step"]
+    assert steps == 2, "one step an epoch: 4 identities, 2 in each part"
+
+
+def test_the_average_is_what_is_judged_and_kept_as_best(data, tmp_path):
+    run = train(replace(CONFIG, ema=0.5), data, out=tmp_path / "run")
+    name = "stage1.linear.weight"
+    last, best = weights(run.folder)[name], weights(run.folder, "best.pt")[name]
+    average = load_checkpoint(run.folder / "last.pt").training["average"][f"module.{name}"]
+    assert not torch.equal(last, average)
+    assert best.shape == last.shape and not torch.equal(best, last)
+
+
+def test_clipping_bounds_the_step(data, tmp_path, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def recorded(parameters, largest):
+        parameters = list(parameters)
+        clip(parameters, largest)
+        norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", recorded)
+    train(replace(CONFIG, clip_norm=0.5), data, out=tmp_path / "run")
+    assert len(norms) == 2 and max(norms) <= 0.5 + 1e-4
+
+
+def test_patience_stops_early_and_says_so(data, tmp_path, monkeypatch):
+    rates = iter(range(1000))
+    monkeypatch.setattr("pmm_edge.trainer.loop.learning_rate", lambda *_: 0.0 * next(rates))
+    run = train(replace(CONFIG, epochs=9, patience=2, ema=0.0), data, out=tmp_path / "run")
+    assert run.finished and run.epochs_done < 9
+    assert "no better mAP in 2 evaluations" in (run.folder / "log.txt").read_text()
+
+
+def test_the_last_checkpoints_are_kept(data, tmp_path):
+    run = train(replace(CONFIG, epochs=4, keep=2), data, out=tmp_path / "run")
+    assert {path.name for path in run.folder.glob("*.pt")} == {"best.pt", "epoch-0003.pt", "epoch-0004.pt", "last.pt"}
+    assert load_checkpoint(run.folder / "epoch-0003.pt").training["epoch"] == 3
+
+
+def test_starting_from_a_checkpoint_reports_what_was_taken(data, tmp_path, tiny_checkpoint):
+    said = []
+    train(replace(CONFIG, epochs=1, init_from=str(tiny_checkpoint)), data, out=tmp_path / "run", warn=said.append)
+    assert f"{tiny_checkpoint}: " in said[0] and "tensors taken" in said[0] and "start afresh" not in said[0]
+    said.clear()
+    config = replace(CONFIG, epochs=1, method="bdb", init_from=str(tiny_checkpoint))
+    train(config, data, out=tmp_path / "bdb", warn=said.append)
+    assert "start afresh (part.linear.weight" in said[0] and "not used (stage2" in said[0]
+
+
+def test_an_unreadable_image_is_passed_over_with_a_warning_and_named_in_the_log(data, tmp_path):
+    bad = sorted((data / "bounding_box_train").iterdir())[4]
+    bad.write_bytes(bad.read_bytes()[:200])
+    said = []
+    run = train(CONFIG, data, out=tmp_path / "run", warn=said.append)
+    assert run.finished and len(said) == 1 and str(bad) in said[0]
+    assert f"warning: cannot read image {bad}" in (run.folder / "log.txt").read_text()
+
+
+def test_too_many_unreadable_images_stop_the_run(data, tmp_path):
+    for bad in sorted((data / "bounding_box_train").iterdir())[3:5]:
+        bad.write_bytes(b"")
+    with pytest.raises(DataError, match="2 training images cannot be read"):
+        train(replace(CONFIG, max_bad_images=1), data, out=tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch_saved_and_named(data, tmp_path, monkeypatch):
+    from pmm_edge.trainer import step
+
+    calls = []
+
+    def breaks_at_the_second(outputs, pids, mixed=None):
+        loss, parts = step_loss(outputs, pids, mixed)
+        calls.append(loss)
+        return (loss * torch.nan if len(calls) == 2 else loss), parts
+
+    step_loss = step.pmm_loss
+    monkeypatch.setattr("pmm_edge.trainer.step.pmm_loss", breaks_at_the_second)
+    folder = tmp_path / "run"
+    with pytest.raises(CheckFailedError, match=r"loss of epoch 2, step 1 is not finite; .*bad_batch.pt"):
+        train(CONFIG, data, out=folder)
+    batch = torch.load(folder / "bad_batch.pt", weights_only=True)
+    assert batch["crops"].shape == (16, 96, 64, 3) and len(batch["images"]) == 16 and batch["epoch"] == 2
+    assert torch.isfinite(weights(folder)["stage1.linear.weight"]).all(), "last.pt is from before"
+
+
+def test_resuming_refuses_settings_that_were_edited(data, tmp_path):
+    folder = train(replace(CONFIG, epochs=1), data, out=tmp_path / "run").folder
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace("seed = 0", "seed = 7"))
+    with pytest.raises(ModelError, match="seed: 7, 0"):
+        resume(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "baseline"},
+        {"method": "bdb"},
+        {"mix": "cutout"},
+        {"mix": "cutmix"},
+        {"mix": "a-cutmix"},
+        {"mix": "dropblock"},
+        {"mix": "none"},
+    ],
+    ids=lambda values: next(iter(values.values())),
+)
+def test_every_method_trains_and_its_checkpoint_loads(data, tmp_path, values):
+    run = train(replace(CONFIG, epochs=1, **values), data, out=tmp_path / "run")
+    line = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert 0 < line["loss"] < 100
+    best = load_checkpoint(run.folder / "best.pt")
+    assert best.network()(torch.zeros(1, 3, 96, 64)).shape[1] == best.spec.embedding_size
