@@ -74,15 +74,18 @@ def _with_stride_1(stage: nn.Sequential) -> nn.Sequential:
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     """Torchvision's ImageNet weights for a backbone, downloaded once into torch's hub cache.
 
+    The first version: what torchvision had when the paper was written.
+
     Raises:
         PmmError: they are not in the cache and cannot be downloaded.
     """
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         folder = torch.hub.get_dir()
         raise PmmError(
             f"the ImageNet weights of {name} cannot be downloaded ({error})",
-            f"Put {weights.url} into {folder}/checkpoints/, name a local file, or train from scratch with 'none'",
+            f"Put {weights.url} into {folder}/checkpoints/, or name a file with --backbone-weights FILE, or train from"
+            " scratch with --backbone-weights none",
         ) from error

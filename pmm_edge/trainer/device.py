@@ -78,16 +78,14 @@ def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iter
     try:
         yield
     except torch.OutOfMemoryError as error:
-        fitting = _fitting_batch(device, batch, unit)
-        remedy = f"Try --batch {fitting}, or --accumulate 2 to see as many images in two parts"
+        remedy = f"Try --batch {fitting_batch(batch, unit)}, or --accumulate 2 to take the batch in two parts"
         raise PmmError(f"a batch of {batch} does not fit into the memory of {device}", remedy) from error
 
 
-def _fitting_batch(device: torch.device, batch: int, unit: int) -> int:
-    """What is left of the memory beside the network, at the memory an image took: at least an eighth off."""
-    statistics = torch.cuda.memory_stats(device)
-    fixed = statistics.get("allocated_bytes.all.current", 0)
-    peak = statistics.get("allocated_bytes.all.peak", 0)
-    total = torch.cuda.get_device_properties(device).total_memory
-    share = (total - fixed) / max(total, peak) if peak > fixed else 0.5
-    return max(2 * unit, int(batch * min(0.875, share * 0.9)) // unit * unit)
+def fitting_batch(batch: int, unit: int) -> int:
+    """The next batch to try: half of the one that did not fit, as a multiple of `unit`, two of them at least.
+
+    How far the failed step had come is not known, so neither is what an image takes; half fits unless the network
+    itself hardly does.
+    """
+    return max(2 * unit, batch // 2 // unit * unit)
