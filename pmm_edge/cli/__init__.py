@@ -11,6 +11,7 @@ from rich.markup import escape
 from pmm_edge import __version__
 from pmm_edge.cli.bench import bench
 from pmm_edge.cli.data import data
+from pmm_edge.cli.embed import embed
 from pmm_edge.cli.eval import evaluate
 from pmm_edge.cli.export import export
 from pmm_edge.cli.render import err
@@ -51,6 +52,7 @@ app.command()(train)
 app.command()(export)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(embed)
 app.command()(synth)
 app.command()(data)
 
@@ -64,6 +66,12 @@ def main() -> None:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, emoji=False)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        err.print(f"[bold red]error:[/] {escape(where)}{escape(error.strerror or str(error))}", soft_wrap=True)
+        sys.exit(2)
     except ModuleNotFoundError as error:
         if "--debug" in sys.argv or (error.name or "").startswith("pmm_edge"):
             raise

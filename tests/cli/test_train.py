@@ -1,7 +1,11 @@
 """`pmm train` as a user meets it: results, and one clear line for everything that can be wrong."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,7 +59,7 @@ def unparsable_name(data: Path) -> None:
 
 
 def truncated(data: Path) -> None:
-    image = sorted((data / "bounding_box_train").iterdir())[0]
+    image = sorted((data / "query").iterdir())[0]  # one in training is passed over, see test_options.py
     image.write_bytes(image.read_bytes()[:400])
 
 
@@ -118,3 +122,15 @@ def test_wrong_use(pmm, tiny_dataset, tmp_path, arguments, message):
     result = pmm("train", tiny_dataset, "--out", tmp_path / "run", *TINY, *arguments)
     assert result.exit_code == 2 and message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_part_of_a_checkpoint(tiny_dataset, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "pmm_edge.cli", "train", tiny_dataset, "--out", folder, *TINY]
+    # A limit on the size of files stands for a disk that is full: both fail in the write.
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20 << 20, 20 << 20))
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: cannot write") and "no space left" in line
+    assert not list(folder.glob("*.pt")) and not list(folder.glob(".*"))

@@ -6,7 +6,7 @@ from pmm_edge.trainer.device import choose_device, choose_precision, determinist
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_line():
-    with pytest.raises(PmmError, match="cuda:63 is not there.*--device cpu"):
+    with pytest.raises(PmmError, match=r"cuda:63 is not there.*--device cpu"):
         choose_device("cuda:63")
 
 

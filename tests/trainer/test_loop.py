@@ -67,18 +67,18 @@ def test_training_lowers_the_loss(run):
     assert losses[-1] < losses[0]
 
 
-def interrupt_at(step):
+def interrupt_at(step, number):
     def report(what, done, total, detail=""):
-        if what == "train" and done >= step:
-            os.kill(os.getpid(), signal.SIGINT)
+        if what == "train" and done == step:
+            os.kill(os.getpid(), number)
 
     return report
 
 
-@pytest.mark.parametrize("step", [1, 4])
-def test_an_interrupted_run_goes_on_to_the_very_same_weights(run, tiny_dataset, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
+def test_an_interrupted_run_goes_on_to_the_very_same_weights(run, tiny_dataset, tmp_path, monkeypatch, step, number):
     monkeypatch.setattr("pmm_edge.trainer.meter.REPORT_SECONDS", 0.0)
-    stopped = train(CONFIG, tiny_dataset, out=tmp_path / "run", report=interrupt_at(step))
+    stopped = train(CONFIG, tiny_dataset, out=tmp_path / "run", report=interrupt_at(step, number))
     assert not stopped.finished and stopped.epochs_done < 3
     finished = resume(tmp_path / "run")
     assert finished.finished
