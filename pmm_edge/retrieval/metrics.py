@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.errors import DataError
+from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import checked_pair, distance_blocks
 from pmm_edge.retrieval.protocol import Ranks, add_ranks, checked_labels, empty_ranks
 from pmm_edge.retrieval.reranking import rerank_distances
@@ -58,6 +59,7 @@ def evaluate(
     max_rank: int = 50,
     ap_cutoff: int | None = None,
     rerank: bool = False,
+    report: Report = silent,
 ) -> RetrievalResult:
     """Retrieval figures of embeddings under the Market-1501 protocol, Euclidean distance.
 
@@ -75,6 +77,7 @@ def evaluate(
         max_rank: length of the CMC.
         ap_cutoff: cut rankings here for the average precision; 50 gives what the paper calls mAP.
         rerank: rank by k-reciprocal re-ranked distances (k1 20, k2 6, lambda 0.3) instead.
+        report: told how many queries are ranked, or with `rerank` how many images have their neighbours.
 
     Raises:
         DataError: shapes that do not fit, NaN or infinity, or no query with a match.
@@ -89,10 +92,11 @@ def evaluate(
         gallery = gallery[labels.kept]
     without_junk = labels.without_junk()
     if rerank:
-        add_ranks(ranks, rerank_distances(query, gallery), without_junk)
+        add_ranks(ranks, rerank_distances(query, gallery, report=report), without_junk)
     else:
         for start, block in distance_blocks(query, gallery):
             add_ranks(ranks, block, without_junk, start)
+            report("ranking", start + len(block), len(query))
     if labels.kept is not None:
         ranks.top1[:] = np.where(ranks.top1 >= 0, labels.kept[ranks.top1], -1)
     return _figures(ranks, max_rank, ap_cutoff)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.errors import DataError
+from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import checked_pair, squared_distance_blocks
 
 _IMAGES_PER_PART = 256
@@ -42,6 +43,7 @@ def rerank_distances(
     k1: int = 20,
     k2: int = 6,
     lambda_value: float = 0.3,
+    report: Report = silent,
 ) -> NDArray[np.float32]:
     """Re-ranked distance of every query to every gallery embedding.
 
@@ -54,6 +56,7 @@ def rerank_distances(
         k1: neighbours of the k-reciprocal sets.
         k2: neighbours whose encodings are averaged (local query expansion); 1 for none.
         lambda_value: share of the original distance.
+        report: told how many of the Q + G images have their neighbours, nearly all of the time.
 
     Returns:
         (Q, G) float32.
@@ -71,13 +74,13 @@ def rerank_distances(
     # float16 would overflow in the squares of `_encode`.
     images = np.concatenate([query, gallery], dtype=np.result_type(query, gallery, np.float32))
     original = np.empty((len(query), len(gallery)), np.float32)
-    neighbours, farthest = _neighbours(images, min(k1 + 1, total), original)
+    neighbours, farthest = _neighbours(images, min(k1 + 1, total), original, report)
     encoding = _expand(_encode(images, neighbours, farthest, k1), neighbours[:, :k2])
     return _blend(original, encoding, lambda_value)
 
 
 def _neighbours(
-    images: NDArray[Any], count: int, original: NDArray[np.float32]
+    images: NDArray[Any], count: int, original: NDArray[np.float32], report: Report
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """Find each image's nearest, (N, count), and its largest squared distance, (N,).
 
@@ -98,6 +101,7 @@ def _neighbours(
         own = np.arange(len(squared))
         squared[own, start + own] = -1.0  # among duplicates, too, an image is its own nearest
         _select_nearest(squared.astype(np.float32), neighbours[start:stop])
+        report("re-ranking", stop, len(images))
     return neighbours, farthest
 
 

@@ -74,6 +74,13 @@ def test_one_query_and_one_image():
     np.testing.assert_allclose(rerank_distances([[0.0]], [[2.0]]), [[0.3]], atol=1e-6)
 
 
+def test_progress_counts_the_images_of_both_sides(monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK_BYTES", 8 * 105 * 40)
+    told = []
+    rerank_distances(*clustered(2), report=lambda what, done, total, detail="": told.append((what, done, total)))
+    assert told == [("re-ranking", done, 105) for done in (40, 80, 105)]
+
+
 def test_float16_embeddings_do_not_overflow():
     query, gallery = (np.round(side * 500).astype(np.float16) for side in clustered(1))
     wide = rerank_distances(query.astype(np.float64), gallery.astype(np.float64))
