@@ -22,7 +22,7 @@ from pmm_edge.cli.render import progress
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.files import written_whole
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.loop import train
+from pmm_edge.trainer.loop import CONFIG, resume, train
 from pmm_edge.trainer.presets import preset, resolved
 
 METHODS = {
@@ -69,13 +69,14 @@ def main() -> None:
 
 def _trained(config: TrainConfig, data: Path, out: Path) -> Figures:
     """The figures of a training; of an earlier one with the same settings where there is one."""
-    folder = out / f"{config.method}-{config.mix}-{config.epochs}-epochs-seed-{config.seed}"
+    folder = out / f"{data.name}-{config.preset}" / f"{config.method}-{config.mix}-{config.epochs}-seed-{config.seed}"
     result = folder / "result.json"
     if not result.exists():
         with progress() as report:
-            trained = train(config, data, out=folder, report=report)
+            started = (folder / CONFIG).exists()
+            trained = resume(folder, report=report) if started else train(config, data, out=folder, report=report)
         if not trained.finished or trained.best is None:
-            raise SystemExit(f"interrupted; {folder} can be removed or resumed, the others are kept")
+            raise SystemExit("interrupted; the same command goes on from here")
         figures = {"Rank-1": trained.best.rank1, "mAP": trained.best.mAP, "epochs": trained.epochs_done}
         with written_whole(result) as temporary:
             temporary.write_text(json.dumps(figures))

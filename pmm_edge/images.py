@@ -10,6 +10,8 @@ from PIL import Image
 
 from pmm_edge.errors import DataError
 
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+"""What a file may hold, whatever its name says: Pillow reads formats that run other programs, such as EPS."""
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
@@ -29,7 +31,7 @@ def read_crop(path: Path, height: int, width: int) -> NDArray[np.uint8]:
         DataError: the file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return resize_crop(image, height, width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)

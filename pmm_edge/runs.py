@@ -1,7 +1,7 @@
 """Run folders: what one training made and what was exported from it, found again without naming it.
 
-runs/20261122-1742-quick/
-config.toml  log.txt  metrics.jsonl  tensorboard/
+runs/20261122-174200-quick/
+run.json  config.toml  log.txt  metrics.jsonl  tensorboard/
 last.pt  best.pt
 export/model.onnx
 bench.json
@@ -32,6 +32,8 @@ class AboutRun:
     """The data set's folder, absolute."""
     version: str
     """Of pmm-edge."""
+    layout: str | None = None
+    """The layout that was named for the data set, where one was."""
 
 
 def new_run_folder(about: AboutRun, out: Path | None = None) -> Path:

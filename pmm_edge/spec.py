@@ -87,6 +87,8 @@ class ModelSpec:
     retrieval: RetrievalFigures | None = None
     checkpoint_sha256: str | None = None
     """Of the checkpoint an export was made from; None in the checkpoint itself."""
+    normalized_output: bool = False
+    """Embeddings have length 1."""
     precision: str = "fp32"
     precision_method: str = "as trained"
     tools: dict[str, str] = field(default_factory=dict)
@@ -113,12 +115,26 @@ class ModelSpec:
             raw["stages"] = {name: (int(start), int(stop)) for name, (start, stop) in raw["stages"].items()}
             if raw.get("retrieval"):
                 raw["retrieval"] = _build(RetrievalFigures, raw["retrieval"])
-            return _build(ModelSpec, raw, block_size=tuple)
+            spec: ModelSpec = _build(ModelSpec, raw, block_size=tuple)
+            _check_sizes(spec)
+            return spec
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"the model's spec cannot be read ({type(error).__name__}: {error})",
                 "Export the model again with this version",
             ) from error
+
+
+def _check_sizes(spec: ModelSpec) -> None:
+    """Refuse numbers that no network has, before memory is asked for."""
+    size = spec.input
+    for number, largest in (
+        (spec.num_classes, 10_000_000),
+        (spec.embedding_size, 1_000_000),
+        *((side, 10_000) for side in (size.height, size.width, *spec.block_size)),
+    ):
+        if not 1 <= number <= largest:
+            raise ValueError(f"{number} is out of range")
 
 
 def _build(kind: type, raw: dict[str, Any], **convert: Any) -> Any:

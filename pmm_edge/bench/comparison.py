@@ -10,7 +10,7 @@ import numpy as np
 
 from pmm_edge.bench.environment import environment
 from pmm_edge.bench.latency import Latency, measure_latency
-from pmm_edge.bench.parity import Gates, Parity, compare, cosine_failure, fault_of, map_failure
+from pmm_edge.bench.parity import Gates, Parity, compare, cosine_failure, fault_of, gates_of, map_failure
 from pmm_edge.bench.report import BenchReport, ModelReport
 from pmm_edge.bench.retrieval import evaluate_embeddings
 from pmm_edge.data.dataset import ReidDataset, scan
@@ -44,7 +44,7 @@ def bench(
         reference: usually the checkpoint that they were exported from.
         data: a folder in the layout of Market-1501.
         batches: batch sizes to time.
-        gates: what the models must hold; None for the defaults.
+        gates: what the models must hold; None for the defaults of each model's precision.
         limit: compare this many images, spread evenly; retrieval is judged on all images or not at all.
         device: for all of them.
 
@@ -81,11 +81,16 @@ class _Subject:
     """A model under comparison, what it gave, and how that retrieves."""
 
     def __init__(self, embedder: Embedder, embeddings: Embeddings, dataset: ReidDataset | None) -> None:
-        self.embedder, self.embeddings = embedder, embeddings
+        self.embedder, self.embeddings, self.dataset = embedder, embeddings, dataset
         self.retrieval: RetrievalFigures | None = None
         if dataset and np.isfinite(embeddings).all():
             found = evaluate_embeddings(embeddings, dataset)
             self.retrieval = RetrievalFigures(found.rank(1), found.mAP, found.mINP, found.mAP_at_50)
+
+    def normalized(self) -> _Subject:
+        """The same model with embeddings of length 1."""
+        norms = np.linalg.norm(self.embeddings, axis=1, keepdims=True)
+        return _Subject(self.embedder, self.embeddings / np.maximum(norms, 1e-12), self.dataset)
 
     def report(self, parity: Parity | None, failures: list[str], latency: list[Latency]) -> ModelReport:
         model = self.embedder
@@ -111,6 +116,9 @@ def _judge(
     sizes = model.embeddings.shape[1], base.embeddings.shape[1]
     if sizes[0] != sizes[1]:
         return None, [f"gives embeddings of {sizes[0]} numbers, the reference of {sizes[1]}"]
+    if model.embedder.spec.normalized_output and not base.embedder.spec.normalized_output:
+        base = base.normalized()
+    gates = gates_of(model.embedder.spec.precision, gates)
     parity = compare(base.embeddings, model.embeddings, paths)
     found = [fault, cosine_failure(parity, gates)]
     if base.retrieval and model.retrieval:

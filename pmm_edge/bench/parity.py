@@ -21,6 +21,20 @@ class Gates:
     """Least cosine similarity of any image's embedding to the reference's."""
     max_map_drop: float = 0.1
     """Largest loss of mAP, in points of 100."""
+    min_mean_cosine: float = 0.0
+    """Least mean of the cosines."""
+
+
+LOWER_PRECISION = {
+    "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999),
+    "int8": Gates(min_cosine=0.9, max_map_drop=0.5, min_mean_cosine=0.99),
+}
+"""What is asked of a model in a lower precision where nothing else is: rounding to 8 bits moves single embeddings."""
+
+
+def gates_of(precision: str, asked: Gates) -> Gates:
+    """The gates of a model: those that were asked for, and where they are the defaults those of its precision."""
+    return LOWER_PRECISION.get(precision, asked) if asked == Gates() else asked
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,9 @@ def fault_of(embeddings: Embeddings, paths: Sequence[Path]) -> str | None:
 def cosine_failure(parity: Parity, gates: Gates) -> str | None:
     """The sentence of the cosine gate; None where the model passes."""
     if parity.cosine_min >= gates.min_cosine:
-        return None
+        if parity.cosine_mean >= gates.min_mean_cosine:
+            return None
+        return f"mean cosine {parity.cosine_mean:.6f} is below the least allowed {gates.min_mean_cosine:g}"
     return (
         f"cosine {parity.cosine_min:.6f} is {gates.min_cosine - parity.cosine_min:.2g} below the least allowed"
         f" {gates.min_cosine:g}, on {parity.worst_image} (mean {parity.cosine_mean:.6f})"

@@ -16,7 +16,7 @@ from pmm_edge.runs import BEST, EXPORT_FOLDER, about_run, newest_run, run_of
 if TYPE_CHECKING:
     from pmm_edge.bench import BenchReport
 
-_MODEL_SUFFIXES = (".onnx", ".safetensors")
+_MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
 
 
 def bench(

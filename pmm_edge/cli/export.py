@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from pmm_edge.cli.render import note, print_json, print_table, progress
-from pmm_edge.errors import PmmError
-from pmm_edge.runs import BEST, EXPORT_FOLDER, newest_run
+from pmm_edge.errors import DataError, PmmError
+from pmm_edge.export.options import OPSET, Fp16, Graph, Int8, Precision
+from pmm_edge.runs import BEST, EXPORT_FOLDER, about_run, newest_run, run_of
+from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
+
+if TYPE_CHECKING:
+    from pmm_edge.export import Exported
+    from pmm_edge.export.bundles import Bundle
+    from pmm_edge.export.tensorrt import BuiltEngine
+
+_TENSORRT = "TensorRT, with --trt"
+_PRECISION = "Precision"
 
 
 def export(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A checkpoint of pmm train; by default the newest run's best.pt.")
+        Path | None,
+        typer.Argument(
+            help="A checkpoint of pmm train; by default the newest run's best.pt. With --trt, --deepstream or --triton"
+            " also a .onnx that was exported before: that needs no torch."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The .onnx file to write; by default in the run's export folder.")
+        Path | None,
+        typer.Option(help="The .onnx file to write; by default in the run's export folder. An engine lies beside it."),
     ] = None,
     form: Annotated[
         Literal["uint8", "raw", "normalized"],
@@ -28,8 +45,108 @@ def export(
             " the graph, for DeepStream. normalized: float (N, 3, H, W), for consumers that normalise themselves.",
         ),
     ] = "uint8",
+    opset: Annotated[int, typer.Option(help="Of ONNX, 17 to 20.")] = OPSET,
+    normalize_output: Annotated[
+        bool, typer.Option("--normalize-output", help="Give embeddings of length 1 (L2): Euclidean ranks as cosine.")
+    ] = False,
+    static_batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Take batches of N images and no others; by default any.")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8"],
+        typer.Option(rich_help_panel=_PRECISION, help="Of weights and values; input and output stay as they are."),
+    ] = "fp32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_PRECISION,
+            metavar="DATA",
+            help="Data set whose training images set INT8's ranges and check FP16's; by default the run's own.",
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["tensorrt", "cpu"] | None,
+        typer.Option(
+            rich_help_panel=_PRECISION,
+            help="What will run the INT8 graph: tensorrt (the default) or ONNX Runtime on a cpu.",
+        ),
+    ] = None,
+    calibration_method: Annotated[
+        Literal["minmax", "percentile", "entropy"] | None,
+        typer.Option(rich_help_panel=_PRECISION, help="Of INT8's ranges; by default the one that loses least."),
+    ] = None,
+    max_map_drop: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_PRECISION,
+            metavar="POINTS",
+            help="Keep the layers that INT8 hurts most in float until no more mAP than this is lost. Takes minutes.",
+        ),
+    ] = None,
     safetensors: Annotated[
         bool, typer.Option("--safetensors", help="Also write the weights without classifiers, for PyTorch.")
+    ] = False,
+    deepstream: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write a folder for DeepStream's tracker: the network (input raw), NvDCF's YAML."
+        ),
+    ] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also put the network (input uint8; with --trt the engine) into this Triton model repository.",
+        ),
+    ] = None,
+    trt: Annotated[
+        bool,
+        typer.Option(
+            "--trt", rich_help_panel=_TENSORRT, help="Also build a TensorRT engine, for this machine's GPU alone."
+        ),
+    ] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_TENSORRT,
+            metavar="MIN,OPT,MAX",
+            help=f"Least, optimal and largest batch of the engine; by default {BatchProfile()}.",
+        ),
+    ] = None,
+    workspace: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_TENSORRT, metavar="GIB", help="Limit of scratch memory; by default all that the GPU has."
+        ),
+    ] = None,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_TENSORRT,
+            help=f"0 builds fastest, 5 searches longest; by default {BuildSettings.optimization_level}.",
+        ),
+    ] = None,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            rich_help_panel=_TENSORRT,
+            help="An engine for every GPU from Ampere on, some of them slower. Not for Jetson.",
+        ),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            rich_help_panel=_TENSORRT,
+            help="An engine that later versions of TensorRT load as well, somewhat slower.",
+        ),
+    ] = False,
+    no_timing_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-timing-cache", rich_help_panel=_TENSORRT, help="Measure every layer anew, and keep no timings."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
@@ -38,31 +155,196 @@ def export(
     [dim]pmm export[/]
 
     [dim]pmm export runs/20261122-174200-quick/best.pt --input raw --out tracker.onnx[/]
+
+    [dim]pmm export --precision int8 --target cpu --max-map-drop 0.5[/]
+
+    [dim]pmm export model.onnx --trt --batch 1,16,64[/]
     """
+    chosen = {
+        "--batch": batch,
+        "--workspace": workspace,
+        "--optimization-level": optimization_level,
+        "--hardware-compatible": hardware_compatible,
+        "--version-compatible": version_compatible,
+        "--no-timing-cache": no_timing_cache,
+    }
+    if not trt and (unused := [name for name, value in chosen.items() if value not in (None, False)]):
+        raise PmmError(f"{', '.join(unused)} says how to build an engine, and none is asked for", "Add --trt")
+    settings = BuildSettings(
+        batch=BatchProfile.parse(batch) if batch is not None else BatchProfile(),
+        workspace_gib=workspace,
+        optimization_level=BuildSettings.optimization_level if optimization_level is None else optimization_level,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+        timing_cache=not no_timing_cache,
+    )
+    checkpoint = checkpoint or newest_run() / BEST
+    exported: list[Exported] = []
+    graph = Graph(opset, normalize_output, static_batch)
+    lower = _precision(precision, checkpoint, calibration, target, calibration_method, max_map_drop)
+    if (trt or deepstream or triton) and checkpoint.suffix == ".onnx":
+        if safetensors:
+            raise PmmError(f"{checkpoint} has no weights for --safetensors", "Name the checkpoint it was exported from")
+        if lower or graph != Graph():
+            raise PmmError(
+                f"{checkpoint} is exported already: its graph and precision stay as they are",
+                "Name the checkpoint it was exported from",
+            )
+        onnx, engine_path = checkpoint, (out or checkpoint).with_suffix(".engine")
+    else:
+        onnx = out or _default_out(checkpoint, form, lower)
+        engine_path = onnx.with_suffix(".engine")
+        exported = _export(checkpoint, onnx, form, graph, lower, safetensors)
+    engine, failure = None, None
+    if trt:
+        try:
+            engine = _build(onnx, engine_path, settings)
+        except PmmError as error:
+            failure = error  # what was exported is shown all the same
+    bundles: list[Bundle] = []
+    if deepstream or (triton and not failure):
+        from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
+
+        def in_form(wanted: Literal["uint8", "raw"]) -> Path:
+            if not exported or form == wanted:
+                return onnx
+            other = onnx.with_name(f"{onnx.stem}-{wanted}.onnx") if out else _default_out(checkpoint, wanted, lower)
+            exported.extend(_export(checkpoint, other, wanted, graph, lower, safetensors=False))
+            return other
+
+        if deepstream:
+            bundles.append(deepstream_bundle(in_form("raw"), deepstream))
+        if triton and not failure:
+            served, profile = (engine.path if engine else None), settings.batch
+            bundles.append(triton_bundle(in_form("uint8"), triton, served, (profile.optimal, profile.maximum)))
+    if as_json:
+        _print_json(checkpoint, exported, engine, bundles)
+    else:
+        _print(exported, engine)
+        for bundle in bundles:
+            note(f"{bundle.kind}: {escape(str(bundle.folder))} [dim](README.md there says what to do with it)[/]")
+    if failure:
+        raise failure
+    if not as_json:
+        note("[dim]Prove that it retrieves the same people: pmm bench[/]")
+
+
+def _precision(
+    precision: Literal["fp32", "fp16", "int8"],
+    checkpoint: Path,
+    calibration: Path | None,
+    target: Literal["tensorrt", "cpu"] | None,
+    method: Literal["minmax", "percentile", "entropy"] | None,
+    max_map_drop: float | None,
+) -> Precision | None:
+    """What was asked for; the calibration data is by default that of the checkpoint's run."""
+    of_int8 = {"--target": target, "--calibration-method": method, "--max-map-drop": max_map_drop}
+    asked = {"--calibration": calibration, **of_int8} if precision == "fp32" else of_int8
+    if precision != "int8" and (unused := [name for name, value in asked.items() if value is not None]):
+        raise PmmError(f"{', '.join(unused)} says nothing of --precision {precision}", "Add --precision int8")
+    if precision == "fp32":
+        return None
+    if calibration is None:
+        run = run_of(checkpoint)
+        about = about_run(run) if run else None
+        calibration = Path(about.data) if about and Path(about.data).is_dir() else None
+    if precision == "fp16":
+        return Fp16(calibration)
+    if calibration is None:
+        raise DataError("INT8 needs images to calibrate on, and the run's data set is not there", "Add --calibration")
+    return Int8(calibration, target or "tensorrt", method, max_map_drop)
+
+
+def _export(
+    checkpoint: Path,
+    onnx: Path,
+    form: Literal["uint8", "raw", "normalized"],
+    graph: Graph,
+    precision: Precision | None,
+    safetensors: bool,
+) -> list[Exported]:
     try:
         from pmm_edge.export import export_onnx, export_safetensors
     except ModuleNotFoundError as error:
         raise PmmError(
-            f"exporting needs {error.name}, which is not installed", "pip install 'pmm-edge[train]'"
+            f"exporting needs {error.name}, which is not installed",
+            "pip install 'pmm-edge[train]'; an engine from a .onnx needs none of it: pmm export model.onnx --trt",
         ) from error
 
-    checkpoint = checkpoint or newest_run() / BEST
-    out = out or _default_out(checkpoint, form)
     with progress() as report:
-        exported = [export_onnx(checkpoint, out, form, report=report)]
+        exported = [export_onnx(checkpoint, onnx, form, graph, precision, report)]
     if safetensors:
-        exported.append(export_safetensors(checkpoint, out.with_suffix(".safetensors")))
-    if as_json:
-        files = [{**asdict(item), "path": str(item.path)} for item in exported]
-        print_json({"checkpoint": str(checkpoint), "exported": files})
-        return
-    rows = [
-        (item.path.name, f"{item.size / 1e6:.1f}", item.spec.precision, item.spec.input.form, f"{item.departure:.1e}")
-        for item in exported
-    ]
-    print_table(f"exported to {out.parent}", ("file", "MB", "precision", "input", "departure"), rows)
-    note("[dim]Prove that it retrieves the same people: pmm bench[/]")
+        exported.append(export_safetensors(checkpoint, onnx.with_suffix(".safetensors")))
+    return exported
 
 
-def _default_out(checkpoint: Path, form: str) -> Path:
-    return checkpoint.parent / EXPORT_FOLDER / ("model.onnx" if form == "uint8" else f"model-{form}.onnx")
+def _build(onnx: Path, out: Path, settings: BuildSettings) -> BuiltEngine:
+    from pmm_edge.export.tensorrt import build_engine
+
+    with progress() as report:
+        return build_engine(onnx, out, settings, report)
+
+
+def _print_json(checkpoint: Path, exported: list[Exported], engine: BuiltEngine | None, bundles: list[Bundle]) -> None:
+    files = [{**asdict(item), "path": str(item.path)} for item in exported]
+    printed: dict[str, object] = {"checkpoint": str(checkpoint), "exported": files}
+    if engine:
+        printed["engine"] = {"path": str(engine.path)} | json.loads(engine.manifest.to_json())
+    if bundles:
+        printed["bundles"] = {bundle.kind: str(bundle.folder) for bundle in bundles}
+    print_json(printed)
+
+
+def _print(exported: list[Exported], engine: BuiltEngine | None) -> None:
+    if exported:
+        rows = [
+            (
+                item.path.name,
+                f"{item.size / 1e6:.1f}",
+                item.spec.precision,
+                item.spec.input.form,
+                f"{item.departure:.1e}",
+                f"{item.cosine_mean:.6f}",
+            )
+            for item in exported
+        ]
+        columns = ("file", "MB", "precision", "input", "departure", "cosine")
+        print_table(f"exported to {exported[0].path.parent}", columns, rows)
+        for item in exported:
+            _print_precision(item)
+    if engine:
+        manifest = engine.manifest
+        layers = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
+        print_table(
+            f"built for {manifest.machine.gpu} with TensorRT {manifest.machine.tensorrt}",
+            ("file", "MB", "batch", "layers", "seconds"),
+            [
+                (
+                    engine.path.name,
+                    f"{manifest.engine_size / 1e6:.1f}",
+                    str(manifest.settings.batch),
+                    layers,
+                    f"{manifest.build_seconds:.1f}",
+                )
+            ],
+        )
+
+
+def _print_precision(item: Exported) -> None:
+    for warning in item.warnings:
+        note(f"[yellow]warning:[/] {escape(warning)}")
+    if item.spec.precision != "fp32":
+        note(f"{item.path.name}: {escape(item.spec.precision_method)}")
+    if item.layers:
+        rows = [
+            (layer.layer, f"{layer.loss:.1e}", f"{100 * layer.cost:.1f} %", "float" if layer.in_float else "int8")
+            for layer in item.layers
+        ]
+        print_table("what INT8 costs each layer", ("layer", "cosine lost", "of the work", "runs in"), rows)
+
+
+def _default_out(checkpoint: Path, form: str, precision: Precision | None) -> Path:
+    parts = ["model"] if form == "uint8" else ["model", form]
+    if precision:
+        parts.append("fp16" if isinstance(precision, Fp16) else f"int8-{precision.target}")
+    return checkpoint.parent / EXPORT_FOLDER / ("-".join(parts) + ".onnx")

@@ -139,14 +139,18 @@ def train(
             return
     with progress() as report:
         if resume:
-            result = loop.resume(resume, report=report, warn=note)
+            result = loop.resume(resume, report=report, warn=_warn)
         else:
             data = data or _synthetic(report)
-            result = loop.train(chosen, data, layout=layout, out=out_folder, report=report, warn=note)
+            result = loop.train(chosen, data, layout=layout, out=out_folder, report=report, warn=_warn)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
         _show(result, as_json)
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
+
+
+def _warn(text: str) -> None:
+    note(f"[yellow]note:[/] {escape(text)}")
 
 
 def _refuse_with_resume(given: dict[str, Any], *others: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,15 @@ ERASE_PROBABILITY = 0.5
 
 def normalize(crops: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 with ImageNet's mean and spread, in channels-last memory."""
-    std = torch.tensor(IMAGENET_STD, device=crops.device)
-    shift = torch.tensor(IMAGENET_MEAN, device=crops.device) / std
+    scale, shift = _imagenet(crops.device)
     # In place: on a CPU each pass over a batch of floats costs more than what it computes.
-    return crops.float().mul_(1 / (255 * std)).sub_(shift).permute(0, 3, 1, 2)
+    return crops.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
+
+
+@cache  # made once for a device: copying a constant to a GPU waits for it
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return (1 / (255 * std)).to(device), (mean / std).to(device)
 
 
 def augment(

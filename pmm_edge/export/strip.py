@@ -42,13 +42,22 @@ class Stripped(nn.Module):
         return torch.cat([average, maximum], dim=1)
 
 
-def inference_network(network: ReidNetwork, spec: InputSpec) -> nn.Module:
+class UnitLength(nn.Module):
+    """Embeddings (N, D) over their L2 norm. All zeros stay so."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        # Not F.normalize, whose export brings shape arithmetic with it.
+        return embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def inference_network(network: ReidNetwork, spec: InputSpec, normalize_output: bool = False) -> nn.Module:
     """The network to deploy, from the spec's input form to embeddings; the trained one is left as it is.
 
     The normalisation of the forms `uint8` and `raw` stays a scale and a shift of its own: folded into the first
     convolution it would be wrong at the border, where zeros are padded after it.
     """
-    return nn.Sequential(Preprocess(spec), Stripped(network)).eval()
+    behind = [UnitLength()] if normalize_output else []
+    return nn.Sequential(Preprocess(spec), Stripped(network), *behind).eval()
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:

@@ -61,7 +61,8 @@ def attentive_cutmix(
     """
     negatives = draw_negatives(pids, generator)
     salient = top_blocks(attention, block_size, count)[negatives]
-    return _paste(images, pids, negatives, spread(salient, (STRIDE, STRIDE)))
+    height, width = images.shape[-2:]  # the map's last row and column may reach over the border
+    return _paste(images, pids, negatives, spread(salient, (STRIDE, STRIDE))[..., :height, :width])
 
 
 def attention(network: PMM, images: Tensor, pids: Tensor) -> Tensor:

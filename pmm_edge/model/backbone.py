@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from pmm_edge.errors import PmmError
+from pmm_edge.errors import ModelError, PmmError
 
 RESNETS: dict[str, Callable[..., torchvision.models.ResNet]] = {
     name: getattr(torchvision.models, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -47,21 +47,21 @@ def map_size(height: int, width: int) -> tuple[int, int]:
     return -(-height // STRIDE), -(-width // STRIDE)
 
 
-def load_backbone_weights(backbone: Backbone, state_dict: dict[str, Tensor]) -> None:
+def load_backbone_weights(backbone: Backbone, state_dict: object) -> None:
     """Load weights in torchvision's layout; its ImageNet classifier `fc` is left out.
 
     Raises:
-        PmmError: tensors are missing, unknown or of another shape.
+        ModelError: tensors are missing, unknown or of another shape.
     """
-    weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith("fc.")}
+    remedy = "Give weights of torchvision's ResNet of the same name"
+    if not isinstance(state_dict, Mapping):
+        raise ModelError("the file of backbone weights holds no state dict", remedy)
+    weights = {name: tensor for name, tensor in state_dict.items() if not str(name).startswith("fc.")}
     try:
         backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise PmmError(
-            f"the weights do not fit the backbone: {first}",
-            "Give weights of torchvision's ResNet of the same name",
-        ) from error
+    except (RuntimeError, AttributeError, TypeError) as error:
+        first = (str(error).splitlines() or [""])[min(1, str(error).count("\n"))].strip()
+        raise ModelError(f"the weights do not fit the backbone: {first}", remedy) from error
 
 
 def _with_stride_1(stage: nn.Sequential) -> nn.Sequential:
@@ -81,8 +81,9 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     """
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    # No network, a file cut off, a wrong hash, a file put there by hand that is none: they share no other type.
+    except Exception as error:
         folder = torch.hub.get_dir()
         raise PmmError(
             f"the ImageNet weights of {name} cannot be downloaded ({error})",

@@ -6,31 +6,20 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pmm_edge.errors import ModelError
+from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.files import written_whole
 from pmm_edge.model.build import build_model
 from pmm_edge.model.network import PMM, ReidNetwork
 from pmm_edge.model.released import load_released, released_tensors, translated
+from pmm_edge.model.torch_file import read_torch_file
 from pmm_edge.spec import ModelSpec
 
 _FORMAT = "pmm-edge checkpoint 1"
-
-# Research code often saves its best figure as a numpy scalar: plain data, but not on torch's own list.
-_SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY_SCALARS: list[Any] = [
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    (_SCALAR, "numpy.core.multiarray.scalar"),  # as numpy 1 wrote it
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64")),
-]
 
 
 @dataclass
@@ -42,9 +31,19 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)
 
     def network(self) -> ReidNetwork:
-        """Build the network and load the weights; evaluation mode."""
-        model = network_of(self.spec)
-        model.load_state_dict(self.weights)
+        """Build the network and load the weights; evaluation mode.
+
+        Raises:
+            ModelError: the weights are not those of the network that the spec describes.
+        """
+        try:
+            model = network_of(self.spec)
+            model.load_state_dict(self.weights)
+        except (RuntimeError, PmmError) as error:
+            raise ModelError(
+                f"the checkpoint's weights are not those of its spec ({str(error).splitlines()[0]})",
+                "It was changed; train again, or fetch the file again",
+            ) from error
         return model.eval()
 
 
@@ -88,13 +87,26 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ModelError: the file is missing, truncated, or no checkpoint of ours.
     """
     content = read_torch_file(path)
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not _is_ours(content):
         raise ModelError(
             f"{path} is not a pmm-edge checkpoint",
             "Give best.pt or last.pt of a run folder; a file of the paper's authors loads with"
             " pmm_edge.load_released_checkpoint",
         )
     return Checkpoint(ModelSpec.from_json(content["spec"]), content["weights"], content["training"])
+
+
+def _is_ours(content: Any) -> bool:
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        return False
+    spec, weights, training = (content.get(part) for part in ("spec", "weights", "training"))
+    return isinstance(spec, str) and _is_state_dict(weights) and isinstance(training, dict)
+
+
+def _is_state_dict(weights: Any) -> bool:
+    return isinstance(weights, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    )
 
 
 def load_released_checkpoint(model: PMM, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> PMM:
@@ -120,25 +132,7 @@ def any_weights(path: Path) -> dict[str, Tensor]:
         ModelError: the file is neither.
     """
     content = read_torch_file(path)
-    if isinstance(content, dict) and content.get("format") == _FORMAT:
+    if _is_ours(content):
         weights: dict[str, Tensor] = content["weights"]
         return weights
     return translated(released_tensors(content, path))
-
-
-def read_torch_file(path: Path) -> Any:
-    """Read a file of `torch.save` as data: tensors and plain values, no code is run.
-
-    Raises:
-        ModelError: the file is missing, truncated, or holds anything else.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist", "Name a checkpoint; pmm train writes them to runs/*/best.pt")
-    try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{path} cannot be read as a checkpoint: it is truncated, no file of torch, or holds more than data",
-            "Train again, or fetch the file again",
-        ) from error

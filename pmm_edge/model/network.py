@@ -158,8 +158,8 @@ class PMM(ReidNetwork):
         num_classes: identities of the training set.
         mix_blocks: K, the number of blocks replaced.
         block_size: (height, width) of a block on the map.
-        mix: `a-hard-mix` replaces salient blocks, `dropblock` zeroes random ones , any other
-            leaves the map as it is.
+        mix: `a-hard-mix` replaces salient blocks, `dropblock` zeroes random ones, any other leaves the
+            map as it is.
     """
 
     def __init__(

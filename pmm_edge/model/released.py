@@ -53,7 +53,9 @@ def released_tensors(content: Any, path: Path) -> Mapping[str, Tensor]:
         ModelError: there is none.
     """
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
         raise ModelError(f"{path} holds no state dict", "Give a pmm-edge checkpoint or one of the authors' .pth.tar")
     return tensors
 

@@ -17,12 +17,14 @@ def load(path: str | Path, device: str | None = None) -> Embedder:
     """Load a network to embed with.
 
     Args:
-        path: `.onnx` runs in ONNX Runtime; a checkpoint `.pt` or weights `.safetensors` run in PyTorch.
+        path: `.onnx` runs in ONNX Runtime, an `.engine` in TensorRT; a checkpoint `.pt` or weights `.safetensors`
+            run in PyTorch.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where the engine can use one, else the CPU. The
             embedder's `device` says which it became.
 
     Raises:
         ModelError: the file is missing, truncated or not ours, or its engine or device is not there.
+        NotOnThisMachineError, GpuError: an `.engine` without TensorRT, cuda-python or a GPU that runs it.
     """
     path = Path(path)
     if path.suffix == ".onnx":
@@ -38,10 +40,11 @@ def load(path: str | Path, device: str | None = None) -> Embedder:
                 "pip install 'pmm-edge[train]', or load the .onnx that pmm export makes, which needs no torch",
             ) from error
         return load_torch(path, device)
-    if path.suffix in (".engine", ".plan"):
-        raise ModelError(
-            f"{path} is a TensorRT engine, which this version does not run", "Load the .onnx it was built from"
-        )
+    if path.suffix == ".engine":
+        from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
+
+        return TensorRTEmbedder(path, device)
     raise ModelError(
-        f"{path} is of no kind that can be loaded", "Name a .onnx file, a checkpoint .pt or weights .safetensors"
+        f"{path} is of no kind that can be loaded",
+        "Name a .onnx file, a TensorRT .engine, a checkpoint .pt or weights .safetensors",
     )

@@ -15,6 +15,9 @@ from pmm_edge.spec import ModelSpec
 
 Embeddings = NDArray[np.float32]
 
+INPUT, OUTPUT = "images", "embeddings"
+"""Names of an exported graph's input and output."""
+
 CHUNK = 64
 """Crops that go through the network at once, so that memory does not grow with the number of crops."""
 
@@ -27,7 +30,7 @@ class Embedder(ABC):
     Attributes:
         spec: what the network is and what it is fed.
         path: the file it was loaded from.
-        backend: `torch` or `onnxruntime`.
+        backend: `torch`, `onnxruntime` or `tensorrt`.
         device: where it really runs: `cpu` or `cuda:N`.
     """
 

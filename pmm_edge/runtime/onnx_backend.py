@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError
 from pmm_edge.runtime.crops import Pixels, network_input
+from pmm_edge.runtime.embedder import INPUT as INPUT
+from pmm_edge.runtime.embedder import OUTPUT as OUTPUT
 from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
 from pmm_edge.spec import METADATA_KEY, ModelSpec
-
-INPUT = "images"
-OUTPUT = "embeddings"
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _WARNING, _FATAL = 2, 4
@@ -40,9 +40,20 @@ class OnnxEmbedder(Embedder):
             raise ModelError(f"{path} does not exist", "Make it with pmm export")
         self._session, used = _open(path, device)
         super().__init__(_spec(self._session, path), path, "onnxruntime", used)
+        batch = self._session.get_inputs()[0].shape[0]
+        self._only_batch = batch if isinstance(batch, int) else None
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        (embeddings,) = self._session.run([OUTPUT], {INPUT: network_input(images, self.spec.input)})
+        fed = network_input(images, self.spec.input)
+        if self._only_batch is None:
+            return self._run(fed)
+        missing = -len(fed) % self._only_batch
+        fed = np.concatenate([fed, np.zeros_like(fed, shape=(missing, *fed.shape[1:]))])
+        batches = [self._run(fed[start : start + self._only_batch]) for start in range(0, len(fed), self._only_batch)]
+        return np.concatenate(batches)[: len(images)]
+
+    def _run(self, fed: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
+        (embeddings,) = self._session.run([OUTPUT], {INPUT: fed})
         return np.asarray(embeddings, dtype=np.float32)
 
 

@@ -83,7 +83,8 @@ class TrainConfig:
             PmmError: a value is out of its range.
         """
         for name, least in _LEAST.items():
-            _require(getattr(self, name) >= least, f"{name} is {getattr(self, name)}", f"It must be {least} or more")
+            value = getattr(self, name)
+            _require(least <= value < 2**63, f"{name} is {value}", f"It must be {least} or more")
         for name, choices in (("method", Method), ("mix", Mix), ("precision", Precision)):
             value, known = getattr(self, name), get_args(choices)
             _require(value in known, f"{name} is '{value}'", f"{_suggest(value, known)}Choose {', '.join(known)}")
@@ -102,6 +103,11 @@ class TrainConfig:
             self.erase_size <= min(self.height, self.width),
             f"erase_size is {self.erase_size}",
             f"The square must fit into {self.height}x{self.width}",
+        )
+        _require(
+            self.mix != "cutout" or self.erase_size > 0,
+            "mix 'cutout' with an erase_size of 0",
+            "CutOut is the erasing: give --erase-size, or choose --mix none",
         )
         _require(self.ema < 1, f"ema is {self.ema}", "Choose a decay below 1, such as 0.999")
         _require(
@@ -123,7 +129,9 @@ class TrainConfig:
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("height", "width", "mix_blocks", "epochs", "batch", "accumulate", "evaluate_every", "keep"), 1),
     "images_per_identity": 2,
-    **dict.fromkeys(("erase_size", "weight_decay", "clip_norm", "ema", "patience", "max_bad_images", "cache_gib"), 0),
+    **dict.fromkeys(
+        ("seed", "erase_size", "weight_decay", "clip_norm", "ema", "patience", "max_bad_images", "cache_gib"), 0
+    ),
 }
 
 

@@ -23,8 +23,11 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         wanted = f"cuda:{local_rank}"
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
-        raise PmmError(f"'{wanted}' is no device", "Choose auto, cpu, cuda or cuda:N") from error
+        known = device.type in ("cpu", "cuda")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise PmmError(f"'{wanted}' is no device to train on", "Choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PmmError(
             f"device {wanted} is not there: torch sees {torch.cuda.device_count()} GPUs",
@@ -78,14 +81,17 @@ def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iter
     try:
         yield
     except torch.OutOfMemoryError as error:
-        remedy = f"Try --batch {fitting_batch(batch, unit)}, or --accumulate 2 to take the batch in two parts"
-        raise PmmError(f"a batch of {batch} does not fit into the memory of {device}", remedy) from error
+        problem = f"training with a batch of {batch} does not fit into the memory of {device}"
+        raise PmmError(problem, memory_remedy(batch, unit)) from error
 
 
-def fitting_batch(batch: int, unit: int) -> int:
-    """The next batch to try: half of the one that did not fit, as a multiple of `unit`, two of them at least.
+def memory_remedy(batch: int, unit: int) -> str:
+    """What to try when a batch did not fit; a batch holds two multiples of `unit` or more.
 
-    How far the failed step had come is not known, so neither is what an image takes; half fits unless the network
-    itself hardly does.
+    How far the failed step had come is not known, so neither is what an image takes; half of the batch fits unless
+    the network itself hardly does.
     """
-    return max(2 * unit, batch // 2 // unit * unit)
+    half = batch // 2 // unit * unit
+    if half < 2 * unit:
+        return "Choose a smaller backbone or input, or --precision bf16"
+    return f"Try --batch {half}, or --accumulate 2 to take the batch in two parts"

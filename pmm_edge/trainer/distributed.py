@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from pmm_edge.errors import PmmError
+from pmm_edge.trainer.device import choose_device
+
+_NONE = 2**62
+
 
 @dataclass(frozen=True)
 class World:
@@ -33,6 +38,14 @@ class World:
         dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
         return bool(wishes.item())
 
+    def first(self, number: int | None) -> int | None:
+        """The smallest number that any process has; None where none has one."""
+        if self.size == 1:
+            return number
+        smallest = torch.tensor(_NONE if number is None else number)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return None if int(smallest) == _NONE else int(smallest)
+
     def share(self, value: str) -> str:
         """The leading process's value, in every process."""
         if self.size == 1:
@@ -48,16 +61,28 @@ class World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """Join the processes that `torchrun` started with this one; without it, a world of one."""
+def joined(device: str) -> Iterator[World]:
+    """Join the processes that `torchrun` started with this one; without it, a world of one.
+
+    Args:
+        device: what a run asks for: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        PmmError: this process's device is not there, or all would share one GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
+    if device.startswith("cuda:"):
+        raise PmmError(
+            f"{world.size} processes cannot share {device}", "Give --device cuda: each takes a GPU of its own"
+        )
+    own = choose_device(device, world.local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     # Both, so that flags travel between CPUs also where gradients travel between GPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     try:
         yield world
     finally:

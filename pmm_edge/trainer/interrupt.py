@@ -15,7 +15,8 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     asked = threading.Event()
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        # Schedulers and torchrun each send a SIGTERM: the second must not undo the first one's saving.
+        if asked.is_set() and signum == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
 

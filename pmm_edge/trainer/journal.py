@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
+
+from pmm_edge.files import written_whole
 
 LOG, METRICS, TENSORBOARD = "log.txt", "metrics.jsonl", "tensorboard"
 
@@ -17,11 +19,15 @@ class Journal:
     """The journal of a run folder; a resumed run goes on in the same files.
 
     Args:
+        epoch: the last whole epoch; what a killed run wrote beyond it is dropped, for it is trained again.
         active: False in the processes that only help; they write nothing.
     """
 
-    def __init__(self, folder: Path, active: bool = True) -> None:
-        self._folder, self._board = folder, SummaryWriter(str(folder / TENSORBOARD)) if active else None
+    def __init__(self, folder: Path, epoch: int = 0, active: bool = True) -> None:
+        self._folder, self._active, self._board = folder, active, None
+        if active:
+            _drop_beyond(folder / METRICS, epoch)
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=epoch + 1)
 
     def __enter__(self) -> Journal:
         return self
@@ -48,6 +54,18 @@ class Journal:
         self.say(f"epoch {epoch} {kind}: " + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
     def _append(self, name: str, line: str) -> None:
-        if self._board:
+        if self._active:
             with (self._folder / name).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _drop_beyond(metrics: Path, epoch: int) -> None:
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a line that a kill cut off
+            if json.loads(line)["epoch"] <= epoch:
+                kept.append(line + "\n")
+    with written_whole(metrics) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

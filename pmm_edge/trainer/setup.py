@@ -16,8 +16,7 @@ import pmm_edge
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
 from pmm_edge.errors import ModelError
 from pmm_edge.model import ReidNetwork, build_model
-from pmm_edge.model.backbone import imagenet_weights, load_backbone_weights
-from pmm_edge.model.checkpoint import any_weights, read_torch_file
+from pmm_edge.model.checkpoint import any_weights
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
@@ -31,7 +30,7 @@ def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = build_model(
+        return build_model(
             config.method,
             num_classes=num_classes,
             backbone=config.backbone,
@@ -40,14 +39,8 @@ def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
             mix=config.mix,
             mix_blocks=config.mix_blocks,
             block_size=config.block_size,
+            pretrained=None if config.backbone_weights == "none" else config.backbone_weights,
         )
-    if config.init_from:
-        return network
-    if config.backbone_weights == "imagenet":
-        load_backbone_weights(network.backbone, imagenet_weights(config.backbone))
-    elif config.backbone_weights != "none":
-        load_backbone_weights(network.backbone, read_torch_file(Path(config.backbone_weights)))
-    return network
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,8 @@ def model_spec(
         input=InputSpec(config.height, config.width),
         embedding_size=max(stop for _, stop in stages.values()),
         stages=stages,
-        mix=config.mix,
-        mix_blocks=config.mix_blocks,
+        mix=config.mix if config.method == "pmm" else "none",
+        mix_blocks=config.mix_blocks if config.method == "pmm" else None,
         block_size=config.block_size,
         dataset=dataset.name,
         retrieval=figures,
@@ -115,8 +108,10 @@ def retrieval_figures(result: RetrievalResult) -> RetrievalFigures:
     return RetrievalFigures(result.rank(1), result.mAP, result.mINP, result.mAP_at_50)
 
 
-def fingerprint(split: Split) -> str:
-    """Names and labels of the training images; a resumed run must see the same."""
-    names = "\n".join(f"{path.name} {pid}" for path, pid in zip(split.paths, split.pids, strict=True))
-    digest = hashlib.sha256(names.encode()).hexdigest()
-    return f"{len(split)} images, {digest[:16]}"
+def fingerprint(dataset: ReidDataset) -> str:
+    """Names and labels of all images; a resumed run must see the same."""
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.query, dataset.gallery):
+        for path, pid, camid in zip(split.paths, split.pids, split.camids, strict=True):
+            digest.update(f"{path.name} {pid} {camid}\n".encode())
+    return digest.hexdigest()

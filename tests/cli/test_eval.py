@@ -61,7 +61,7 @@ def test_data_that_cannot_be_used(pmm: Callable, tiny_onnx: Path, tiny_dataset: 
 
 def test_models_that_cannot_be_used(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     assert "missing.onnx does not exist" in refused(pmm, tmp_path / "missing.onnx", tiny_dataset)
-    assert "Load the .onnx" in refused(pmm, tmp_path / "model.engine", tiny_dataset)
+    assert "model.engine does not exist. Build it here" in refused(pmm, tmp_path / "model.engine", tiny_dataset)
     assert "device 'npu' is unknown" in refused(pmm, tiny_onnx, tiny_dataset, "--device", "npu")
 
 

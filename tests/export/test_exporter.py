@@ -81,7 +81,7 @@ def test_files_hold_no_paths_of_the_machine_that_made_them(tiny_onnx: Path) -> N
 def test_an_export_that_departs_is_not_written(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(network: torch.nn.Module, spec: InputSpec) -> torch.nn.Module:
+    def wrong(network: torch.nn.Module, spec: InputSpec, normalize_output: bool) -> torch.nn.Module:
         return inference_network(network, replace(spec, std=(0.25, 0.25, 0.25)))
 
     def report(what: str, done: int, total: int, detail: str = "") -> None:

@@ -23,10 +23,10 @@ def test_missing_files(tmp_path: Path) -> None:
     refused(tmp_path / "model.onnx", r"model\.onnx does not exist\. Make it with pmm export")
     refused(tmp_path / "model.safetensors", r"does not exist\. Make it with pmm export --safetensors")
     refused(tmp_path / "best.pt", r"best\.pt does not exist")
+    refused(tmp_path / "model.engine", r"model\.engine does not exist\. Build it here: pmm export .*model\.onnx --trt")
 
 
 def test_kinds_that_do_not_load(tmp_path: Path) -> None:
-    refused(tmp_path / "model.engine", r"TensorRT engine.*Load the \.onnx")
     refused(tmp_path / "model.tflite", r"of no kind that can be loaded\. Name a \.onnx")
 
 

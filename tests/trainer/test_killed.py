@@ -1,5 +1,6 @@
 """A run killed with SIGKILL at any moment goes on to the very weights of a run that was not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pmm_edge.model import load_checkpoint
 
 # fmt: off
 FLAGS = [
-    "--height", "96", "--width", "64", "--epochs", "6", "--batch", "8", "--erase-size", "8", "--evaluate-every", "3",
+    "--height", "96", "--width", "64", "--epochs", "8", "--batch", "8", "--erase-size", "8", "--evaluate-every", "2",
     "--device", "cpu", "--ema", "0.9",
 ]
 # fmt: on
@@ -48,7 +49,7 @@ def test_resuming_after_sigkill_gives_the_same_bits(uninterrupted, tiny_dataset,
     process.send_signal(signal.SIGKILL)
     process.wait()
     stopped = load_checkpoint(folder / "last.pt")
-    assert stopped.training["epoch"] < 6, "killed too late to prove anything"
+    assert stopped.training["epoch"] < 8, "killed too late to prove anything"
 
     finish(pmm_train("--resume", folder))
     resumed = load_checkpoint(folder / "last.pt")
@@ -56,6 +57,21 @@ def test_resuming_after_sigkill_gives_the_same_bits(uninterrupted, tiny_dataset,
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert uninterrupted.training["best"] == resumed.training["best"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted, tiny_dataset, tmp_path):
+    folder = tmp_path / "run"
+    process = pmm_train(tiny_dataset, "--out", folder, *FLAGS)
+    while not (folder / "config.toml").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finish(pmm_train("--resume", folder))
+    weights = load_checkpoint(folder / "last.pt").weights
+    assert all(torch.equal(weights[name], uninterrupted.weights[name]) for name in weights)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["kind"] == "train"] == list(range(1, 9)), "each epoch once"
 
 
 def _states(one, other):

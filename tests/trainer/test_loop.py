@@ -92,7 +92,7 @@ def test_resuming_refuses_other_data(run, tiny_dataset, tmp_path):
     data = shutil.copytree(tiny_dataset, tmp_path / "data")
     folder = train(replace(CONFIG, epochs=1), data, out=tmp_path / "run").folder
     next((data / "bounding_box_train").iterdir()).unlink()
-    with pytest.raises(DataError, match="other training images"):
+    with pytest.raises(DataError, match="holds other images"):
         resume(folder)
 
 

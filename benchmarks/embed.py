@@ -1,0 +1,74 @@
+"""`pmm embed` from JPEG files to embeddings, against the network alone on arrays that are already prepared.
+
+    python benchmarks/embed.py [--backbone resnet50] [--batch 16] [--rounds 7] [--json]
+
+The ratio says how well decoding hides behind the network; what cannot hide on a CPU is that both need it. The files are
+synthetic pedestrians of Market-1501's size, 128×64; the network's weights are random: latency does not depend on them.
+Both are timed in turns, on the same images, in one run. The ratio of processor time is what a busy machine leaves:
+other work takes turns at random, and the ratio of throughputs with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from inference import HEIGHT, WIDTH, random_checkpoint
+from machine import machine
+
+from pmm_edge.data.synthetic import SyntheticConfig, make_synthetic
+from pmm_edge.export import export_onnx
+from pmm_edge.images import read_crop
+from pmm_edge.runtime import load
+from pmm_edge.runtime.files import embed_readable_files
+from pmm_edge.runtime.image_list import find_images
+
+CROPS = SyntheticConfig(train_identities=3, test_identities=3, cameras=2, images=4, height=128, width=64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        make_synthetic(folder / "crops", CROPS)
+        checkpoint = random_checkpoint(folder / "random.pt", arguments.backbone)
+        embedder = load(export_onnx(checkpoint, folder / "model.onnx").path, "cpu")
+        paths = find_images(folder / "crops").paths
+        prepared = np.stack([read_crop(path, HEIGHT, WIDTH) for path in paths])
+        alone, whole, processor = [], [], []
+        for _ in range(arguments.rounds):
+            start, busy = time.perf_counter(), time.process_time()
+            for first in range(0, len(prepared), arguments.batch):
+                embedder.embed_prepared(prepared[first : first + arguments.batch])
+            alone.append(len(paths) / (time.perf_counter() - start))
+            middle = time.process_time()
+            whole.append(len(paths) / embed_readable_files(embedder, paths, arguments.batch).seconds)
+            processor.append((middle - busy) / (time.process_time() - middle))
+    ratio = median(there / here for there, here in zip(whole, alone, strict=True))
+    where = machine("onnxruntime-gpu", "onnxruntime", "pillow", "numpy")
+    result = {"images": len(paths), "alone": median(alone), "end_to_end": median(whole), "ratio": ratio}
+    result["processor_ratio"] = median(processor)
+    if arguments.json:
+        print(json.dumps({"machine": where, **vars(arguments), **result}, indent=2))
+        return
+    print(where)
+    print(f"PMM {arguments.backbone} {HEIGHT}×{WIDTH}, FP32, CPU, batch {arguments.batch}, {len(paths)} images")
+    print(f"network alone, prepared arrays   {result['alone']:7.1f} images/s")
+    print(f"pmm embed, from JPEG files       {result['end_to_end']:7.1f} images/s")
+    print(f"ratio, median of {arguments.rounds} rounds        {ratio:7.3f}")
+    print(f"the same of processor time       {result['processor_ratio']:7.3f}")
+
+
+if __name__ == "__main__":
+    main()

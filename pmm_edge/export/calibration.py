@@ -1,0 +1,158 @@
+"""Real crops that a lower precision is made and judged with, and the ranges of the network's values on them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import get_args
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
+
+from pmm_edge.data.checks import analyse
+from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
+from pmm_edge.errors import DataError, ModelError
+from pmm_edge.export.options import Method
+from pmm_edge.images import read_crop
+from pmm_edge.progress import Report, silent
+from pmm_edge.runtime.crops import Pixels, network_input
+from pmm_edge.spec import InputSpec
+
+METHODS: tuple[Method, ...] = get_args(Method)
+Ranges = dict[str, tuple[float, float]]
+"""Tensor name -> its least and its largest value."""
+
+MIN_IMAGES = 64
+IMAGES = 192
+"""Crops that are read; of each three, two calibrate and one is held out."""
+
+_Inputs = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
+_KIND = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
+_BATCH = 4  # all values of ResNet-50 for one image of 384×128 take 80 MB
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Crops of a data set's training split, at network size."""
+
+    dataset: ReidDataset
+    crops: Pixels
+    """(N, height, width, 3) uint8 that calibrate."""
+    held_out: Pixels
+    """(M, height, width, 3) uint8 that judge."""
+    warnings: list[str]
+
+    @property
+    def everything(self) -> Pixels:
+        """(N + M, height, width, 3) uint8."""
+        return np.concatenate([self.crops, self.held_out])
+
+
+def read_calibration(root: Path, spec: InputSpec, images: int = IMAGES) -> Calibration:
+    """Read crops, spread over the identities of a data set's training split.
+
+    Raises:
+        DataError: `root` is no data set, has too few training images, or one cannot be read.
+    """
+    try:
+        dataset = read(root)
+    except DataError as error:
+        raise DataError(
+            f"--calibration {root} cannot be used: {error.problem}",
+            "Name a data set's own folder; its training images calibrate",
+        ) from error
+    paths = _spread(dataset.train, images)
+    if len(paths) < MIN_IMAGES:
+        raise DataError(
+            f"{root} has {len(paths)} training images, calibration needs {MIN_IMAGES} or more",
+            "Name another data set with --calibration",
+        )
+    with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
+        crops = np.stack(list(pool.map(lambda path: read_crop(path, spec.height, spec.width), paths)))
+    held_out = np.arange(len(crops)) % 3 == 2
+    return Calibration(dataset, crops[~held_out], crops[held_out], _wrong_people(dataset))
+
+
+def value_ranges(
+    network: onnx.ModelProto,
+    crops: Pixels,
+    spec: InputSpec,
+    method: Method = "minmax",
+    symmetric: bool = False,
+    operators: Sequence[str] | None = None,
+    report: Report = silent,
+) -> Ranges:
+    """Run a float32 network on crops with all its values exposed.
+
+    Args:
+        network: from normalised images to embeddings (`Parts.network`).
+        crops: (N, height, width, 3) uint8.
+        method: how a range is told from the values: their extremes, all but the outermost of 100,000, or the one
+            whose histogram loses least information in 8 bits.
+        symmetric: for quantisation around zero.
+        operators: whose inputs and outputs are wanted; None for all.
+
+    Raises:
+        ModelError: a value is NaN or infinite.
+    """
+    what = f"calibrating, {method}"
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "network.onnx"
+        onnx.save(network, source)
+        calibrator = create_calibrator(
+            source,
+            operators,
+            str(Path(folder) / "augmented.onnx"),
+            calibrate_method=_KIND[method],
+            extra_options={"symmetric": symmetric},
+        )
+        name = str(network.graph.input[0].name)
+        for start in range(0, len(crops), _BATCH):
+            report(what, start, len(crops))
+            images = network_input(crops[start : start + _BATCH], replace(spec, form="normalized"))
+            with redirect_stdout(io.StringIO()):  # it prints what `report` says
+                # A few at a time: it keeps all values of what it is given.
+                calibrator.collect_data(_Once({name: images}))
+        with redirect_stdout(io.StringIO()):
+            found = calibrator.compute_data()
+        report(what, len(crops), len(crops))
+    ranges = {}
+    for tensor, data in found.items():
+        low, high = (float(np.asarray(end).item()) for end in data.range_value)
+        if not np.isfinite((low, high)).all():
+            raise ModelError(f"the network gives NaN or infinity at {tensor}", "Train again, at a lower learning rate")
+        ranges[tensor] = (low, high)
+    return ranges
+
+
+class _Once(CalibrationDataReader):
+    """One batch, as ONNX Runtime's calibrators ask for it."""
+
+    def __init__(self, inputs: _Inputs) -> None:
+        self._inputs: Iterator[_Inputs] = iter([inputs])
+
+    def get_next(self) -> _Inputs | None:
+        return next(self._inputs, None)
+
+
+def _spread(split: Split, count: int) -> list[Path]:
+    """Images at even distances, in the order of the identities."""
+    order = [int(index) for index in np.argsort(split.pids, kind="stable") if split.pids[index] >= DISTRACTOR_PID]
+    count = min(count, len(order))
+    return [split.paths[order[number * len(order) // count]] for number in range(count)]
+
+
+def _wrong_people(dataset: ReidDataset) -> list[str]:
+    findings = [found for found in analyse(dataset).warnings if found.kind == "train-test-overlap"]
+    return [f"calibration has seen people that retrieval is judged on: {found.text}" for found in findings]

@@ -1,0 +1,173 @@
+"""What lies beside every TensorRT engine: what it is, from what and on what it was built; checked before it loads.
+
+An engine is a program for one GPU and one TensorRT. Loaded elsewhere it fails with a message from deep inside, or
+runs and is wrong about which network it is. The manifest answers both before TensorRT sees the file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pmm_edge.errors import ModelError
+from pmm_edge.files import sha256
+from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
+from pmm_edge.spec import ModelSpec
+
+SCHEMA = 1
+_SUFFIX = ".manifest.json"
+_AMPERE = (8, 0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an engine depends on."""
+
+    gpu: str
+    compute_capability: str
+    """`8.7`: major.minor."""
+    tensorrt: str
+    cuda: str
+    """Of the CUDA runtime in use."""
+    driver: str
+    """The newest CUDA that the driver supports, and the driver's own version where the system tells it."""
+
+
+@dataclass(frozen=True)
+class PrecisionCount:
+    """How many of an engine's layers run in which type (`FP32`, `FP16`, `INT8`, ..., `unknown`), as it says itself."""
+
+    layers: dict[str, int]
+    """All that compute: copies and changes of format are left out."""
+    products: dict[str, int]
+    """Convolutions and matrix products alone, where nearly all the time goes."""
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """All that is known of an engine."""
+
+    spec: ModelSpec
+    onnx: str
+    """Name of the ONNX file that it was built from."""
+    onnx_sha256: str
+    engine_sha256: str
+    engine_size: int
+    """In bytes."""
+    machine: Machine
+    settings: BuildSettings
+    precision: PrecisionCount
+    build_seconds: float
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        raw = asdict(self) | {"spec": json.loads(self.spec.to_json())}
+        return json.dumps(raw, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> EngineManifest:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+            PmmError: the spec or the settings in it are of another version or out of range.
+        """
+        raw: dict[str, Any] = json.loads(text)
+        if raw["schema"] != SCHEMA:
+            raise ValueError(f"schema {raw['schema']} instead of {SCHEMA}")
+        settings = raw["settings"] | {"batch": BatchProfile(**raw["settings"]["batch"])}
+        return EngineManifest(
+            **raw
+            | {
+                "spec": ModelSpec.from_json(json.dumps(raw["spec"])),
+                "machine": Machine(**raw["machine"]),
+                "settings": BuildSettings(**settings),
+                "precision": PrecisionCount(**raw["precision"]),
+            }
+        )
+
+
+def manifest_path(engine: Path) -> Path:
+    """`model.manifest.json` for `model.engine`."""
+    return engine.with_suffix(_SUFFIX)
+
+
+def read_manifest(engine: Path) -> EngineManifest:
+    """The manifest of an engine.
+
+    Raises:
+        ModelError: the engine or its manifest is missing, or the manifest cannot be read.
+    """
+    onnx = engine.with_suffix(".onnx")
+    rebuild = f"Build it again: {BuildSettings().command(onnx)}"
+    if not engine.is_file():
+        raise ModelError(f"{engine} does not exist", rebuild.replace("again", "here"))
+    path = manifest_path(engine)
+    try:
+        return EngineManifest.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{engine} has no {path.name} beside it: nothing says what it is", rebuild) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} cannot be read ({type(error).__name__}: {error})", rebuild) from error
+
+
+def check_files(manifest: EngineManifest, engine: Path) -> None:
+    """Hold the engine, and the ONNX file where it lies beside it, against the manifest.
+
+    Raises:
+        ModelError: the engine is truncated or another, or the ONNX file has changed since.
+    """
+    size = engine.stat().st_size
+    if size != manifest.engine_size:
+        raise _rebuild(manifest, engine, f"{engine} has {size} bytes instead of {manifest.engine_size}: truncated?")
+    if sha256(engine) != manifest.engine_sha256:
+        raise _rebuild(manifest, engine, f"{engine} is not the engine that {manifest_path(engine).name} describes")
+    onnx = engine.with_name(manifest.onnx)
+    if onnx.is_file() and sha256(onnx) != manifest.onnx_sha256:
+        raise _rebuild(manifest, engine, f"{onnx} has changed since {engine.name} was built from it")
+
+
+def check_machine(manifest: EngineManifest, engine: Path, here: Machine) -> None:
+    """Hold this machine against the one that the engine was built on.
+
+    Raises:
+        ModelError: another GPU or another TensorRT, and the engine was not built to be compatible.
+    """
+    built = manifest.machine
+    if not _gpu_fits(manifest, here):
+        raise _rebuild(
+            manifest,
+            engine,
+            f"{engine} was built on {built.gpu} (compute capability {built.compute_capability}), this is"
+            f" {here.gpu} ({here.compute_capability})",
+        )
+    if not _tensorrt_fits(manifest, here):
+        raise _rebuild(
+            manifest, engine, f"{engine} was built with TensorRT {built.tensorrt}, this is TensorRT {here.tensorrt}"
+        )
+
+
+def _gpu_fits(manifest: EngineManifest, here: Machine) -> bool:
+    if manifest.settings.hardware_compatible:
+        return _numbers(here.compute_capability) >= _AMPERE
+    built = manifest.machine
+    return (here.gpu, here.compute_capability) == (built.gpu, built.compute_capability)
+
+
+def _tensorrt_fits(manifest: EngineManifest, here: Machine) -> bool:
+    built = manifest.machine.tensorrt
+    if not manifest.settings.version_compatible:
+        return here.tensorrt == built
+    # NVIDIA's rule: version-compatible engines run with later versions, and those of 10 with 11 as well.
+    (old, new) = (_numbers(built), _numbers(here.tensorrt))
+    return old <= new and new[0] - old[0] <= 1
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def _rebuild(manifest: EngineManifest, engine: Path, problem: str) -> ModelError:
+    return ModelError(problem, f"Build it again: {manifest.settings.command(engine.with_name(manifest.onnx))}")

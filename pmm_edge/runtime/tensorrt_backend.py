@@ -1,0 +1,136 @@
+"""Engines of `pmm export --trt`, run by TensorRT."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmm_edge.errors import ModelError
+from pmm_edge.runtime.crops import Pixels, network_input
+from pmm_edge.runtime.cuda import Cuda, GpuError
+from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
+from pmm_edge.runtime.engine_manifest import check_files, check_machine, read_manifest
+from pmm_edge.runtime.tensorrt_library import error_logger, import_tensorrt, last_error, load_engine, this_machine
+from pmm_edge.spec import InputSpec
+
+
+class TensorRTEmbedder(Embedder):
+    """An engine with its manifest, run on the GPU that it was built for.
+
+    Any number of crops: they go through in chunks of the profile's maximum, and fewer than its minimum are padded.
+    For each batch size the copies and all layers are one CUDA graph, recorded when that size first comes.
+
+    Thread-safe: threads take turns, for all share one stream and its buffers. What runs beside the GPU is the
+    preparation of other threads' crops.
+
+    Args:
+        path: the engine; its `.manifest.json` lies beside it.
+        device: `cuda` or `cuda:N`; None takes the first GPU.
+        cuda_graphs: False enqueues layer by layer, for engines whose layers cannot be captured.
+
+    Raises:
+        ModelError: the engine or its manifest is missing, changed, or of another GPU or TensorRT; or the device is
+            none that TensorRT runs on.
+        NotOnThisMachineError: TensorRT, cuda-python, the driver or the GPU is missing.
+        GpuError: the GPU refuses: out of memory, for one.
+    """
+
+    def __init__(self, path: Path, device: str | None = None, cuda_graphs: bool = True) -> None:
+        manifest = read_manifest(path)
+        check_files(manifest, path)
+        kind, index = parse_device(device or "cuda")
+        if kind != "cuda":
+            raise ModelError(
+                f"{path} cannot run on the device {device}", f"Load {manifest.onnx} there; TensorRT runs on GPUs alone"
+            )
+        trt = import_tensorrt()
+        self._cuda = Cuda(index)
+        self._release = weakref.finalize(self, self._cuda.release)
+        check_machine(manifest, path, this_machine(trt, self._cuda))
+        super().__init__(manifest.spec, path, "tensorrt", f"cuda:{index}")
+        self._trt, self._logger = trt, error_logger(trt)
+        self._engine = load_engine(trt, self._logger, path.read_bytes(), path, manifest.settings.version_compatible)
+        self._batch, self._cuda_graphs = manifest.settings.batch, cuda_graphs
+        self._lock = threading.Lock()
+        self._runs: dict[int, Callable[[], None]] = {}
+        self._take_memory(self.spec.input, self._batch.maximum)
+
+    def embed_prepared(self, images: Pixels) -> Embeddings:
+        embeddings = np.empty((len(images), self.spec.embedding_size), np.float32)
+        with self._lock:
+            self._cuda.use()
+            for start in range(0, len(images), self._batch.maximum):
+                chunk = images[start : start + self._batch.maximum]
+                embeddings[start : start + len(chunk)] = self._embed_chunk(chunk)
+        return embeddings
+
+    def _embed_chunk(self, images: Pixels) -> Embeddings:
+        """Embed at most the profile's maximum; the result is valid until the next call."""
+        batch = max(len(images), self._batch.minimum)
+        self._host_images[: len(images)] = network_input(images, self.spec.input)
+        self._host_images[len(images) : batch] = 0  # padding: a row of a batch does not see the others
+        if batch not in self._runs:
+            self._runs[batch] = self._prepare(batch)
+        self._runs[batch]()
+        self._cuda.synchronize()
+        return self._host_embeddings[: len(images)]
+
+    def _take_memory(self, size: InputSpec, batch: int) -> None:
+        """Buffers for the largest batch, and the scratch memory that all contexts share."""
+        cuda = self._cuda
+        self._host_images = cuda.pinned(size.shape(batch), size.dtype)
+        self._host_embeddings = cuda.pinned((batch, self.spec.embedding_size), np.float32)
+        self._images = cuda.device_memory(self._host_images.nbytes)
+        self._embeddings = cuda.device_memory(self._host_embeddings.nbytes)
+        self._scratch_size: int = self._engine.device_memory_size_v2
+        self._scratch = cuda.device_memory(self._scratch_size)
+
+    def _prepare(self, batch: int) -> Callable[[], None]:
+        """What runs a batch of this size from the host's images to the host's embeddings."""
+        context = self._context(batch)
+        images, embeddings = self._host_images[:batch], self._host_embeddings[:batch]
+
+        def enqueue() -> None:
+            self._cuda.copy_in(self._images, images)
+            if not context.execute_async_v3(self._cuda.stream):
+                raise GpuError(
+                    f"TensorRT cannot run {self.path} at batch {batch}{last_error(self._logger)}",
+                    "Is the GPU's memory full? nvidia-smi or tegrastats shows it",
+                )
+            self._cuda.copy_out(embeddings, self._embeddings)
+
+        if not self._cuda_graphs:
+            return enqueue
+        # The first run after a change of shape does work of its own, which cannot be captured.
+        enqueue()
+        self._cuda.synchronize()
+        return self._cuda.capture(enqueue)
+
+    def _context(self, batch: int) -> Any:
+        """A context for one batch size: a CUDA graph is valid while the context it was recorded from stays as it was.
+
+        Contexts run one after another on one stream, so that they can share their scratch memory.
+        """
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise GpuError(
+                f"TensorRT cannot prepare {self.path}{last_error(self._logger)}",
+                "Is the GPU's memory full? nvidia-smi or tegrastats shows it",
+            )
+        context.set_device_memory(self._scratch, self._scratch_size)
+        accepted = (
+            context.set_input_shape(INPUT, self.spec.input.shape(batch))
+            and context.set_tensor_address(INPUT, self._images)
+            and context.set_tensor_address(OUTPUT, self._embeddings)
+        )
+        if not accepted:
+            raise ModelError(
+                f"{self.path} does not take a batch of {batch}, as its manifest says{last_error(self._logger)}",
+                "Build it again with pmm export --trt",
+            )
+        return context

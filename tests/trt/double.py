@@ -1,0 +1,420 @@
+# ruff: noqa: N801, N802, N803, N806, N815  names are CUDA's own
+"""Stand-ins for TensorRT and cuda-python that run an engine's ONNX file in ONNX Runtime.
+
+They are as strict as the real ones where a mistake would show only on a GPU: work waits until the stream is
+synchronized, a shape cannot be captured before it has run, a context must not change under its graph, scratch memory
+must be given. Every public name here is one of the real packages' (test_trt_contract.py holds them against each
+other); what only tests need begins with an underscore or lies in FakeGpu.
+"""
+
+import ctypes
+import json
+import struct
+from collections import Counter
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+FP16_LAYERS = [{"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Half", "Count": 9}}]
+FP32_LAYERS = [{"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Float", "Count": 9}}]
+SCRATCH = 4096
+
+
+class FakeGpu:
+    """One GPU, and what a test decides about it and about the TensorRT on it."""
+
+    def __init__(self, name: str = "Orin", capability: tuple[int, int] = (8, 7)) -> None:
+        self.name, self.capability = name, capability
+        self.count = 1
+        self.fails: dict[str, int] = {}
+        """CUDA calls that fail, with their status."""
+        self.calls: Counter[str] = Counter()
+        self.memory: dict[int, Any] = {}
+        self.queue: list[Callable[[], None]] = []
+        self.recording: list[Callable[[], None]] | None = None
+        self.layers: list[Any] = FP32_LAYERS
+        """What the inspector says."""
+        self.parser_errors: list[tuple[str, str, str]] = []
+        """Node, operator and description."""
+        self.says: str | None = None
+        """An error in the log, with which whatever was asked for fails."""
+        self.built: list[Any] = []
+        """The configuration of each build."""
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        (self.queue if self.recording is None else self.recording).append(work)
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        memory = np.ctypeslib.as_array(self.memory[address])
+        return memory[: int(np.prod(shape)) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+
+def cuda_runtime(gpu: FakeGpu) -> ModuleType:
+    """`cuda.bindings.runtime` over one GPU."""
+
+    class cudaError_t(IntEnum):
+        cudaSuccess = 0
+        cudaErrorMemoryAllocation = 2
+        cudaErrorInsufficientDriver = 35
+
+    class cudaMemcpyKind(IntEnum):
+        cudaMemcpyHostToDevice = 1
+        cudaMemcpyDeviceToHost = 2
+
+    class cudaStreamCaptureMode(IntEnum):
+        cudaStreamCaptureModeThreadLocal = 1
+
+    def status(name: str) -> cudaError_t:
+        gpu.calls[name] += 1
+        return cudaError_t(gpu.fails.get(name, 0))
+
+    def cudaGetDeviceCount():
+        return status("cudaGetDeviceCount"), gpu.count
+
+    def cudaSetDevice(device):
+        return (status("cudaSetDevice"),)
+
+    def cudaGetDeviceProperties(device):
+        properties = SimpleNamespace(name=gpu.name.encode(), major=gpu.capability[0], minor=gpu.capability[1])
+        return status("cudaGetDeviceProperties"), properties
+
+    def cudaRuntimeGetVersion():
+        return status("cudaRuntimeGetVersion"), 12060
+
+    def cudaDriverGetVersion():
+        return status("cudaDriverGetVersion"), 12080
+
+    def cudaGetErrorName(error):
+        return status("cudaGetErrorName"), cudaError_t(error).name.encode()
+
+    def cudaGetErrorString(error):
+        return status("cudaGetErrorString"), b"what went wrong"
+
+    cudaStreamNonBlocking = 1
+
+    def cudaStreamCreateWithFlags(flags):
+        assert flags == cudaStreamNonBlocking
+        return status("cudaStreamCreateWithFlags"), 7
+
+    def cudaStreamDestroy(stream):
+        return (status("cudaStreamDestroy"),)
+
+    def take(size: int) -> int:
+        memory = (ctypes.c_uint8 * size)()
+        address = ctypes.addressof(memory)
+        gpu.memory[address] = memory
+        return address
+
+    def cudaMallocHost(size):
+        return status("cudaMallocHost"), take(size)
+
+    def cudaMalloc(size):
+        return status("cudaMalloc"), take(size)
+
+    def cudaFreeHost(ptr):
+        del gpu.memory[ptr]
+        return (status("cudaFreeHost"),)
+
+    def cudaFree(devPtr):
+        del gpu.memory[devPtr]
+        return (status("cudaFree"),)
+
+    def cudaMemcpyAsync(dst, src, count, kind, stream):
+        gpu.enqueue(lambda: ctypes.memmove(dst, src, count))
+        return (status("cudaMemcpyAsync"),)
+
+    def cudaStreamSynchronize(stream):
+        while gpu.queue:
+            gpu.queue.pop(0)()
+        return (status("cudaStreamSynchronize"),)
+
+    def cudaStreamBeginCapture(stream, mode):
+        gpu.recording = []
+        return (status("cudaStreamBeginCapture"),)
+
+    def cudaStreamEndCapture(stream):
+        graph, gpu.recording = gpu.recording, None
+        return status("cudaStreamEndCapture"), graph
+
+    def cudaGraphInstantiate(graph, flags):
+        return status("cudaGraphInstantiate"), list(graph)
+
+    def cudaGraphDestroy(graph):
+        return (status("cudaGraphDestroy"),)
+
+    def cudaGraphLaunch(graphExec, stream):
+        for work in graphExec:
+            gpu.enqueue(work)
+        return (status("cudaGraphLaunch"),)
+
+    def cudaGraphExecDestroy(graphExec):
+        return (status("cudaGraphExecDestroy"),)
+
+    return _module("cuda.bindings.runtime", locals(), "cuda")
+
+
+def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
+    """`tensorrt` over one GPU."""
+    __version__ = version
+
+    class NetworkDefinitionCreationFlag(IntEnum):
+        STRONGLY_TYPED = 1
+
+    class BuilderFlag(IntEnum):
+        TF32 = 6
+        VERSION_COMPATIBLE = 13
+
+    class MemoryPoolType(IntEnum):
+        WORKSPACE = 0
+
+    class HardwareCompatibilityLevel(IntEnum):
+        NONE = 0
+        AMPERE_PLUS = 1
+
+    class ProfilingVerbosity(IntEnum):
+        LAYER_NAMES_ONLY = 0
+        DETAILED = 2
+
+    class LayerInformationFormat(IntEnum):
+        JSON = 1
+
+    class ExecutionContextAllocationStrategy(IntEnum):
+        STATIC = 0
+        USER_MANAGED = 2
+
+    class ILogger:
+        class Severity(IntEnum):
+            INTERNAL_ERROR = 0
+            ERROR = 1
+            INFO = 3
+
+        def __init__(self):
+            self._initialized = True
+
+        def log(self, severity, msg):
+            raise NotImplementedError
+
+    class IProgressMonitor:
+        def __init__(self):
+            self._initialized = True
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            raise NotImplementedError
+
+        def step_complete(self, phase_name, step):
+            raise NotImplementedError
+
+        def phase_finish(self, phase_name):
+            raise NotImplementedError
+
+    class IHostMemory(bytearray):
+        @property
+        def nbytes(self):
+            return len(self)
+
+    class ITimingCache:
+        def __init__(self, _content):
+            self._content = _content
+
+        def serialize(self):
+            return IHostMemory(self._content)
+
+    class IOptimizationProfile:
+        def set_shape(self, input, min, opt, max):
+            self._shapes = {"name": input, "min": min, "opt": opt, "max": max}
+
+    class ITensor:
+        shape: tuple
+
+    class IBuilderConfig:
+        builder_optimization_level = 3
+        profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
+        hardware_compatibility_level = HardwareCompatibilityLevel.NONE
+        progress_monitor: Any = None
+
+        def __init__(self):
+            self._flags, self._pools, self._cache = {BuilderFlag.TF32}, {}, None
+
+        def set_flag(self, flag):
+            self._flags.add(flag)
+
+        def clear_flag(self, flag):
+            self._flags.discard(flag)
+
+        def set_memory_pool_limit(self, pool, pool_size):
+            self._pools[pool] = pool_size
+
+        def add_optimization_profile(self, profile):
+            self._profile = profile._shapes
+            return 0
+
+        def create_timing_cache(self, serialized_timing_cache):
+            known = serialized_timing_cache in (b"",) or serialized_timing_cache.startswith(b"TIMES")
+            return ITimingCache(serialized_timing_cache) if known else None
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            self._cache = cache
+            return True
+
+        def get_timing_cache(self):
+            return self._cache
+
+    class INetworkDefinition:
+        def get_input(self, index):
+            tensor = ITensor()
+            (found,) = onnxruntime.InferenceSession(self._onnx, providers=["CPUExecutionProvider"]).get_inputs()
+            tensor.shape = tuple(size if isinstance(size, int) else -1 for size in found.shape)
+            return tensor
+
+    class ParserError:
+        def __init__(self, _node, _operator, _text):
+            self._said = _node, _operator, _text
+
+        def node_name(self):
+            return self._said[0]
+
+        def node_operator(self):
+            return self._said[1]
+
+        def desc(self):
+            return self._said[2]
+
+    class OnnxParser:
+        def __init__(self, network, logger):
+            self._network = network
+
+        @property
+        def num_errors(self):
+            return len(gpu.parser_errors)
+
+        def get_error(self, index):
+            return ParserError(*gpu.parser_errors[index])
+
+        def parse_from_file(self, model):
+            self._network._onnx = Path(model).read_bytes()
+            return not gpu.parser_errors
+
+    class Builder:
+        def __init__(self, logger):
+            assert logger._initialized, "TensorRT's own __init__ was not called"
+            self._logger = logger
+
+        def create_network(self, flags=0):
+            assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+            return INetworkDefinition()
+
+        def create_builder_config(self):
+            return IBuilderConfig()
+
+        def create_optimization_profile(self):
+            return IOptimizationProfile()
+
+        def build_serialized_network(self, network, config):
+            gpu.built.append(config)
+            if gpu.says:
+                self._logger.log(ILogger.Severity.ERROR, gpu.says)
+                return None
+            if config.progress_monitor and not _report_phases(config.progress_monitor):
+                return None
+            if config._cache:
+                config._cache._content = b"TIMES" + bytes([len(config._cache._content)])
+            shapes = json.dumps(config._profile).encode()
+            return IHostMemory(struct.pack("<I", len(shapes)) + shapes + network._onnx)
+
+    def _report_phases(monitor: Any) -> bool:
+        assert monitor._initialized, "TensorRT's own __init__ was not called"
+        monitor.phase_start("Building", None, 2)
+        monitor.phase_start("Timing", "Building", 4)
+        goes_on = all(monitor.step_complete("Timing", step) for step in range(3))  # may finish early
+        monitor.phase_finish("Timing")
+        goes_on &= monitor.step_complete("Building", 0)
+        monitor.phase_finish("Building")
+        return goes_on
+
+    class Runtime:
+        engine_host_code_allowed = False
+
+        def __init__(self, logger):
+            self._logger = logger
+
+        def deserialize_cuda_engine(self, serialized_engine):
+            if gpu.says:
+                self._logger.log(ILogger.Severity.ERROR, gpu.says)
+                return None
+            return ICudaEngine(bytes(serialized_engine), self._logger)
+
+    class ICudaEngine:
+        device_memory_size_v2 = SCRATCH
+
+        def __init__(self, _plan, _logger):
+            (size,) = struct.unpack("<I", _plan[:4])
+            self._profile, self._logger = json.loads(_plan[4 : 4 + size]), _logger
+            self._session = onnxruntime.InferenceSession(_plan[4 + size :], providers=["CPUExecutionProvider"])
+
+        def create_execution_context(self, strategy=ExecutionContextAllocationStrategy.STATIC):
+            return IExecutionContext(self, strategy)
+
+        def create_engine_inspector(self):
+            return EngineInspector()
+
+    class IExecutionContext:
+        def __init__(self, _engine, _strategy):
+            self._engine, self._addresses, self._shape, self._has_run = _engine, {}, None, False
+            self._memory = SCRATCH if _strategy == ExecutionContextAllocationStrategy.STATIC else 0
+
+        def set_device_memory(self, memory, size):
+            assert memory in gpu.memory
+            self._memory = size
+
+        def set_input_shape(self, name, shape):
+            profile = self._engine._profile
+            fits = name == profile["name"] and list(shape[1:]) == profile["opt"][1:]
+            self._shape = shape
+            return fits and profile["min"][0] <= shape[0] <= profile["max"][0]
+
+        def set_tensor_address(self, name, memory):
+            self._addresses[name] = memory
+            return memory in gpu.memory
+
+        def execute_async_v3(self, stream_handle):
+            assert stream_handle == 7
+            if gpu.says or self._memory < SCRATCH or (gpu.recording is not None and not self._has_run):
+                self._engine._logger.log(
+                    ILogger.Severity.ERROR, gpu.says or "no scratch memory, or capturing too early"
+                )
+                return False
+            self._has_run, shape = True, self._shape
+            gpu.enqueue(lambda: self._run(shape))
+            return True
+
+        def _run(self, shape):
+            assert shape == self._shape, "the context has changed under its CUDA graph"
+            session = self._engine._session
+            (fed,), (given,) = session.get_inputs(), session.get_outputs()
+            dtype = "uint8" if "uint8" in fed.type else "float32"
+            result = session.run(None, {fed.name: gpu.array(self._addresses[fed.name], shape, dtype)})[0]
+            gpu.array(self._addresses[given.name], result.shape, "float32")[:] = result
+
+    class EngineInspector:
+        execution_context: Any = None
+
+        def get_engine_information(self, format):
+            assert self.execution_context, "no shape: the types of dynamic tensors are not told"
+            return json.dumps({"Layers": gpu.layers})
+
+    return _module("tensorrt", locals())
+
+
+def _module(name: str, names: dict[str, Any], prefix: str = "") -> ModuleType:
+    """A module of the classes, functions and numbers among names that begin with `prefix`."""
+    module = ModuleType(name)
+    for public, value in names.items():
+        named = public[0] != "_" and public.startswith(prefix)
+        if public == "__version__" or (named and isinstance(value, type | FunctionType | int)):
+            setattr(module, public, value)
+    return module

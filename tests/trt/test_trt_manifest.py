@@ -1,0 +1,106 @@
+"""What does not fit is refused before TensorRT sees it, with the command that puts it right."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import double
+import pytest
+
+import pmm_edge
+from pmm_edge.errors import ModelError
+from pmm_edge.export.tensorrt import BuiltEngine, build_engine
+from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
+from pmm_edge.runtime.engine_manifest import manifest_path
+
+
+def refused(engine: Path, message: str, command: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        pmm_edge.load(engine)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert said.endswith(command)
+
+
+def rebuild(engine: Path) -> str:
+    return f"Build it again: pmm export {engine.with_suffix('.onnx')} --trt --batch 2,3,4"
+
+
+def test_engines_that_are_damaged_or_changed(built: BuiltEngine, onnx: Path) -> None:
+    content = built.path.read_bytes()
+    built.path.write_bytes(content[:-1])
+    refused(built.path, rf"model\.engine has {len(content) - 1} bytes instead of {len(content)}", rebuild(built.path))
+    built.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(built.path, r"is not the engine that model\.manifest\.json describes", rebuild(built.path))
+    built.path.write_bytes(content)
+    onnx.write_bytes(onnx.read_bytes() + b" ")
+    refused(built.path, r"model\.onnx has changed since model\.engine was built", rebuild(built.path))
+    onnx.unlink()
+    assert pmm_edge.load(built.path).backend == "tensorrt"  # the engine needs no ONNX file beside it
+
+
+def test_missing_and_unreadable_manifests(built: BuiltEngine) -> None:
+    path, default = manifest_path(built.path), f"pmm export {built.path.with_suffix('.onnx')} --trt --batch 1,16,64"
+    written = path.read_text()
+    for garbled in ("", "{}", "[]", written[:-10], written.replace('"schema": 1', '"schema": 9'), '{"schema": 1}'):
+        path.write_text(garbled)
+        refused(built.path, r"model\.manifest\.json cannot be read", default)
+    path.unlink()
+    refused(built.path, r"model\.engine has no model\.manifest\.json beside it", default)
+    built.path.unlink()
+    refused(built.path, r"model\.engine does not exist", default)
+
+
+def test_other_machines(built: BuiltEngine, install: Callable[..., double.FakeGpu]) -> None:
+    install(tensorrt="10.13.0.35")
+    refused(built.path, r"built with TensorRT 10\.3\.0, this is TensorRT 10\.13\.0\.35", rebuild(built.path))
+    install(double.FakeGpu("NVIDIA L4", (8, 9)))
+    refused(built.path, r"built on Orin \(compute capability 8\.7\), this is NVIDIA L4 \(8\.9\)", rebuild(built.path))
+
+
+@pytest.mark.parametrize(
+    ("built_with", "here", "loads"),
+    [
+        ("10.3.0", "10.13.0.35", True),
+        ("10.3.0", "11.4.0.106", True),
+        ("10.13.0.35", "10.3.0", False),
+        ("11.4.0.106", "10.13.0.35", False),
+        ("10.3.0", "12.0.0", False),
+    ],
+)
+def test_version_compatible_engines(
+    built_with: str, here: str, loads: bool, install: Callable[..., double.FakeGpu], onnx: Path
+) -> None:
+    install(tensorrt=built_with)
+    settings = BuildSettings(BatchProfile(1, 1, 2), version_compatible=True)
+    built = build_engine(onnx, onnx.with_suffix(".engine"), settings)
+    install(tensorrt=here)
+    if loads:
+        assert pmm_edge.load(built.path).device == "cuda:0"
+    else:
+        refused(built.path, "this is TensorRT", "--trt --batch 1,1,2 --version-compatible")
+
+
+def test_hardware_compatible_engines(install: Callable[..., double.FakeGpu], onnx: Path) -> None:
+    install(double.FakeGpu("NVIDIA A10", (8, 6)))
+    settings = BuildSettings(BatchProfile(1, 1, 2), hardware_compatible=True)
+    built = build_engine(onnx, onnx.with_suffix(".engine"), settings)
+    install(double.FakeGpu("NVIDIA H100", (9, 0)))
+    assert pmm_edge.load(built.path).device == "cuda:0"
+    install(double.FakeGpu("NVIDIA T4", (7, 5)))
+    refused(built.path, "this is NVIDIA T4", "--trt --batch 1,1,2 --hardware-compatible")
+
+
+def test_the_command_repeats_every_setting() -> None:
+    settings = BuildSettings(BatchProfile(1, 2, 3), 0.5, 5, True, True, False)
+    assert settings.command(Path("a b.onnx")) == (
+        "pmm export 'a b.onnx' --trt --batch 1,2,3 --workspace 0.5 --optimization-level 5"
+        " --hardware-compatible --version-compatible --no-timing-cache"
+    )
+
+
+def test_a_manifest_survives_its_file(built: BuiltEngine) -> None:
+    manifest = replace(built.manifest, settings=BuildSettings(BatchProfile(1, 2, 3), 0.5, 5, True, True, False))
+    assert type(manifest).from_json(manifest.to_json()) == manifest
+    assert json.loads(manifest.to_json())["machine"]["gpu"] == "Orin"
