@@ -54,7 +54,6 @@ def bench(
     """
     if not batches or min((*batches, 1 if limit is None else limit)) < 1:
         raise PmmError("batch sizes and the limit must be 1 or more", "Choose such as --batch 1,8 and --limit 100")
-    gates = gates or Gates()
     dataset = scan(data)
     paths = _spread([*dataset.query.paths, *dataset.gallery.paths], limit)
     judged = dataset if len(paths) == len(dataset.query) + len(dataset.gallery) else None
@@ -64,14 +63,13 @@ def bench(
     base, *others = subjects
     fault = fault_of(base.embeddings, paths)
     return BenchReport(
-        reference=base.report(None, [fault] if fault else [], latencies[0]),
+        reference=base.report(base.gates(gates), None, [fault] if fault else [], latencies[0]),
         models=[
-            other.report(*_judge(other, base, paths, gates, usable=fault is None), latency)
-            for other, latency in zip(others, latencies[1:], strict=True)
+            other.report(own, *_judge(other, base, paths, own, usable=fault is None), latency)
+            for other, own, latency in zip(others, [other.gates(gates) for other in others], latencies[1:], strict=True)
         ],
         data=str(data),
         images=len(paths),
-        gates=gates,
         environment=environment(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -92,13 +90,18 @@ class _Subject:
         norms = np.linalg.norm(self.embeddings, axis=1, keepdims=True)
         return _Subject(self.embedder, self.embeddings / np.maximum(norms, 1e-12), self.dataset)
 
-    def report(self, parity: Parity | None, failures: list[str], latency: list[Latency]) -> ModelReport:
+    def gates(self, asked: Gates | None) -> Gates:
+        """What the model must hold: what was asked for, else the defaults of its precision."""
+        return gates_of(self.embedder.spec.precision, asked)
+
+    def report(self, gates: Gates, parity: Parity | None, failures: list[str], latency: list[Latency]) -> ModelReport:
         model = self.embedder
         return ModelReport(
             path=str(model.path),
             precision=model.spec.precision,
             backend=model.backend,
             device=model.device,
+            gates=gates,
             parity=parity,
             retrieval=self.retrieval,
             latency=latency,
@@ -118,7 +121,6 @@ def _judge(
         return None, [f"gives embeddings of {sizes[0]} numbers, the reference of {sizes[1]}"]
     if model.embedder.spec.normalized_output and not base.embedder.spec.normalized_output:
         base = base.normalized()
-    gates = gates_of(model.embedder.spec.precision, gates)
     parity = compare(base.embeddings, model.embeddings, paths)
     found = [fault, cosine_failure(parity, gates)]
     if base.retrieval and model.retrieval:

@@ -32,9 +32,9 @@ LOWER_PRECISION = {
 """What is asked of a model in a lower precision where nothing else is: rounding to 8 bits moves single embeddings."""
 
 
-def gates_of(precision: str, asked: Gates) -> Gates:
-    """The gates of a model: those that were asked for, and where they are the defaults those of its precision."""
-    return LOWER_PRECISION.get(precision, asked) if asked == Gates() else asked
+def gates_of(precision: str, asked: Gates | None) -> Gates:
+    """The gates of a model: those that were asked for, else those of its precision."""
+    return asked or LOWER_PRECISION.get(precision, Gates())
 
 
 @dataclass(frozen=True)

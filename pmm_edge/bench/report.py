@@ -26,6 +26,7 @@ class ModelReport:
     precision: str
     backend: str
     device: str
+    gates: Gates
     parity: Parity | None
     """None for the reference itself, and where the embeddings cannot be compared."""
     retrieval: RetrievalFigures | None
@@ -43,7 +44,6 @@ class BenchReport:
     models: list[ModelReport]
     data: str
     images: int
-    gates: Gates
     environment: dict[str, str]
     created: str
     """UTC, ISO 8601."""

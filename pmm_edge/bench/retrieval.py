@@ -53,7 +53,7 @@ class Embedded:
             arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
             arrays[f"{side}_names"] = np.array([file.name for file in split.paths])
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes any of them for allow_pickle
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
 from pmm_edge.runs import BEST, EXPORT_FOLDER, about_run, newest_run, run_of
 
 if TYPE_CHECKING:
-    from pmm_edge.bench import BenchReport
+    from pmm_edge.bench import BenchReport, Gates
 
 _MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
 
@@ -32,8 +32,13 @@ def bench(
         Path | None, typer.Option(help="A data set in Market-1501's layout; by default the one of the run.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes to time.")] = "1,8",
-    min_cosine: Annotated[float, typer.Option(help="Gate: the least cosine of any image.")] = 0.9999,
-    max_map_drop: Annotated[float, typer.Option(help="Gate: the largest loss of mAP, in points.")] = 0.1,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(help="Gate: the least cosine of any image; 0.9999, fp16 0.999, int8 0.9 by default."),
+    ] = None,
+    max_map_drop: Annotated[
+        float | None, typer.Option(help="Gate: the largest loss of mAP, in points; 0.1, int8 0.5 by default.")
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -57,7 +62,6 @@ def bench(
 
     [dim]pmm bench model.onnx --reference best.pt --data market1501 --batch 1,16,64[/]
     """
-    from pmm_edge.bench import Gates
     from pmm_edge.bench import bench as compare_models
 
     reference = reference or _reference_of(models)
@@ -68,7 +72,7 @@ def bench(
             reference,
             data or _data_of(run, reference),
             batches=_batch_sizes(batch),
-            gates=Gates(min_cosine, max_map_drop),
+            gates=_asked_gates(min_cosine, max_map_drop),
             limit=limit,
             device=device,
             report=report,
@@ -92,9 +96,29 @@ def _print(found: BenchReport) -> None:
     print_table("latency of a batch, model only; ratio to the reference", LATENCY_COLUMNS, latency_rows(found))
 
 
+def _asked_gates(min_cosine: float | None, max_map_drop: float | None) -> Gates | None:
+    """None where nothing was asked for: each model then has the gates of its precision."""
+    from pmm_edge.bench import Gates
+
+    if min_cosine is None and max_map_drop is None:
+        return None
+    usual = Gates()
+    return Gates(
+        usual.min_cosine if min_cosine is None else min_cosine,
+        usual.max_map_drop if max_map_drop is None else max_map_drop,
+    )
+
+
 def _gates(found: BenchReport) -> str:
-    cosine = f"cosine >= {found.gates.min_cosine:g}"
-    return f"{cosine}, mAP drop <= {found.gates.max_map_drop:g} points" if found.reference.retrieval else cosine
+    """The gates that were held, once for each precision."""
+    held = {model.precision: model.gates for model in found.models}
+    texts = []
+    for precision, gates in held.items():
+        text = f"cosine >= {gates.min_cosine:g}"
+        if found.reference.retrieval:
+            text += f", mAP drop <= {gates.max_map_drop:g} points"
+        texts.append(f"{precision} {text}" if len(held) > 1 else text)
+    return "; ".join(texts)
 
 
 def _reference_of(models: Sequence[Path] | None) -> Path:

@@ -167,12 +167,14 @@ def test_a_lower_precision_with_every_graph_option(tiny_checkpoint: Path, people
     )
 
 
-def test_the_method_that_loses_least_is_taken(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
+def test_the_method_that_loses_least_is_taken(
+    int8: dict[str, Exported], tiny_checkpoint: Path, people: Path, tmp_path: Path
+) -> None:
+    asked = int8["cpu"]
+    assert "minmax calibration" in asked.spec.precision_method
     best = export_onnx(tiny_checkpoint, tmp_path / "best.onnx", precision=Int8(people, "cpu"))
-    for method in ("minmax", "percentile", "entropy"):
-        asked = export_onnx(tiny_checkpoint, tmp_path / "asked.onnx", precision=Int8(people, "cpu", method))
-        assert f"{method} calibration" in asked.spec.precision_method
-        assert best.cosine_mean >= asked.cosine_mean - 1e-4
+    assert best.cosine_mean is not None and asked.cosine_mean is not None
+    assert best.cosine_mean >= asked.cosine_mean - 1e-4
 
 
 def test_ranges_are_those_of_the_values(tiny_onnx: Path, people: Path) -> None:
@@ -234,12 +236,13 @@ def test_bad_calibration_data(tiny_checkpoint: Path, people: Path, tmp_path: Pat
     for data, problem in (
         (few, "has 60 training images"),
         (tmp_path / "none", "cannot be used"),
-        (people / "query", ""),
+        (people / "query", "query.*layout"),
     ):
-        for precision in (Int8(data), Fp16(data)):
-            with pytest.raises(DataError, match=problem) as raised:
-                export_onnx(tiny_checkpoint, out, precision=precision)
-            assert "\n" not in str(raised.value)
+        with pytest.raises(DataError, match=problem) as raised:
+            export_onnx(tiny_checkpoint, out, precision=Int8(data))
+        assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match="has 60 training images"):
+        export_onnx(tiny_checkpoint, out, precision=Fp16(few))
     assert not list(out.parent.iterdir())
 
 
