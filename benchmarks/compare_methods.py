@@ -1,124 +1,174 @@
 """The paper's tables 2 and 3 on one data set: every method and every mix, over several seeds.
 
 Trains each with the same settings and prints Rank-1 and mAP on people never seen, mean and spread over the seeds,
-and draws them. Finished trainings are found again in the output folder, so an interrupted comparison goes on.
+and draws them. Finished trainings are found again in the output folder, so an interrupted comparison goes on with
+the same command; interrupted, it prints the tables as far as they are.
 
     python benchmarks/compare_methods.py                               # the synthetic set, preset quick
     python benchmarks/compare_methods.py DATA --preset market1501 --seeds 0,1,2
+    python benchmarks/compare_methods.py --methods PMM,BDB --dtype bf16 --set height=192 --set mix_blocks=2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from statistics import mean, stdev
+from typing import Any
 
 from machine import machine
+from method_tables import Figures, Row, draw, rows_named, show, tables_of
 from rich.console import Console
-from rich.table import Table
 
 from pmm_edge.cli.render import progress
+from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import cached_synthetic
+from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.files import written_whole
-from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.loop import CONFIG, resume, train
+from pmm_edge.trainer.config import TrainConfig, read_assignments
+from pmm_edge.trainer.loop import CONFIG, TrainResult, resume, train
 from pmm_edge.trainer.presets import preset, resolved
+from pmm_edge.trainer.setup import fingerprint
 
-METHODS = {
-    "baseline": {"method": "baseline"},
-    "BDB": {"method": "bdb"},
-    "PMM": {"method": "pmm"},
-}
-"""Table 2: its own three."""
-MIXES = {
-    "none": {"mix": "none"},
-    "CutOut": {"mix": "cutout"},
-    "CutMix": {"mix": "cutmix"},
-    "A-CutMix": {"mix": "a-cutmix"},
-    "DropBlock": {"mix": "dropblock"},
-    "A-Hard-Mix": {"mix": "a-hard-mix"},
-}
-"""Table 3, and two that it lacks; PMM's stages with each."""
+INTERRUPTED = 130
+RESULT = "result.json"
 
-Figures = dict[str, float]
+
+class StopAskedError(Exception):
+    """Ctrl-C or SIGTERM, and the training in which it came is saved."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Trainings of one data set that differ in their method, mix and seed only."""
+
+    base: TrainConfig
+    data: Path
+    folder: Path
+    """Of these settings and images alone."""
+    rows: dict[str, Row]
+    seeds: list[int]
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # between trainings as Ctrl-C; in one it saves first
+    try:
+        sys.exit(run(planned()))
+    except PmmError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def planned() -> Comparison:
+    """What the command line asks for, each of its trainings checked before the first one starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path, help="data set folder; the synthetic set without it")
     parser.add_argument("--preset", default="quick")
-    parser.add_argument("--epochs", type=int, help="other than the preset's")
+    parser.add_argument("--methods", default="", help="rows of the tables, such as PMM,BDB,CutOut; all by default")
+    parser.add_argument("--epochs", type=int, help="other than the preset's, with one evaluation, at the end")
+    parser.add_argument("--dtype", help="auto, fp32, bf16 or fp16")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of pmm train")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/compare-methods"))
     options = parser.parse_args()
 
-    base = preset(options.preset)
+    rows = rows_named(options.methods)
+    base = resolved(preset(options.preset), _settings(options))
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError as error:
+        raise PmmError(f"--seeds is '{options.seeds}'", "Write numbers, such as 0,1,2") from error
+    for row in rows.values():
+        resolved(base, row)
+    with progress() as report:
+        data = options.data or cached_synthetic(report=report)
+    dataset = scan(data)
+    key = sha256((base.to_toml() + fingerprint(dataset)).encode()).hexdigest()[:8]
+    folder = options.out / f"{dataset.root.name}-{base.preset}-{key}"
+    return Comparison(base, dataset.root, folder, rows, seeds)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     if options.epochs:
-        base = resolved(base, {"epochs": options.epochs, "evaluate_every": options.epochs})
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    data = options.data or cached_synthetic()
+        values |= {"epochs": options.epochs, "evaluate_every": options.epochs}
+    if options.dtype:
+        values["precision"] = options.dtype
+    values |= read_assignments(options.set)
+    for name in ("preset", "method", "mix", "seed"):
+        if name in values:
+            raise PmmError(f"--set {name}: it is not the same in all rows", "Use --preset, --methods or --seeds")
+    return values
+
+
+def run(comparison: Comparison) -> int:
+    """Train what is not trained yet, then print and draw what there is; the exit code."""
     found: dict[str, list[Figures]] = {}
-    for seed in seeds:
-        for name, values in {**METHODS, **MIXES}.items():
-            config = resolved(base, {**values, "seed": seed})
-            found.setdefault(name, []).append(_trained(config, data, options.out))
-    _show(found, base, len(seeds), data.name)
-    _draw(found, options.out / "compare-methods.png")
+    code = 0
+    try:
+        for seed in comparison.seeds:
+            for name, row in comparison.rows.items():
+                try:
+                    found.setdefault(name, []).append(_figures(comparison, row, seed))
+                except CheckFailedError as error:  # such as a loss that is not finite: the others go on
+                    print(f"error: {name}, seed {seed}: {error}", file=sys.stderr)
+                    code = error.exit_code
+    except (StopAskedError, KeyboardInterrupt):
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        code = INTERRUPTED
+    _show(comparison, {name: figures for name, figures in found.items() if figures})
+    return code
 
 
-def _trained(config: TrainConfig, data: Path, out: Path) -> Figures:
-    """The figures of a training; of an earlier one with the same settings where there is one."""
-    folder = out / f"{data.name}-{config.preset}" / f"{config.method}-{config.mix}-{config.epochs}-seed-{config.seed}"
-    result = folder / "result.json"
+def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
+    """The figures of a training; of an earlier one where there is one.
+
+    Raises:
+        StopAskedError: a stop was asked for in the training.
+    """
+    config = resolved(comparison.base, {**row, "seed": seed})
+    folder = comparison.folder / f"{config.method}-{config.mix}-seed-{seed}"
+    result = folder / RESULT
     if not result.exists():
-        with progress() as report:
-            started = (folder / CONFIG).exists()
-            trained = resume(folder, report=report) if started else train(config, data, out=folder, report=report)
-        if not trained.finished or trained.best is None:
-            raise SystemExit("interrupted; the same command goes on from here")
-        figures = {"Rank-1": trained.best.rank1, "mAP": trained.best.mAP, "epochs": trained.epochs_done}
-        with written_whole(result) as temporary:
-            temporary.write_text(json.dumps(figures))
-        (folder / "last.pt").unlink()  # three times best.pt, and nothing goes on from here
+        trained = _trained(config, comparison.data, folder)
+        if trained.finished and trained.best:
+            figures = {"Rank-1": trained.best.rank1, "mAP": trained.best.mAP, "mAP@50": trained.best.mAP_at_50}
+            with written_whole(result) as temporary:
+                temporary.write_text(json.dumps({**figures, "epochs": trained.epochs_done}))
+            (folder / "last.pt").unlink()  # three times best.pt, and nothing goes on from here
+        if trained.stop_asked:
+            raise StopAskedError
     return json.loads(result.read_text())
 
 
-def _show(found: dict[str, list[Figures]], base: TrainConfig, seeds: int, data: str) -> None:
-    console = Console()
+def _trained(config: TrainConfig, data: Path, folder: Path) -> TrainResult:
+    print(f"{folder}", file=sys.stderr)
+    with progress() as report:
+        if (folder / CONFIG).exists():
+            return resume(folder, report=report)
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was killed before its settings were written
+        return train(config, data, out=folder, report=report)
+
+
+def _show(comparison: Comparison, found: dict[str, list[Figures]]) -> None:
+    if not found:
+        return
+    base, console = comparison.base, Console()
     console.print(machine("torch"), soft_wrap=True)
-    what = f"{data}, {base.preset}: {base.backbone} {base.height}x{base.width}, {base.epochs} epochs, {seeds} seeds"
-    for title, names in (("table 2", METHODS), ("table 3: PMM's stages with", MIXES)):
-        table = Table("", "Rank-1", "mAP", title=f"{title} · {what}", title_justify="left")
-        for name in names:
-            table.add_row(name, *(_spread([figures[key] for figures in found[name]]) for key in ("Rank-1", "mAP")))
-        console.print(table)
-
-
-def _spread(values: list[float]) -> str:
-    values = [100 * value for value in values]
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def _draw(found: dict[str, list[Figures]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, key in zip(axes, ("Rank-1", "mAP"), strict=True):
-        for row, values in enumerate(found.values()):
-            points = [100 * figures[key] for figures in values]
-            axis.plot(points, [row] * len(points), "o", color="0.6", markersize=4)
-            axis.plot(mean(points), row, "|", color="tab:red", markersize=16, markeredgewidth=2)
-        axis.set_xlabel(f"{key} in %")
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(found)), list(found))
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    print(f"picture: {path}")
+    what = f"{comparison.data.name}, {base.preset}: {base.backbone} {base.height}x{base.width}, {base.epochs} epochs"
+    by_row = [(comparison.rows[name], figures) for name, figures in found.items()]
+    for title, rows in tables_of(comparison.rows).items():
+        shown = {name: figures for name, row in rows.items() for trained, figures in by_row if row == trained}
+        show(shown, rows, f"{title} · {what}, {base.precision}", console)
+    picture = comparison.folder / "compare-methods.png"
+    draw(found, picture)
+    console.print(f"picture: {picture}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The beginning of a remedy, `Did you mean 'epochs'? `, where a known name is near; else nothing."""
+    near = get_close_matches(str(name), list(known), n=1)
+    return f"Did you mean '{near[0]}'? " if near else ""
+
 
 class PmmError(Exception):
     """Wrong use or bad input. `problem` names the file or value; `remedy` says what to do about it.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from pmm_edge.errors import PmmError
+from pmm_edge.errors import PmmError, did_you_mean
 from pmm_edge.spec import Method, Mix
 
 if sys.version_info >= (3, 11):
@@ -87,7 +87,7 @@ class TrainConfig:
             _require(least <= value < 2**63, f"{name} is {value}", f"It must be {least} or more")
         for name, choices in (("method", Method), ("mix", Mix), ("precision", Precision)):
             value, known = getattr(self, name), get_args(choices)
-            _require(value in known, f"{name} is '{value}'", f"{_suggest(value, known)}Choose {', '.join(known)}")
+            _require(value in known, f"{name} is '{value}'", f"{did_you_mean(value, known)}Choose {', '.join(known)}")
         size = re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size)
         _require(size is not None, f"mix_block_size is '{self.mix_block_size}'", "Write HEIGHTxWIDTH, such as 3x2")
         identities = 2 * self.accumulate
@@ -145,7 +145,7 @@ def overridden(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if name not in kinds:
-            remedy = f"{_suggest(name, kinds)}The keys: {', '.join(kinds)}"
+            remedy = f"{did_you_mean(name, kinds)}The keys: {', '.join(kinds)}"
             raise PmmError(f"'{name}' is no key of a training run", remedy)
         # TOML and flags give 1 where 1.0 is meant; nothing else is converted.
         checked[name] = float(value) if kinds[name] is float and type(value) is int else value
@@ -168,6 +168,24 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise PmmError(f"{path} cannot be read as TOML: {error}", "Mend that line") from error
 
 
+def read_assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """`["epochs=3", "backbone=resnet34"]` as the values of a TOML file; what is no TOML value is a string.
+
+    Raises:
+        PmmError: a text is no assignment.
+    """
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise PmmError(f"'{text}' sets nothing", "Write KEY=VALUE, such as epochs=3")
+        try:
+            values[name.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[name.strip()] = value.strip()
+    return values
+
+
 def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
     """`key: value of one, value of other`, for each field that differs."""
     pairs = ((field.name, getattr(one, field.name), getattr(other, field.name)) for field in fields(TrainConfig))
@@ -177,8 +195,3 @@ def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
 def _require(holds: bool, problem: str, remedy: str) -> None:
     if not holds:
         raise PmmError(problem, remedy)
-
-
-def _suggest(name: Any, known: Any) -> str:
-    near = get_close_matches(str(name), list(known), n=1)
-    return f"Did you mean '{near[0]}'? " if near else ""

@@ -54,6 +54,8 @@ class TrainResult:
     """Of `best.pt`."""
     before: RetrievalFigures | None
     """Of the network as it was before its first step: what training has to beat."""
+    stop_asked: bool = False
+    """Ctrl-C or SIGTERM came; a run that was about to end has finished all the same."""
 
 
 @dataclass
@@ -199,7 +201,7 @@ class Run:
         exact = deterministic(self.config.deterministic)
         with journal as self.journal, stop_requested() as stop, self._memory_explained(), exact:
             finished = self._train(position, stop)
-        return TrainResult(self.folder, position.epoch, finished, position.best, position.before)
+        return TrainResult(self.folder, position.epoch, finished, position.best, position.before, stop())
 
     def _train(self, position: Position, stop: Callable[[], bool]) -> bool:
         """All epochs that are left; False where a stop was asked for on the way."""

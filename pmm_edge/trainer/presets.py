@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pmm_edge.errors import PmmError
+from pmm_edge.errors import PmmError, did_you_mean
 from pmm_edge.model.backbone import map_size
 from pmm_edge.trainer.config import TrainConfig, overridden, read_toml
 
@@ -46,9 +45,7 @@ def preset(name: str) -> TrainConfig:
         PmmError: there is none of this name.
     """
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1)
-        meant = f"Did you mean '{near[0]}'? " if near else ""
-        raise PmmError(f"preset '{name}' is unknown", f"{meant}Choose {', '.join(PRESETS)}")
+        raise PmmError(f"preset '{name}' is unknown", f"{did_you_mean(name, PRESETS)}Choose {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

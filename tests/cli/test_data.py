@@ -57,4 +57,4 @@ def test_bad_input_is_one_line(pmm, data, tmp_path):
     result = pmm("data", tmp_path / "nowhere")
     assert result.exit_code == 2 and "nowhere is no folder" in result.stderr
     result = pmm("data", data, "--layout", "market1502")
-    assert result.exit_code == 2 and "Did you mean market1501?" in result.stderr
+    assert result.exit_code == 2 and "Did you mean 'market1501'?" in result.stderr

@@ -115,7 +115,7 @@ def test_the_cmc_is_drawn(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tm
 def test_the_layout_is_passed_on(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path) -> None:
     assert "tiny: 12 queries" in pmm("eval", tiny_onnx, tiny_dataset, "--layout", "market-layout").stdout
     assert "market1501: 12 queries" in pmm("eval", tiny_onnx, tiny_dataset, "--layout", "market1501").stdout
-    assert "Did you mean market1501?" in refused(pmm, tiny_onnx, tiny_dataset, "--layout", "market150")
+    assert "Did you mean 'market1501'?" in refused(pmm, tiny_onnx, tiny_dataset, "--layout", "market150")
 
 
 def test_files_that_cannot_be_written(

@@ -224,7 +224,7 @@ def test_matlab_files_say_how_to_convert(tmp_path):
 
 def test_a_wrong_name_of_a_layout(tmp_path):
     root = MAKERS["dukemtmc-reid"](tmp_path)
-    with pytest.raises(DataError, match=r"there is no layout dukemtmc\. Did you mean dukemtmc-reid"):
+    with pytest.raises(DataError, match=r"there is no layout dukemtmc\. Did you mean 'dukemtmc-reid'"):
         scan(root, "dukemtmc")
     with pytest.raises(DataError, match="in the layout of dukemtmc-reid, not of msmt17-v1"):
         scan(root, "msmt17-v1")

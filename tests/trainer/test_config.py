@@ -1,7 +1,7 @@
 import pytest
 
 from pmm_edge.errors import PmmError
-from pmm_edge.trainer.config import overridden
+from pmm_edge.trainer.config import overridden, read_assignments
 from pmm_edge.trainer.presets import PRESETS, preset, read_config
 
 
@@ -41,3 +41,10 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, toml, message):
 def test_a_value_of_a_wrong_type_is_refused():
     with pytest.raises(PmmError, match="must be of type int"):
         overridden(preset("quick"), {"epochs": True})
+
+
+def test_assignments_are_toml_values_or_strings():
+    values = read_assignments(["epochs=3", "ema=0.5", "compile=true", "mix_block_size=3x2", "init_from='1'"])
+    assert values == {"epochs": 3, "ema": 0.5, "compile": True, "mix_block_size": "3x2", "init_from": "1"}
+    with pytest.raises(PmmError, match="'epochs' sets nothing.* Write KEY=VALUE"):
+        read_assignments(["epochs"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 from pmm_edge.data.layouts import cuhk03, market, msmt17
 from pmm_edge.data.layouts.known import KNOWN_SETS, Expected, KnownSet
 from pmm_edge.data.layouts.records import ANY_MARKET, Files, Record
-from pmm_edge.errors import DataError
+from pmm_edge.errors import DataError, did_you_mean
 
 __all__ = ["ANY_MARKET", "KNOWN_SETS", "LAYOUTS", "Expected", "Files", "Found", "KnownSet", "Record", "find"]
 
@@ -65,9 +64,8 @@ def _checked_name(layout: str) -> str:
     by_spelling = {spelling: name for name in LAYOUTS for spelling in (name, name.replace(" ", "-"))}
     if layout in by_spelling:
         return by_spelling[layout]
-    close = difflib.get_close_matches(layout, by_spelling, n=1)
     names = ", ".join(name.replace(" ", "-") for name in LAYOUTS)
-    raise DataError(f"there is no layout {layout}", f"Did you mean {close[0]}?" if close else f"Choose one of {names}")
+    raise DataError(f"there is no layout {layout}", f"{did_you_mean(layout, by_spelling)}Choose one of {names}")
 
 
 def _one_kind(root: Path, named: str | None) -> Path:

@@ -1,0 +1,98 @@
+"""The rows of the paper's tables 2 and 3, and how their figures are printed and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pmm_edge.errors import PmmError, did_you_mean
+
+Row = dict[str, Any]
+"""What a row sets, over what all rows share."""
+Figures = dict[str, float]
+
+PMM: Row = {"method": "pmm", "mix": "a-hard-mix"}
+TABLES: dict[str, dict[str, Row]] = {
+    "table 2": {
+        "baseline": {"method": "baseline"},
+        "BDB": {"method": "bdb"},
+        "PMM": PMM,
+    },
+    # Its four, and two that it lacks.
+    "table 3: PMM's stages with": {
+        "none": {"mix": "none"},
+        "CutOut": {"mix": "cutout"},
+        "CutMix": {"mix": "cutmix"},
+        "A-CutMix": {"mix": "a-cutmix"},
+        "DropBlock": {"mix": "dropblock"},
+        "A-Hard-Mix": PMM,  # the same training as in table 2
+    },
+}
+ROWS = {name: row for rows in TABLES.values() for name, row in rows.items()}
+FIGURES = ("Rank-1", "mAP")
+
+
+def rows_named(names: str) -> dict[str, Row]:
+    """Rows by `PMM,BDB,...`, capital or small letters; all without names.
+
+    Raises:
+        PmmError: a name is none of a row.
+    """
+    known = {name.lower(): name for name in ROWS}
+    asked = [name.strip().lower() for name in names.split(",") if name.strip()] or list(known)
+    for name in asked:
+        if name not in known:
+            raise PmmError(f"'{name}' is no row of the tables", f"{did_you_mean(name, known)}Choose {', '.join(ROWS)}")
+    return {known[name]: ROWS[known[name]] for name in known if name in asked}
+
+
+def tables_of(rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
+    """The tables that have one of `rows`, each with all of its rows that the same trainings fill."""
+    trained = list(rows.values())
+    return {
+        title: {name: row for name, row in table.items() if row in trained}
+        for title, table in TABLES.items()
+        if any(name in table for name in rows)
+    }
+
+
+def show(found: Mapping[str, Sequence[Figures]], rows: Iterable[str], title: str, console: Console) -> None:
+    """Print the rows that have figures: mean and spread over the seeds, and how many these are."""
+    table = Table("", "seeds", *FIGURES, title=title, title_justify="left")
+    for name in rows:
+        if found.get(name):
+            spreads = (_spread([figures[key] for figures in found[name]]) for key in FIGURES)
+            table.add_row(name, str(len(found[name])), *spreads)
+    if table.row_count:
+        console.print(table)
+
+
+def draw(found: Mapping[str, Sequence[Figures]], path: Path) -> None:
+    """Draw each seed's figures, and their mean, a row for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 0.3 * len(found)), sharey=True)
+    for axis, key in zip(axes, FIGURES, strict=True):
+        for row, values in enumerate(found.values()):
+            points = [100 * figures[key] for figures in values]
+            axis.plot(points, [row] * len(points), "o", color="0.6", markersize=4)
+            axis.plot(mean(points), row, "|", color="tab:red", markersize=16, markeredgewidth=2)
+        axis.set_xlabel(f"{key} in %")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(found)), list(found))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _spread(values: list[float]) -> str:
+    values = [100 * value for value in values]
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
