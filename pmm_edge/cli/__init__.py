@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.markup import escape
@@ -62,22 +63,31 @@ def main() -> None:
     try:
         app()
     except PmmError as error:
-        if "--debug" in sys.argv:
-            raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, emoji=False)
-        sys.exit(error.exit_code)
+        _end(error, str(error), error.exit_code)
     except OSError as error:
-        if "--debug" in sys.argv:
-            raise
         where = f"{error.filename}: " if error.filename else ""
-        err.print(f"[bold red]error:[/] {escape(where)}{escape(error.strerror or str(error))}", soft_wrap=True)
-        sys.exit(2)
+        _end(error, f"{where}{error.strerror or error}", 2)
     except ModuleNotFoundError as error:
-        if "--debug" in sys.argv or (error.name or "").startswith("pmm_edge"):
+        if (error.name or "").startswith("pmm_edge"):
             raise
-        err.print(
-            f"[bold red]error:[/] this command needs {error.name}, which is not installed."
-            " Training and export need the extra: pip install 'pmm-edge\\[train]'",
-            soft_wrap=True,
-        )
-        sys.exit(2)
+        remedy = "Training and export need the extra: pip install 'pmm-edge[train]'"
+        _end(error, f"this command needs {error.name}, which is not installed. {remedy}", 2)
+
+
+def _end(error: Exception, text: str, exit_code: int) -> NoReturn:
+    """Say what is wrong in one line, of several processes that meet the same error once, and exit."""
+    if "--debug" in sys.argv:
+        raise error
+    if _first_to_say(text):
+        err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, emoji=False)
+    sys.exit(exit_code)
+
+
+def _first_to_say(text: str) -> bool:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    try:
+        from pmm_edge.trainer.distributed import first_to_say
+    except ModuleNotFoundError:  # torch, which is what the error is about
+        return True
+    return first_to_say(text)

@@ -59,7 +59,8 @@ def train(
     height: Annotated[int | None, _option("Input height in pixels.", METHOD)] = None,
     width: Annotated[int | None, _option("Input width in pixels.", METHOD)] = None,
     epochs: Annotated[int | None, _option("The learning rate's schedule is scaled to them.", COURSE)] = None,
-    batch: Annotated[int | None, _option("Images of an update, 4 of each identity.", COURSE)] = None,
+    batch: Annotated[int | None, _option("Images of an update, over all processes.", COURSE)] = None,
+    images_per_identity: Annotated[int | None, _option("Images of an identity in a batch.", COURSE)] = None,
     accumulate: Annotated[int | None, _option("Parts that a batch is taken in, where memory is short.", COURSE)] = None,
     erase_size: Annotated[int | None, _option("Side in pixels of the erased square; 0: none.", COURSE)] = None,
     weight_decay: Annotated[float | None, _option("Of Adam.", COURSE)] = None,
@@ -71,13 +72,16 @@ def train(
     device: Annotated[str | None, _option("auto, cpu, cuda or cuda:N.", MACHINE)] = None,
     precision: Annotated[str | None, _option("auto, fp32, bf16 or fp16.", MACHINE)] = None,
     compile_backbone: Annotated[
-        bool | None, _option("Compile the backbone with torch.compile.", MACHINE, "--compile")
+        bool | None, _option("Compile the backbone with torch.compile.", MACHINE, "--compile/--no-compile")
     ] = None,
-    deterministic: Annotated[bool | None, _option("The same bits every time.", MACHINE, "--deterministic")] = None,
+    deterministic: Annotated[
+        bool | None, _option("The same bits every time, on a GPU too.", MACHINE, "--deterministic/--no-deterministic")
+    ] = None,
     sync_batch_norm: Annotated[
-        bool | None, _option("Batch norm over all processes of torchrun.", MACHINE, "--sync-batch-norm")
+        bool | None,
+        _option("Batch norm over all GPUs of torchrun.", MACHINE, "--sync-batch-norm/--no-sync-batch-norm"),
     ] = None,
-    cache_gib: Annotated[float | None, _option("Memory for decoded images.", MACHINE)] = None,
+    cache_gib: Annotated[float | None, _option("Memory for decoded images, of the run as a whole.", MACHINE)] = None,
     max_bad_images: Annotated[int | None, _option("Unreadable images that are passed over.", MACHINE)] = None,
     keep: Annotated[int | None, _option("Checkpoints of the last epochs that are kept.", MACHINE)] = None,
 ) -> None:
@@ -106,6 +110,7 @@ def train(
         "width": width,
         "epochs": epochs,
         "batch": batch,
+        "images_per_identity": images_per_identity,
         "accumulate": accumulate,
         "erase_size": erase_size,
         "weight_decay": weight_decay,

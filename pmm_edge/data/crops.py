@@ -14,7 +14,7 @@ from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 
 CACHE_BYTES = 8 << 30
-"""What a split may take in memory; Market-1501's training set at 384×128 takes 1.9 GB."""
+"""Market-1501's training set at 384×128 takes 1.9 GB."""
 
 
 class Crops:
@@ -48,6 +48,11 @@ class Crops:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that the images take once all that fit are decoded."""
+        return self._kept.nbytes
 
     def batch(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(N,) indices -> (N, height, width, 3) uint8 RGB.

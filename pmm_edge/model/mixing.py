@@ -136,6 +136,6 @@ def check_block_grid(height: int, width: int, block_size: tuple[int, int]) -> in
     return rows * columns // (block_height * block_width)
 
 
-def scaled_mix_blocks(paper_k: int, blocks: int) -> int:
-    """The paper's K, given for 32 blocks, in proportion to another number of blocks; at least 1."""
-    return max(1, round(paper_k * blocks / PAPER_BLOCKS))
+def scaled_mix_blocks(k: int, blocks: float, meant_for: float = PAPER_BLOCKS) -> int:
+    """K, meant for so many blocks, by default the paper's 32, in proportion to another number of them; at least 1."""
+    return max(1, round(k * blocks / meant_for))

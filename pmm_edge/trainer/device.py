@@ -37,7 +37,13 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies in it, else float32."""
+    """`auto` is bfloat16 where the hardware multiplies in it, else float32.
+
+    Raises:
+        PmmError: fp16 on a CPU, where torch computes it in software: seconds for a step of milliseconds.
+    """
+    if wanted == "fp16" and device.type == "cpu":
+        raise PmmError("precision fp16 trains on a GPU only", "Choose --precision bf16 or fp32 on a CPU")
     if wanted != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
     if device.type == "cuda":
@@ -83,6 +89,28 @@ def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iter
     except torch.OutOfMemoryError as error:
         problem = f"training with a batch of {batch} does not fit into the memory of {device}"
         raise PmmError(problem, memory_remedy(batch, unit)) from error
+
+
+@contextmanager
+def compiler_errors_explained() -> Iterator[None]:
+    """Say in one line why torch.compile failed: it needs a compiler, which only its first step finds missing.
+
+    Raises:
+        PmmError: instead of torch's error.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        reason = str(error).strip().splitlines()[0]
+        # The CPU's back end looks for a C++ compiler, the GPU's for a C compiler; their errors share no type.
+        if "compiler" in reason.lower():
+            raise PmmError(
+                "--compile needs a C++ compiler, and none was found",
+                "Install one (such as Debian's package g++), or name it in CXX, or leave --compile out",
+            ) from error
+        raise PmmError(f"--compile failed: {reason}", "Leave it out: training is the same without it") from error
 
 
 def memory_remedy(batch: int, unit: int) -> str:

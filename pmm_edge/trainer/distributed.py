@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a documented name that its stubs leave out
 
 from pmm_edge.errors import PmmError
 from pmm_edge.trainer.device import choose_device
 
 _NONE = 2**62
+_STORE_SECONDS = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ class World:
             dist.barrier()
 
 
+def first_to_say(text: str) -> bool:
+    """Whether no other process of `torchrun` has said this line yet; True also where that cannot be known.
+
+    Whoever meets an error first says it, for a process that ends takes the others with it; what only one meets, it
+    says.
+    """
+    try:
+        port = int(os.environ["MASTER_PORT"])
+        store = TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=_STORE_SECONDS)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"pmm-edge/{attempt}/{text}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """Join the processes that `torchrun` started with this one; without it, a world of one.
@@ -68,7 +87,7 @@ def joined(device: str) -> Iterator[World]:
         device: what a run asks for: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        PmmError: this process's device is not there, or all would share one GPU.
+        PmmError: this process's device is not there, all would share one GPU, or another process has stopped.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
@@ -85,5 +104,13 @@ def joined(device: str) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     try:
         yield world
+    except RuntimeError as error:
+        # Gloo's errors have no type of their own.
+        if not isinstance(error, dist.DistError) and not re.search(r"Connection (closed|reset) by peer", str(error)):
+            raise
+        raise PmmError(
+            "another process of this training has stopped",
+            "Its own error says why; the run goes on from its last checkpoint with --resume",
+        ) from error
     finally:
         dist.destroy_process_group()

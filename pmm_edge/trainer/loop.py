@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,16 @@ from pmm_edge.progress import Report, silent
 from pmm_edge.runs import BEST, LAST, AboutRun, about_run, new_run_folder
 from pmm_edge.spec import RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig, differences, overridden
-from pmm_edge.trainer.device import choose_device, choose_precision, deterministic, memory_errors_explained
+from pmm_edge.trainer.device import compiler_errors_explained, deterministic, memory_errors_explained
 from pmm_edge.trainer.distributed import World, joined
-from pmm_edge.trainer.evaluation import evaluate_network
+from pmm_edge.trainer.evaluation import Evaluation
 from pmm_edge.trainer.feed import Feed, check_shards
 from pmm_edge.trainer.interrupt import stop_requested
 from pmm_edge.trainer.journal import Journal
 from pmm_edge.trainer.meter import Meter
 from pmm_edge.trainer.presets import read_config
 from pmm_edge.trainer.schedule import learning_rate
-from pmm_edge.trainer.setup import fingerprint, init_from, model_spec, new_network, retrieval_figures
+from pmm_edge.trainer.setup import chosen_machine, fingerprint, init_from, model_spec, new_network, retrieval_figures
 from pmm_edge.trainer.step import prepare, train_step
 
 CONFIG = "config.toml"
@@ -98,7 +98,7 @@ def train(
     with joined(config.device) as world:
         dataset = scan(data, layout)
         check_shards(config, dataset.train.identities, world)
-        choose_device(config.device, world.local_rank)  # refused before a folder is made
+        chosen_machine(config, world)  # refused before a folder is made
         network = _started(config, dataset, world, warn)
         about = AboutRun(config.preset, str(dataset.root.resolve()), pmm_edge.__version__, layout)
         folder = Path(world.share(str(new_run_folder(about, out)) if world.leads else ""))
@@ -172,18 +172,21 @@ class Run:
         self.config, self.dataset, self.folder, self.world = config, dataset, folder, world
         self.report: Report = report if world.leads else silent
         self.warn = warn
-        self.device = choose_device(config.device, world.local_rank)
+        self.device, dtype = chosen_machine(config, world)
         with self._memory_explained():
-            dtype = choose_precision(config.precision, self.device)
             self.trainee = prepare(network, config, self.device, dtype, world)
         self.feed = Feed(dataset.train, config, world, self.device, self._warn)
-        cache = int(config.cache_gib * 2**30)
-        self.query_crops, self.gallery_crops = (
-            Crops(split.paths, config.height, config.width, cache if world.leads else 0)
-            for split in (dataset.query, dataset.gallery)
-        )
+        self.evaluation = Evaluation(dataset, *self._test_crops(), self.device, self.report, self._warn)
         self.journal: Journal | None = None
         self._saved = 0.0
+
+    def _test_crops(self) -> tuple[Crops, Crops]:
+        """Of query and gallery, in the memory that the training images of all processes leave of `cache_gib`."""
+        config = self.config
+        left = int(config.cache_gib * 2**30) - self.world.size * self.feed.crops.kept_bytes if self.world.leads else 0
+        query = Crops(self.dataset.query.paths, config.height, config.width, left)
+        gallery = Crops(self.dataset.gallery.paths, config.height, config.width, left - query.kept_bytes)
+        return query, gallery
 
     def restored(self, checkpoint: Checkpoint) -> Position:
         """Put everything back to where a checkpoint left it, and say where that was."""
@@ -199,7 +202,13 @@ class Run:
         """Train from `position` to the last epoch, or until a stop is asked for."""
         journal = Journal(self.folder, position.epoch, active=self.world.leads)
         exact = deterministic(self.config.deterministic)
-        with journal as self.journal, stop_requested() as stop, self._memory_explained(), exact:
+        with (
+            journal as self.journal,
+            stop_requested() as stop,
+            self._memory_explained(),
+            self._compiler_explained(),
+            exact,
+        ):
             finished = self._train(position, stop)
         return TrainResult(self.folder, position.epoch, finished, position.best, position.before, stop())
 
@@ -207,11 +216,13 @@ class Run:
         """All epochs that are left; False where a stop was asked for on the way."""
         self._say(f"{self.device}, {self.trainee.dtype}, {self.dataset.root}, from epoch {position.epoch + 1}")
         if position.before is None and self.world.leads:
-            position.before = self._evaluate(position)
+            position.before = self._evaluate(position, stop)
         while True:
             if self._judgement_due(position):
                 self._save_last(position)  # so that a gallery that cannot be read does not cost the epoch
-                self._judge(position)
+                if not self._judge(position, stop):
+                    self._say(f"interrupted in the evaluation of epoch {position.epoch}; all before it is saved")
+                    return False
                 self._save_last(position)
             if position.epoch == self.config.epochs:
                 return True
@@ -260,7 +271,8 @@ class Run:
     def _time_to_look(self, meter: Meter, stop: Callable[[], bool], step: int) -> bool:
         """Whether to read results now, which waits for the device: several processes do it at the same steps."""
         if self.world.size > 1:
-            return step % _AGREE_STEPS == 0
+            # On a CPU a message costs nothing beside a step, and torchrun kills 30 s after it asked to stop.
+            return self.device.type == "cpu" or step % _AGREE_STEPS == 0
         return meter.due() or stop()
 
     def _require_finite(self, meter: Meter, epoch: int) -> None:
@@ -284,22 +296,25 @@ class Run:
             f"{self.folder / LAST} is from before it. A new run with --precision fp32 or --clip-norm 10 may avoid it",
         )
 
-    def _judge(self, position: Position) -> None:
-        """Evaluate, and keep the network as best.pt where its mAP is the highest so far."""
-        if self.world.leads:
-            figures = self._evaluate(position)
+    def _judge(self, position: Position, stop: Callable[[], bool]) -> bool:
+        """Evaluate, and keep the network as best.pt where its mAP is the highest so far; False where interrupted."""
+        figures = self._evaluate(position, stop) if self.world.leads else None
+        if self.world.agree(self.world.leads and figures is None):
+            return False
+        if figures:
             position.stale += 1
             if position.best is None or figures.mAP > position.best.mAP:
                 position.best, position.stale = figures, 0
                 spec = model_spec(self.config, self.dataset, self.trainee.network, figures)
                 save_checkpoint(self.folder / BEST, Checkpoint(spec, self.trainee.judged.state_dict()))
         position.judged = position.epoch
-        self.world.wait()
+        return True
 
-    def _evaluate(self, position: Position) -> RetrievalFigures:
-        result = evaluate_network(
-            self.trainee.judged, self.dataset, self.query_crops, self.gallery_crops, self.device, self.report
-        )
+    def _evaluate(self, position: Position, stop: Callable[[], bool]) -> RetrievalFigures | None:
+        """The figures of the network as it stands; None where interrupted: whoever goes on evaluates it again."""
+        result = self.evaluation.judge(self.trainee.judged, stop)
+        if result is None:
+            return None
         figures = retrieval_figures(result)
         self._record("evaluate", position.epoch, {**asdict(figures), "rank5": result.rank(5)})
         return figures
@@ -341,6 +356,9 @@ class Run:
     def _memory_explained(self) -> AbstractContextManager[None]:
         unit = self.config.images_per_identity * self.config.accumulate * self.world.size
         return memory_errors_explained(self.device, self.config.batch, unit)
+
+    def _compiler_explained(self) -> AbstractContextManager[None]:
+        return compiler_errors_explained() if self.config.compile else nullcontext()
 
     def _record(self, kind: str, epoch: int, values: dict[str, float]) -> None:
         if self.journal:

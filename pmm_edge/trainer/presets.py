@@ -8,6 +8,7 @@ from typing import Any
 
 from pmm_edge.errors import PmmError, did_you_mean
 from pmm_edge.model.backbone import map_size
+from pmm_edge.model.mixing import scaled_mix_blocks
 from pmm_edge.trainer.config import TrainConfig, overridden, read_toml
 
 _PAPER = TrainConfig()
@@ -58,7 +59,7 @@ def resolved(base: TrainConfig, values: dict[str, Any]) -> TrainConfig:
     config = overridden(base, values)
     if "mix_blocks" in values or _blocks(config) == _blocks(base):
         return config
-    return replace(config, mix_blocks=max(1, round(base.mix_blocks * _blocks(config) / _blocks(base))))
+    return replace(config, mix_blocks=scaled_mix_blocks(base.mix_blocks, _blocks(config), _blocks(base)))
 
 
 def read_config(path: Path) -> TrainConfig:

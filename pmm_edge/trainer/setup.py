@@ -14,12 +14,29 @@ from torch import Tensor
 
 import pmm_edge
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
-from pmm_edge.errors import ModelError
+from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.model import ReidNetwork, build_model
 from pmm_edge.model.checkpoint import any_weights
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
+from pmm_edge.trainer.device import choose_device, choose_precision
+from pmm_edge.trainer.distributed import World
+
+
+def chosen_machine(config: TrainConfig, world: World) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision that this process trains with.
+
+    Raises:
+        PmmError: the device is not there, or cannot do what the configuration asks for.
+    """
+    device = choose_device(config.device, world.local_rank)
+    if config.sync_batch_norm and world.size > 1 and device.type == "cpu":
+        raise PmmError(
+            "batch norm cannot be synchronised on the CPU: torch does it between GPUs only",
+            "Leave --sync-batch-norm out (--no-sync-batch-norm), or train on GPUs",
+        )
+    return device, choose_precision(config.precision, device)
 
 
 def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
@@ -28,6 +45,11 @@ def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
     Raises:
         PmmError: the configuration names no network, or weights that cannot be had.
     """
+    weights = config.backbone_weights
+    if weights not in ("imagenet", "none") and not Path(weights).exists():
+        meant = did_you_mean(weights, ("imagenet", "none"))
+        remedy = f"{meant}Choose imagenet, none, or a file of torchvision's weights"
+        raise ModelError(f"the backbone weights {weights} do not exist", remedy)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         return build_model(
@@ -39,7 +61,7 @@ def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
             mix=config.mix,
             mix_blocks=config.mix_blocks,
             block_size=config.block_size,
-            pretrained=None if config.backbone_weights == "none" else config.backbone_weights,
+            pretrained=None if weights == "none" else weights,
         )
 
 

@@ -83,9 +83,10 @@ def test_every_setting_and_the_images_decide_the_folder(compare, monkeypatch, ti
 def test_an_interruption_in_a_training_s_last_evaluation_stops_the_comparison(compare, monkeypatch, trainings):
     judge = loop.Run._judge
 
-    def interrupted(run, position):
-        os.kill(os.getpid(), signal.SIGINT)
-        judge(run, position)
+    def interrupted(run, *arguments):
+        judged = judge(run, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)  # too late to stop this training, which has finished
+        return judged
 
     monkeypatch.setattr(loop.Run, "_judge", interrupted)
     code, _, said = compare("--methods", "baseline,BDB")

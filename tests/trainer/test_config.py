@@ -1,8 +1,12 @@
+from dataclasses import fields
+from inspect import signature
+
 import pytest
 
+from pmm_edge.cli.train import train
 from pmm_edge.errors import PmmError
-from pmm_edge.trainer.config import overridden, read_assignments
-from pmm_edge.trainer.presets import PRESETS, preset, read_config
+from pmm_edge.trainer.config import TrainConfig, overridden, read_assignments
+from pmm_edge.trainer.presets import PRESETS, preset, read_config, resolved
 
 
 def test_a_preset_survives_its_toml(tmp_path):
@@ -46,5 +50,25 @@ def test_a_value_of_a_wrong_type_is_refused():
 def test_assignments_are_toml_values_or_strings():
     values = read_assignments(["epochs=3", "ema=0.5", "compile=true", "mix_block_size=3x2", "init_from='1'"])
     assert values == {"epochs": 3, "ema": 0.5, "compile": True, "mix_block_size": "3x2", "init_from": "1"}
-    with pytest.raises(PmmError, match="'epochs' sets nothing.* Write KEY=VALUE"):
+    with pytest.raises(PmmError, match=r"'epochs' sets nothing\. Write KEY=VALUE"):
         read_assignments(["epochs"])
+
+
+def test_every_setting_has_a_flag():
+    flags = {name.replace("compile_backbone", "compile") for name in signature(train).parameters}
+    assert {field.name for field in fields(TrainConfig)} <= flags
+
+
+def test_flags_undo_what_a_file_says(pmm, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("compile = true\ndeterministic = true\nsync_batch_norm = true\n")
+    undone = ["--no-compile", "--no-deterministic", "--no-sync-batch-norm", "--images-per-identity", 8]
+    printed = pmm("train", "--config", path, *undone, "--print-config").stdout
+    assert "= true" not in printed and "images_per_identity = 8" in printed
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "size", "k"), [("market1501", (192, 64), 1), ("cuhk03-labeled", (192, 128), 4)]
+)
+def test_k_follows_the_number_of_blocks_on_the_map(preset_name, size, k):
+    assert resolved(preset(preset_name), {"height": size[0], "width": size[1]}).mix_blocks == k

@@ -1,8 +1,16 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pmm_edge.errors import PmmError
 from pmm_edge.trainer.device import choose_device, choose_precision, deterministic, memory_errors_explained
+from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.setup import chosen_machine
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_line():
@@ -14,6 +22,39 @@ def test_a_precision_that_is_named_is_taken():
     cpu = torch.device("cpu")
     assert choose_precision("fp32", cpu) is torch.float32
     assert choose_precision("bf16", cpu) is torch.bfloat16
+
+
+def test_fp16_is_refused_where_it_is_computed_in_software():
+    with pytest.raises(PmmError, match=r"fp16 trains on a GPU only.*bf16 or fp32"):
+        choose_precision("fp16", torch.device("cpu"))
+
+
+def test_batch_norm_between_processes_is_refused_on_the_cpu():
+    config = replace(PRESETS["quick"], sync_batch_norm=True, device="cpu", precision="fp32")
+    with pytest.raises(PmmError, match=r"batch norm cannot be synchronised on the CPU.*--no-sync-batch-norm"):
+        chosen_machine(config, World(0, 2, 0))
+    assert chosen_machine(config, World()) == (torch.device("cpu"), torch.float32), "alone it has nothing to do"
+
+
+COMPILE = """
+import torch
+from pmm_edge.trainer.device import compiler_errors_explained
+module = torch.nn.Linear(2, 2)
+module.compile()
+try:
+    with compiler_errors_explained():
+        module(torch.zeros(1, 2))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_compiling_without_a_compiler_says_what_to_install(tmp_path):
+    environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.startswith("PmmError --compile needs a C++ compiler, and none was found. Install one"), done
 
 
 def test_a_device_that_does_not_train_is_refused():
