@@ -69,7 +69,9 @@ def test_a_single_image_that_does_not_fit_does_not_blame_the_batch_of_training(e
 
 @pytest.fixture(scope="module")
 def whole(tiny_dataset, tmp_path_factory):
-    return train(CONFIG, tiny_dataset, out=tmp_path_factory.mktemp("runs") / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pmm_edge.trainer.evaluation.BATCH", 4)
+        return train(CONFIG, tiny_dataset, out=tmp_path_factory.mktemp("runs") / "whole")
 
 
 @pytest.mark.parametrize(("evaluations", "epochs"), [(1, 0), (3, 2)])
