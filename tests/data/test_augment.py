@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pmm_edge.data.augment import augment, normalize
+from pmm_edge.data.augment import augment, augment_at_once, augment_one_by_one, normalize
 from pmm_edge.spec import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -43,3 +43,18 @@ def test_the_square_reaches_every_border(crops):
 def test_a_size_of_zero_erases_nothing(crops):
     images = augment(crops, 0, torch.Generator().manual_seed(2))
     assert not (images == 0).all(dim=1).any()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(24, 12, 8), (33, 17, 5), (8, 8, 8), (24, 12, 0)])
+def test_one_image_after_the_other_gives_the_bits_of_the_whole_batch_at_once(height, width, size):
+    draw = torch.Generator().manual_seed(3)
+    crops = torch.randint(0, 256, (64, height, width, 3), dtype=torch.uint8, generator=draw)
+    flipped, erased = torch.rand(2, 64, generator=draw) < 0.5
+    rows = torch.randint(0, height - size + 1, (64,), generator=draw)
+    columns = torch.randint(0, width - size + 1, (64,), generator=draw)
+    one_by_one, at_once = (
+        way(crops, flipped, erased, rows, columns, size) for way in (augment_one_by_one, augment_at_once)
+    )
+    assert torch.equal(one_by_one, at_once) and one_by_one.stride() == at_once.stride()
+    scale, shift = (1 / (255 * torch.tensor(IMAGENET_STD))), torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
+    assert torch.equal(normalize(crops), (crops.float() * scale - shift).permute(0, 3, 1, 2))
