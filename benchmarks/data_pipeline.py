@@ -1,8 +1,12 @@
 """Images a second that reach a training step, beside a plain PIL DataLoader, and the share of time a step waits.
 
 The plain loader is what training scripts of the field have: worker processes that decode, resize, flip, normalise
-and erase one image at a time, and collate. Ours decodes once, keeps uint8 crops, and augments the whole batch.
-A step of the given length then shows how much of the time it has to wait for data.
+and erase one image at a time, and collate. Ours decodes once, keeps uint8 crops, and augments the whole batch on the
+device that trains. So its two halves are shown apart: batches assembled in host memory are all that a GPU asks of
+the processor; with the augmentation they are what the plain loader gives.
+
+Then how much of its time a step waits for data: one of `pmm train` on this machine, by the trainer's own meter, and
+one that sleeps as long as a fast GPU would compute and leaves the processor free.
 
     python benchmarks/data_pipeline.py                    # the synthetic set
     python benchmarks/data_pipeline.py DATA --height 384 --width 128 --step 0.05
@@ -13,7 +17,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -28,12 +33,21 @@ from torchvision import transforms
 
 from pmm_edge.data.augment import augment
 from pmm_edge.data.crops import Crops
-from pmm_edge.data.dataset import scan
+from pmm_edge.data.dataset import Split, scan
 from pmm_edge.data.sampler import identity_batches
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.spec import IMAGENET_MEAN, IMAGENET_STD
+from pmm_edge.trainer.config import TrainConfig
+from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.feed import Feed
+from pmm_edge.trainer.meter import Meter
+from pmm_edge.trainer.presets import preset, resolved
+from pmm_edge.trainer.setup import chosen_machine, new_network
+from pmm_edge.trainer.step import prepare, train_step
 
 BATCH, IDENTITIES = 64, 16
+LEAST_BATCHES = 30
+PLAIN = "plain PIL DataLoader"
 
 
 class PlainImages(Dataset):
@@ -63,34 +77,68 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--height", type=int, default=384)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--step", type=float, default=0.5, help="seconds of a training step, slept, not computed")
-    parser.add_argument("--epochs", type=int, default=3, help="the first fills the cache and is shown apart")
+    parser.add_argument("--device", default="cpu", help="where the augmentation and the real step run")
+    parser.add_argument("--step", type=float, default=0.03, help="seconds of the sleeping step")
+    parser.add_argument("--rounds", type=int, default=3, help="the table shows their medians")
+    parser.add_argument("--preset", default="quick", help="of the real step; ResNet-18, 144x64, batch 32")
+    parser.add_argument("--batch", type=int, help="of the real step, other than the preset's")
+    parser.add_argument("--steps", type=int, default=20, help="real steps")
     options = parser.parse_args()
 
     split = scan(options.data or cached_synthetic()).train
+    values = {"batch": options.batch} if options.batch else {}
+    config = resolved(preset(options.preset), {"device": options.device, **values})
+    console = Console()
+    console.print(machine("torch", "pillow"), soft_wrap=True)
+
+    crops = Crops(split.paths, options.height, options.width)
+    rows = _speeds(crops, split, options)
+    title = f"{len(split):,} images at {options.height}x{options.width}, batches of {BATCH}"
+    table = Table("", "images/s", "ratio to the plain loader", title=title, title_justify="left")
+    for name, speeds in rows.items():
+        ratio = median(speeds) / median(rows[PLAIN])
+        table.add_row(name, f"{median(speeds):,.0f}", f"{ratio:.2f}")
+    console.print(table)
+
+    table = Table("", "seconds", "waits for data", title="share of a step's time", title_justify="left")
+    seconds, share = _sleeping_step(crops, split.pids, options.step)
+    table.add_row(
+        f"a step that sleeps, {options.height}x{options.width}, batch {BATCH}", f"{seconds:.3f}", _share(share)
+    )
+    seconds, share = _real_step(split, config, options.steps)
+    work = f"{config.backbone} {config.height}x{config.width}, batch {config.batch}, {options.device}"
+    table.add_row(f"a step of pmm train, {work}", f"{seconds:.3f}", _share(share))
+    console.print(table)
+
+
+def _speeds(crops: Crops, split: Split, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Images a second of each part, taken in turns so that drift of the machine hits all alike."""
     plain = DataLoader(
         PlainImages(split.paths, options.height, options.width),
         batch_sampler=_PlainSampler(split.pids),
         num_workers=os.cpu_count() or 1,
+        persistent_workers=True,
     )
-    crops = Crops(split.paths, options.height, options.width)
-    rows = {"first epoch": [], "pmm train": [], "plain DataLoader": []}
-    for epoch in range(options.epochs):
-        ours = _images_per_second(_augmented(crops, split.pids, epoch, options.height))
-        rows["pmm train" if epoch else "first epoch"].append(ours)
-        if epoch:
-            rows["plain DataLoader"].append(_images_per_second(iter(plain)))
+    generator = torch.Generator(options.device)
 
-    console = Console()
-    console.print(machine("torch", "pillow"), soft_wrap=True)
-    title = f"{len(split):,} images at {options.height}x{options.width}, batches of {BATCH}"
-    table = Table("", "images/s", "ratio to the plain loader", title=title, title_justify="left")
-    for name, speeds in rows.items():
-        ratio = median(speeds) / median(rows["plain DataLoader"])
-        table.add_row(name, f"{median(speeds):,.0f}", f"{ratio:.1f}")
-    console.print(table)
-    share = _share_waiting(crops, split.pids, options.step)
-    console.print(f"a step of {options.step:g} s that leaves the processor free waits {100 * share:.2f} % for data")
+    def augmented(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return (augment(batch.to(options.device), options.height // 6, generator) for batch in batches)
+
+    every = np.array_split(np.arange(len(split)), -(-len(split) // BATCH))
+    rows = {"decoded, each image once": [_images_per_second(_assembled(crops, every), options.device)]}
+    next(iter(plain))  # its workers have started
+    for number in range(options.rounds):
+        batches = _batches(split.pids, number)
+        one = torch.from_numpy(crops.batch(batches[0]))
+        parts: dict[str, Iterable[torch.Tensor]] = {
+            "assembled in host memory": _assembled(crops, batches),
+            f"augmented on {options.device}": augmented(one for _ in batches),
+            "both together": augmented(_assembled(crops, batches)),
+            PLAIN: plain,
+        }
+        for name, part in parts.items():
+            rows.setdefault(name, []).append(_images_per_second(part, options.device))
+    return rows
 
 
 class _PlainSampler:
@@ -107,32 +155,63 @@ class _PlainSampler:
 
 
 def _batches(pids: np.ndarray, seed: int) -> list[np.ndarray]:
-    return identity_batches(pids, IDENTITIES, BATCH // IDENTITIES, np.random.default_rng(seed))
+    """Epochs of a training, so many that starting and ending count for little."""
+    generator = np.random.default_rng(seed)
+    batches: list[np.ndarray] = []
+    while len(batches) < LEAST_BATCHES:
+        batches += identity_batches(pids, IDENTITIES, BATCH // IDENTITIES, generator)
+    return batches
 
 
-def _augmented(crops: Crops, pids: np.ndarray, seed: int, height: int) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for images in crops.prefetched(_batches(pids, seed)):
-        yield augment(torch.from_numpy(images), height // 6, generator)
+def _assembled(crops: Crops, batches: list[np.ndarray]) -> Iterator[torch.Tensor]:
+    return map(torch.from_numpy, crops.prefetched(batches))
 
 
-def _images_per_second(batches: Iterator[torch.Tensor]) -> float:
+def _images_per_second(batches: Iterable[torch.Tensor], device: str) -> float:
     start, images = time.perf_counter(), 0
     for batch in batches:
         images += len(batch)
+    if device != "cpu":
+        torch.cuda.synchronize(device)
     return images / (time.perf_counter() - start)
 
 
-def _share_waiting(crops: Crops, pids: np.ndarray, step: float) -> float:
-    waited, start = 0.0, time.perf_counter()
+def _sleeping_step(crops: Crops, pids: np.ndarray, step: float) -> tuple[float, float]:
+    """Seconds of a step with its wait, and the share of them that is waiting, with decoded images."""
+    waited, steps, start = 0.0, 0, time.perf_counter()
     ahead = crops.prefetched(_batches(pids, 0))
     while True:
         asked = time.perf_counter()
         if next(ahead, None) is None:
             break
         waited += time.perf_counter() - asked
+        steps += 1
         time.sleep(step)
-    return waited / (time.perf_counter() - start)
+    total = time.perf_counter() - start
+    return total / steps, waited / total
+
+
+def _real_step(train: Split, config: TrainConfig, steps: int) -> tuple[float, float]:
+    """As `_sleeping_step`, of `pmm train` itself: its feed, its step, its meter, with decoded images."""
+    world = World()
+    device, dtype = chosen_machine(config, world)
+    trainee = prepare(new_network(config, train.identities), config, device, dtype, world)
+    feed = Feed(train, config, world, device, print)
+    batches = [batch for epoch in range(1, 1 + steps) for batch in feed.batches(epoch)][: steps + 1]
+    for batch in batches:
+        feed.crops.batch(batch)
+    for shards in islice(feed.shards(batches, 1, 0, Meter()), 1):
+        train_step(trainee, shards, config)  # the first one plans its convolutions
+    meter, start = Meter(), time.perf_counter()
+    for step, shards in enumerate(feed.shards(batches, 1, 1, meter)):
+        loss, parts = train_step(trainee, shards, config)
+        meter.add(loss, parts, step, config.batch)
+    meter.means()  # waits for the device
+    return (time.perf_counter() - start) / (len(batches) - 1), meter.data_wait()
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 if __name__ == "__main__":
