@@ -35,7 +35,7 @@ def visualize(
     models: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL",
             help="A checkpoint or its run folder; by default the newest run. galleries takes any .onnx or .engine,"
             " cams several checkpoints to compare side by side.",
         ),
@@ -71,8 +71,7 @@ def visualize(
 ) -> None:
     """Draw what a network sees: attention of its stages, ranked galleries, the mixing of training.
 
-    Writes PNG files, and pictures.json with the overlap of the stages' maps: 0 where no two look at the same place, 1
-    where all look at one. docs/visualize.md says how to read the pictures.
+    Writes PNG files, and overlap.json with how much the stages' maps overlap: 0 no place in common, 1 all of them.
 
     [dim]pmm visualize[/]
 
@@ -103,9 +102,9 @@ def visualize(
     if as_json:
         print_json(album.to_json())
         return
-    rows = [(escape(path.name), _SHOWS[kind]) for kind, path in album.files.items()]
-    print_table(f"pictures in {escape(str(folder))}", ("file", "shows"), rows)
-    if album.overlaps:
+    rows = [(_SHOWS[kind], escape(path.name)) for kind, path in album.files.items()]
+    print_table(f"pictures in {escape(str(folder))}", ("shows", "file"), rows)
+    if any(found.pairs for _, found in album.overlaps):  # a baseline has one map
         _print_overlaps(album.overlaps)
     for kind, reason in album.left_out.items():
         note(f"[yellow]no {kind}:[/] {escape(reason)}")
@@ -124,7 +123,7 @@ def _print_overlaps(overlaps: Sequence[tuple[Path, Overlap]]) -> None:
         for path, found in overlaps
     ]
     print_table(
-        "overlap of the stages' maps, 0 to 1; chance: of two people's maps",
+        "overlap of the stages' maps; chance: of two images' maps",
         ("model", "images", *pairs, "mean", "chance"),
         rows,
     )

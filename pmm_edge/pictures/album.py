@@ -30,7 +30,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 COUNT, MOST = 6, 100
 OVERLAP_IMAGES = 256
 """The overlap is measured on so many images, spread evenly over the source: a few seconds on a CPU."""
-FACTS = "pictures.json"
+OVERLAP_FILE = "overlap.json"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Album:
 
 
 def write_album(request: Request, folder: Path, kinds: Sequence[Kind] | None = None, report: Report = silent) -> Album:
-    """Write `cams.png`, `galleries.png` and `mixing.png`, and `pictures.json` with the overlap of the stages.
+    """Write `cams.png`, `galleries.png` and `mixing.png`, and with cams `overlap.json`: how little the stages overlap.
 
     Each file is written as soon as it is drawn; older ones of the same name are replaced.
 
@@ -106,8 +106,9 @@ def write_album(request: Request, folder: Path, kinds: Sequence[Kind] | None = N
         with written_whole(files[kind]) as temporary:
             picture.save(temporary, format="PNG")
     album = Album(files, overlaps, left_out)
-    with written_whole(folder / FACTS) as temporary:
-        temporary.write_text(json.dumps(album.to_json(), indent=2) + "\n", encoding="utf-8")
+    if overlaps:
+        with written_whole(folder / OVERLAP_FILE) as temporary:
+            temporary.write_text(json.dumps(album.to_json()["overlap"], indent=2) + "\n", encoding="utf-8")
     return album
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -83,29 +84,27 @@ def draw_cams(
         networks, names: one or more.
         true_class: whether the maps are of the images' true classes, for the text under them.
     """
-    group = 1 + sum(len(found.stages) for found in networks)
+    compared = len(networks) > 1
+    counts = [len(found.stages) for found in networks]
+    group = 1 + sum(counts)  # columns for an image; as many images side by side as fit
     groups = min(len(photos), max(1, _ACROSS // group))
-    cells = [
+    images = [
         [Cell(photo, caption), *(_stage(photo, found, row, s) for found in networks for s in range(len(found.stages)))]
         for row, (photo, caption) in enumerate(zip(photos, captions, strict=True))
     ]
-    rows = [
-        [cell for image in cells[start : start + groups] for cell in image] for start in range(0, len(cells), groups)
-    ]
-    compared = len(networks) > 1
-    heads = [
-        "input",
-        *(_head(name, stage, compared) for found, name in zip(networks, names, strict=True) for stage in found.stages),
-    ]
+    heads = ["input"]
+    for found, name in zip(networks, names, strict=True):
+        heads += [_head(name, stage, compared) for stage in found.stages]
+    apart = [0, *accumulate([1, *counts[:-1]])] if compared else [0]
     return grid(
-        rows,
+        [list(chain(*images[start : start + groups])) for start in range(0, len(images), groups)],
         heads * groups,
         title=f"{' · '.join(names)}: where each stage finds its evidence",
         notes=[
             f"Grad-CAM for {_TRUE if true_class else _PREDICTED}, written under the map. Bright yellow is each map's"
             " own maximum, grey is none: maps compare by where they are bright, not by how bright."
         ],
-        wide_before=[group * number for number in range(1, groups)],
+        wide_before=[start + column for start in range(0, group * groups, group) for column in apart if start + column],
     )
 
 
@@ -116,4 +115,6 @@ def _stage(photo: Image.Image, found: Attention, row: int, stage: int) -> Cell:
 
 
 def _head(name: str, stage: str, compared: bool) -> str:
-    return f"{name}\n{stage}" if compared else f"stage {stage}"
+    if not compared:
+        return f"stage {stage}"
+    return f"{name}\n{stage}" if " " in name else f"{name} {stage}"  # with its folder a name fills the line

@@ -167,7 +167,8 @@ def _query(ranking: Ranking) -> Cell:
 
 
 def _hit(hit: Hit) -> Cell:
-    return Cell(_photo(hit.image.path), f"{hit.distance:.3g}\n{_who(hit.image)}", hit.right)
+    distance = f"{hit.distance:#.3g}".rstrip(".")  # 17.0 beside 16.4
+    return Cell(_photo(hit.image.path), f"{distance}\n{_who(hit.image)}", hit.right)
 
 
 def _who(image: Shown) -> str:
