@@ -18,6 +18,7 @@ from pmm_edge.cli.export import export
 from pmm_edge.cli.render import err
 from pmm_edge.cli.synth import synth
 from pmm_edge.cli.train import train
+from pmm_edge.cli.visualize import visualize
 from pmm_edge.errors import PmmError
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ app.command()(export)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(embed)
+app.command()(visualize)
 app.command()(synth)
 app.command()(data)
 

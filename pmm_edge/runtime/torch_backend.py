@@ -47,7 +47,7 @@ class TorchEmbedder(Embedder):
     """A network in PyTorch, eager, in the precision of its weights (TF32 is off: it is not FP32)."""
 
     def __init__(self, network: nn.Module, spec: ModelSpec, path: Path, device: str | None = None) -> None:
-        target = _device(device)
+        target = torch_device(device)
         super().__init__(spec, path, "torch", str(target))
         self._target = target
         self._network = nn.Sequential(Preprocess(replace(spec.input, form="uint8")), network).to(target).eval()
@@ -95,7 +95,12 @@ def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
     return network, spec
 
 
-def _device(name: str | None) -> torch.device:
+def torch_device(name: str | None) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N` for torch; None takes a GPU where there is one.
+
+    Raises:
+        ModelError: the name is none of these, or torch finds no such GPU.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, index = parse_device(name)
