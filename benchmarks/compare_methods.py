@@ -31,9 +31,10 @@ from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.files import written_whole
 from pmm_edge.trainer.config import TrainConfig, read_assignments
-from pmm_edge.trainer.loop import CONFIG, TrainResult, resume, train
+from pmm_edge.trainer.loop import TrainResult
 from pmm_edge.trainer.presets import preset, resolved
 from pmm_edge.trainer.setup import fingerprint
+from pmm_edge.trainer.start import CONFIG, resume, train
 
 INTERRUPTED = 130
 RESULT = "result.json"

@@ -132,7 +132,7 @@ def train(
     if resume:
         _refuse_with_resume(given, data, preset, config, layout, out_folder)
     note("[dim]loading torch[/]")
-    from pmm_edge.trainer import loop, presets
+    from pmm_edge.trainer import presets, start
 
     if not resume:
         if preset and config:
@@ -144,10 +144,10 @@ def train(
             return
     with progress() as report:
         if resume:
-            result = loop.resume(resume, report=report, warn=_warn)
+            result = start.resume(resume, report=report, warn=_warn)
         else:
             data = data or _synthetic(report)
-            result = loop.train(chosen, data, layout=layout, out=out_folder, report=report, warn=_warn)
+            result = start.train(chosen, data, layout=layout, out=out_folder, report=report, warn=_warn)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
         _show(result, as_json)
     if not result.finished:

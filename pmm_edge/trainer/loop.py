@@ -1,40 +1,36 @@
-"""`pmm train`: from a data set to checkpoints, and on again from where a run stopped."""
+"""A run in progress: epochs, evaluations and checkpoints, until it ends or is asked to stop."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import pmm_edge
 from pmm_edge.data.crops import Crops
-from pmm_edge.data.dataset import ReidDataset, scan
-from pmm_edge.errors import CheckFailedError, DataError, ModelError
+from pmm_edge.data.dataset import ReidDataset
+from pmm_edge.errors import CheckFailedError
 from pmm_edge.files import written_whole
-from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint, save_checkpoint
+from pmm_edge.model import Checkpoint, ReidNetwork, save_checkpoint
 from pmm_edge.progress import Report, silent
-from pmm_edge.runs import BEST, LAST, AboutRun, about_run, new_run_folder
+from pmm_edge.runs import BEST, LAST
 from pmm_edge.spec import RetrievalFigures
-from pmm_edge.trainer.config import TrainConfig, differences, overridden
+from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import compiler_errors_explained, deterministic, memory_errors_explained
-from pmm_edge.trainer.distributed import World, joined
+from pmm_edge.trainer.distributed import World
 from pmm_edge.trainer.evaluation import Evaluation
-from pmm_edge.trainer.feed import Feed, check_shards
+from pmm_edge.trainer.feed import Feed
 from pmm_edge.trainer.interrupt import stop_requested
 from pmm_edge.trainer.journal import Journal
 from pmm_edge.trainer.meter import Meter
-from pmm_edge.trainer.presets import read_config
+from pmm_edge.trainer.position import Position, save_position
 from pmm_edge.trainer.schedule import learning_rate
-from pmm_edge.trainer.setup import chosen_machine, fingerprint, init_from, model_spec, new_network, retrieval_figures
+from pmm_edge.trainer.setup import chosen_machine, model_spec, retrieval_figures
 from pmm_edge.trainer.step import prepare, train_step
 
-CONFIG = "config.toml"
 BAD_BATCH = "bad_batch.pt"
 _AGREE_STEPS = 10
 """Steps between two agreements of several processes, on a stop or a bad loss: each costs a message to all."""
@@ -56,104 +52,6 @@ class TrainResult:
     """Of the network as it was before its first step: what training has to beat."""
     stop_asked: bool = False
     """Ctrl-C or SIGTERM came; a run that was about to end has finished all the same."""
-
-
-@dataclass
-class Position:
-    """How far a run is: whole epochs, steps into the next one, and what was measured on the way."""
-
-    epoch: int = 0
-    step: int = 0
-    best: RetrievalFigures | None = None
-    before: RetrievalFigures | None = None
-    judged: int = 0
-    """The last epoch that was evaluated."""
-    stale: int = 0
-    """Evaluations since the best one."""
-
-
-def train(
-    config: TrainConfig,
-    data: Path,
-    *,
-    layout: str | None = None,
-    out: Path | None = None,
-    report: Report = silent,
-    warn: Callable[[str], None] = lambda text: None,
-) -> TrainResult:
-    """Train from the start; under `torchrun`, together with the other processes.
-
-    Args:
-        config: the run, see `presets`.
-        data: a data set's folder.
-        layout: its layout's name; recognised by itself where None.
-        out: the run folder to make; `runs/<time>-<preset>` by default.
-        warn: told what a user should know although the run goes on.
-
-    Raises:
-        DataError: the data set cannot be used.
-        OutputError: the run folder cannot be made or written.
-        CheckFailedError: the loss is not finite.
-    """
-    with joined(config.device) as world:
-        dataset = scan(data, layout)
-        check_shards(config, dataset.train.identities, world)
-        chosen_machine(config, world)  # refused before a folder is made
-        network = _started(config, dataset, world, warn)
-        about = AboutRun(config.preset, str(dataset.root.resolve()), pmm_edge.__version__, layout)
-        folder = Path(world.share(str(new_run_folder(about, out)) if world.leads else ""))
-        if world.leads:
-            with written_whole(folder / CONFIG) as temporary:
-                temporary.write_text(config.to_toml(), encoding="utf-8")
-        return Run(config, dataset, folder, network, world, report, warn).go(Position())
-
-
-def resume(folder: Path, *, report: Report = silent, warn: Callable[[str], None] = lambda text: None) -> TrainResult:
-    """Go on with an interrupted run, exactly as if it had not stopped.
-
-    Raises:
-        ModelError: the folder is no run, or its settings were changed.
-        DataError: the data set has changed since.
-    """
-    about = about_run(folder)
-    if about is None or not (folder / CONFIG).exists():
-        raise ModelError(f"{folder} is no run folder", "Name one that pmm train made, such as runs/<time>-quick")
-    config = read_config(folder / CONFIG)
-    with joined(config.device) as world:
-        dataset = scan(Path(about.data), about.layout)
-        if not (folder / LAST).exists():  # stopped before its first checkpoint: nothing was learned yet
-            network = _started(config, dataset, world, warn)
-            return Run(config, dataset, folder, network, world, report, warn).go(Position())
-        checkpoint = load_checkpoint(folder / LAST)
-        began_with, seen = (checkpoint.training.get(name) for name in ("config", "fingerprint"))
-        if not isinstance(began_with, dict):
-            raise ModelError(f"{folder / LAST} holds no training to go on with", "Put the run's own last.pt back")
-        if changed := differences(config, overridden(TrainConfig(), began_with)):
-            raise ModelError(
-                f"{folder / CONFIG} differs from what the run began with ({'; '.join(changed)})",
-                "Put it back, or start a new run with these settings",
-            )
-        if seen != fingerprint(dataset):
-            raise DataError(
-                f"{dataset.root} holds other images than when {folder} began",
-                "Put the data set back as it was, or start a new run",
-            )
-        run = Run(config, dataset, folder, checkpoint.network(), world, report, warn)
-        return run.go(run.restored(checkpoint))
-
-
-def _started(config: TrainConfig, dataset: ReidDataset, world: World, warn: Callable[[str], None]) -> ReidNetwork:
-    """The network before its first step, what is downloaded downloaded once."""
-    if not world.leads:
-        world.wait()
-    network = new_network(config, dataset.train.identities)
-    if world.leads:
-        world.wait()
-    if config.init_from:
-        taken = init_from(network, Path(config.init_from))
-        if world.leads:
-            warn(f"{config.init_from}: {taken}")
-    return network
 
 
 class Run:
@@ -187,16 +85,6 @@ class Run:
         query = Crops(self.dataset.query.paths, config.height, config.width, left)
         gallery = Crops(self.dataset.gallery.paths, config.height, config.width, left - query.kept_bytes)
         return query, gallery
-
-    def restored(self, checkpoint: Checkpoint) -> Position:
-        """Put everything back to where a checkpoint left it, and say where that was."""
-        state = checkpoint.training
-        self.trainee.optimizer.load_state_dict(state["optimizer"])
-        self.trainee.scaler.load_state_dict(state["scaler"])
-        if self.trainee.average:
-            self.trainee.average.load_state_dict(state["average"])
-        best, before = (RetrievalFigures(**state[name]) if state[name] else None for name in ("best", "before"))
-        return Position(state["epoch"], state["step"], best, before, state["judged"], state["stale"])
 
     def go(self, position: Position) -> TrainResult:
         """Train from `position` to the last epoch, or until a stop is asked for."""
@@ -320,38 +208,9 @@ class Run:
         return figures
 
     def _save_last(self, position: Position) -> None:
-        """Write `last.pt` with all it takes to go on."""
         self._saved = time.monotonic()
-        if not self.world.leads:
-            return
-        trainee = self.trainee
-        training: dict[str, Any] = {
-            "config": asdict(self.config),
-            "fingerprint": fingerprint(self.dataset),
-            "epoch": position.epoch,
-            "step": position.step,
-            "judged": position.judged,
-            "stale": position.stale,
-            "best": asdict(position.best) if position.best else None,
-            "before": asdict(position.before) if position.before else None,
-            "optimizer": trainee.optimizer.state_dict(),
-            "scaler": trainee.scaler.state_dict(),
-            "average": trainee.average.state_dict() if trainee.average else None,
-        }
-        spec = model_spec(self.config, self.dataset, trainee.network, None)
-        save_checkpoint(self.folder / LAST, Checkpoint(spec, trainee.network.state_dict(), training))
-        if self.config.keep > 1 and position.step == 0:
-            self._keep_epoch(position.epoch)
-
-    def _keep_epoch(self, epoch: int) -> None:
-        """Keep this epoch's checkpoint beside `last.pt`, and drop the oldest."""
-        with written_whole(self.folder / f"epoch-{epoch:04d}.pt") as kept:
-            try:
-                kept.hardlink_to(self.folder / LAST)  # a second name for the same file
-            except OSError:  # where files cannot have two
-                shutil.copyfile(self.folder / LAST, kept)
-        for old in sorted(self.folder.glob("epoch-*.pt"))[: -self.config.keep]:
-            old.unlink()
+        if self.world.leads:
+            save_position(position, self.trainee, self.config, self.dataset, self.folder)
 
     def _memory_explained(self) -> AbstractContextManager[None]:
         unit = self.config.images_per_identity * self.config.accumulate * self.world.size

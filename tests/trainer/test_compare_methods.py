@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.trainer import loop
+from pmm_edge.trainer import loop, start
 
 # fmt: off
 TINY = [
@@ -99,7 +99,7 @@ def test_an_interruption_in_a_training_s_last_evaluation_stops_the_comparison(co
 
 
 def test_an_interruption_between_two_trainings_prints_what_there_is(compare, monkeypatch):
-    train = loop.train
+    train = start.train
     started = []
 
     def interrupted(config, *arguments, **named):

@@ -14,8 +14,9 @@ from pmm_edge.errors import PmmError
 from pmm_edge.model import build_model, load_checkpoint
 from pmm_edge.trainer.distributed import World
 from pmm_edge.trainer.evaluation import Evaluation
-from pmm_edge.trainer.loop import Run, resume, train
+from pmm_edge.trainer.loop import Run
 from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.start import resume, train
 
 CONFIG = replace(PRESETS["quick"], height=96, width=64, epochs=2, batch=8, evaluate_every=1, erase_size=8, device="cpu")
 IMAGE_BYTES = 96 * 64 * 3

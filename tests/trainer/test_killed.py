@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pmm_edge.model import load_checkpoint
-from pmm_edge.trainer.loop import resume, train
 from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.start import resume, train
 
 CONFIG = replace(
     PRESETS["quick"],
@@ -33,7 +33,7 @@ CONFIG = replace(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pmm_edge.trainer import loop, meter
+from pmm_edge.trainer import loop, meter, start
 from pmm_edge.trainer.presets import read_config
 
 moment, number, config, data, folder = sys.argv[1:]
@@ -55,7 +55,7 @@ def fsync(file, real=os.fsync):
 os.fsync = fsync
 meter.REPORT_SECONDS = 0.0
 loop._SAVE_SECONDS = float("inf")  # checkpoints come with evaluations alone, however slow the machine
-loop.train(read_config(Path(config)), Path(data), out=Path(folder), report=report)
+start.train(read_config(Path(config)), Path(data), out=Path(folder), report=report)
 """
 
 

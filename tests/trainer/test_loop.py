@@ -10,8 +10,8 @@ import torch
 
 from pmm_edge.errors import DataError, ModelError, OutputError
 from pmm_edge.model import load_checkpoint
-from pmm_edge.trainer.loop import resume, train
 from pmm_edge.trainer.presets import PRESETS, read_config
+from pmm_edge.trainer.start import resume, train
 
 CONFIG = replace(PRESETS["quick"], height=96, width=64, epochs=3, batch=8, evaluate_every=2, erase_size=8, device="cpu")
 

@@ -11,8 +11,8 @@ import torch
 from pmm_edge.errors import CheckFailedError, DataError, ModelError
 from pmm_edge.model import load_checkpoint
 from pmm_edge.retrieval import evaluate_distances
-from pmm_edge.trainer.loop import resume, train
 from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.start import resume, train
 
 CONFIG = replace(
     PRESETS["quick"], height=96, width=64, epochs=2, batch=16, evaluate_every=1, erase_size=8, device="cpu"
