@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from typing import Any, Literal
 
 from pmm_edge.errors import ModelError
@@ -98,8 +99,12 @@ class ModelSpec:
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
-    def from_json(text: str) -> ModelSpec:
+    def from_json(text: str, source: str = "the model") -> ModelSpec:
         """Read what `to_json` wrote.
+
+        Args:
+            text: of the spec.
+            source: names the file that it comes from, for errors.
 
         Raises:
             ModelError: the text is no spec, or one of another schema.
@@ -107,9 +112,8 @@ class ModelSpec:
         try:
             raw: dict[str, Any] = json.loads(text)
             if raw["schema"] != SCHEMA:
-                raise ModelError(
-                    f"the model's spec has schema {raw['schema']}, this version of pmm-edge reads {SCHEMA}",
-                    "Export the model again with this version",
+                raise other_version(
+                    f"the spec of {source}", raw["schema"], SCHEMA, raw.get("tools", {}).get("pmm-edge")
                 )
             raw["input"] = _build(InputSpec, raw["input"], mean=tuple, std=tuple)
             raw["stages"] = {name: (int(start), int(stop)) for name, (start, stop) in raw["stages"].items()}
@@ -120,9 +124,30 @@ class ModelSpec:
             return spec
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"the model's spec cannot be read ({type(error).__name__}: {error})",
+                f"the spec of {source} cannot be read ({type(error).__name__}: {error})",
                 "Export the model again with this version",
             ) from error
+
+
+def other_version(what: str, found: int, read: int, writer: str | None = None) -> ModelError:
+    """What to say of a file that another version of pmm-edge wrote.
+
+    Args:
+        what: names the part of the file that has this number.
+        found, read: the number in it, and the one that this version reads.
+        writer: the version that wrote it, where the file says so.
+    """
+    ours = import_module("pmm_edge").__version__  # by name: the package's public names are above this layer
+    newer = int(found) > read
+    by = f"pmm-edge {writer}" if writer else f"{'a newer' if newer else 'an older'} pmm-edge"
+    remedy = f"Install pmm-edge {writer} or later" if writer else "Install a later pmm-edge"
+    if not newer:
+        remedy = f"Train or export it again with this version, or install {by}"
+    return ModelError(
+        f"{what} has format {found}, written by {by}; pmm-edge {ours} reads {read} and nothing"
+        f" {'newer' if newer else 'older'}",
+        remedy,
+    )
 
 
 def _check_sizes(spec: ModelSpec) -> None:

@@ -110,7 +110,8 @@ def export(
         typer.Option(
             rich_help_panel=_TENSORRT,
             metavar="MIN,OPT,MAX",
-            help=f"Least, optimal and largest batch of the engine; by default {BatchProfile()}.",
+            help=f"Least, optimal and largest batch of the engine; by default {BatchProfile()}, of a graph with"
+            " a static batch that one.",
         ),
     ] = None,
     workspace: Annotated[
@@ -170,8 +171,9 @@ def export(
     }
     if not trt and (unused := [name for name, value in chosen.items() if value not in (None, False)]):
         raise PmmError(f"{', '.join(unused)} says how to build an engine, and none is asked for", "Add --trt")
+    graph = Graph(opset, normalize_output, static_batch)
     settings = BuildSettings(
-        batch=BatchProfile.parse(batch) if batch is not None else BatchProfile(),
+        batch=BatchProfile.chosen(batch, static_batch),
         workspace_gib=workspace,
         optimization_level=BuildSettings.optimization_level if optimization_level is None else optimization_level,
         hardware_compatible=hardware_compatible,
@@ -180,7 +182,6 @@ def export(
     )
     checkpoint = checkpoint or newest_run() / BEST
     exported: list[Exported] = []
-    graph = Graph(opset, normalize_output, static_batch)
     lower = _precision(precision, checkpoint, calibration, target, calibration_method, max_map_drop)
     if (trt or deepstream or triton) and checkpoint.suffix == ".onnx":
         if safetensors:

@@ -20,6 +20,7 @@ from pmm_edge.data.checks import analyse
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.export.options import Method
+from pmm_edge.files import sha256
 from pmm_edge.images import read_crop
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.crops import Pixels, network_input
@@ -31,7 +32,9 @@ Ranges = dict[str, tuple[float, float]]
 
 MIN_IMAGES = 64
 IMAGES = 192
-"""Crops that are read; of each three, two calibrate and one is held out."""
+"""Crops that are read; of each six, four calibrate, one chooses and one judges."""
+
+_CYCLE, _CHOOSES, _JUDGES = 6, 2, 5
 
 _Inputs = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
 _KIND = {
@@ -48,19 +51,27 @@ class Calibration:
 
     dataset: ReidDataset
     crops: Pixels
-    """(N, height, width, 3) uint8 that calibrate."""
-    held_out: Pixels
-    """(M, height, width, 3) uint8 that judge."""
+    """(N, height, width, 3) uint8 that set ranges."""
+    choosing: Pixels
+    """(M, height, width, 3) uint8 that the method of calibration and the layers in float are chosen on."""
+    judging: Pixels
+    """(L, height, width, 3) uint8 that neither set nor chose anything: what came of it is told on them."""
     warnings: list[str]
 
     @property
     def everything(self) -> Pixels:
-        """(N + M, height, width, 3) uint8."""
-        return np.concatenate([self.crops, self.held_out])
+        """(N + M + L, height, width, 3) uint8."""
+        return np.concatenate([self.crops, self.choosing, self.judging])
 
 
-def read_calibration(root: Path, spec: InputSpec, images: int = IMAGES) -> Calibration:
-    """Read crops, spread over the identities of a data set's training split.
+def read_calibration(root: Path, spec: InputSpec, judged_on: Path | None = None, images: int = IMAGES) -> Calibration:
+    """Read crops, spread over the identities of a data set's training split, in three parts that share no image.
+
+    Args:
+        root: the data set's folder.
+        spec: of the network's input.
+        judged_on: the data set whose query and gallery will judge the network, where it may be another one.
+        images: how many crops to read.
 
     Raises:
         DataError: `root` is no data set, has too few training images, or one cannot be read.
@@ -80,8 +91,13 @@ def read_calibration(root: Path, spec: InputSpec, images: int = IMAGES) -> Calib
         )
     with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
         crops = np.stack(list(pool.map(lambda path: read_crop(path, spec.height, spec.width), paths)))
-    held_out = np.arange(len(crops)) % 3 == 2
-    return Calibration(dataset, crops[~held_out], crops[held_out], _wrong_people(dataset))
+    # In the order of the identities: each part sees nearly all of them.
+    place = np.arange(len(crops)) % _CYCLE
+    choosing, judging = place == _CHOOSES, place == _JUDGES
+    calibrating = ~(choosing | judging)
+    return Calibration(
+        dataset, crops[calibrating], crops[choosing], crops[judging], _wrong_people(dataset, paths, judged_on)
+    )
 
 
 def value_ranges(
@@ -153,6 +169,29 @@ def _spread(split: Split, count: int) -> list[Path]:
     return [split.paths[order[number * len(order) // count]] for number in range(count)]
 
 
-def _wrong_people(dataset: ReidDataset) -> list[str]:
-    findings = [found for found in analyse(dataset).warnings if found.kind == "train-test-overlap"]
-    return [f"calibration has seen people that retrieval is judged on: {found.text}" for found in findings]
+def _wrong_people(dataset: ReidDataset, paths: Sequence[Path], judged_on: Path | None) -> list[str]:
+    """What makes a figure on query and gallery too good.
+
+    Within a data set an identity is a number. Another data set gives the same numbers to other people, so against
+    that the files themselves are compared.
+    """
+    findings = [found.text for found in analyse(dataset).warnings if found.kind == "train-test-overlap"]
+    if judged_on and judged_on.resolve() != dataset.root.resolve():
+        shared = _shared_files(paths, judged_on)
+        if shared:
+            findings.append(
+                f"{shared} of the {len(paths)} calibration images are also in the query or gallery of {judged_on}"
+            )
+    return [f"calibration has seen people that retrieval is judged on: {text}" for text in findings]
+
+
+def _shared_files(paths: Sequence[Path], judged_on: Path) -> int:
+    """How many of the files are, under whatever name, in a data set's query or gallery too."""
+    try:
+        other = read(judged_on)
+    except DataError:
+        return 0  # the run's data set is gone or another now: nothing here can judge with it
+    sizes = {path.stat().st_size for path in paths}
+    test = [path for path in (*other.query.paths, *other.gallery.paths) if path.stat().st_size in sizes]
+    digests = {sha256(path) for path in test}
+    return sum(sha256(path) in digests for path in paths)

@@ -20,6 +20,7 @@ from pmm_edge.export.strip import inference_network
 from pmm_edge.files import sha256, written_whole
 from pmm_edge.model import Checkpoint, load_checkpoint
 from pmm_edge.progress import Report, silent
+from pmm_edge.runs import about_run, run_of
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
@@ -46,7 +47,7 @@ class Exported:
     """Of the file, in bytes."""
     departure: float
     """The largest difference to the checkpoint's embeddings, as a share of their largest value: on random images,
-    of a lower precision on the calibration data's held-out ones where there are any."""
+    of a lower precision on crops of the calibration data that nothing was tuned on, where there are any."""
     cosine_mean: float = 1.0
     """Of the embeddings to the checkpoint's, on the same images."""
     cosine_min: float = 1.0
@@ -102,7 +103,7 @@ def export_onnx(
         lower: Reduced | None = None
         if precision:
             spec = replace(spec, tools={**spec.tools, "onnxruntime": onnxruntime_version})
-            lower = reduced(model, spec, precision, report)
+            lower = reduced(model, spec, precision, _judging_data(checkpoint_path), report)
             model, spec = lower.model, lower.spec
         temporary.write_bytes(finished(model, spec, graph.static_batch).SerializeToString())
         step(2)
@@ -134,6 +135,13 @@ def export_safetensors(checkpoint_path: Path, out: Path) -> Exported:
     with written_whole(out) as temporary:
         temporary.write_bytes(save(weights, metadata={METADATA_KEY: spec.to_json()}))
     return Exported(out, spec, out.stat().st_size, departure=0.0)
+
+
+def _judging_data(checkpoint_path: Path) -> Path | None:
+    """The data set of the checkpoint's run, whose query and gallery `pmm bench` judges with."""
+    run = run_of(checkpoint_path)
+    about = about_run(run) if run else None
+    return Path(about.data) if about and about.data else None
 
 
 def _check_name(out: Path, suffix: str) -> None:

@@ -18,6 +18,7 @@ from pmm_edge.export.int8 import calibrated_operators, quantize
 from pmm_edge.export.onnx_graph import finished
 from pmm_edge.export.options import Fp16, Int8, Precision
 from pmm_edge.export.parts import Parts, layers_of, multiply_adds, parts_of
+from pmm_edge.export.rows import row_preprocessing
 from pmm_edge.export.sensitivity import LayerLoss, hold_map, mean_average_precision
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.crops import Pixels
@@ -43,16 +44,28 @@ class Reduced:
     warnings: list[str]
 
 
-def reduced(model: onnx.ModelProto, spec: ModelSpec, precision: Precision, report: Report = silent) -> Reduced:
+def reduced(
+    model: onnx.ModelProto,
+    spec: ModelSpec,
+    precision: Precision,
+    judged_on: Path | None = None,
+    report: Report = silent,
+) -> Reduced:
     """Put a model of `onnx_graph` in a lower precision; the one given is left as it is.
+
+    Args:
+        model: in float32.
+        spec: of it.
+        precision: which, and how.
+        judged_on: the data set that will judge it; calibration images that are in its query or gallery are told.
 
     Raises:
         DataError: the calibration data cannot be used.
         CheckFailedError: a value is larger than float16 holds; no choice of layers holds the mAP that was asked for.
     """
     if isinstance(precision, Fp16):
-        return _fp16(model, spec, precision, report)
-    return _int8(model, spec, precision, report)
+        return _fp16(model, spec, precision, judged_on, report)
+    return _int8(model, spec, precision, judged_on, report)
 
 
 def cosines(first: Embeddings, second: Embeddings) -> NDArray[np.float64]:
@@ -63,11 +76,11 @@ def cosines(first: Embeddings, second: Embeddings) -> NDArray[np.float64]:
     return np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _fp16(model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, report: Report) -> Reduced:
+def _fp16(model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, judged_on: Path | None, report: Report) -> Reduced:
     parts, checked, images, warnings = parts_of(model), "values not checked on images", None, []
     network = cast_to_fp16(parts.network)
     if precision.calibration:
-        calibration = read_calibration(precision.calibration, spec.input)
+        calibration = read_calibration(precision.calibration, spec.input, judged_on)
         images, warnings = calibration.everything, calibration.warnings
         ranges = value_ranges(parts.network, images, spec.input, report=report)
         largest = check_range(ranges, parts.network)
@@ -76,15 +89,17 @@ def _fp16(model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, report: Repo
     return Reduced(finished(parts.around(network), spec), spec, images, [], warnings)
 
 
-def _int8(model: onnx.ModelProto, spec: ModelSpec, precision: Int8, report: Report) -> Reduced:
+def _int8(model: onnx.ModelProto, spec: ModelSpec, precision: Int8, judged_on: Path | None, report: Report) -> Reduced:
     parts, target = parts_of(model), precision.target
-    calibration = read_calibration(precision.calibration, spec.input)
+    if target == "cpu" and parts.before and spec.input.form == "uint8":
+        parts = replace(parts, before=row_preprocessing(parts.before, spec.input))
+    calibration = read_calibration(precision.calibration, spec.input, judged_on)
     layers: list[LayerLoss] = []
     with _opener(parts, spec) as opened:
-        reference = opened(parts.network).embed(calibration.held_out)
+        reference = opened(parts.network).embed(calibration.choosing)
 
         def loss(network: onnx.ModelProto) -> float:
-            return float(1 - cosines(opened(network).embed(calibration.held_out), reference).mean())
+            return float(1 - cosines(opened(network).embed(calibration.choosing), reference).mean())
 
         operators, symmetric = calibrated_operators(target), target == "tensorrt"
         tried = []
@@ -93,8 +108,9 @@ def _int8(model: onnx.ModelProto, spec: ModelSpec, precision: Int8, report: Repo
                 parts.network, calibration.crops, spec.input, method, symmetric, operators, report=report
             )
             network = quantize(parts.network, ranges, target)
-            tried.append((loss(network), method, ranges, network))
-        lost, method, ranges, network = min(tried, key=lambda candidate: candidate[0])
+            lost = 0.0 if precision.method else loss(network)  # nothing is to be chosen
+            tried.append((lost, method, ranges, network))
+        _, method, ranges, network = min(tried, key=lambda candidate: candidate[0])
         notes = [
             f"Q/DQ for {target}",
             f"{method} calibration on {len(calibration.crops)} crops of {calibration.dataset.name}",
@@ -110,12 +126,13 @@ def _int8(model: onnx.ModelProto, spec: ModelSpec, precision: Int8, report: Repo
                 max_drop=precision.max_map_drop,
                 report=report,
             )
-            network, layers, lost = held.network, held.layers, loss(held.network)
+            network, layers = held.network, held.layers
             notes.append(held.outcome)
-        notes.append(f"mean cosine {1 - lost:.5f} on {len(calibration.held_out)} other crops")
+        judged = cosines(opened(network).embed(calibration.judging), opened(parts.network).embed(calibration.judging))
+        notes.append(f"mean cosine {judged.mean():.5f} on {len(judged)} crops that nothing was chosen on")
     spec = replace(spec, precision="int8", precision_method="; ".join(notes))
     finished_model = finished(parts.around(network), spec)
-    return Reduced(finished_model, spec, calibration.held_out, layers, calibration.warnings)
+    return Reduced(finished_model, spec, calibration.judging, layers, calibration.warnings)
 
 
 @contextmanager

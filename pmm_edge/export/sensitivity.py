@@ -57,7 +57,7 @@ def hold_map(
         names: of the layers, by node.
         costs: multiply-adds, by node.
         requantize: (nodes that stay in float32, the only nodes to quantise or none for all) -> a network.
-        loss: of a network, on held-out crops.
+        loss: of a network, on the crops that choose.
         mean_ap: of a network, in 0..1.
         unreduced: the network in float32.
         max_drop: in points of 100.

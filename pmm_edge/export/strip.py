@@ -35,11 +35,12 @@ class Stripped(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
         # Plain reductions export as one node each; torch's adaptive pooling brings shape arithmetic with it.
-        average = F.relu(self.average(features.mean(dim=(2, 3))))
-        if self.maximum is None:
-            return average
-        maximum = F.relu(self.maximum(self.bottleneck(features).amax(dim=(2, 3))))
-        return torch.cat([average, maximum], dim=1)
+        embeddings = self.average(features.mean(dim=(2, 3)))
+        if self.maximum is not None:
+            maximum = self.maximum(self.bottleneck(features).amax(dim=(2, 3)))
+            embeddings = torch.cat([embeddings, maximum], dim=1)
+        # One ReLU behind all: ONNX Runtime 1.31 leaves an INT8 linear layer in float where a ReLU of its own follows.
+        return F.relu(embeddings)
 
 
 class UnitLength(nn.Module):

@@ -17,9 +17,10 @@ from pmm_edge.model.build import build_model
 from pmm_edge.model.network import PMM, ReidNetwork
 from pmm_edge.model.released import load_released, released_tensors, translated
 from pmm_edge.model.torch_file import read_torch_file
-from pmm_edge.spec import ModelSpec
+from pmm_edge.spec import ModelSpec, other_version
 
-_FORMAT = "pmm-edge checkpoint 1"
+_FORMAT = 1
+_FORMAT_PREFIX = "pmm-edge checkpoint "
 
 
 @dataclass
@@ -68,7 +69,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         OutputError: the file cannot be written.
     """
     content = {
-        "format": _FORMAT,
+        "format": f"{_FORMAT_PREFIX}{_FORMAT}",
         "spec": checkpoint.spec.to_json(),
         "weights": checkpoint.weights,
         "training": checkpoint.training,
@@ -84,23 +85,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        ModelError: the file is missing, truncated, or no checkpoint of ours.
+        ModelError: the file is missing, truncated, no checkpoint of ours, or of another version of pmm-edge.
     """
     content = read_torch_file(path)
+    if (found := _format_of(content)) not in (None, _FORMAT):
+        raise other_version(str(path), found, _FORMAT)
     if not _is_ours(content):
         raise ModelError(
             f"{path} is not a pmm-edge checkpoint",
             "Give best.pt or last.pt of a run folder; a file of the paper's authors loads with"
             " pmm_edge.load_released_checkpoint",
         )
-    return Checkpoint(ModelSpec.from_json(content["spec"]), content["weights"], content["training"])
+    return Checkpoint(ModelSpec.from_json(content["spec"], str(path)), content["weights"], content["training"])
 
 
 def _is_ours(content: Any) -> bool:
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if _format_of(content) != _FORMAT:
         return False
     spec, weights, training = (content.get(part) for part in ("spec", "weights", "training"))
     return isinstance(spec, str) and _is_state_dict(weights) and isinstance(training, dict)
+
+
+def _format_of(content: Any) -> int | None:
+    """The number of a checkpoint's format; None where it is none of ours."""
+    named = content.get("format") if isinstance(content, dict) else None
+    number = named.removeprefix(_FORMAT_PREFIX) if isinstance(named, str) and named.startswith(_FORMAT_PREFIX) else ""
+    return int(number) if number.isascii() and number.isdecimal() else None
 
 
 def _is_state_dict(weights: Any) -> bool:

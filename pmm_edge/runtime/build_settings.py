@@ -44,6 +44,27 @@ class BatchProfile:
             )
         return BatchProfile(*map(int, parts))
 
+    @staticmethod
+    def chosen(text: str | None, static_batch: int | None) -> BatchProfile:
+        """The profile that was asked for; of a graph with one batch size that size alone.
+
+        Args:
+            text: such as `1,16,64`; None where none was given.
+            static_batch: the only batch size that the graph takes; None for any.
+
+        Raises:
+            PmmError: `text` is not three whole numbers in order, or contradicts the batch of the graph.
+        """
+        asked = BatchProfile() if text is None else BatchProfile.parse(text)
+        if static_batch is None:
+            return asked
+        only = BatchProfile(static_batch, static_batch, static_batch)
+        if text is not None and asked != only:
+            raise PmmError(
+                f"--batch {asked} contradicts --static-batch {static_batch}", f"Leave one out, or give --batch {only}"
+            )
+        return only
+
     def __str__(self) -> str:
         return f"{self.minimum},{self.optimal},{self.maximum}"
 

@@ -97,7 +97,7 @@ def _spec(session: onnxruntime.InferenceSession, path: Path) -> ModelSpec:
             f"{path} carries no pmm-edge spec: it was not made by pmm export, or a tool dropped its metadata",
             "Export it again with pmm export",
         )
-    spec = ModelSpec.from_json(text)
+    spec = ModelSpec.from_json(text, str(path))
     inputs = {tensor.name: tuple(tensor.shape[1:]) for tensor in session.get_inputs()}
     expected = {INPUT: spec.input.shape(1)[1:]}
     outputs = {tensor.name: tuple(tensor.shape[1:]) for tensor in session.get_outputs()}

@@ -87,7 +87,7 @@ def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
         raise ModelError(f"{path} is truncated or no safetensors file", "Export it again") from error
     if spec_json is None:
         raise ModelError(f"{path} carries no pmm-edge spec", "Make it with pmm export --safetensors")
-    spec = ModelSpec.from_json(spec_json)
+    spec = ModelSpec.from_json(spec_json, str(path))
     network = network_of(spec)
     missing, unexpected = network.load_state_dict(weights, strict=False)
     if unexpected or any(CLASSIFIER not in name for name in missing):

@@ -1,60 +1,27 @@
 """FP16 and INT8 are what their names say, close to FP32, and placed where their engine fuses them."""
 
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from PIL import Image
+from people import write_people
 
 import pmm_edge
 from pmm_edge.errors import CheckFailedError, DataError, PmmError
 from pmm_edge.export import Exported, Fp16, Graph, Int8, export_onnx
 from pmm_edge.export.calibration import read_calibration, value_ranges
 from pmm_edge.export.parts import layers_of, parts_of
+from pmm_edge.export.rows import row_preprocessing
 from pmm_edge.export.sensitivity import hold_map
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.spec import InputSpec
-
-
-def write_people(root: Path, train: int, train_pid: int = 1) -> Path:
-    """A data set of striped people: `train` training images of 4, 4 queries, 8 gallery images."""
-    random = np.random.default_rng(0)
-    for folder, first, images in (
-        ("bounding_box_train", train_pid, train // 4),
-        ("query", 101, 1),
-        ("bounding_box_test", 101, 2),
-    ):
-        (root / folder).mkdir(parents=True)
-        for pid in range(first, first + 4):
-            stripes = np.random.default_rng(pid).integers(0, 256, (8, 1, 3)).repeat(12, axis=0)
-            for number in range(images):
-                noisy = (stripes + random.normal(0, 25, (96, 64, 3))).clip(0, 255).astype(np.uint8)
-                camera = 1 + (folder != "query") * (1 + number % 2)
-                Image.fromarray(noisy).save(root / folder / f"{pid:04d}_c{camera}s1_{number:06d}_00.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_people(tmp_path_factory.mktemp("data") / "people", train=72)
-
-
-@pytest.fixture(scope="module")
-def int8(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    folder = tmp_path_factory.mktemp("int8")
-    return {
-        target: export_onnx(tiny_checkpoint, folder / f"{target}.onnx", precision=Int8(people, target, method="minmax"))
-        for target in ("tensorrt", "cpu")
-    }
-
-
-@pytest.fixture(scope="module")
-def fp16(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_onnx(tiny_checkpoint, tmp_path_factory.mktemp("fp16") / "model.onnx", precision=Fp16(people))
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -103,7 +70,7 @@ def test_int8_is_close_on_crops_that_it_was_not_calibrated_on(int8: dict[str, Ex
         assert exported.size < 0.27 * tiny_export.size
         assert exported.spec.precision == "int8"
         assert f"Q/DQ for {target}; minmax calibration on 48 crops of people" in exported.spec.precision_method
-        assert "on 24 other crops" in exported.spec.precision_method
+        assert "on 12 crops that nothing was chosen on" in exported.spec.precision_method
         assert pmm_edge.load(exported.path, "cpu").spec == exported.spec
 
 
@@ -139,8 +106,8 @@ def test_tensorrt_gets_signed_activations_around_zero_where_it_fuses_them(int8: 
             assert constants[node.input[2]].dtype == np.float32  # a bias that TensorRT adds in float
         if node.op_type == "DequantizeLinear":
             assert constants.get(node.input[0], np.int8(0)).dtype == np.int8
-    heads = [maker[name] for name in maker["embeddings"].input]
-    assert [node.op_type for node in heads] == ["Relu", "Relu"]
+    (heads,) = (maker[name] for name in maker["embeddings"].input)
+    assert [maker[name].op_type for name in heads.input] == ["Gemm", "Gemm"]
 
 
 def test_cpu_gets_unsigned_activations(int8: dict[str, Exported]) -> None:
@@ -148,7 +115,30 @@ def test_cpu_gets_unsigned_activations(int8: dict[str, Exported]) -> None:
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     zeros = [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
     assert {zero.dtype for zero in zeros} == {np.dtype(np.uint8)}
-    assert sum(node.op_type == "Relu" for node in graph.node) == 2  # the others are the rounding at zero
+    assert sum(node.op_type == "Relu" for node in graph.node) == 1  # the others are the rounding at zero
+
+
+def test_onnx_runtime_computes_every_layer_of_the_cpu_graph_in_int8(int8: dict[str, Exported], tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    options.log_severity_level = 3  # it warns that what it writes is for this processor
+    onnxruntime.InferenceSession(int8["cpu"].path, options, providers=["CPUExecutionProvider"])
+    run = Counter(node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node)
+    assert (run["QLinearConv"], run["QGemm"], run["QLinearAdd"]) == (23, 2, 9)
+    assert not {"Conv", "FusedConv", "Gemm", "FusedGemm"} & run.keys()
+    assert run["QuantizeLinear"] + run["DequantizeLinear"] == 3  # the image, and around the mean of the last map
+
+
+def test_the_cpu_graph_prepares_whole_rows_to_the_same_numbers(int8: dict[str, Exported], tiny_onnx: Path) -> None:
+    crops = np.random.default_rng(5).integers(0, 256, (3, 96, 64, 3), dtype=np.uint8)
+    before = parts_of(onnx.load(tiny_onnx)).before
+    assert before
+    by_pixel, by_row = (
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        for model in (before, row_preprocessing(before, InputSpec(96, 64)))
+    )
+    np.testing.assert_array_equal(by_row.run(None, {"images": crops})[0], by_pixel.run(None, {"images": crops})[0])
+    assert "rows" in {node.name for node in onnx.load(int8["cpu"].path).graph.node}
 
 
 def test_a_lower_precision_with_every_graph_option(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
@@ -250,6 +240,25 @@ def test_people_of_the_test_split_are_told(tiny_checkpoint: Path, tmp_path: Path
     same = write_people(tmp_path / "same", train=64, train_pid=101)
     exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=Fp16(same))
     assert "4 identities" in exported.warnings[0]
+
+
+def test_images_that_judge_elsewhere_are_told(people: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(people, tmp_path / "other")
+    spec = InputSpec(96, 64)
+    assert read_calibration(people, spec, judged_on=people).warnings == []
+    assert read_calibration(other, spec, judged_on=people).warnings == []  # the same numbers may be other people
+    assert read_calibration(other, spec, judged_on=tmp_path / "gone").warnings == []
+    for number, image in enumerate(sorted((people / "bounding_box_test").iterdir())):
+        shutil.copyfile(image, other / "bounding_box_train" / f"0009_c1s1_{number:06d}_00.png")
+    (warning,) = read_calibration(other, spec, judged_on=people).warnings
+    assert f"8 of the 80 calibration images are also in the query or gallery of {people}" in warning
+
+
+def test_the_parts_of_calibration_share_no_image(people: Path) -> None:
+    calibration = read_calibration(people, InputSpec(96, 64))
+    parts = (calibration.crops, calibration.choosing, calibration.judging)
+    assert [len(part) for part in parts] == [48, 12, 12]
+    assert len({crop.tobytes() for part in parts for crop in part}) == 72
 
 
 def test_a_map_drop_that_makes_no_sense() -> None:

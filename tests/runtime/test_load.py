@@ -1,9 +1,11 @@
 """Files that do not load: one line that says which and what to do, and nothing of the engine's own log."""
 
+import json
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import pmm_edge
@@ -64,6 +66,44 @@ def test_a_graph_that_is_not_what_its_spec_says(tiny_onnx: Path, tmp_path: Path)
     metadata.value = metadata.value.replace('"height": 96', '"height": 192')
     onnx.save(model, tmp_path / "other.onnx")
     refused(tmp_path / "other.onnx", "is not what its spec says")
+
+
+@pytest.mark.parametrize(
+    ("number", "writer", "said"),
+    [
+        (
+            2,
+            "9.1.0",
+            r"has format 2, written by pmm-edge 9\.1\.0; .* nothing newer\. Install pmm-edge 9\.1\.0 or later$",
+        ),
+        (0, "0.0.9", r"has format 0, written by pmm-edge 0\.0\.9; .* nothing older\. Train or export it again"),
+        (2, None, r"has format 2, written by a newer pmm-edge; .*\. Install a later pmm-edge$"),
+        (0, None, r"has format 0, written by an older pmm-edge; .* or install an older pmm-edge$"),
+    ],
+)
+def test_files_of_another_version(
+    number: int, writer: str | None, said: str, tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    spec = json.loads(checkpoint["spec"]) | {"schema": number, "tools": {"pmm-edge": writer} if writer else {}}
+    checkpoint["spec"] = json.dumps(spec)
+    torch.save(checkpoint, tmp_path / "spec.pt")
+    refused(tmp_path / "spec.pt", rf"the spec of .*spec\.pt {said}")
+    model = onnx.load(tiny_onnx)
+    model.metadata_props[0].value = checkpoint["spec"]
+    onnx.save(model, tmp_path / "spec.onnx")
+    refused(tmp_path / "spec.onnx", rf"the spec of .*spec\.onnx {said}")
+    save_file({}, tmp_path / "spec.safetensors", metadata={METADATA_KEY: checkpoint["spec"]})
+    refused(tmp_path / "spec.safetensors", rf"the spec of .*spec\.safetensors {said}")
+    if writer is None:  # the file around the spec does not say
+        torch.save({"format": f"pmm-edge checkpoint {number}", "anything": 1}, tmp_path / "file.pt")
+        refused(tmp_path / "file.pt", rf"file\.pt {said}")
+
+
+def test_files_of_no_version(tmp_path: Path) -> None:
+    for named in ("pmm-edge checkpoint", "pmm-edge checkpoint x", 1, None):
+        torch.save({"format": named}, tmp_path / "other.pt")
+        refused(tmp_path / "other.pt", "other.pt is not a pmm-edge checkpoint")
 
 
 def test_devices(tiny_onnx: Path, tiny_checkpoint: Path) -> None:

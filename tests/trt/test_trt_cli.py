@@ -46,6 +46,18 @@ def test_without_tensorrt_the_onnx_file_is_written_and_the_rest_said(
     assert "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped" in last
 
 
+@pytest.mark.parametrize("batch", [(), ("--batch", "4,4,4")])
+def test_a_static_batch_is_the_engines_only_one(
+    batch: tuple[str, ...], pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    out = tmp_path / "model.onnx"
+    ended = pmm("export", tiny_checkpoint, "--out", out, "--trt", "--static-batch", "4", *batch)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "pmm export model.onnx --trt --batch 4,4,4" in last
+    assert "--minShapes=images:4x96x64x3 --optShapes=images:4x96x64x3 --maxShapes=images:4x96x64x3" in last
+
+
 def refused(pmm: Callable, *arguments: object) -> str:
     ended = pmm("export", *arguments)
     assert (ended.exit_code, ended.stdout) == (2, "")
@@ -57,6 +69,8 @@ def test_wrong_use(pmm: Callable, gpu: double.FakeGpu, onnx: Path) -> None:
     assert "--batch, --version-compatible says how to build an engine" in refused(
         pmm, onnx, "--batch", "1,2,3", "--version-compatible"
     )
+    contradiction = refused(pmm, onnx.with_name("best.pt"), "--trt", "--static-batch", "4", "--batch", "1,4,8")
+    assert contradiction.endswith("--batch 1,4,8 contradicts --static-batch 4. Leave one out, or give --batch 4,4,4")
     assert "optimization level 9 does not exist" in refused(pmm, onnx, "--trt", "--optimization-level", "9")
     assert "has no weights for --safetensors" in refused(pmm, onnx, "--trt", "--safetensors")
     assert "does not exist" in refused(pmm, onnx.with_name("none.onnx"), "--trt")

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import pmm_edge
 from pmm_edge.errors import PmmError
+from pmm_edge.export import Fp16, Int8, export_onnx
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 from pmm_edge.runtime.cuda import Cuda
@@ -39,6 +41,29 @@ def expected(onnx: Path) -> np.ndarray:
     return pmm_edge.load(onnx, "cpu").embed(CROPS)
 
 
+@pytest.fixture(scope="module", params=["fp16", "tensorrt"])
+def lower(request: pytest.FixtureRequest, onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The tiny network in FP16, and in INT8 for TensorRT: the file and the type that its products must run in."""
+    folder = tmp_path_factory.mktemp("lower")
+    checkpoint = request.getfixturevalue("tiny_checkpoint")
+    precision = Fp16()
+    if request.param == "tensorrt":
+        precision = Int8(write_noise(folder / "noise"), "tensorrt", "minmax")
+    exported = export_onnx(checkpoint, folder / f"{request.param}.onnx", precision=precision)
+    return exported.path, "FP16" if request.param == "fp16" else "INT8"
+
+
+def write_noise(root: Path) -> Path:
+    """64 training images to calibrate on, of the kind that CROPS are."""
+    random = np.random.default_rng(1)
+    for folder, count, first in (("bounding_box_train", 64, 1), ("query", 4, 101), ("bounding_box_test", 8, 101)):
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            name = f"{first + number % 4:04d}_c{1 + number // 4 % 3}s1_{number:06d}_00.png"
+            Image.fromarray(random.integers(0, 256, (96, 64, 3), dtype=np.uint8)).save(root / folder / name)
+    return root
+
+
 def least_cosine(first: np.ndarray, second: np.ndarray) -> float:
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return float(((first * second).sum(axis=1) / lengths).min())
@@ -69,3 +94,13 @@ def test_the_engine_tells_its_types(engine: BuiltEngine) -> None:
     precision = engine.manifest.precision
     assert precision.products.get("FP32", 0) > 0
     assert not {"FP16", "INT8"} & precision.products.keys()
+
+
+def test_a_lower_precision_runs_in_it_and_agrees_with_onnx_runtime(lower: tuple[Path, str], tmp_path: Path) -> None:
+    path, kind = lower
+    built = build_engine(path, tmp_path / "model.engine", BuildSettings(BatchProfile(1, 2, 4)))
+    products = built.manifest.precision.products
+    assert products.get(kind, 0) >= 0.9 * sum(products.values()), products
+    expected = pmm_edge.load(path, "cpu").embed(CROPS)
+    least = {"FP16": 0.999, "INT8": 0.99}[kind]  # INT8 rounds between fused layers in its own way
+    assert least_cosine(pmm_edge.load(built.path).embed(CROPS), expected) >= least
