@@ -14,6 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError
+from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.runtime.embedder import INPUT as INPUT
 from pmm_edge.runtime.embedder import OUTPUT as OUTPUT
@@ -42,15 +43,28 @@ class OnnxEmbedder(Embedder):
         super().__init__(_spec(self._session, path), path, "onnxruntime", used)
         batch = self._session.get_inputs()[0].shape[0]
         self._only_batch = batch if isinstance(batch, int) else None
+        if self._only_batch:
+            self.profile = BatchProfile(self._only_batch, self._only_batch, self._only_batch)
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        fed = network_input(images, self.spec.input)
+        return self._embed(network_input(images, self.spec.input))
+
+    def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings | None:
+        size = self.spec.input
+        if size.form == "uint8":
+            return None
+        if size.form == "raw":
+            mean, std = (np.array(values, np.float32)[:, None, None] for values in (size.mean, size.std))
+            images = (images * std + mean) * np.float32(255)
+        return self._embed(images)
+
+    def _embed(self, fed: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
         if self._only_batch is None:
             return self._run(fed)
-        missing = -len(fed) % self._only_batch
+        count, missing = len(fed), -len(fed) % self._only_batch
         fed = np.concatenate([fed, np.zeros_like(fed, shape=(missing, *fed.shape[1:]))])
         batches = [self._run(fed[start : start + self._only_batch]) for start in range(0, len(fed), self._only_batch)]
-        return np.concatenate(batches)[: len(images)]
+        return np.concatenate(batches)[:count]
 
     def _run(self, fed: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
         (embeddings,) = self._session.run([OUTPUT], {INPUT: fed})

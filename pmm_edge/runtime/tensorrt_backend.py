@@ -56,6 +56,7 @@ class TensorRTEmbedder(Embedder):
         self._trt, self._logger = trt, error_logger(trt)
         self._engine = load_engine(trt, self._logger, path.read_bytes(), path, manifest.settings.version_compatible)
         self._batch, self._cuda_graphs = manifest.settings.batch, cuda_graphs
+        self.profile = self._batch
         self._lock = threading.Lock()
         self._runs: dict[int, Callable[[], None]] = {}
         self._take_memory(self.spec.input, self._batch.maximum)
