@@ -192,3 +192,17 @@ def renamed(source: Path, out: Path) -> Path:
     model.graph.ClearField("value_info")
     onnx.save(model, out)
     return out
+
+
+def cut_in_half(source: Path, out: Path) -> Path:
+    """The first half of the embedding alone, and a spec that says so."""
+    model = onnx.load(source)
+    width = load(source, "cpu").spec.embedding_size // 2
+    for name, value in (("start", 0), ("stop", width), ("axis", 1)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
+    append(model.graph, helper.make_node("Slice", ["{}", "start", "stop", "axis"], [OUTPUT]))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = width
+    spec = replace(load(source, "cpu").spec, embedding_size=width, stages={"I": (0, 512)})
+    model.metadata_props[0].value = spec.to_json()
+    onnx.save(model, out)
+    return out

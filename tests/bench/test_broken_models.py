@@ -32,7 +32,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network that tells the images apart: its batch normalisations know them. Embeddings of an untrained one all
-    point one way, whatever is done to it."""
+    point one way, whatever is done to it.
+    """
     tiny = load_checkpoint(tiny_checkpoint)
     network = tiny.network().eval()
     for module in network.modules():
