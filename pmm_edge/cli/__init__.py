@@ -17,6 +17,7 @@ from pmm_edge.cli.export import export
 from pmm_edge.cli.render import err
 from pmm_edge.cli.synth import synth
 from pmm_edge.cli.train import train
+from pmm_edge.cli.verify import verify
 from pmm_edge.errors import PmmError
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ def _options(
 app.command()(train)
 app.command()(export)
 app.command()(bench)
+app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(embed)
 app.command()(synth)
