@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pmm_edge.bench.verification import Verified
     from pmm_edge.runtime.certificate import Certificate
 
-_COLUMNS = ("model", "certified", "type", "cosine min", "mAP", "Rank-1", "ms, batch")
+_COLUMNS = ("model", "certified", "cosine min", "mAP", "ms, batch")
 
 
 def verify(
@@ -74,29 +74,30 @@ def _show(found: list[Verified]) -> None:
     rows = [(escape(item.model.name), *map(escape, _row(item.certificate))) for item in found if item.certificate]
     if not rows:
         return
-    print_table("certified figures; the gates in brackets", _COLUMNS, rows)
+    print_table("what was certified", _COLUMNS, rows)
     for item in found:
         if item.certificate:
             out.print(escape(_sentence(item.model, item.certificate)), soft_wrap=True, emoji=False)
 
 
 def _row(certificate: Certificate) -> tuple[str, ...]:
-    retrieval, gates = certificate.retrieval, certificate.gates
+    retrieval = certificate.retrieval
     fastest = min(certificate.latency, key=lambda row: (row.scope != "model", row.batch), default=None)
     return (
         certificate.created[:10],
-        certificate.spec.precision,
-        f"{certificate.parity.cosine_min:.6f} (≥ {gates.min_cosine:g})",
-        f"{percent(retrieval.model.mAP)} {100 * retrieval.mAP.difference:+.2f} (≥ {-gates.max_map_drop:g})",
-        percent(retrieval.model.rank1),
+        f"{certificate.parity.cosine_min:.6f}",
+        f"{percent(retrieval.model.mAP)} {100 * retrieval.mAP.difference:+.2f}",
         f"{fastest.median_ms:.1f}, {fastest.batch}" if fastest else "–",
     )
 
 
 def _sentence(model: Path, certificate: Certificate) -> str:
     machine = certificate.machine.get("processor", "an unnamed machine")
+    gates = certificate.gates
     return (
-        f"{model.name}: pmm-edge {certificate.pmm_edge} on {machine}, {certificate.backend} {certificate.device};"
-        f" {certificate.images:,} images, {certificate.retrieval.queries:,} queries of {certificate.data};"
-        f" reference {certificate.reference}\n  digest {certificate.digest}"
+        f"{model.name}: {certificate.spec.precision} held cosine ≥ {gates.min_cosine:g} (mean ≥"
+        f" {gates.min_mean_cosine:g}) and mAP drop ≤ {gates.max_map_drop:g} points against {certificate.reference}\n"
+        f"  on {certificate.images:,} images, {certificate.retrieval.queries:,} queries of {certificate.data};"
+        f" {machine}, {certificate.backend} {certificate.device}, pmm-edge {certificate.pmm_edge}\n"
+        f"  digest {certificate.digest}"
     )

@@ -51,7 +51,7 @@ def model(tiny_onnx: Path, tmp_path: Path) -> Path:
 def test_a_certified_model(pmm: Callable, model: Path) -> None:
     ended = pmm("verify", model)
     assert ended.exit_code == 0, ended.stderr
-    for shown in ("model [a].onnx", "2026-11-22", "0.999950 (≥ 0.9999)", "46.2 -0.04 (≥ -0.1)", "7.9, 1", "AMD EPYC"):
+    for shown in ("model [a].onnx", "2026-11-22", "0.999950", "46.2 -0.04", "7.9, 1", "≥ 0.9999", "AMD EPYC"):
         assert shown in ended.stdout
     assert f"digest {read_certificate(model).digest}" in ended.stdout
     assert "1 of 1 models" in ended.stderr
