@@ -11,6 +11,7 @@ from rich.markup import escape
 from pmm_edge import __version__
 from pmm_edge.cli.bench import bench
 from pmm_edge.cli.data import data
+from pmm_edge.cli.doctor import doctor
 from pmm_edge.cli.embed import embed
 from pmm_edge.cli.eval import evaluate
 from pmm_edge.cli.export import export
@@ -57,6 +58,7 @@ app.command("eval")(evaluate)
 app.command()(embed)
 app.command()(synth)
 app.command()(data)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def _open(path: Path, content: bytes | None, device: str | None) -> tuple[onnxru
     the CPU. So the session is asked, not the package.
     """
     kind, index = parse_device(device) if device else ("cuda", 0)
-    if kind == "cuda" and _cuda_may_work():
+    if kind == "cuda" and cuda_may_work():
         session = _session(path, content, [(_CUDA, _cuda_options(index)), _CPU])
         if session.get_providers()[0] == _CUDA:
             return session, f"cuda:{index}"
@@ -110,7 +110,8 @@ def _spec(session: onnxruntime.InferenceSession, path: Path) -> ModelSpec:
     return spec
 
 
-def _cuda_may_work() -> bool:
+def cuda_may_work() -> bool:
+    """Whether asking for CUDA is worth it; where it is, its libraries are loaded as far as they are found."""
     if _CUDA not in onnxruntime.get_available_providers():
         return False
     try:
