@@ -32,6 +32,7 @@ class TensorRTEmbedder(Embedder):
         path: the engine; its `.manifest.json` lies beside it.
         device: `cuda` or `cuda:N`; None takes the first GPU.
         cuda_graphs: False enqueues layer by layer, for engines whose layers cannot be captured.
+        content: the engine's bytes, where they were read already.
 
     Raises:
         ModelError: the engine or its manifest is missing, changed, or of another GPU or TensorRT; or the device is
@@ -40,7 +41,9 @@ class TensorRTEmbedder(Embedder):
         GpuError: the GPU refuses: out of memory, for one.
     """
 
-    def __init__(self, path: Path, device: str | None = None, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self, path: Path, device: str | None = None, cuda_graphs: bool = True, content: bytes | None = None
+    ) -> None:
         manifest = read_manifest(path)
         check_files(manifest, path)
         kind, index = parse_device(device or "cuda")
@@ -54,7 +57,8 @@ class TensorRTEmbedder(Embedder):
         check_machine(manifest, path, this_machine(trt, self._cuda))
         super().__init__(manifest.spec, path, "tensorrt", f"cuda:{index}")
         self._trt, self._logger = trt, error_logger(trt)
-        self._engine = load_engine(trt, self._logger, path.read_bytes(), path, manifest.settings.version_compatible)
+        plan = content or path.read_bytes()
+        self._engine = load_engine(trt, self._logger, plan, path, manifest.settings.version_compatible)
         self._batch, self._cuda_graphs = manifest.settings.batch, cuda_graphs
         self.profile = self._batch
         self._lock = threading.Lock()
