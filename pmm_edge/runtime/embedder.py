@@ -32,7 +32,10 @@ class Embedder(ABC):
         path: the file it was loaded from.
         backend: `torch`, `onnxruntime` or `tensorrt`.
         device: where it really runs: `cpu` or `cuda:N`.
+        cuda_graphs: a batch is one CUDA graph, launched whole.
     """
+
+    cuda_graphs = False
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
         if (spec.input.color, spec.input.resize) != ("RGB", "bilinear"):
@@ -77,6 +80,19 @@ class Embedder(ABC):
         Returns:
             (N, D) float32.
         """
+
+    def gpu_milliseconds(self, images: Pixels) -> float | None:
+        """How long the GPU takes for one run of the network, between two CUDA events around it.
+
+        Copies to and from the GPU are left out. What the GPU waits for the CPU to launch is in it.
+
+        Args:
+            images: as of `embed_prepared`.
+
+        Returns:
+            Milliseconds; None where the engine does not tell.
+        """
+        return None
 
 
 def parse_device(device: str) -> tuple[str, int]:
