@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pmm_edge.bench.environment import environment
-from pmm_edge.bench.latency import Latency, measure_latency
+from pmm_edge.bench.figures import Latency
+from pmm_edge.bench.latency import measure_latency
 from pmm_edge.bench.parity import Gates, Parity, compare, cosine_failure, fault_of, gates_of, map_failure
 from pmm_edge.bench.report import BenchReport, ModelReport
 from pmm_edge.bench.retrieval import evaluate_embeddings
