@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
 from pmm_edge.bench.figures import Energy
+from pmm_edge.bench.machine import text_of
 from pmm_edge.bench.nvml import Gpu, open_gpu
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder
@@ -30,7 +32,8 @@ _RAILS_THAT_ADD_UP = (
 class Meter(Protocol):
     """Something that measures energy."""
 
-    source: Literal["NVML", "INA3221", "RAPL"]
+    @property
+    def source(self) -> Literal["NVML", "INA3221", "RAPL"]: ...
 
     def joules(self, work: Callable[[], None]) -> float | None:
         """What was taken while `work` ran; None where a reading failed."""
@@ -120,13 +123,13 @@ def power_rails(sys: Path = SYS) -> list[Rail]:
         folder.resolve()
         for pattern in ("class/hwmon/hwmon*", "bus/i2c/drivers/ina3221/*/hwmon/hwmon*")
         for folder in sys.glob(pattern)
-        if _text(folder / "name") == "ina3221"
+        if text_of(folder / "name") == "ina3221"
     }
     rails: dict[str, Rail] = {}
     for folder in sorted(folders):
-        for label in sorted(folder.glob("in[1-3]_label")):
-            channel = label.name[2]
-            rail = Rail(_text(label), folder / f"in{channel}_input", folder / f"curr{channel}_input")
+        for named in sorted(folder.glob("in[1-3]_label")):
+            channel = named.name[2]
+            rail = Rail(text_of(named), folder / f"in{channel}_input", folder / f"curr{channel}_input")
             try:
                 rail.watts  # noqa: B018  a channel that is switched off has no value
             except (OSError, ValueError):
@@ -170,7 +173,7 @@ class RailMeter:
         sample()
         if broken.is_set():
             return None
-        pairs = zip(samples, samples[1:], strict=False)
+        pairs = pairwise(samples)
         return sum((after - before) * (first + second) / 2 for (before, first), (after, second) in pairs)
 
 
@@ -180,7 +183,7 @@ def rapl_packages(sys: Path = SYS) -> list[Path]:
     found = sorted(
         domain
         for domain in sys.glob("class/powercap/intel-rapl:*")
-        if domain.name.count(":") == 1 and _text(domain / "name").startswith("package")
+        if domain.name.count(":") == 1 and text_of(domain / "name").startswith("package")
     )
     return found if all(_microjoules(domain) is not None for domain in found) else []
 
@@ -201,7 +204,7 @@ class RaplMeter:
             if start is None or end is None or (end < start and most is None):
                 return None
             # It wraps after some minutes at full power: once at most in a measurement.
-            total += end - start + (most + 1 if end < start and most is not None else 0)
+            total += end - start + (most if end < start and most is not None else 0)
         return total / 1e6
 
 
@@ -210,10 +213,3 @@ def _microjoules(domain: Path, name: str = "energy_uj") -> int | None:
         return int((domain / name).read_text())
     except (OSError, ValueError):
         return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

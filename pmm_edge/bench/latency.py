@@ -1,4 +1,4 @@
-"""How long a batch takes, on the model's own and from image files, with ratios to a reference timed in the same turns."""
+"""How long a batch takes, from crops and from image files; ratios are to a reference timed in the same turns."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pmm_edge.bench.latency import Latency
+from pmm_edge.bench.figures import Latency
 from pmm_edge.bench.parity import Gates, Parity
 from pmm_edge.files import written_whole
 from pmm_edge.spec import RetrievalFigures

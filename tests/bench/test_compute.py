@@ -72,7 +72,6 @@ def test_the_count_is_that_of_the_exported_graph(tiny_onnx: Path) -> None:
 
 
 def test_the_papers_network() -> None:
-    """ResNet-50 at 384×128 has 8.1 G operations for 224×224's count; with stride 1 in the last stage more."""
     found = compute_of(spec_of("pmm", "resnet50", 384, 128), [], "cuda:99")
     assert found.gflops == pytest.approx(14.0, abs=1.0)
     assert found.parameters == pytest.approx(31.1e6, rel=0.01)  # 32.28 M less three classifiers of 751

@@ -1,4 +1,4 @@
-"""Work takes turns, is warm before it is timed, and is run often and long enough; on a clock that only the work moves."""
+"""Work takes turns, is warm before it is timed, and runs often and long enough. Only the work moves the clock."""
 
 from itertools import groupby
 
