@@ -18,6 +18,7 @@ from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import CHUNK, Embedder
 
 SECONDS = 3.0
+WARM_UP_SECONDS = 3.0
 _TICK = 0.1
 
 
@@ -40,8 +41,8 @@ def measure_stream(
 ) -> Stream:
     """Let clients send single crops, each the next one as soon as it has the embedding of the one before.
 
-    A closed loop: as many crops are under way as there are clients. Every batch size that can come is run once before,
-    and the first fifth of the time is not counted.
+    A closed loop: as many crops are under way as there are clients. Before, the batch sizes that can come are run once,
+    for `WARM_UP_SECONDS` at most; and the first calls, of a fifth of the time, are not counted.
 
     Args:
         crops: (H, W, 3) uint8 RGB of any size, at least one; the clients take them in turn.
@@ -59,8 +60,7 @@ def measure_stream(
         )
     what = f"streaming from {clients} clients"
     report(what, 0, 100, "warming up")
-    for batch in range(1, min(clients, largest_batch) + 1):
-        embedder.embed([crops[number % len(crops)] for number in range(batch)])
+    _warm_up(embedder, crops, min(clients, largest_batch))
     seen = [_Client() for _ in range(clients)]
     stop = threading.Event()
     with Batcher(embedder, largest_batch) as batcher:
@@ -87,12 +87,21 @@ def measure_stream(
     return _stream(seen, begin, end, after - before, clients)
 
 
+def _warm_up(embedder: Embedder, crops: Sequence[Pixels] | Pixels, largest: int) -> None:
+    """Run every batch size that can come, for some engines prepare each at its first; the largest takes most memory."""
+    until = time.perf_counter() + WARM_UP_SECONDS
+    for batch in (largest, *range(1, largest)):
+        embedder.embed([crops[number % len(crops)] for number in range(batch)])
+        if time.perf_counter() > until:
+            return
+
+
 def _send(
     batcher: Batcher, crops: Sequence[Pixels] | Pixels, first: int, client: _Client, stop: threading.Event
 ) -> None:
     number = first
     try:
-        while not stop.is_set():
+        while not (client.calls and stop.is_set()):
             start = time.perf_counter()
             batcher.embed(crops[number % len(crops)])
             client.calls.append((start, time.perf_counter()))

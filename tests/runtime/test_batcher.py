@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,9 +44,9 @@ def crop(value: int) -> np.ndarray:
     return np.full((8, 4, 3), value, np.uint8)
 
 
-def until(condition: object) -> None:
-    for _ in range(1000):
-        if condition():  # type: ignore[operator]
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
             return
         time.sleep(0.005)
     raise AssertionError("it never came")
@@ -111,8 +112,10 @@ def test_closing_embeds_what_waits_and_takes_nothing_new(embedder: MeanColour) -
     embedder.gate.clear()
     batcher = Batcher(embedder, largest_batch=2)
     with ThreadPoolExecutor(5) as pool:
-        running = [pool.submit(batcher.embed, crop(value)) for value in range(4)]
-        waiting(batcher, 4 - 1 if embedder.batches == [1] else 2)
+        running = [pool.submit(batcher.embed, crop(0))]
+        until(lambda: embedder.batches == [1])
+        running += [pool.submit(batcher.embed, crop(value)) for value in range(1, 4)]
+        waiting(batcher, 3)
         closing = pool.submit(batcher.close)
         until(lambda: batcher._closed)
         with pytest.raises(PmmError, match="the batcher is closed"):
