@@ -35,9 +35,11 @@ class Embedder(ABC):
         device: where it really runs: `cpu` or `cuda:N`.
         profile: the batch sizes that the engine takes; None where it takes any. Callers may give any: more goes
             through in chunks, fewer are padded.
+        cuda_graphs: a batch is one CUDA graph, launched whole.
     """
 
     profile: BatchProfile | None = None
+    cuda_graphs = False
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
         if (spec.input.color, spec.input.resize) != ("RGB", "bilinear"):
@@ -91,6 +93,19 @@ class Embedder(ABC):
 
         Returns:
             (N, D) float32; None where preprocessing lies inside of the engine and only pixels can be fed.
+        """
+        return None
+
+    def gpu_milliseconds(self, images: Pixels) -> float | None:
+        """How long the GPU takes for one run of the network, between two CUDA events around it.
+
+        Copies to and from the GPU are left out. What the GPU waits for the CPU to launch is in it.
+
+        Args:
+            images: as of `embed_prepared`.
+
+        Returns:
+            Milliseconds; None where the engine does not tell.
         """
         return None
 
