@@ -26,7 +26,7 @@ LEFT = 0.2
 LEAST_COSINE = 0.95
 """and brings the mean cosine up to this; 8 bits take their part of it."""
 
-Planes = NDArray[np.float32]
+Planes = NDArray[np.floating]
 _Mistake = tuple[str, Callable[[Planes, InputSpec], Planes]]
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pmm_edge.data.dataset import ReidDataset, read
 from pmm_edge.errors import DataError, PmmError
-from pmm_edge.files import sha256
-from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.image_list import find_images, is_dataset
 
 
@@ -20,6 +16,8 @@ class BenchImages:
     """Image files in the order in which they are embedded."""
 
     source: Path
+    root: Path
+    """What the images' names are relative to."""
     paths: list[Path]
     dataset: ReidDataset | None
     """Where retrieval can be judged: the paths are its queries followed by its gallery."""
@@ -46,35 +44,15 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
     if not source.is_dir() or not (layout or is_dataset(source)):
         paths = find_images(source).paths
         why = f"{source} is no data set with identities: parity without retrieval"
-        return BenchImages(source, _spread(paths, limit), None, why)
+        return BenchImages(source, source if source.is_dir() else source.parent, _spread(paths, limit), None, why)
     dataset = read(source, layout)
     _check_matches(dataset)
     everything = [*dataset.query.paths, *dataset.gallery.paths]
     paths = _spread(everything, limit)
     if len(paths) < len(everything):
         why = f"{len(paths):,} of {len(everything):,} images: retrieval is judged on all of them or not at all"
-        return BenchImages(source, paths, None, why)
-    return BenchImages(source, paths, dataset, None)
-
-
-def data_sha256(images: BenchImages, report: Report = silent) -> str:
-    """The SHA-256 over the names and contents of all images, in their order; names are relative to the source.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
-    root = images.source if images.source.is_dir() else images.source.parent
-    digest = hashlib.sha256()
-    for number, path in enumerate(images.paths):
-        if number % 1000 == 0:
-            report("reading the images", number, len(images.paths))
-        name = Path(os.path.relpath(path, root)).as_posix()
-        try:
-            digest.update(f"{name}\0{sha256(path)}\n".encode("utf-8", "surrogateescape"))
-        except OSError as error:
-            raise DataError(f"cannot read image {path}: {error.strerror}", "Replace the file or remove it") from error
-    report("reading the images", len(images.paths), len(images.paths))
-    return digest.hexdigest()
+        return BenchImages(source, dataset.root, paths, None, why)
+    return BenchImages(source, dataset.root, paths, dataset, None)
 
 
 def _check_matches(dataset: ReidDataset) -> None:

@@ -60,9 +60,10 @@ def first_hits(reference: RetrievalResult, candidate: RetrievalResult, dataset: 
         return str(gallery.paths[index]), bool(gallery.pids[index] == query.pids[number])
 
     changed = np.flatnonzero((reference.top1 != candidate.top1) & (reference.first_match_rank > 0))
+    before, now = reference.top1.tolist(), candidate.top1.tolist()
     hits = [
-        FirstHit(str(query.paths[number]), *hit(reference.top1[number], number), *hit(candidate.top1[number], number))
-        for number in changed
+        FirstHit(str(query.paths[number]), *hit(before[number], number), *hit(now[number], number))
+        for number in changed.tolist()
     ]
     return sorted(hits, key=lambda one: int(one.model_right) - int(one.reference_right))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmm_edge.data.dataset import scan
+from pmm_edge.data.dataset import read
 from pmm_edge.data.fingerprint import data_sha256
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.files import sha256
@@ -77,5 +77,5 @@ def verify(
 
 
 def _hash_of_data(data: Path, layout: str | None, report: Report) -> str:
-    dataset = scan(data, layout)
+    dataset = read(data, layout)
     return data_sha256([*dataset.query.paths, *dataset.gallery.paths], dataset.root, report)
