@@ -65,8 +65,8 @@ def _cosine(name: str, figure: str, old: float, new: float, gate: float) -> Find
         way = "worse"
     elif noise.cosine_is_worse(new, old, gate):
         way = "better"
-    change = f"1 - cosine {1 - old:.1e} -> {1 - new:.1e}"
-    return Finding(name, figure, f"{old:.6f}", f"{new:.6f}", change, f"twice, and up to {(1 - gate) / 10:.0e}", way)
+    change = f"1-c {1 - old:.0e} -> {1 - new:.0e}"
+    return Finding(name, figure, f"{old:.6f}", f"{new:.6f}", change, f"x2, to {(1 - gate) / 10:.0e}", way)
 
 
 def times(name: str, pair: Pair) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from pmm_edge.bench.findings import Finding, Pair, accuracy, ratios, sizes, time
 from pmm_edge.bench.read import read_report
 from pmm_edge.bench.tables import Table
 
-_MACHINE = ("processor", "cores", "gpu", "power mode", "threads")
+_MACHINE = ("processor", "board", "cores", "threads", "gpu", "power mode")
 """Entries of the environment that make times comparable; versions are what a comparison is about."""
 
 
@@ -63,7 +63,7 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     for pair in _matched(before, now):
         name = _name(pair[1])
         if pair[1].failures and not pair[0].failures:
-            broken += [f"{name}: passed and fails now: it {failure}" for failure in pair[1].failures]
+            broken += [f"{name} passed and fails now: {failure}" for failure in pair[1].failures]
         if pair[0].failures and not pair[1].failures:
             notes.append(f"{name} failed and passes now")
         if (where := [f"{model.backend} on {model.device}" for model in pair]) and where[0] != where[1]:
@@ -80,12 +80,12 @@ def comparison_table(comparison: Comparison, everything: bool = False) -> Table:
     order = {"worse": 0, "better": 1, "same": 2, "unknown": 3}
     shown = [finding for finding in comparison.findings if everything or finding.way in ("worse", "better")]
     rows: list[tuple[str, ...]] = [
-        (found.model, found.figure, found.old, found.new, f"{found.change}\n{found.noise}", found.way)
+        (f"{found.model}: {found.figure}", found.old, found.new, f"{found.change}\n{found.noise}", found.way)
         for found in sorted(shown, key=lambda found: order[found.way])
     ]
     counts = len(comparison.findings), len(shown)
     title = f"{counts[0]} figures compared, {counts[1]} changed beyond noise" if not everything else "all figures"
-    return Table(title, ("model", "figure", "old", "new", "change\nnoise", "became"), rows)
+    return Table(title, ("model and figure", "old", "new", "change\nnoise", "became"), rows)
 
 
 def _matched(before: BenchReport, now: BenchReport) -> Iterator[Pair]:
@@ -113,7 +113,7 @@ def _unmatched(before: BenchReport, now: BenchReport) -> tuple[list[str], list[s
     gone = [f"{_name(old[key])} ({key[1]}) is not in the new report" for key in old if key not in new]
     added = [f"{_name(new[key])} ({key[1]}) is new" for key in new if key not in old]
     added += [
-        f"{_name(model)} is new and fails: it {failure}"
+        f"{_name(model)} is new and fails: {failure}"
         for key, model in new.items()
         if key not in old
         for failure in model.failures
@@ -125,20 +125,20 @@ def _unmatched(before: BenchReport, now: BenchReport) -> tuple[list[str], list[s
     return gone, added
 
 
-def _not_measured(name: str, pair: Pair) -> Iterator[str]:
+def _not_measured(name: str, pair: Pair) -> list[str]:
     """What the old report has and the new one lacks: no regression, but not to be overlooked."""
     old, new = pair
-    for words, entry in (
-        ("parity", "parity"),
-        ("retrieval", "retrieval"),
-        ("the first embedding", "cold_start"),
-        ("a stream", "stream"),
-        ("energy", "energy"),
-    ):
-        if getattr(old, entry) is not None and getattr(new, entry) is None:
-            yield f"{name}: {words} was measured before and is not now"
-    lost = {(own.scope, own.batch) for own in old.latency} - {(own.scope, own.batch) for own in new.latency}
-    yield from (f"{name}: batch {batch}, {scope}, was timed before and is not now" for scope, batch in sorted(lost))
+    entries = {
+        "parity": "parity",
+        "retrieval": "retrieval",
+        "cold_start": "the first embedding",
+        "stream": "a stream",
+        "energy": "energy",
+    }
+    lost = [words for entry, words in entries.items() if getattr(old, entry) and not getattr(new, entry)]
+    timed = [{(own.scope, own.batch) for own in model.latency} for model in pair]
+    lost += [f"batch {batch} ({scope})" for scope, batch in sorted(timed[0] - timed[1])]
+    return [f"{name}: measured before and not now: {', '.join(lost)}"] if lost else []
 
 
 def _drift(before: BenchReport, now: BenchReport, same_machine: bool) -> list[str]:
@@ -155,7 +155,8 @@ def _drift(before: BenchReport, now: BenchReport, same_machine: bool) -> list[st
 
 
 def _machine(report: BenchReport) -> dict[str, str]:
-    return {key: report.environment[key] for key in _MACHINE if key in report.environment}
+    # A new driver is no other machine, but what a comparison may be about.
+    return {key: report.environment[key].partition(", driver")[0] for key in _MACHINE if key in report.environment}
 
 
 def _words(report: BenchReport) -> str:

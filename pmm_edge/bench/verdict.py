@@ -53,7 +53,7 @@ def _failing(report: BenchReport) -> str:
     called = dict(zip((id(model) for model in (report.reference, *report.models)), names(report), strict=True))
     reference, failing = report.reference, [model for model in report.models if model.failures]
     if reference.failures:
-        return f"The reference {called[id(reference)]} fails: it {reference.failures[0]}"
+        return f"The reference {called[id(reference)]} fails: {reference.failures[0]}"
     first, total = failing[0], len(report.failures)
     who = f"{len(failing)} of {len(report.models)} models {'fails' if len(failing) == 1 else 'fail'}"
     more = f" (and {total - 1} more {'failure' if total == 2 else 'failures'})" if total > 1 else ""

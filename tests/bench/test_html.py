@@ -226,7 +226,7 @@ def test_logarithmic_axes_too(values: list[float]) -> None:
 def test_a_line_goes_where_its_values_are() -> None:
     axis = Axis("x", 0, 10, [(0, "0"), (10, "10")])
     svg = chart("c", "t", "d", axis, axis, [Series("a", 0, [Point(0, 0), Point(10, 10), Point(5, 99)])])
-    assert 'd="M58.0 254.0L408.0 12.0L233.0 12.0"' in svg  # from the lower left to the upper right; not above the top
+    assert 'd="M58.0 254.0L404.0 12.0L231.0 12.0"' in svg  # from the lower left to the upper right; not above the top
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_no_page_scrolls_sideways(width: int, browser: Page, written: Path) -> N
     sizes = browser.value(
         "[...document.querySelectorAll('svg[role=img] text')].map(text => text.getBoundingClientRect().height)"
     )
-    assert min(max(box, 0) for box in sizes) >= 10  # readable text in charts; rotated titles are taller still
+    assert min(sizes) >= 9.5  # text in charts stays readable; titles that are turned are taller still
 
 
 def contrast(first: str, second: str) -> float:

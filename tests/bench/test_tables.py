@@ -122,5 +122,5 @@ def test_the_verdict_says_what_was_measured(tmp_path: Path) -> None:
     unjudged = replace(one, reference=replace(one.reference, retrieval=None))
     assert verdict(unjudged).sentence == "model.onnx gives the same embeddings as best.pt."
     fails = replace(report, reference=replace(report.reference, failures=["gives NaN for 3 of 9 images"]))
-    assert verdict(fails).sentence == "The reference best.pt fails: it gives NaN for 3 of 9 images."
+    assert verdict(fails).sentence == "The reference best.pt fails: gives NaN for 3 of 9 images."
     assert verdict(replace(report, complete=False)).state == "partial"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 420, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 12, 46
 COLOURS = 8
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4")
 _MARKERS = (
