@@ -74,7 +74,7 @@ def main() -> None:
         for name in exported:
             parity = compare(base, embeddings[name], paths)
             drop = 100 * (base_map - evaluate_embeddings(embeddings[name], dataset).mAP)
-            print(f"{name:13}  {parity.cosine_mean:12.7f}  {parity.cosine_min:12.7f}  {drop:10.3f}")
+            print(f"{name:13}  {parity.whole.cosine_mean:12.7f}  {parity.whole.cosine_min:12.7f}  {drop:10.3f}")
 
         crops = np.stack([read_crop(path, spec.input.height, spec.input.width) for path in paths[:8]])
         for batch in map(int, arguments.batch.split(",")):
