@@ -195,12 +195,11 @@ def test_the_layer_that_departs_is_found(good: Path, tiny_dataset: Path, tmp_pat
 
 
 def test_the_range_that_was_calibrated_wrong_is_found(good: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    for target in ("cpu", "tensorrt"):
-        model = broken.int8(good, tmp_path / f"{target}.onnx", target, grey_noise())
-        departure = explained(model, good, tiny_dataset).models[0].departure
-        assert departure is not None
-        assert departure.operator == "DequantizeLinear"
-        assert "calibrate with real crops" in departure.words
+    model = broken.int8(good, tmp_path / "int8.onnx", "tensorrt", grey_noise())
+    departure = explained(model, good, tiny_dataset).models[0].departure
+    assert departure is not None
+    assert departure.operator == "DequantizeLinear"
+    assert "calibrate with real crops" in departure.words
 
 
 def explained(model: Path, reference: Path, data: Path) -> BenchReport:
