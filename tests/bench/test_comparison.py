@@ -7,7 +7,7 @@ from pathlib import Path
 import broken
 import pytest
 
-from pmm_edge.bench import AskedGates, BenchReport, Options, bench, comparison
+from pmm_edge.bench import AskedGates, BenchReport, Options, bench, comparison, speed
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export import Graph, export_onnx
 
@@ -115,7 +115,8 @@ def test_a_model_that_does_not_load_ends_it_before_anything_is_measured(
 def test_interrupted_it_keeps_what_it_has(
     step: str, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = getattr(comparison, step), []
+    home = speed if step == "measure_latency" else comparison
+    real, calls = getattr(home, step), []
 
     def once_then_interrupted(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -123,7 +124,7 @@ def test_interrupted_it_keeps_what_it_has(
             raise KeyboardInterrupt
         return real(*args, **({**kwargs, "min_runs": 2, "min_seconds": 0} if step == "measure_latency" else kwargs))
 
-    monkeypatch.setattr(comparison, step, once_then_interrupted)
+    monkeypatch.setattr(home, step, once_then_interrupted)
     report = run([tiny_onnx, tiny_onnx], tiny_onnx, tiny_dataset, speed=step == "measure_latency")
     assert (report.complete, report.passed) == (False, False)
     assert report.reference.retrieval is not None
