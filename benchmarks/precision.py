@@ -86,7 +86,7 @@ def main() -> None:
         print("                 cosine mean    cosine min" + ("    mAP drop, points" if whole else ""))
         for name in exported:
             parity = compare(base, embeddings[name], paths)
-            line = f"{name:13}  {parity.cosine_mean:12.7f}  {parity.cosine_min:12.7f}"
+            line = f"{name:13}  {parity.whole.cosine_mean:12.7f}  {parity.whole.cosine_min:12.7f}"
             if whole:
                 line += f"  {100 * (base_map - evaluate_embeddings(embeddings[name], dataset).mAP):10.3f}"
             print(line)

@@ -1,152 +1,161 @@
-"""The bench: models beside their reference on the same images."""
+"""The bench: models beside their reference on the same images, then timed in turns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 
-from pmm_edge.bench.environment import environment
-from pmm_edge.bench.latency import Latency, measure_latency
-from pmm_edge.bench.parity import Gates, Parity, compare, cosine_failure, fault_of, gates_of, map_failure
-from pmm_edge.bench.report import BenchReport, ModelReport
+from pmm_edge.bench.diagnosis import IMAGES as DIAGNOSED
+from pmm_edge.bench.diagnosis import likely_cause, overflow
+from pmm_edge.bench.explain import first_departure
+from pmm_edge.bench.figures import BenchReport
+from pmm_edge.bench.gates import cosine_failures, length_failure, map_failure
+from pmm_edge.bench.images import BenchImages, bench_images
+from pmm_edge.bench.invariants import breaches, fault_of, held_in_batches, spread_probes
+from pmm_edge.bench.parity import compare
 from pmm_edge.bench.retrieval import evaluate_embeddings
-from pmm_edge.data.dataset import ReidDataset, scan
-from pmm_edge.errors import PmmError
-from pmm_edge.files import sha256
-from pmm_edge.images import read_crop
+from pmm_edge.bench.significance import few_queries, retrieval_change
+from pmm_edge.bench.speed import measure_speed
+from pmm_edge.bench.subjects import Options, Run, Subject
+from pmm_edge.data.fingerprint import data_sha256
+from pmm_edge.errors import ModelError
 from pmm_edge.progress import Report, silent
-from pmm_edge.runtime import Embedder, embed_files, load
+from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.embedder import Embeddings
-from pmm_edge.spec import RetrievalFigures
-
-BATCHES = (1, 8)
 
 
 def bench(
-    models: Sequence[Path],
-    reference: Path,
-    data: Path,
-    batches: Sequence[int] = BATCHES,
-    gates: Gates | None = None,
-    limit: int | None = None,
-    device: str | None = None,
-    report: Report = silent,
+    models: Sequence[Path], reference: Path, data: Path, options: Options | None = None, report: Report = silent
 ) -> BenchReport:
-    """Compare models with their reference on a data set's queries and gallery, then time all of them in turns.
+    """Compare models with their reference, then time all of them in turns.
 
-    A model that fails a gate is no error: what failed is in the report's `failures`.
+    A model that fails a gate is no error: what failed is in the report's `failures`. Interrupted (Ctrl-C) once the
+    models are loaded, it returns what was measured by then, with `complete` False.
 
     Args:
         models: files that `pmm_edge.load` loads.
         reference: usually the checkpoint that they were exported from.
-        data: a folder in the layout of Market-1501.
-        batches: batch sizes to time.
-        gates: what the models must hold; None for the defaults of each model's precision.
-        limit: compare this many images, spread evenly; retrieval is judged on all images or not at all.
-        device: for all of them.
+        data: a data set, whose queries and gallery are embedded, or any folder of crops, which shows parity alone.
+        options: None for the defaults.
+        report: told how far each step is.
 
     Raises:
-        ModelError: a model or the reference cannot be loaded.
-        DataError: the data set cannot be used.
+        ModelError: a model or the reference cannot be loaded; nothing is measured then.
+        DataError: the images cannot be used.
+        KeyboardInterrupt: before anything could be measured.
     """
-    if not batches or min((*batches, 1 if limit is None else limit)) < 1:
-        raise PmmError("batch sizes and the limit must be 1 or more", "Choose such as --batch 1,8 and --limit 100")
-    dataset = scan(data)
-    paths = _spread([*dataset.query.paths, *dataset.gallery.paths], limit)
-    judged = dataset if len(paths) == len(dataset.query) + len(dataset.gallery) else None
-    embedders = [load(path, device) for path in (reference, *models)]
-    subjects = [_Subject(embedder, embed_files(embedder, paths, report=report), judged) for embedder in embedders]
-    latencies = _latencies(embedders, paths[: max(batches)], batches, report)
-    base, *others = subjects
-    fault = fault_of(base.embeddings, paths)
-    return BenchReport(
-        reference=base.report(base.gates(gates), None, [fault] if fault else [], latencies[0]),
-        models=[
-            other.report(own, *_judge(other, base, paths, own, usable=fault is None), latency)
-            for other, own, latency in zip(others, [other.gates(gates) for other in others], latencies[1:], strict=True)
-        ],
-        data=str(data),
-        images=len(paths),
-        environment=environment(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+    options = options or Options()
+    images = bench_images(data, options.limit, options.layout)
+    subjects = [Subject(load(path, options.device), options.gates) for path in (reference, *models)]
+    run = Run(subjects, images, options)
+    try:
+        for measure in (_embed, _hold_invariants, _judge, _find_causes, *((measure_speed,) if options.speed else ())):
+            measure(run, report)
+        run.complete = True
+    except KeyboardInterrupt:
+        pass  # what was measured by now is the result
+    return run.report()
 
 
-class _Subject:
-    """A model under comparison, what it gave, and how that retrieves."""
+def _embed(run: Run, report: Report) -> None:
+    """Embed all images with each model; retrieval where it can be judged."""
+    run.data_sha256 = data_sha256(run.images.paths, run.images.root, report)
+    for subject in run.all:
+        subject.embeddings = embed_files(subject.embedder, run.images.paths, report=report)
+        if run.images.dataset and np.isfinite(subject.embeddings).all():
+            subject.found = evaluate_embeddings(subject.embeddings, run.images.dataset)
 
-    def __init__(self, embedder: Embedder, embeddings: Embeddings, dataset: ReidDataset | None) -> None:
-        self.embedder, self.embeddings, self.dataset = embedder, embeddings, dataset
-        self.retrieval: RetrievalFigures | None = None
-        if dataset and np.isfinite(embeddings).all():
-            found = evaluate_embeddings(embeddings, dataset)
-            self.retrieval = RetrievalFigures(found.rank(1), found.mAP, found.mINP, found.mAP_at_50)
 
-    def normalized(self) -> _Subject:
-        """The same model with embeddings of length 1."""
-        norms = np.linalg.norm(self.embeddings, axis=1, keepdims=True)
-        return _Subject(self.embedder, self.embeddings / np.maximum(norms, 1e-12), self.dataset)
+def _hold_invariants(run: Run, report: Report) -> None:
+    paths = run.images.paths
+    rows = spread_probes(paths)
+    probes = [paths[row] for row in rows]
+    for subject in run.all:
+        assert subject.embeddings is not None
+        in_batches = held_in_batches(subject.embedder, run.crops(subject, rows), probes, run.options.batches, report)
+        subject.invariants = [*fault_of(subject.embeddings, paths), *in_batches]
+        subject.failures = breaches(subject.invariants)
 
-    def gates(self, asked: Gates | None) -> Gates:
-        """What the model must hold: what was asked for, else the defaults of its precision."""
-        return gates_of(self.embedder.spec.precision, asked)
 
-    def report(self, gates: Gates, parity: Parity | None, failures: list[str], latency: list[Latency]) -> ModelReport:
-        model = self.embedder
-        return ModelReport(
-            path=str(model.path),
-            precision=model.spec.precision,
-            backend=model.backend,
-            device=model.device,
-            gates=gates,
-            parity=parity,
-            retrieval=self.retrieval,
-            latency=latency,
-            failures=failures,
+def _judge(run: Run, report: Report) -> None:
+    """Hold each model against the reference, unless that is broken itself."""
+    if run.base.failures:
+        run.warnings.append(f"the reference {run.base.embedder.path} is broken itself: no model was judged against it")
+        return
+    for number, model in enumerate(run.others):
+        report("comparing with the reference", number, len(run.others), model.name)
+        _compare(model, run.base, run.images)
+    report("comparing with the reference", len(run.others), len(run.others))
+    changes = [model.change for model in run.others if model.change]
+    if changes and (warning := few_queries(changes)):
+        run.warnings.append(warning)
+
+
+def _compare(model: Subject, base: Subject, images: BenchImages) -> None:
+    ours, theirs = model.embedder.spec, base.embedder.spec
+    if ours.embedding_size != theirs.embedding_size:
+        model.failures.append(
+            f"gives embeddings of {ours.embedding_size} numbers, the reference of {theirs.embedding_size}"
         )
+        return
+    assert model.embeddings is not None and base.embeddings is not None
+    expected, actual, expected_found = base.embeddings, model.embeddings, base.found
+    if ours.normalized_output != theirs.normalized_output:  # one says that it is of length 1: judged by directions
+        expected, actual = unit_length(expected), unit_length(actual)
+        expected_found = evaluate_embeddings(expected, images.dataset) if images.dataset else None
+    stages = ours.stages if ours.stages == theirs.stages else None
+    model.parity = compare(expected, actual, images.paths, stages)
+    failures = cosine_failures(model.parity.whole, model.gates)
+    if length := length_failure(expected, actual):
+        failures.append(length)
+    if expected_found and model.found and images.dataset:
+        model.change = retrieval_change(expected_found, model.found, images.dataset)
+        drop = map_failure(expected_found.mAP, model.found.mAP, model.change, model.gates)
+        failures += [drop] if drop else []
+    model.failures += failures
 
 
-def _judge(
-    model: _Subject, base: _Subject, paths: Sequence[Path], gates: Gates, usable: bool
-) -> tuple[Parity | None, list[str]]:
-    """A model's parity and a sentence for each gate it fails; no parity where the reference is not `usable`."""
-    fault = fault_of(model.embeddings, paths)
-    if not usable:
-        return None, [fault] if fault else []
-    sizes = model.embeddings.shape[1], base.embeddings.shape[1]
-    if sizes[0] != sizes[1]:
-        return None, [f"gives embeddings of {sizes[0]} numbers, the reference of {sizes[1]}"]
-    if model.embedder.spec.normalized_output and not base.embedder.spec.normalized_output:
-        base = base.normalized()
-    parity = compare(base.embeddings, model.embeddings, paths)
-    found = [fault, cosine_failure(parity, gates)]
-    if base.retrieval and model.retrieval:
-        found.append(map_failure(base.retrieval, model.retrieval, gates))
-    failures = [failure for failure in found if failure]
-    if failures and not _same_origin(model.embedder, base.embedder):
-        failures.append("was exported from another checkpoint than the reference")
-    return parity, failures
+def _find_causes(run: Run, report: Report) -> None:
+    """For each model that fails: the known mistake that explains it, and with `explain` the layer."""
+    for model in run.others:
+        if model.failures and model.parity is not None:
+            model.likely_cause = _cause(run, model, report)
+            if run.options.explain:
+                _explain(run, model, report)
 
 
-def _same_origin(model: Embedder, reference: Embedder) -> bool:
-    origin = model.spec.checkpoint_sha256
-    return origin is None or origin == (reference.spec.checkpoint_sha256 or sha256(reference.path))
+def _cause(run: Run, model: Subject, report: Report) -> str | None:
+    base, spec = run.base, model.embedder.spec
+    assert model.embeddings is not None and base.embeddings is not None
+    if any(not invariant.held for invariant in model.invariants):  # a broken engine: what it is fed explains nothing
+        return overflow(spec, model.embeddings)
+    rows = spread_probes(run.images.paths, DIAGNOSED)
+    right, candidate = base.embeddings[rows], model.embeddings[rows]
+    found = likely_cause(base.embedder, right, candidate, spec, run.crops(base, rows), report)
+    return found or _other_checkpoint(model, base)
 
 
-def _latencies(
-    embedders: Sequence[Embedder], paths: Sequence[Path], batches: Sequence[int], report: Report
-) -> list[list[Latency]]:
-    """For each embedder its latency at each batch size."""
-    sizes = [(embedder.spec.input.height, embedder.spec.input.width) for embedder in embedders]
-    images = [np.stack([read_crop(path, *size) for path in paths]) for size in sizes]
-    by_batch = [measure_latency(embedders, images, batch, report=report) for batch in batches]
-    return [list(own) for own in zip(*by_batch, strict=True)]
+def _explain(run: Run, model: Subject, report: Report) -> None:
+    assert model.parity is not None
+    worst = [str(path) for path in run.images.paths].index(model.parity.whole.worst_image)
+    report("looking for the layer", 0, 1, model.name)
+    try:
+        model.departure = first_departure(model.embedder, run.base.embedder, run.crops(model, [worst]))
+    except ModelError as error:
+        run.warnings.append(str(error))
+    report("looking for the layer", 1, 1, model.name)
 
 
-def _spread(paths: list[Path], limit: int | None) -> list[Path]:
-    if limit is None or limit >= len(paths):
-        return paths
-    return [paths[number * len(paths) // limit] for number in range(limit)]
+def unit_length(embeddings: Embeddings) -> Embeddings:
+    """Embeddings (N, D) over their L2 norm; all zeros stay so."""
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings / np.maximum(norms, 1e-12)
+
+
+def _other_checkpoint(model: Subject, reference: Subject) -> str | None:
+    origin = model.embedder.spec.checkpoint_sha256
+    if origin in (None, reference.embedder.spec.checkpoint_sha256 or reference.sha256):
+        return None
+    return "it was exported from another checkpoint than the reference"

@@ -1,32 +1,24 @@
-"""How long a model takes: wall-clock medians, several models in turns so that drift hits all alike."""
+"""How long a batch takes, from crops and from image files; ratios are to a reference timed in the same turns."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
+from pmm_edge.bench.figures import Latency, Scope
+from pmm_edge.bench.turns import Clock, Times, Work, time_in_turns
+from pmm_edge.errors import PmmError
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder
+from pmm_edge.runtime.files import embed_files
 
-MIN_RUNS = 30
-MIN_SECONDS = 1.0
-_RUNS_A_TURN = 5
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Wall-clock time of one batch, from uint8 crops of network size to embeddings in host memory."""
-
-    batch: int
-    runs: int
-    median_ms: float
-    p90_ms: float
-    images_per_second: float
-    """At the median."""
+MIN_RUNS = 50
+MIN_SECONDS = 2.0
 
 
 def measure_latency(
@@ -36,38 +28,124 @@ def measure_latency(
     min_runs: int = MIN_RUNS,
     min_seconds: float = MIN_SECONDS,
     report: Report = silent,
+    clock: Clock = time.perf_counter,
 ) -> list[Latency]:
-    """Time embedders on one batch size, in turns.
+    """Time embedders on one batch size, from uint8 crops of network size to embeddings in host memory.
 
-    Each turn starts with a run that is not counted: it warms up, and lets the threads of the engine before come
-    to rest, which spin for a while after their last task.
+    Each is warmed up until it is stable; then they take turns (`pmm_edge.bench.turns`).
 
     Args:
+        embedders: the first is the reference of the ratios.
         images: for each embedder (N, height, width, 3) uint8 of its size, N >= 1, repeated to fill the batch.
         batch: images in a run.
         min_runs, min_seconds: of each embedder, both reached.
+        clock: for tests.
 
     Returns:
-        One for each embedder.
+        One for each embedder, of scope `model`.
     """
     batches = [np.resize(crops, (batch, *crops.shape[1:])) for crops in images]
-    seconds: list[list[float]] = [[] for _ in embedders]
-    what = f"timing batch {batch}"
-    while (runs := len(seconds[0])) < min_runs or min(map(sum, seconds)) < min_seconds:
-        report(what, min(runs, min_runs), min_runs)
-        for embedder, crops, times in zip(embedders, batches, seconds, strict=True):
-            embedder.embed_prepared(crops)
-            times.extend(_timed(embedder, crops) for _ in range(_RUNS_A_TURN))
-    report(what, min_runs, min_runs)
-    return [_summary(batch, times) for times in seconds]
+    works = [
+        Work(partial(embedder.embed_prepared, crops), partial(embedder.gpu_milliseconds, crops))
+        for embedder, crops in zip(embedders, batches, strict=True)
+    ]
+    times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch}", clock)
+    return _latencies(embedders, times, batch, "model")
 
 
-def _summary(batch: int, seconds: list[float]) -> Latency:
-    median, p90 = (float(np.percentile(seconds, share)) for share in (50, 90))
-    return Latency(batch, len(seconds), 1000 * median, 1000 * p90, batch / median)
+def measure_end_to_end(
+    embedders: Sequence[Embedder],
+    paths: Sequence[Path],
+    batch: int,
+    min_runs: int = MIN_RUNS,
+    min_seconds: float = MIN_SECONDS,
+    report: Report = silent,
+    clock: Clock = time.perf_counter,
+) -> list[Latency]:
+    """Time embedders on one batch of image files: decode and resize on threads, copy, infer, copy back.
+
+    The files are in the system's cache after the warm-up: no disk is timed.
+
+    Args:
+        embedders: the first is the reference of the ratios.
+        paths: at least one image file, repeated to fill the batch.
+        batch: images in a run.
+
+    Returns:
+        One for each embedder, of scope `end to end`.
+
+    Raises:
+        DataError: an image is missing, truncated or no image.
+        PmmError: there are no paths.
+    """
+    if not paths:
+        raise PmmError("there are no images to time from file to embedding", "Name at least one")
+    files = [paths[number % len(paths)] for number in range(batch)]
+    works = [Work(partial(embed_files, embedder, files, batch)) for embedder in embedders]
+    times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch} from files", clock)
+    return _latencies(embedders, times, batch, "end to end")
 
 
-def _timed(embedder: Embedder, crops: Pixels) -> float:
-    start = time.perf_counter()
-    embedder.embed_prepared(crops)
-    return time.perf_counter() - start
+def without_cuda_graphs(embedder: Embedder) -> Embedder | None:
+    """The same engine, enqueued layer by layer; None where it has no CUDA graphs to leave out.
+
+    Raises:
+        GpuError: the GPU has no memory for a second one.
+    """
+    if not embedder.cuda_graphs:
+        return None
+    from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
+
+    return TensorRTEmbedder(embedder.path, embedder.device, cuda_graphs=False)
+
+
+def ratio_interval(
+    turns: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], resamples: int = 1000
+) -> tuple[float, float, float]:
+    """Ratio of the medians, and its 95 % interval by a bootstrap over turns.
+
+    Whole turns are drawn, those of both at once: runs of one turn are no independent samples, and what the machine did
+    in a turn hit both (Efron and Tibshirani 1993, chapter 8: the pair is the unit).
+
+    Args:
+        turns, reference: seconds of each run, turn by turn; pairs with an empty turn are left out.
+
+    Returns:
+        Ratio, low, high. With fewer than two pairs the interval is the ratio itself.
+    """
+    pairs = [(np.array(own), np.array(other)) for own, other in zip(turns, reference, strict=True) if own and other]
+    random = np.random.default_rng(0)
+
+    def ratio(chosen: Sequence[int]) -> float:
+        own, other = (np.median(np.concatenate([pairs[turn][side] for turn in chosen])) for side in (0, 1))
+        return float(own / other)
+
+    drawn = [ratio(random.integers(0, len(pairs), len(pairs)).tolist()) for _ in range(resamples)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return ratio(range(len(pairs))), float(low), float(high)
+
+
+def _latencies(embedders: Sequence[Embedder], times: Sequence[Times], batch: int, scope: Scope) -> list[Latency]:
+    found = []
+    for embedder, taken in zip(embedders, times, strict=True):
+        seconds = np.array(taken.seconds)
+        median, p90, p99 = (float(value) for value in np.percentile(seconds, [50, 90, 99]))
+        ratio, low, high = ratio_interval(taken.turns, times[0].turns) if taken is not times[0] else (1.0, 1.0, 1.0)
+        found.append(
+            Latency(
+                batch=batch,
+                scope=scope,
+                cuda_graph=embedder.cuda_graphs,
+                runs=len(seconds),
+                median_ms=1000 * median,
+                p90_ms=1000 * p90,
+                p99_ms=1000 * p99,
+                variation=float(seconds.std() / seconds.mean()),
+                images_per_second=batch / median,
+                ratio=ratio,
+                ratio_low=low,
+                ratio_high=high,
+                gpu_ms=float(np.median(taken.gpu_ms)) if taken.gpu_ms else None,
+            )
+        )
+    return found

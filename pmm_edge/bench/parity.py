@@ -1,78 +1,54 @@
-"""How far a model's embeddings depart from its reference's, and the gates it must pass."""
+"""How far a model's embeddings depart from its reference's: of the whole embedding, and of each stage's slice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pmm_edge.bench.figures import Closeness, Parity
 from pmm_edge.runtime.embedder import Embeddings
-from pmm_edge.spec import RetrievalFigures
+
+QUANTILES = 101
+"""The least cosine, the 1st to the 99th percentile, the largest."""
 
 
-@dataclass(frozen=True)
-class Gates:
-    """What a model must hold to pass."""
-
-    min_cosine: float = 0.9999
-    """Least cosine similarity of any image's embedding to the reference's."""
-    max_map_drop: float = 0.1
-    """Largest loss of mAP, in points of 100."""
-    min_mean_cosine: float = 0.0
-    """Least mean of the cosines."""
-
-
-LOWER_PRECISION = {
-    "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999),
-    "int8": Gates(min_cosine=0.9, max_map_drop=0.5, min_mean_cosine=0.99),
-}
-"""What is asked of a model in a lower precision where nothing else is: rounding to 8 bits moves single embeddings."""
-
-
-def gates_of(precision: str, asked: Gates | None) -> Gates:
-    """The gates of a model: those that were asked for, else those of its precision."""
-    return asked or LOWER_PRECISION.get(precision, Gates())
-
-
-@dataclass(frozen=True)
-class Parity:
-    """A model's embeddings beside its reference's, over all images."""
-
-    images: int
-    cosine_min: float
-    cosine_mean: float
-    largest_difference: float
-    """Of any value; infinite where one is not finite."""
-    largest_relative: float
-    """Of any value, as a share of the largest of its reference embedding."""
-    worst_image: str
-    """The one with the least cosine."""
-
-
-def compare(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path]) -> Parity:
+def compare(
+    reference: Embeddings,
+    candidate: Embeddings,
+    paths: Sequence[Path],
+    stages: Mapping[str, tuple[int, int]] | None = None,
+) -> Parity:
     """Compare two models' embeddings of the same images.
-
-    The cosine of a row that is not finite, or all zeros beside one that is not, is 0: nothing of the reference
-    is left in it. Two rows of zeros are equal and have cosine 1.
 
     Args:
         reference: (N, D), finite, N >= 1.
         candidate: (N, D).
         paths: of the N images.
+        stages: the slice [start, stop) of the embedding that each stage fills; of one stage the whole says it all.
     """
-    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
-    finite = _finite_rows(actual)
-    actual = np.where(finite[:, None], actual, 0.0)
-    cosine = np.where(finite, _cosine(expected, actual), 0.0)
-    difference = np.where(finite, np.abs(actual - expected).max(axis=1), np.inf)
-    largest = np.abs(expected).max(axis=1)
-    relative = np.divide(difference, largest, out=difference.copy(), where=largest > 0)
+    whole = cosines(reference, candidate)
+    slices = stages if stages and len(stages) > 1 else {}
     return Parity(
         images=len(paths),
+        whole=closeness(reference, candidate, paths),
+        stages={
+            name: closeness(reference[:, start:stop], candidate[:, start:stop], paths)
+            for name, (start, stop) in slices.items()
+        },
+        cosine_quantiles=[float(value) for value in np.quantile(whole, np.linspace(0, 1, QUANTILES))],
+    )
+
+
+def closeness(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path]) -> Closeness:
+    """The figures of one slice; arguments as of `compare`."""
+    cosine = cosines(reference, candidate)
+    difference, relative = _differences(reference.astype(np.float64), candidate.astype(np.float64))
+    return Closeness(
         cosine_min=float(cosine.min()),
+        cosine_p1=float(np.percentile(cosine, 1)),
         cosine_mean=float(cosine.mean()),
         largest_difference=float(difference.max()),
         largest_relative=float(relative.max()),
@@ -80,50 +56,40 @@ def compare(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path])
     )
 
 
-def fault_of(embeddings: Embeddings, paths: Sequence[Path]) -> str | None:
-    """What makes embeddings useless by themselves, in words that follow a model's name; None where nothing does."""
-    finite = _finite_rows(embeddings)
-    if not finite.all():
-        first = paths[int(finite.argmin())]
-        return f"gives NaN or infinity for {(~finite).sum()} of {len(paths)} images, first for {first}"
-    zero = ~embeddings.any(axis=1)
-    if zero.any():
-        return f"gives all zeros for {zero.sum()} of {len(paths)} images, first for {paths[int(zero.argmax())]}"
-    if len(paths) > 1 and (embeddings == embeddings[0]).all():
-        return f"gives one and the same embedding for all {len(paths)} images"
-    return None
+def cosines(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
+    """Cosine similarity of each row, (N, D), (N, D) -> (N,).
+
+    That of a row that is not finite, or all zeros beside one that is not, is 0: nothing of the reference is left in
+    it. Two rows of zeros are equal and have cosine 1.
+    """
+    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
+    finite = finite_rows(actual)
+    actual = np.where(finite[:, None], actual, 0.0)
+    norms = np.linalg.norm(expected, axis=1), np.linalg.norm(actual, axis=1)
+    product = norms[0] * norms[1]
+    equal = ((norms[0] == 0) & (norms[1] == 0) & finite).astype(np.float64)
+    return np.minimum(np.divide((expected * actual).sum(axis=1), product, out=equal, where=product > 0), 1.0)
 
 
-def cosine_failure(parity: Parity, gates: Gates) -> str | None:
-    """The sentence of the cosine gate; None where the model passes."""
-    if parity.cosine_min >= gates.min_cosine:
-        if parity.cosine_mean >= gates.min_mean_cosine:
-            return None
-        return f"mean cosine {parity.cosine_mean:.6f} is below the least allowed {gates.min_mean_cosine:g}"
-    return (
-        f"cosine {parity.cosine_min:.6f} is {gates.min_cosine - parity.cosine_min:.2g} below the least allowed"
-        f" {gates.min_cosine:g}, on {parity.worst_image} (mean {parity.cosine_mean:.6f})"
-    )
+def relative_differences(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
+    """Of each row the largest difference as a share of the reference row's largest value, (N, D), (N, D) -> (N,).
+
+    Infinite where one of the two is not finite.
+    """
+    return _differences(reference.astype(np.float64), candidate.astype(np.float64))[1]
 
 
-def map_failure(reference: RetrievalFigures, candidate: RetrievalFigures, gates: Gates) -> str | None:
-    """The sentence of the mAP gate; None where the model passes."""
-    drop = 100 * (reference.mAP - candidate.mAP)
-    if drop <= gates.max_map_drop:
-        return None
-    return (
-        f"mAP {100 * candidate.mAP:.2f} is {drop:.2f} points below the reference's {100 * reference.mAP:.2f},"
-        f" {gates.max_map_drop:g} are allowed"
-    )
-
-
-def _finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:
+def finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(N, D) -> (N,)."""
     return np.asarray(np.isfinite(embeddings).all(axis=1))
 
 
-def _cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, D), (N, D) -> (N,). 1 for two rows of zeros, 0 for one beside another."""
-    norms = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
-    product = norms[0] * norms[1]
-    equal = ((norms[0] == 0) & (norms[1] == 0)).astype(np.float64)
-    return np.minimum(np.divide((first * second).sum(axis=1), product, out=equal, where=product > 0), 1.0)
+def _differences(
+    expected: NDArray[np.float64], actual: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The largest of each row, and its share of the largest expected value of the row; infinite where not finite."""
+    finite = finite_rows(actual) & finite_rows(expected)
+    expected, actual = (np.where(finite[:, None], rows, 0.0) for rows in (expected, actual))
+    difference = np.where(finite, np.abs(actual - expected).max(axis=1), np.inf)
+    largest = np.abs(expected).max(axis=1)
+    return difference, np.divide(difference, largest, out=difference.copy(), where=largest > 0)

@@ -12,12 +12,14 @@ from rich.markup import escape
 from pmm_edge import __version__
 from pmm_edge.cli.bench import bench
 from pmm_edge.cli.data import data
+from pmm_edge.cli.doctor import doctor
 from pmm_edge.cli.embed import embed
 from pmm_edge.cli.eval import evaluate
 from pmm_edge.cli.export import export
 from pmm_edge.cli.render import err
 from pmm_edge.cli.synth import synth
 from pmm_edge.cli.train import train
+from pmm_edge.cli.verify import verify
 from pmm_edge.cli.visualize import visualize
 from pmm_edge.errors import PmmError
 
@@ -53,11 +55,13 @@ def _options(
 app.command()(train)
 app.command()(export)
 app.command()(bench)
+app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(embed)
 app.command()(visualize)
 app.command()(synth)
 app.command()(data)
+app.command()(doctor)
 
 
 def main() -> None:

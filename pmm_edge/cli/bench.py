@@ -1,112 +1,197 @@
-"""`pmm bench`: the proof that an export retrieves the same people, and its latency."""
+"""`pmm bench`: the proof that an export retrieves the same people, and how fast."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from pmm_edge.cli.render import note, print_json, print_table, progress
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
-from pmm_edge.runs import BEST, EXPORT_FOLDER, about_run, newest_run, run_of
+from pmm_edge.runs import BEST, EXPORT_FOLDER, AboutRun, about_run, newest_run, run_of
 
 if TYPE_CHECKING:
-    from pmm_edge.bench import BenchReport, Gates
+    from pmm_edge.bench import BenchReport
+    from pmm_edge.bench.tables import Table
 
 _MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
+_INTERRUPTED = 130
+"""What shells give for a program that Ctrl-C ended."""
+_GATES, _SPEED, _COMPARE = "What a model must hold", "What is timed", "Two benches"
 
 
 def bench(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(help="Models to compare; by default all in the export folder of the reference's run."),
+        typer.Argument(help="Models to judge; by default all in the export folder of the reference's run."),
     ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(help="What they are compared with; by default best.pt of their run, else of the newest."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A data set in Market-1501's layout; by default the one of the run.")
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes to time.")] = "1,8",
-    min_cosine: Annotated[
-        float | None,
-        typer.Option(help="Gate: the least cosine of any image; 0.9999, fp16 0.999, int8 0.9 by default."),
-    ] = None,
-    max_map_drop: Annotated[
-        float | None, typer.Option(help="Gate: the largest loss of mAP, in points; 0.1, int8 0.5 by default.")
+        Path | None,
+        typer.Option(
+            help="A data set, whose query and gallery are embedded, or any folder of crops, which shows parity without"
+            " retrieval; by default the data set of the run."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            help="Compare only this many images, spread evenly. Retrieval needs all of them: no mAP, no Rank-1,"
-            " and no gate on them."
-        ),
+        typer.Option(help="Embed only this many images, spread evenly; retrieval needs all of them and is left out."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where the engine can use one.")
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Find the layer at which a failing ONNX model departs from the reference."),
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file for all figures; by default bench.json in the run's folder.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="All figures; .md and .html beside it. By default bench.json, bench.md and report.html in the run's"
+            " folder.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(help="The least cosine of any image; 0.9999, fp16 0.999, int8 0.95.", rich_help_panel=_GATES),
+    ] = None,
+    min_mean_cosine: Annotated[
+        float | None, typer.Option(help="The least mean cosine; fp16 0.9999, int8 0.99.", rich_help_panel=_GATES)
+    ] = None,
+    max_map_drop: Annotated[
+        float | None, typer.Option(help="The largest loss of mAP, in points; 0.1, int8 0.5.", rich_help_panel=_GATES)
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes to time.", rich_help_panel=_SPEED)] = "1,8",
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            metavar="CLIENTS",
+            help="Time single crops from this many clients at once as well, gathered into batches as they come.",
+            rich_help_panel=_SPEED,
+        ),
+    ] = None,
+    parity_only: Annotated[
+        bool, typer.Option("--parity-only", help="Time nothing: the proof alone.", rich_help_panel=_SPEED)
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="OLD.json NEW.json",
+            help="Measure nothing: say what became better or worse between two benches, beyond noise. Exit code 1 on"
+            " a regression.",
+            rich_help_panel=_COMPARE,
+        ),
+    ] = None,
 ) -> None:
-    """Prove that exported models retrieve the same people as their checkpoint, and measure latency.
+    """Prove that exported models retrieve the same people as their checkpoint, and measure how fast they are.
 
-    Exit code 1 where a model fails a gate; bench.json is written in either case.
+    Every model embeds the same images as the reference. It passes where its embeddings and its mAP hold the gates, and
+    where it is sound: equal rows, any batch size, any neighbours and a second run give the same embeddings. For one
+    that fails, the sentence says which gate, by how much, on which image, and a known mistake that explains it.
+
+    Exit code 0: all models pass. 1: one fails. 2: nothing could be judged. 130: interrupted; what was measured is kept.
+    A model that passed gets a certificate beside it (pmm verify). docs/parity.md explains each figure and gate.
 
     [dim]pmm bench[/]
 
     [dim]pmm bench model.onnx --reference best.pt --data market1501 --batch 1,16,64[/]
-    """
-    from pmm_edge.bench import bench as compare_models
 
+    [dim]pmm bench broken.onnx --parity-only --explain[/]
+
+    [dim]pmm bench --compare monday/bench.json bench.json[/]
+    """
+    if compare:
+        _compare(*compare, as_json)
+        return
+    from pmm_edge.bench import AskedGates, Options
+    from pmm_edge.bench import bench as measure
+    from pmm_edge.bench.retrieval import check_output
+
+    options = Options(
+        batches=tuple(_batch_sizes(batch)),
+        gates=AskedGates(min_cosine, min_mean_cosine, max_map_drop),
+        limit=limit,
+        device=device,
+        explain=explain,
+        speed=not parity_only,
+        clients=concurrency,
+    )
     reference = reference or _reference_of(models)
     run = run_of(reference)
-    with progress() as report:
-        found = compare_models(
-            models or _exports_of(reference),
-            reference,
-            data or _data_of(run, reference),
-            batches=_batch_sizes(batch),
-            gates=_asked_gates(min_cosine, max_map_drop),
-            limit=limit,
-            device=device,
-            report=report,
-        )
-    # Shown first: the figures of some minutes are not lost with a file that cannot be written.
+    models = models or _exports_of(reference)
+    data, layout = _data_of(run, reference, data)
+    out = out or (run or Path()) / "bench.json"
+    check_output(out, [".json"])  # the figures of some minutes are not lost with a file that cannot be written
+    try:
+        with progress() as report:
+            found = measure(models, reference, data, replace(options, layout=layout), report)
+    except KeyboardInterrupt:
+        note("[yellow]interrupted[/] before anything was measured")
+        raise typer.Exit(_INTERRUPTED) from None
     if as_json:
         print_json(found.to_json())
     else:
         _print(found)
-    out = out or (run or Path()) / "bench.json"
-    found.save(out)
-    if found.failures:
-        raise CheckFailedError("parity failed: " + "; ".join(found.failures), f"All figures are in {out}")
-    note(f"[green]parity holds[/]: {_gates(found)}. [dim]All figures are in {escape(str(out))}[/]")
+    _end(found, out, _written(found, out))
 
 
 def _print(found: BenchReport) -> None:
-    from pmm_edge.bench.report import LATENCY_COLUMNS, PARITY_COLUMNS, latency_rows, parity_rows
+    from pmm_edge.bench.tables import terminal_tables
 
-    print_table(f"parity on {found.images:,} images of {found.data}", PARITY_COLUMNS, parity_rows(found))
-    print_table("latency of a batch, model only; ratio to the reference", LATENCY_COLUMNS, latency_rows(found))
+    for table in terminal_tables(found):
+        _print_table(table)
+    for warning in found.warnings:
+        note(f"[yellow]note:[/] {escape(warning)}")
 
 
-def _asked_gates(min_cosine: float | None, max_map_drop: float | None) -> Gates | None:
-    """None where nothing was asked for: each model then has the gates of its precision."""
-    from pmm_edge.bench import Gates
+def _print_table(table: Table) -> None:
+    rows = [tuple(map(escape, row)) for row in table.rows]
+    print_table(escape(table.title), table.columns, rows)
 
-    if min_cosine is None and max_map_drop is None:
-        return None
-    usual = Gates()
-    return Gates(
-        usual.min_cosine if min_cosine is None else min_cosine,
-        usual.max_map_drop if max_map_drop is None else max_map_drop,
-    )
+
+def _written(found: BenchReport, out: Path) -> list[Path]:
+    """Write everything that a bench leaves behind, the figures first."""
+    from pmm_edge.bench.certificate import write_certificates
+    from pmm_edge.bench.html import write_html
+    from pmm_edge.bench.markdown import markdown
+    from pmm_edge.files import written_whole
+
+    page = out.with_name("report.html") if out.name == "bench.json" else out.with_suffix(".html")
+    found.save(out)
+    with written_whole(out.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown(found), encoding="utf-8")
+    write_html(found, page)
+    certificates = write_certificates(found)
+    for path in certificates.removed:
+        note(f"[dim]removed {escape(str(path))}: it certified a model that fails[/]")
+    for model, reason in certificates.none.items():
+        note(f"[dim]no certificate for {escape(model)}: {escape(reason)}[/]")
+    return [out, out.with_suffix(".md"), page, *certificates.certificates]
+
+
+def _end(found: BenchReport, out: Path, written: Sequence[Path]) -> None:
+    """Say how it ended, and where everything is; the exit code with it."""
+    note(f"[dim]wrote {escape(', '.join(map(str, written)))}[/]")
+    for model in found.models:
+        for about, text in (("likely cause", model.likely_cause), ("layer", model.departure and model.departure.words)):
+            if text:
+                note(f"[bold]{about}[/] of {escape(model.path)}: {escape(text)}")
+    if not found.complete:
+        failed = f"; failed so far: {'; '.join(found.failures)}" if found.failures else ""
+        note(f"[yellow]interrupted[/]: what was measured by now is in {escape(str(out))}{escape(failed)}")
+        raise typer.Exit(_INTERRUPTED)
+    if found.failures:
+        raise CheckFailedError("parity failed: " + "; ".join(found.failures), f"All figures are in {out}")
+    note(f"[green]parity holds[/]: {_gates(found)}")
 
 
 def _gates(found: BenchReport) -> str:
@@ -119,6 +204,25 @@ def _gates(found: BenchReport) -> str:
             text += f", mAP drop <= {gates.max_map_drop:g} points"
         texts.append(f"{precision} {text}" if len(held) > 1 else text)
     return "; ".join(texts)
+
+
+def _compare(old: Path, new: Path, as_json: bool) -> None:
+    from pmm_edge.bench.regression import compare_reports, comparison_table
+
+    found = compare_reports(old, new)
+    if as_json:
+        facts: dict[str, Any] = {"passed": not found.regressions, **asdict(found)}
+        print_json(facts)
+    else:
+        _print_table(comparison_table(found))
+        for text in found.notes:
+            note(f"[yellow]note:[/] {escape(text)}")
+    if found.regressions:
+        raise CheckFailedError(
+            "worse than before: " + "; ".join(found.regressions), f"{old} and {new} have the figures"
+        )
+    better = f", {len(found.improvements)} figures are better" if found.improvements else ""
+    note(f"[green]no regression[/]: nothing is worse beyond noise{better}")
 
 
 def _reference_of(models: Sequence[Path] | None) -> Path:
@@ -134,11 +238,14 @@ def _exports_of(reference: Path) -> list[Path]:
     return found
 
 
-def _data_of(run: Path | None, reference: Path) -> Path:
-    about = about_run(run) if run else None
+def _data_of(run: Path | None, reference: Path, data: Path | None) -> tuple[Path, str | None]:
+    """The data set and its layout; that of the run where none was named."""
+    if data:
+        return data, None
+    about: AboutRun | None = about_run(run) if run else None
     if about is None:
         raise DataError(f"{reference} does not say which data set it belongs to", "Name one with --data")
-    return Path(about.data)
+    return Path(about.data), about.layout
 
 
 def _batch_sizes(text: str) -> list[int]:

@@ -33,6 +33,8 @@ class RetrievalResult:
     """How many queries have a match; the others do not count."""
     average_precision: NDArray[np.float64]
     """(Q,): what mAP is the mean of; NaN for queries without a match."""
+    inverse_penalty: NDArray[np.float64]
+    """(Q,): what mINP is the mean of; NaN for queries without a match."""
     first_match_rank: NDArray[np.int64]
     """(Q,): the rank, from 1, of each query's first match; 0 for queries without one."""
     top1: NDArray[np.int64]
@@ -163,13 +165,16 @@ def _figures(ranks: Ranks, max_rank: int, ap_cutoff: int | None) -> RetrievalRes
     first[valid] = positions[starts]
     hits = np.bincount(first[valid], minlength=max_rank + 1)[1 : max_rank + 1]
     per_query = average_precision(ap_cutoff)
+    inverse_penalty = np.full(len(counts), np.nan)
+    inverse_penalty[valid] = counts[valid] / positions[ends - 1]
     return RetrievalResult(
         mAP=float(per_query[valid].mean()),
         mAP_at_50=float(average_precision(PAPER_CUTOFF)[valid].mean()),
-        mINP=float((counts[valid] / positions[ends - 1]).mean()),
+        mINP=float(inverse_penalty[valid].mean()),
         cmc=np.cumsum(hits) / len(valid),
         valid_queries=len(valid),
         average_precision=per_query,
+        inverse_penalty=inverse_penalty,
         first_match_rank=first,
         top1=ranks.top1,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.errors import DataError, ModelError
+from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.crops import Pixels, prepare_crops
 from pmm_edge.spec import ModelSpec
 
@@ -32,7 +33,13 @@ class Embedder(ABC):
         path: the file it was loaded from.
         backend: `torch`, `onnxruntime` or `tensorrt`.
         device: where it really runs: `cpu` or `cuda:N`.
+        profile: the batch sizes that the engine takes; None where it takes any. Callers may give any: more goes
+            through in chunks, fewer are padded.
+        cuda_graphs: a batch is one CUDA graph, launched whole.
     """
+
+    profile: BatchProfile | None = None
+    cuda_graphs = False
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
         if (spec.input.color, spec.input.resize) != ("RGB", "bilinear"):
@@ -77,6 +84,30 @@ class Embedder(ABC):
         Returns:
             (N, D) float32.
         """
+
+    def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings | None:
+        """Embed what preprocessing would have given: for tests of what a wrong preprocessing does.
+
+        Args:
+            images: (N, 3, height, width) float32, as the network behind the preprocessing sees them.
+
+        Returns:
+            (N, D) float32; None where preprocessing lies inside of the engine and only pixels can be fed.
+        """
+        return None
+
+    def gpu_milliseconds(self, images: Pixels) -> float | None:
+        """How long the GPU takes for one run of the network, between two CUDA events around it.
+
+        Copies to and from the GPU are left out. What the GPU waits for the CPU to launch is in it.
+
+        Args:
+            images: as of `embed_prepared`.
+
+        Returns:
+            Milliseconds; None where the engine does not tell.
+        """
+        return None
 
 
 def parse_device(device: str) -> tuple[str, int]:

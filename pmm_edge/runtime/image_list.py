@@ -55,7 +55,7 @@ def find_images(source: Path, layout: str | None = None) -> ImageList:
         DataError: `source` does not exist, is no text, or names no images; a data set is not as it should be.
     """
     if source.is_dir():
-        images = _of_dataset(source, layout) if layout or _is_dataset(source) else _of_folder(source)
+        images = _of_dataset(source, layout) if layout or is_dataset(source) else _of_folder(source)
     elif layout:
         raise DataError(f"{source} is no folder, so it is in no layout", "Leave --layout out, or name a data set")
     else:
@@ -66,7 +66,8 @@ def find_images(source: Path, layout: str | None = None) -> ImageList:
     return images
 
 
-def _is_dataset(root: Path) -> bool:
+def is_dataset(root: Path) -> bool:
+    """Whether a folder is in the layout of a data set that is known."""
     return any(kind.holds(root) for kind in (market, msmt17, cuhk03)) or bool(cuhk03.kinds_in(root))
 
 

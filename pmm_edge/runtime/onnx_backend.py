@@ -14,6 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError
+from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.runtime.embedder import INPUT as INPUT
 from pmm_edge.runtime.embedder import OUTPUT as OUTPUT
@@ -30,42 +31,56 @@ class OnnxEmbedder(Embedder):
     Args:
         path: the file.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where ONNX Runtime can use one.
+        content: the file's bytes, where they were read already.
 
     Raises:
         ModelError: the file is missing, truncated or not ours, or the device cannot be used.
     """
 
-    def __init__(self, path: Path, device: str | None = None) -> None:
+    def __init__(self, path: Path, device: str | None = None, content: bytes | None = None) -> None:
         if not path.is_file():
             raise ModelError(f"{path} does not exist", "Make it with pmm export")
-        self._session, used = _open(path, device)
+        self._session, used = _open(path, content, device)
         super().__init__(_spec(self._session, path), path, "onnxruntime", used)
         batch = self._session.get_inputs()[0].shape[0]
         self._only_batch = batch if isinstance(batch, int) else None
+        if self._only_batch:
+            self.profile = BatchProfile(self._only_batch, self._only_batch, self._only_batch)
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        fed = network_input(images, self.spec.input)
+        return self._embed(network_input(images, self.spec.input))
+
+    def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings | None:
+        size = self.spec.input
+        if size.form == "uint8":
+            return None
+        if size.form == "raw":
+            mean, std = (np.array(values, np.float32)[:, None, None] for values in (size.mean, size.std))
+            images = (images * std + mean) * np.float32(255)
+        return self._embed(images)
+
+    def _embed(self, fed: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
         if self._only_batch is None:
             return self._run(fed)
-        missing = -len(fed) % self._only_batch
+        count, missing = len(fed), -len(fed) % self._only_batch
         fed = np.concatenate([fed, np.zeros_like(fed, shape=(missing, *fed.shape[1:]))])
         batches = [self._run(fed[start : start + self._only_batch]) for start in range(0, len(fed), self._only_batch)]
-        return np.concatenate(batches)[: len(images)]
+        return np.concatenate(batches)[:count]
 
     def _run(self, fed: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
         (embeddings,) = self._session.run([OUTPUT], {INPUT: fed})
         return np.asarray(embeddings, dtype=np.float32)
 
 
-def _open(path: Path, device: str | None) -> tuple[onnxruntime.InferenceSession, str]:
+def _open(path: Path, content: bytes | None, device: str | None) -> tuple[onnxruntime.InferenceSession, str]:
     """A session, and the device that it really runs on.
 
     ONNX Runtime lists its CUDA provider as available even where its library cannot load, logs that and runs on
     the CPU. So the session is asked, not the package.
     """
     kind, index = parse_device(device) if device else ("cuda", 0)
-    if kind == "cuda" and _cuda_may_work():
-        session = _session(path, [(_CUDA, _cuda_options(index)), _CPU])
+    if kind == "cuda" and cuda_may_work():
+        session = _session(path, content, [(_CUDA, _cuda_options(index)), _CPU])
         if session.get_providers()[0] == _CUDA:
             return session, f"cuda:{index}"
     if device and kind == "cuda":
@@ -73,15 +88,15 @@ def _open(path: Path, device: str | None) -> tuple[onnxruntime.InferenceSession,
             f"device {device} cannot be used by onnxruntime {onnxruntime.__version__}",
             "Leave the device out, or install onnxruntime-gpu and the CUDA and cuDNN libraries that it wants",
         )
-    return _session(path, [_CPU]), "cpu"
+    return _session(path, content, [_CPU]), "cpu"
 
 
-def _session(path: Path, providers: list[Any]) -> onnxruntime.InferenceSession:
+def _session(path: Path, content: bytes | None, providers: list[Any]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     try:
         with _quiet():
-            return onnxruntime.InferenceSession(path, options, providers=providers)
+            return onnxruntime.InferenceSession(content or path, options, providers=providers)
     # Its exceptions have nothing in common but this.
     except Exception as error:
         raise ModelError(
@@ -109,7 +124,8 @@ def _spec(session: onnxruntime.InferenceSession, path: Path) -> ModelSpec:
     return spec
 
 
-def _cuda_may_work() -> bool:
+def cuda_may_work() -> bool:
+    """Whether asking for CUDA is worth it; where it is, its libraries are loaded as far as they are found."""
     if _CUDA not in onnxruntime.get_available_providers():
         return False
     try:

@@ -32,6 +32,7 @@ class TensorRTEmbedder(Embedder):
         path: the engine; its `.manifest.json` lies beside it.
         device: `cuda` or `cuda:N`; None takes the first GPU.
         cuda_graphs: False enqueues layer by layer, for engines whose layers cannot be captured.
+        content: the engine's bytes, where they were read already.
 
     Raises:
         ModelError: the engine or its manifest is missing, changed, or of another GPU or TensorRT; or the device is
@@ -40,7 +41,9 @@ class TensorRTEmbedder(Embedder):
         GpuError: the GPU refuses: out of memory, for one.
     """
 
-    def __init__(self, path: Path, device: str | None = None, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self, path: Path, device: str | None = None, cuda_graphs: bool = True, content: bytes | None = None
+    ) -> None:
         manifest = read_manifest(path)
         check_files(manifest, path)
         kind, index = parse_device(device or "cuda")
@@ -54,10 +57,12 @@ class TensorRTEmbedder(Embedder):
         check_machine(manifest, path, this_machine(trt, self._cuda))
         super().__init__(manifest.spec, path, "tensorrt", f"cuda:{index}")
         self._trt, self._logger = trt, error_logger(trt)
-        self._engine = load_engine(trt, self._logger, path.read_bytes(), path, manifest.settings.version_compatible)
-        self._batch, self._cuda_graphs = manifest.settings.batch, cuda_graphs
+        plan = content or path.read_bytes()
+        self._engine = load_engine(trt, self._logger, plan, path, manifest.settings.version_compatible)
+        self._batch, self.cuda_graphs = manifest.settings.batch, cuda_graphs
+        self.profile = self._batch
         self._lock = threading.Lock()
-        self._runs: dict[int, Callable[[], None]] = {}
+        self._runs: dict[tuple[int, bool], Callable[[], None]] = {}
         self._take_memory(self.spec.input, self._batch.maximum)
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
@@ -69,16 +74,32 @@ class TensorRTEmbedder(Embedder):
                 embeddings[start : start + len(chunk)] = self._embed_chunk(chunk)
         return embeddings
 
+    def gpu_milliseconds(self, images: Pixels) -> float:
+        with self._lock:
+            self._cuda.use()
+            return sum(
+                self._chunk_milliseconds(images[start : start + self._batch.maximum])
+                for start in range(0, len(images), self._batch.maximum)
+            )
+
     def _embed_chunk(self, images: Pixels) -> Embeddings:
         """Embed at most the profile's maximum; the result is valid until the next call."""
         batch = max(len(images), self._batch.minimum)
         self._host_images[: len(images)] = network_input(images, self.spec.input)
         self._host_images[len(images) : batch] = 0  # padding: a row of a batch does not see the others
-        if batch not in self._runs:
-            self._runs[batch] = self._prepare(batch)
-        self._runs[batch]()
+        self._run(batch)()
         self._cuda.synchronize()
         return self._host_embeddings[: len(images)]
+
+    def _chunk_milliseconds(self, images: Pixels) -> float:
+        self._embed_chunk(images)  # copies them in: what is timed computes on the images themselves
+        return self._cuda.milliseconds(self._run(max(len(images), self._batch.minimum), copies=False))
+
+    def _run(self, batch: int, copies: bool = True) -> Callable[[], None]:
+        """What runs a batch of this size, prepared when it is first asked for."""
+        if (batch, copies) not in self._runs:
+            self._runs[batch, copies] = self._prepare(batch, copies)
+        return self._runs[batch, copies]
 
     def _take_memory(self, size: InputSpec, batch: int) -> None:
         """Buffers for the largest batch, and the scratch memory that all contexts share."""
@@ -90,21 +111,23 @@ class TensorRTEmbedder(Embedder):
         self._scratch_size: int = self._engine.device_memory_size_v2
         self._scratch = cuda.device_memory(self._scratch_size)
 
-    def _prepare(self, batch: int) -> Callable[[], None]:
-        """What runs a batch of this size from the host's images to the host's embeddings."""
+    def _prepare(self, batch: int, copies: bool) -> Callable[[], None]:
+        """What runs a batch from the host's images to the host's embeddings; without `copies`, the layers alone."""
         context = self._context(batch)
         images, embeddings = self._host_images[:batch], self._host_embeddings[:batch]
 
         def enqueue() -> None:
-            self._cuda.copy_in(self._images, images)
+            if copies:
+                self._cuda.copy_in(self._images, images)
             if not context.execute_async_v3(self._cuda.stream):
                 raise GpuError(
                     f"TensorRT cannot run {self.path} at batch {batch}{last_error(self._logger)}",
                     "Is the GPU's memory full? nvidia-smi or tegrastats shows it",
                 )
-            self._cuda.copy_out(embeddings, self._embeddings)
+            if copies:
+                self._cuda.copy_out(embeddings, self._embeddings)
 
-        if not self._cuda_graphs:
+        if not self.cuda_graphs:
             return enqueue
         # The first run after a change of shape does work of its own, which cannot be captured.
         enqueue()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -50,13 +53,21 @@ class TorchEmbedder(Embedder):
         target = torch_device(device)
         super().__init__(spec, path, "torch", str(target))
         self._target = target
-        self._network = nn.Sequential(Preprocess(replace(spec.input, form="uint8")), network).to(target).eval()
+        self._preprocess = Preprocess(replace(spec.input, form="uint8")).to(target)
+        self.network = network.to(target).eval()
+        """From normalised images (N, 3, height, width) to embeddings."""
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
+        return self._run(lambda: self.network(self._preprocess(torch.tensor(images, device=self._target))))
+
+    def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings:
+        return self._run(lambda: self.network(torch.tensor(images, device=self._target)))
+
+    def _run(self, embed: Callable[[], Tensor]) -> Embeddings:
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._target.type == "cuda" else None
         with torch.inference_mode(), exact or nullcontext():
-            embeddings: Tensor = self._network(torch.tensor(images, device=self._target))
-            return embeddings.cpu().numpy()
+            embeddings: Embeddings = embed().cpu().numpy()
+            return embeddings
 
 
 def load_torch(path: Path, device: str | None = None) -> TorchEmbedder:

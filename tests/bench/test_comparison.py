@@ -1,146 +1,151 @@
-"""A good export passes the bench; broken ones do not, and the sentence says what is wrong."""
+"""A bench measures all it can, says what it cannot, and keeps what it has when it is interrupted."""
 
 import json
-from collections.abc import Callable
-from functools import partial
+import shutil
 from pathlib import Path
 
-import numpy as np
-import onnx
+import broken
 import pytest
-from onnx import numpy_helper
 
-from pmm_edge.bench import BenchReport, Gates, bench, comparison, measure_latency
-from pmm_edge.bench.report import latency_rows, parity_rows
-from pmm_edge.errors import PmmError
-
-Constants = dict[str, np.ndarray]
+from pmm_edge.bench import AskedGates, BenchReport, Options, bench, comparison, speed
+from pmm_edge.errors import ModelError, PmmError
+from pmm_edge.export import Graph, export_onnx
 
 
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "measure_latency", partial(measure_latency, min_runs=2, min_seconds=0))
+def run(models: list[Path], reference: Path, data: Path, **options: object) -> BenchReport:
+    return bench(models, reference, data, Options(**{"batches": (1, 2), "device": "cpu", "speed": False, **options}))
 
 
-def altered(source: Path, out: Path, alter: Callable[[Constants, onnx.GraphProto], None]) -> Path:
-    """Copy an export with other constants."""
-    model = onnx.load(source)
-    constants = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
-    alter(constants, model.graph)
-    for tensor in model.graph.initializer:
-        tensor.CopyFrom(numpy_helper.from_array(constants[tensor.name], tensor.name))
-    onnx.save(model, out)
-    return out
-
-
-def constants_of(graph: onnx.GraphProto, operator: str, constants: Constants) -> list[str]:
-    """Names of the constants that the first node of this kind reads."""
-    node = next(node for node in graph.node if node.op_type == operator)
-    return [name for name in node.input if name in constants]
-
-
-def shift_mean(constants: Constants, graph: onnx.GraphProto) -> None:
-    (name,) = constants_of(graph, "Add", constants)
-    constants[name] += 1.5
-
-
-def swap_to_bgr(constants: Constants, graph: onnx.GraphProto) -> None:
-    for operator, axis in (("Mul", 0), ("Add", 0), ("Conv", 1)):
-        name = constants_of(graph, operator, constants)[0]
-        constants[name] = np.flip(constants[name], axis).copy()
-
-
-def give_nan(constants: Constants, graph: onnx.GraphProto) -> None:
-    constants[constants_of(graph, "Gemm", constants)[1]][0] = np.nan
-
-
-def run(models: list[Path], reference: Path, data: Path, limit: int | None = None) -> BenchReport:
-    return bench(models, reference, data, batches=(1, 2), limit=limit, device="cpu")
-
-
-def test_a_good_export_passes(tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_all_that_is_known_is_in_the_report(
+    tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
     report = run([tiny_onnx], tiny_checkpoint, tiny_dataset)
-    assert report.failures == []
-    (model,) = report.models
+    assert report.passed, report.failures
+    model, base = report.models[0], report.reference
     assert model.parity is not None
-    assert model.parity.cosine_min > 0.999999
-    assert model.retrieval == report.reference.retrieval is not None
-    assert [latency.batch for latency in model.latency] == [1, 2]
+    assert model.parity.whole.cosine_min > 0.999999
+    assert set(model.parity.stages) == {"I", "II", "III"}
+    assert base.parity is None
+    assert base.retrieval is not None
+    assert (model.backend, model.device, model.embedding_size) == ("onnxruntime", "cpu", 1536)
+    assert model.file_bytes == tiny_onnx.stat().st_size
+    assert len(model.cmc) == 50
+    assert model.cmc[0] == model.retrieval.rank1
+    assert model.retrieval_change is not None
+    assert model.retrieval_change.queries == 12
+    assert all(one.held for one in (*model.invariants, *base.invariants))
+    assert (report.images, report.complete) == (24, True)
     report.save(tmp_path / "bench.json")
     saved = json.loads((tmp_path / "bench.json").read_text())
     assert saved["passed"] is True
-    assert saved["images"] == 24
-    assert saved["models"][0]["backend"] == "onnxruntime"
-    assert [row[0] for row in parity_rows(report)] == ["best.pt", "model.onnx"]
-    assert [row[3] for row in latency_rows(report)] == ["1", "1", "2", "2"]
-    assert latency_rows(report)[0][-1] == "1.00"
+    assert saved["data_sha256"] == report.data_sha256
 
 
-@pytest.mark.parametrize("alter", [shift_mean, swap_to_bgr])
-def test_wrong_preprocessing_fails(
-    alter: Callable[[Constants, onnx.GraphProto], None],
-    tiny_onnx: Path,
-    tiny_checkpoint: Path,
-    tiny_dataset: Path,
-    tmp_path: Path,
+def test_the_datas_hash_is_that_of_names_and_contents(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    def of(data: Path) -> str:
+        return run([], tiny_onnx, data, limit=None).data_sha256
+
+    same = Path(shutil.copytree(tiny_dataset, tmp_path / "same"))
+    assert of(same) == of(tiny_dataset)
+    image = sorted((same / "query").iterdir())[0]
+    image.write_bytes(image.read_bytes() + b" ")
+    assert of(same) != of(tiny_dataset)
+
+
+def test_a_folder_without_identities_shows_parity_alone(
+    tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path
 ) -> None:
-    broken = altered(tiny_onnx, tmp_path / "broken.onnx", alter)
-    report = run([tiny_onnx, broken], tiny_checkpoint, tiny_dataset)
-    assert not report.models[0].failures
-    parity = report.models[1].parity
-    assert parity is not None
-    (failure, *_) = report.failures
-    assert str(broken) in failure
-    assert f"cosine {parity.cosine_min:.6f} is" in failure
-    assert parity.worst_image in failure
-    assert Path(parity.worst_image).is_file()
+    report = run([tiny_onnx], tiny_checkpoint, tiny_dataset / "query")
+    assert report.passed
+    assert report.models[0].parity is not None
+    assert (report.models[0].retrieval, report.models[0].retrieval_change, report.models[0].cmc) == (None, None, [])
+    assert any("parity without retrieval" in warning for warning in report.warnings)
 
 
-def test_nan_fails_and_is_told(tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    broken = altered(tiny_onnx, tmp_path / "nan.onnx", give_nan)
-    report = run([broken], tiny_checkpoint, tiny_dataset)
-    assert "gives NaN or infinity for 24 of 24 images" in report.failures[0]
-    assert report.models[0].retrieval is None
-    assert report.to_json()["models"][0]["parity"]["largest_difference"] is None
+def test_a_broken_reference_is_what_fails(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    nan = broken.altered(tiny_onnx, tmp_path / "nan.onnx", broken.gives_nan_for(1000))
+    report = run([tiny_onnx], nan, tiny_dataset, limit=4)
+    (failure,) = report.failures
+    assert failure.startswith(f"{nan} breaks the invariant 'finite': NaN or infinity for 4 of 4 images")
+    assert report.models[0].parity is None
+    assert report.models[0].failures == []
+    assert any("is broken itself: no model was judged against it" in warning for warning in report.warnings)
     assert json.dumps(report.to_json(), allow_nan=False)
 
 
-def test_a_broken_reference_is_what_fails(
-    tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
-) -> None:
-    broken = altered(tiny_onnx, tmp_path / "nan.onnx", give_nan)
-    report = run([tiny_checkpoint], broken, tiny_dataset)
-    (failure,) = report.failures
-    assert failure.startswith(f"{broken} gives NaN")
+def test_embeddings_of_another_size_cannot_be_compared(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    half = broken.cut_in_half(tiny_onnx, tmp_path / "half.onnx")
+    report = run([half, tiny_onnx], tiny_onnx, tiny_dataset, limit=4)
+    assert report.failures == [f"{half} gives embeddings of 768 numbers, the reference of 1536"]
     assert report.models[0].parity is None
+    assert report.models[1].parity is not None
 
 
 def test_an_export_of_another_checkpoint_is_recognised(
     tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    broken = altered(tiny_onnx, tmp_path / "broken.onnx", shift_mean)
+    wrong = broken.altered(tiny_onnx, tmp_path / "wrong.onnx", broken.changes_a_layer)
     other = tmp_path / "other.pt"
     other.write_bytes(tiny_checkpoint.read_bytes() + b" ")
-    report = run([broken], other, tiny_dataset, limit=4)
-    assert report.failures[-1].endswith("was exported from another checkpoint than the reference")
+    (model,) = run([wrong], other, tiny_dataset, limit=4).models
+    assert model.failures[0].startswith("cosine ")
+    assert model.likely_cause == "it was exported from another checkpoint than the reference"
+    assert run([wrong], tiny_checkpoint, tiny_dataset, limit=4).models[0].likely_cause is None
 
 
-def test_fewer_images_judge_no_retrieval(tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path) -> None:
-    report = run([tiny_onnx], tiny_checkpoint, tiny_dataset, limit=6)
-    assert report.images == 6
-    assert report.reference.retrieval is None
-    assert not report.failures
-    assert parity_rows(report)[1][-2:] == ("–", "–")
-
-
-def test_gates_are_the_users(tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path) -> None:
-    report = bench([tiny_onnx], tiny_checkpoint, tiny_dataset, (1,), Gates(min_cosine=1.1), limit=2, device="cpu")
-    assert len(report.failures) == 1
-
-
-@pytest.mark.parametrize(("batches", "limit"), [((0,), None), ((), None), ((1,), 0)])
-def test_no_images_cannot_be_compared(
-    batches: tuple[int, ...], limit: int | None, tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path
+def test_embeddings_of_length_one_are_judged_by_direction(
+    tiny_checkpoint: Path, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(PmmError, match="must be 1 or more"):
-        bench([tiny_onnx], tiny_checkpoint, tiny_dataset, batches, limit=limit)
+    unit = export_onnx(tiny_checkpoint, tmp_path / "unit.onnx", graph=Graph(normalize_output=True)).path
+    assert run([unit], tiny_onnx, tiny_dataset).failures == []
+    assert run([tiny_onnx], unit, tiny_dataset).failures == []
+
+
+def test_a_model_that_does_not_load_ends_it_before_anything_is_measured(
+    tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truncated = tmp_path / "truncated.onnx"
+    truncated.write_bytes(tiny_onnx.read_bytes()[:1000])
+    monkeypatch.setattr(comparison, "embed_files", None)
+    with pytest.raises(ModelError, match=r"truncated\.onnx"):
+        run([tiny_onnx, truncated], tiny_onnx, tiny_dataset)
+
+
+@pytest.mark.parametrize("step", ["embed_files", "held_in_batches", "retrieval_change", "measure_latency"])
+def test_interrupted_it_keeps_what_it_has(
+    step: str, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = speed if step == "measure_latency" else comparison
+    real, calls = getattr(home, step), []
+
+    def once_then_interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return real(*args, **({**kwargs, "min_runs": 2, "min_seconds": 0} if step == "measure_latency" else kwargs))
+
+    monkeypatch.setattr(home, step, once_then_interrupted)
+    report = run([tiny_onnx, tiny_onnx], tiny_onnx, tiny_dataset, speed=step == "measure_latency")
+    assert (report.complete, report.passed) == (False, False)
+    assert report.reference.retrieval is not None
+    assert (report.models[0].retrieval is None) == (step == "embed_files")
+    assert bool(report.reference.invariants) == (step != "embed_files")
+    assert (report.models[0].retrieval_change is None) == (step in ("embed_files", "held_in_batches"))
+    assert [one.batch for one in report.reference.latency if one.scope == "model"] == (
+        [1] if step == "measure_latency" else []
+    )
+    report.save(tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["complete"] is False
+
+
+def test_gates_are_the_users(tiny_onnx: Path, tiny_dataset: Path) -> None:
+    asked = AskedGates(min_mean_cosine=1.0, min_cosine=-1)
+    report = run([tiny_onnx], tiny_onnx, tiny_dataset, limit=2, gates=asked)
+    assert report.models[0].gates.min_cosine == -1
+    assert report.models[0].gates.max_map_drop == 0.1
+
+
+@pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"clients": 0}])
+def test_options_that_cannot_be_measured(wrong: dict[str, object]) -> None:
+    with pytest.raises(PmmError, match="1 or more"):
+        Options(**wrong)

@@ -1,6 +1,7 @@
-"""`pmm bench` finds what was exported, gates it by its exit code, and keeps the figures either way."""
+"""`pmm bench` finds what was exported, gates it by its exit code, and leaves its report behind either way."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -9,13 +10,14 @@ from pathlib import Path
 import onnx
 import pytest
 
-from pmm_edge.bench import comparison, measure_latency
+from pmm_edge.bench import comparison, speed
 from pmm_edge.runs import AboutRun, new_run_folder
 
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "measure_latency", partial(measure_latency, min_runs=2, min_seconds=0))
+    for name in ("measure_latency", "measure_end_to_end"):
+        monkeypatch.setattr(speed, name, partial(getattr(speed, name), min_runs=2, min_seconds=0))
 
 
 @pytest.fixture
@@ -31,39 +33,85 @@ def run(
     return folder
 
 
-def test_without_arguments_the_newest_run_is_compared(pmm: Callable, run: Path) -> None:
-    ended = pmm("bench", "--device", "cpu")
+def test_without_arguments_the_newest_run_is_judged_and_reported(pmm: Callable, run: Path) -> None:
+    ended = pmm("bench", "--device", "cpu", "--concurrency", 2)
     assert ended.exit_code == 0, ended.stderr
     assert "model.onnx" in ended.stdout
-    assert "…" not in ended.stdout  # the tables fit a terminal of 80 columns
+    assert not re.search(r"\D…|…[^+-]", ended.stdout)  # nothing is cut; intervals have an ellipsis of their own
     assert "parity holds" in ended.stderr
     saved = json.loads((run / "bench.json").read_text())
     assert saved["passed"] is True
-    assert [latency["batch"] for latency in saved["models"][0]["latency"]] == [1, 8]
+    model = saved["models"][0]
+    assert [(one["scope"], one["batch"]) for one in model["latency"]] == [
+        ("model", 1),
+        ("model", 8),
+        ("end to end", 1),
+        ("end to end", 8),
+    ]
+    assert model["cold_start"]["first_embedding_ms"] > 0
+    assert model["compute"]["gflops"] > 0
+    assert model["stream"]["clients"] == 2
+    assert "model.onnx" in (run / "bench.md").read_text()
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    verified = pmm("verify", run / "export" / "model.onnx", "--reference", run / "best.pt", "--data", saved["data"])
+    assert verified.exit_code == 0, verified.stderr
 
 
 def test_a_model_of_a_run_is_compared_with_its_best(pmm: Callable, run: Path, tmp_path: Path) -> None:
-    ended = pmm("bench", run / "export/model.onnx", "--limit", 4, "--batch", 2, "--out", "own.json", "--json")
+    ended = pmm("bench", run / "export/model.onnx", "--limit", 4, "--parity-only", "--out", "own.json", "--json")
     assert ended.exit_code == 0, ended.stderr
     printed = json.loads(ended.stdout)
     assert printed == json.loads(Path("own.json").read_text())
     assert printed["reference"]["path"] == str(tmp_path / "runs/one/best.pt")
-    assert printed["images"] == 4
+    assert (printed["images"], printed["models"][0]["latency"]) == (4, [])
+    assert Path("own.md").is_file()
+    assert Path("own.html").is_file()
+    assert "no certificate for" in ended.stderr
+    again = pmm("bench", "--compare", "own.json", "own.json")
+    assert again.exit_code == 0, again.stderr
+    assert "no regression" in again.stderr
 
 
 def test_a_failed_gate_is_exit_code_1_and_written_down(pmm: Callable, run: Path, tiny_onnx: Path) -> None:
     model = onnx.load(tiny_onnx)
     scale = next(node for node in model.graph.node if node.op_type == "Mul").input[1]
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == scale)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 3, scale))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 255, scale))
     onnx.save(model, run / "export" / "broken.onnx")
-    ended = pmm("bench", "--batch", 1)
+    (run / "export" / "broken.onnx.certificate.json").write_text("of another day")
+    ended = pmm("bench", "--parity-only")
     assert ended.exit_code == 1
     assert "parity failed: runs/one/export/broken.onnx cosine" in ended.stderr
     assert "below the least allowed 0.9999, on " in ended.stderr
+    assert "likely cause of runs/one/export/broken.onnx: the scaling to 0..1 is missing" in ended.stderr
     saved = json.loads((run / "bench.json").read_text())
     assert saved["passed"] is False
     assert [bool(model["failures"]) for model in saved["models"]] == [True, False]
+    assert "fails" in (run / "bench.md").read_text()
+    good = shutil.copy(run / "bench.json", "before.json")
+    kept = json.loads(Path(good).read_text())
+    for entry in kept["models"]:
+        entry["failures"] = []
+    Path(good).write_text(json.dumps(kept))
+    compared = pmm("bench", "--compare", good, run / "bench.json")
+    assert compared.exit_code == 1
+    assert "worse than before" in compared.stderr
+
+
+def test_interrupted_it_leaves_what_it_has(pmm: Callable, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "held_in_batches", interrupted)
+    ended = pmm("bench", "--parity-only")
+    assert ended.exit_code == 130
+    assert "interrupted: what was measured by now is in" in ended.stderr
+    saved = json.loads((run / "bench.json").read_text())
+    assert (saved["complete"], saved["passed"]) == (False, False)
+    assert saved["models"][0]["retrieval"]["mAP"] > 0
+    assert not list((run / "export").glob("*certificate*"))
+    monkeypatch.setattr(comparison, "bench_images", interrupted)
+    assert pmm("bench", "--parity-only").exit_code == 130
 
 
 def refused(pmm: Callable, *arguments: object) -> str:
@@ -76,7 +124,8 @@ def refused(pmm: Callable, *arguments: object) -> str:
 def test_what_cannot_be_compared(pmm: Callable, run: Path, tiny_checkpoint: Path, tiny_onnx: Path) -> None:
     assert "'1;8' is no list of batch sizes" in refused(pmm, "--batch", "1;8")
     assert "does not say which data set" in refused(pmm, tiny_onnx, "--reference", tiny_checkpoint)
-    assert "none is no folder" in refused(pmm, "--data", "none")
+    assert "none does not exist" in refused(pmm, "--data", "none")
+    assert "min_cosine 2 is no cosine" in refused(pmm, "--min-cosine", 2)
     bare = onnx.load(tiny_onnx)
     del bare.metadata_props[:]
     onnx.save(bare, "bare.onnx")
@@ -86,9 +135,7 @@ def test_what_cannot_be_compared(pmm: Callable, run: Path, tiny_checkpoint: Path
     assert not (run / "bench.json").exists()
 
 
-def test_a_report_that_cannot_be_written_is_still_shown(pmm: Callable, run: Path) -> None:
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(pmm: Callable, run: Path) -> None:
     Path("file").touch()
-    ended = pmm("bench", "--limit", 2, "--batch", 1, "--out", "file/bench.json")
-    assert ended.exit_code == 2
-    assert "cannot write file/bench.json" in ended.stderr
-    assert "model.onnx" in ended.stdout
+    assert "cannot write file/bench.json" in refused(pmm, "--out", "file/bench.json")
+    assert "its name must end in .json" in refused(pmm, "--out", "bench.html")

@@ -43,6 +43,8 @@ class FakeGpu:
         """Node, operator and description."""
         self.says: str | None = None
         """An error in the log, with which whatever was asked for fails."""
+        self.clock = 0.0
+        """Milliseconds of work done: 1 a copy, 10 an image."""
         self.built: list[Any] = []
         """The configuration of each build."""
 
@@ -125,13 +127,35 @@ def cuda_runtime(gpu: FakeGpu) -> ModuleType:
         return (status("cudaFree"),)
 
     def cudaMemcpyAsync(dst, src, count, kind, stream):
-        gpu.enqueue(lambda: ctypes.memmove(dst, src, count))
+        def copy():
+            ctypes.memmove(dst, src, count)
+            gpu.clock += 1
+
+        gpu.enqueue(copy)
         return (status("cudaMemcpyAsync"),)
 
     def cudaStreamSynchronize(stream):
         while gpu.queue:
             gpu.queue.pop(0)()
         return (status("cudaStreamSynchronize"),)
+
+    def cudaEventCreate():
+        return status("cudaEventCreate"), [None]
+
+    def cudaEventDestroy(event):
+        return (status("cudaEventDestroy"),)
+
+    def cudaEventRecord(event, stream):
+        def record():
+            event[0] = gpu.clock
+
+        assert gpu.recording is None, "an event recorded in a graph can not be asked for its time"
+        gpu.enqueue(record)
+        return (status("cudaEventRecord"),)
+
+    def cudaEventElapsedTime(start, end):
+        assert not gpu.queue, "cudaErrorNotReady: the stream was not synchronized"
+        return status("cudaEventElapsedTime"), end[0] - start[0]
 
     def cudaStreamBeginCapture(stream, mode):
         gpu.recording = []
@@ -393,6 +417,7 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
             return True
 
         def _run(self, shape):
+            gpu.clock += 10 * shape[0]
             assert shape == self._shape, "the context has changed under its CUDA graph"
             session = self._engine._session
             (fed,), (given,) = session.get_inputs(), session.get_outputs()

@@ -1,5 +1,6 @@
 """The real thing: `pytest -m gpu` on a machine with a GPU, TensorRT and cuda-python."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_identical_crops_of_one_batch_give_identical_rows(engine: BuiltEngine) -
 def test_cuda_graphs_change_nothing(engine: BuiltEngine) -> None:
     with_graphs, without = (TensorRTEmbedder(engine.path, cuda_graphs=on).embed(CROPS) for on in (True, False))
     np.testing.assert_allclose(with_graphs, without, rtol=0, atol=1e-5 * without.max())
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_gpu_time_is_within_the_wall_clock(cuda_graphs: bool, engine: BuiltEngine) -> None:
+    embedder = TensorRTEmbedder(engine.path, cuda_graphs=cuda_graphs)
+    embedder.gpu_milliseconds(CROPS[:4])
+    start = time.perf_counter()
+    timed = embedder.gpu_milliseconds(CROPS[:4])
+    assert 0 < timed < 1000 * (time.perf_counter() - start)
 
 
 def test_the_engine_tells_its_types(engine: BuiltEngine) -> None:

@@ -62,6 +62,26 @@ def test_a_graph_for_each_batch_size_and_no_more(built: BuiltEngine, gpu: double
     assert gpu.calls["cudaGraphLaunch"] == 8
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_gpu_time_is_that_of_the_layers_alone(cuda_graphs: bool, built: BuiltEngine, gpu: double.FakeGpu) -> None:
+    embedder = TensorRTEmbedder(built.path, cuda_graphs=cuda_graphs)
+    images = np.zeros((9, 96, 64, 3), np.uint8)
+    assert embedder.cuda_graphs == cuda_graphs
+    for _ in range(2):  # the double counts 1 ms a copy, 10 ms an image
+        assert embedder.gpu_milliseconds(images[:3]) == 30
+        assert embedder.gpu_milliseconds(images) == 100  # 4, 4, and 1 padded to 2
+    del embedder
+    gc.collect()
+    assert gpu.calls["cudaEventDestroy"] == gpu.calls["cudaEventCreate"] == 2
+
+
+def test_timing_leaves_the_embeddings_as_they_were(built: BuiltEngine, expected: np.ndarray) -> None:
+    embedder = pmm_edge.load(built.path)
+    prepared = np.stack([np.full((96, 64, 3), crop[0, 0], np.uint8) for crop in CROPS[:3]])
+    assert embedder.gpu_milliseconds(prepared)
+    close(embedder.embed(CROPS[:3]), expected[:3])
+
+
 def test_what_is_returned_is_not_overwritten(built: BuiltEngine, expected: np.ndarray) -> None:
     embedder = pmm_edge.load(built.path)
     first = embedder.embed(CROPS[:3])
@@ -104,12 +124,17 @@ def test_memory_goes_back_with_the_embedder(built: BuiltEngine, gpu: double.Fake
         "cudaGetDeviceProperties",
         "cudaRuntimeGetVersion",
         "cudaDriverGetVersion",
+        "cudaEventCreate",
+        "cudaEventRecord",
+        "cudaEventElapsedTime",
     ],
 )
 def test_every_status_is_checked(call: str, built: BuiltEngine, gpu: double.FakeGpu) -> None:
     gpu.fails[call] = 2
     with pytest.raises(GpuError, match=r"CUDA failed while .* \(cudaErrorMemoryAllocation: .*\)\. ") as caught:
-        pmm_edge.load(built.path).embed(CROPS)
+        embedder = pmm_edge.load(built.path)
+        embedder.embed(CROPS)
+        embedder.gpu_milliseconds(np.zeros((2, 96, 64, 3), np.uint8))
     assert "\n" not in str(caught.value)
 
 

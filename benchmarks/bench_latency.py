@@ -1,0 +1,117 @@
+"""Is what `pmm bench` says of latency true, and does it say the same twice?
+
+    python benchmarks/bench_latency.py [--backbone resnet50] [--batch 1,8] [--rounds 5] [--json]
+
+Held against a direct loop over ONNX Runtime's own session, as onnxruntime_perf_test has it: the same file, the same
+input, run after run. In each round the bench measures, then the loop, then the bench again, so that drift of the
+machine hits both alike, each time with a session of its own. Exit code 1 where the medians differ from the loop's by
+more than 3 %, or one measurement of the bench from the next by more than 5 %, in the middle one of the rounds.
+
+The weights are random: latency does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnxruntime
+from inference import HEIGHT, WIDTH, random_checkpoint
+from machine import machine
+
+from pmm_edge.bench import measure_latency
+from pmm_edge.export import export_onnx
+from pmm_edge.runtime import load
+from pmm_edge.runtime.embedder import INPUT, OUTPUT
+
+MOST_FROM_LOOP, MOST_FROM_SELF = 0.03, 0.05
+RUNS, SECONDS = 50, 2.0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Median milliseconds of the rounds, and how far they are apart."""
+
+    batch: int
+    loop_ms: float
+    bench_ms: float
+    from_loop: float
+    """The middle one of the rounds' departures from the loop; below 0 where the bench is faster."""
+    from_self: float
+    """The middle one of the departures of two measurements of the bench."""
+    from_self_worst: float
+
+    @property
+    def held(self) -> bool:
+        return abs(self.from_loop) <= MOST_FROM_LOOP and self.from_self <= MOST_FROM_SELF
+
+
+def agreement(onnx: Path, crops: np.ndarray, batch: int, rounds: int) -> Agreement:
+    fed = np.resize(crops, (batch, *crops.shape[1:]))
+    first, loop, second = [], [], []
+    for _ in range(rounds):
+        first.append(bench(onnx, fed))
+        loop.append(direct_loop(onnx, fed))
+        second.append(bench(onnx, fed))
+    apart = [max(a, b) / min(a, b) - 1 for a, b in zip(first, second, strict=True)]
+    ratios = [(a + b) / 2 / direct for a, direct, b in zip(first, loop, second, strict=True)]
+    return Agreement(batch, median(loop), median(first + second), median(ratios) - 1, median(apart), max(apart))
+
+
+def bench(onnx: Path, fed: np.ndarray) -> float:
+    (found,) = measure_latency([load(onnx, "cpu")], [fed], len(fed), RUNS, SECONDS)
+    return found.median_ms
+
+
+def direct_loop(onnx: Path, fed: np.ndarray) -> float:
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    for _ in range(10):
+        session.run([OUTPUT], {INPUT: fed})
+    taken: list[float] = []
+    while len(taken) < RUNS or sum(taken) < SECONDS:
+        start = time.perf_counter()
+        session.run([OUTPUT], {INPUT: fed})
+        taken.append(time.perf_counter() - start)
+    return 1000 * median(taken)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--batch", default="1,8", help="batch sizes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+
+    where = machine("onnxruntime-gpu", "onnxruntime", "numpy")  # before the load is this script's own
+    crops = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    with TemporaryDirectory() as folder:
+        checkpoint = random_checkpoint(Path(folder) / "random.pt", arguments.backbone)
+        onnx = export_onnx(checkpoint, Path(folder) / "model.onnx").path
+        found = [agreement(onnx, crops, int(batch), arguments.rounds) for batch in arguments.batch.split(",")]
+
+    if arguments.json:
+        print(json.dumps({"machine": where, **vars(arguments), "results": [asdict(one) for one in found]}, indent=2))
+    else:
+        print(where)
+        print(f"PMM {arguments.backbone} {HEIGHT}×{WIDTH}, FP32, CPU, medians of {arguments.rounds} rounds")
+        print("batch   direct loop ms   pmm bench ms   departure   of two benches (worst)")
+        for one in found:
+            print(
+                f"{one.batch:5d}   {one.loop_ms:14.2f}   {one.bench_ms:12.2f}   {one.from_loop:+9.1%}"
+                f"   {one.from_self:14.1%} ({one.from_self_worst:.1%})"
+            )
+        print(f"allowed {' ' * 33} ±{MOST_FROM_LOOP:.1%}   {MOST_FROM_SELF:14.1%}")
+    if not all(one.held for one in found):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

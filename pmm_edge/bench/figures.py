@@ -1,0 +1,281 @@
+"""Everything that a bench measures, as plain data: this file is the schema of `bench.json`.
+
+Shares (Rank-1, mAP, mINP, cosine) are in 0..1, times and sizes carry their unit in the name. A figure that was not
+measured is None, in JSON null, and so is one that is not finite. New entries may be added; one that changes its meaning
+or goes raises `SCHEMA`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pmm_edge.files import written_whole
+from pmm_edge.spec import RetrievalFigures
+
+SCHEMA = 1
+
+InvariantName = Literal["finite", "distinct", "repeatable", "equal rows", "batch size", "neighbours"]
+Scope = Literal["model", "end to end"]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a model must hold to pass."""
+
+    min_cosine: float = 0.9999
+    """Least cosine similarity of any image's embedding to the reference's."""
+    max_map_drop: float = 0.1
+    """Largest loss of mAP, in points of 100."""
+    min_mean_cosine: float = 0.0
+    """Least mean of the cosines."""
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How near a slice of a model's embeddings is to the same slice of its reference's, over all images."""
+
+    cosine_min: float
+    cosine_p1: float
+    """The 1st percentile."""
+    cosine_mean: float
+    largest_difference: float
+    """Of any value; infinite where one is not finite."""
+    largest_relative: float
+    """Of any value, as a share of the largest of its reference embedding."""
+    worst_image: str
+    """The one with the least cosine."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A model's embeddings beside its reference's."""
+
+    images: int
+    whole: Closeness
+    stages: dict[str, Closeness]
+    """By the stage's name in the spec; its slice of the embedding alone."""
+    cosine_quantiles: list[float]
+    """101 of the whole embedding's cosines: the least, the 1st to the 99th percentile, the largest."""
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """A property that every network has, whatever its weights; an engine that lacks it is broken."""
+
+    name: InvariantName
+    held: bool
+    detail: str
+    """What was compared and the largest difference found, or on which image it broke."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of the model less that of its reference, with the 95 % interval of a paired bootstrap over queries."""
+
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FirstHit:
+    """A query that another image comes first for than with the reference."""
+
+    query: str
+    reference: str
+    reference_right: bool
+    model: str
+    model_right: bool
+
+
+@dataclass(frozen=True)
+class RetrievalChange:
+    """What the model's departures do to retrieval."""
+
+    rank1: Change
+    mAP: Change  # noqa: N815  the field's own spelling
+    mINP: Change  # noqa: N815
+    queries: int
+    """That have a match in the gallery."""
+    first_hits: list[FirstHit]
+    """All queries whose first hit changed; those that became wrong first."""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where a model first departs from its reference inside the graph."""
+
+    node: str
+    operator: str
+    output: str
+    cosine: float
+    """Of the node's output to the reference's, on the image that departs most."""
+    before: float
+    """The least cosine of the node's inputs: what it was given was right."""
+    words: str
+    """One sentence for people."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall-clock time of one batch."""
+
+    batch: int
+    scope: Scope
+    """`model`: from uint8 crops of network size to embeddings in host memory; `end to end`: from image files."""
+    cuda_graph: bool
+    runs: int
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    variation: float
+    """Coefficient of variation: standard deviation over mean."""
+    images_per_second: float
+    """At the median."""
+    ratio: float
+    """Of the medians, to the reference's in the same turns."""
+    ratio_low: float
+    """95 % interval of the ratio, by bootstrap over turns."""
+    ratio_high: float
+    gpu_ms: float | None = None
+    """Median time between CUDA events around the engine; None where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Single crops from several clients at once, gathered into batches as they come."""
+
+    clients: int
+    largest_batch: int
+    """Of the crops that were gathered; the cap on a batch is the same for all models."""
+    crops: int
+    crops_per_second: float
+    median_ms: float
+    """From a client's call to its embedding."""
+    p90_ms: float
+    p99_ms: float
+    mean_batch: float
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """A process of its own that loads the model and embeds one crop."""
+
+    first_embedding_ms: float
+    """From the start of loading, Python's own start and the imports of the engine included."""
+    peak_memory_mib: float
+    """Largest resident set of that process, after a batch of `batch`."""
+    batch: int
+    peak_gpu_memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What the network must compute, and how near the engine comes to what the machine can."""
+
+    gflops: float
+    """Floating-point operations of one image, a multiplication and an addition counted as two."""
+    parameters: int
+    peak_gflops_per_second: float | None
+    """Of a large matrix product in FP32, measured on this device in the same run."""
+    share_of_peak: float | None
+    """Largest over the batch sizes; above 1 where the engine computes in fewer bits than FP32."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Energy of the device while the model runs, idle power not subtracted."""
+
+    joules_per_embedding: float
+    watts: float
+    source: Literal["NVML", "INA3221", "RAPL"]
+    batch: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One model's figures."""
+
+    path: str
+    sha256: str
+    file_bytes: int
+    precision: str
+    embedding_size: int
+    backend: str
+    device: str
+    gates: Gates
+    invariants: list[Invariant]
+    parity: Parity | None
+    """None for the reference itself, and where the embeddings cannot be compared."""
+    retrieval: RetrievalFigures | None
+    """None where not all images were embedded, not to finite numbers, or the images have no identities."""
+    cmc: list[float]
+    """Share of queries with a match among the first 1, 2, … 50; empty where `retrieval` is None."""
+    retrieval_change: RetrievalChange | None
+    latency: list[Latency]
+    failures: list[str]
+    """A sentence for each gate that the model fails, to be read after its name."""
+    likely_cause: str | None = None
+    """Where a known mistake explains the failures: which."""
+    departure: Departure | None = None
+    """With `--explain`."""
+    stream: Stream | None = None
+    cold_start: ColdStart | None = None
+    compute: Compute | None = None
+    energy: Energy | None = None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """A reference, and the models that were compared with it."""
+
+    reference: ModelReport
+    models: list[ModelReport]
+    data: str
+    data_sha256: str
+    """Over the names and contents of all images, in their order."""
+    images: int
+    environment: dict[str, str]
+    created: str
+    """UTC, ISO 8601."""
+    complete: bool = True
+    """False where it was interrupted: what had been measured by then."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes the figures less worth: a busy machine, few queries."""
+    schema: int = SCHEMA
+
+    @property
+    def failures(self) -> list[str]:
+        """A sentence for each gate that failed, with the model's path in front."""
+        return [f"{model.path} {failure}" for model in (self.reference, *self.models) for failure in model.failures]
+
+    @property
+    def passed(self) -> bool:
+        return self.complete and not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; null where a figure is not finite, which JSON cannot say."""
+        content: dict[str, Any] = _finite({"passed": self.passed, **asdict(self)})
+        return content
+
+    def save(self, path: Path) -> None:
+        """Write `bench.json`, whole.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

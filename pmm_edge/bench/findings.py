@@ -1,0 +1,129 @@
+"""The figures of one model in two reports, each with how much it may differ by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pmm_edge.bench import noise
+from pmm_edge.bench.figures import Latency, ModelReport
+from pmm_edge.bench.tables import milliseconds
+
+Way = Literal["worse", "better", "same", "unknown"]
+Pair = tuple[ModelReport, ModelReport]
+"""The old one and the new one."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure of one model in both reports."""
+
+    model: str
+    figure: str
+    old: str
+    new: str
+    change: str
+    """With its unit: `-0.31 points`, `x1.20`."""
+    noise: str
+    """The change that may be none: `± 0.25 points`."""
+    way: Way
+
+    @property
+    def sentence(self) -> str:
+        words = {"worse": "became worse", "better": "became better", "same": "is as it was"}
+        became = words.get(self.way, "cannot be compared")
+        return f"{self.model}: {self.figure} {became}: {self.old} -> {self.new} ({self.change}, noise {self.noise})"
+
+
+def accuracy(name: str, pair: Pair) -> Iterator[Finding]:
+    """Retrieval and cosine; both reports must be of the same images."""
+    old, new = pair
+    if old.retrieval and new.retrieval:
+        for word, entry in (("mAP", "mAP"), ("Rank-1", "rank1"), ("mINP", "mINP")):
+            values = [100 * float(getattr(model.retrieval, entry)) for model in pair]
+            # None for a reference, which has no change: getattr gives the default of an entry that None lacks.
+            changes = [getattr(model.retrieval_change, entry, None) for model in pair]
+            yield _points(name, word, values[0], values[1], noise.points_noise(changes[0], changes[1]))
+    if old.parity and new.parity and old.parity.images == new.parity.images:
+        before, now, gates = old.parity.whole, new.parity.whole, new.gates
+        yield _cosine(name, "least cosine", before.cosine_min, now.cosine_min, gates.min_cosine)
+        mean_gate = max(gates.min_mean_cosine, gates.min_cosine)
+        yield _cosine(name, "mean cosine", before.cosine_mean, now.cosine_mean, mean_gate)
+
+
+def _points(name: str, figure: str, old: float, new: float, allowed: float) -> Finding:
+    """A share in points of 100: more is better."""
+    moved = new - old
+    way: Way = "same" if abs(moved) <= allowed else "better" if moved > 0 else "worse"
+    return Finding(name, figure, f"{old:.2f}", f"{new:.2f}", f"{moved:+.2f} points", f"± {allowed:.2f} points", way)
+
+
+def _cosine(name: str, figure: str, old: float, new: float, gate: float) -> Finding:
+    way: Way = "same"
+    if noise.cosine_is_worse(old, new, gate):
+        way = "worse"
+    elif noise.cosine_is_worse(new, old, gate):
+        way = "better"
+    change = f"1-c {1 - old:.0e} -> {1 - new:.0e}"
+    return Finding(name, figure, f"{old:.6f}", f"{new:.6f}", change, f"x2, to {(1 - gate) / 10:.0e}", way)
+
+
+def times(name: str, pair: Pair) -> Iterator[Finding]:
+    """Medians as they are: the machine is the same."""
+    for what, first, second in _latencies(pair):
+        allowed = noise.latency_noise(first, second)
+        yield _share(name, f"{what}, ms", first.median_ms, second.median_ms, allowed)
+    old, new = pair
+    if old.cold_start and new.cold_start:
+        starts = old.cold_start.first_embedding_ms, new.cold_start.first_embedding_ms
+        yield _share(name, "first embedding, ms", *starts, noise.COLD_START)
+    if old.stream and new.stream and old.stream.clients == new.stream.clients:
+        rates = old.stream.crops_per_second, new.stream.crops_per_second
+        yield _share(name, f"{new.stream.clients} clients, crops a second", *rates, noise.STREAM, more_is_better=True)
+    if old.energy and new.energy and (old.energy.source, old.energy.batch) == (new.energy.source, new.energy.batch):
+        joules = old.energy.joules_per_embedding, new.energy.joules_per_embedding
+        yield _share(name, "J an embedding", *joules, noise.ENERGY)
+
+
+def ratios(name: str, pair: Pair) -> Iterator[Finding]:
+    """On another machine only what the reference took there can be compared with."""
+    for what, first, second in _latencies(pair):
+        if (first.ratio, second.ratio) != (1, 1):  # the reference's own
+            allowed = noise.ratio_noise(first, second)
+            yield _share(name, f"{what}, ratio to the reference", first.ratio, second.ratio, allowed)
+
+
+def sizes(name: str, pair: Pair, same_machine: bool) -> Iterator[Finding]:
+    """The file's size; on the same machine the memory as well."""
+    old, new = pair
+    yield _share(name, "file, MiB", old.file_bytes / 2**20, new.file_bytes / 2**20, noise.FILE_SIZE)
+    starts = old.cold_start, new.cold_start
+    if same_machine and starts[0] and starts[1] and starts[0].batch == starts[1].batch:
+        memory = starts[0].peak_memory_mib, starts[1].peak_memory_mib
+        yield _share(name, "peak memory, MiB", *memory, noise.MEMORY)
+        gpu = starts[0].peak_gpu_memory_mib, starts[1].peak_gpu_memory_mib
+        if gpu[0] is not None and gpu[1] is not None:
+            yield _share(name, "peak GPU memory, MiB", gpu[0], gpu[1], noise.MEMORY)
+
+
+def _share(name: str, figure: str, old: float, new: float, allowed: float, more_is_better: bool = False) -> Finding:
+    """A figure whose noise is a share of it. The bounds are x(1 + share) and its inverse: neither way is easier."""
+    if not (old > 0 and new > 0):
+        return Finding(name, figure, _short(old), _short(new), "not finite or none", "–", "unknown")
+    factor = new / old
+    up = factor > 1 + allowed
+    way: Way = "same" if 1 / (1 + allowed) <= factor <= 1 + allowed else "better" if up == more_is_better else "worse"
+    return Finding(name, figure, _short(old), _short(new), f"x{factor:.2f}", f"± {100 * allowed:.0f} %", way)
+
+
+def _latencies(pair: Pair) -> Iterator[tuple[str, Latency, Latency]]:
+    old = {(own.scope, own.batch, own.cuda_graph): own for own in pair[0].latency}
+    for own in pair[1].latency:
+        if found := old.get((own.scope, own.batch, own.cuda_graph)):
+            scope = "" if own.scope == "model" else ", end to end"
+            yield f"batch {own.batch}{scope}{', CUDA graph' if own.cuda_graph else ''}", found, own
+
+
+def _short(value: float) -> str:
+    return milliseconds(value)

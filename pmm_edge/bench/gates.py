@@ -1,0 +1,98 @@
+"""The gates that decide whether a model ships: what each precision must hold, and the sentence where it does not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pmm_edge.bench.figures import Closeness, Gates, RetrievalChange
+from pmm_edge.bench.parity import finite_rows
+from pmm_edge.errors import PmmError
+from pmm_edge.runtime.embedder import Embeddings
+
+LOWER_PRECISION = {
+    "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999),
+    "int8": Gates(min_cosine=0.95, max_map_drop=0.5, min_mean_cosine=0.99),
+}
+"""What is asked of a model in a lower precision where nothing else is: rounding to 8 bits moves single embeddings."""
+
+LARGEST_STRETCH = 1.25
+"""How many times longer or shorter embeddings may be: rounding moves lengths by a few per cent."""
+
+
+@dataclass(frozen=True)
+class AskedGates:
+    """What a user asks of all models; None leaves it to the model's precision.
+
+    Raises:
+        PmmError: a gate that is no number that could be held.
+    """
+
+    min_cosine: float | None = None
+    min_mean_cosine: float | None = None
+    max_map_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_cosine", "min_mean_cosine"):
+            value = getattr(self, name)
+            if value is not None and not -1 <= value <= 1:
+                raise PmmError(f"{name} {value:g} is no cosine", "Choose -1 to 1, such as 0.999")
+        if self.max_map_drop is not None and not 0 <= self.max_map_drop < math.inf:
+            raise PmmError(f"max_map_drop {self.max_map_drop:g} is no loss", "Choose points of mAP, such as 0.5")
+
+    def of(self, precision: str) -> Gates:
+        """The gates of a model of this precision."""
+        usual = LOWER_PRECISION.get(precision, Gates())
+        return Gates(
+            min_cosine=usual.min_cosine if self.min_cosine is None else self.min_cosine,
+            max_map_drop=usual.max_map_drop if self.max_map_drop is None else self.max_map_drop,
+            min_mean_cosine=usual.min_mean_cosine if self.min_mean_cosine is None else self.min_mean_cosine,
+        )
+
+
+def cosine_failures(whole: Closeness, gates: Gates) -> list[str]:
+    """A sentence for each gate on cosine that a model fails."""
+    failures = []
+    if not whole.cosine_min >= gates.min_cosine:
+        failures.append(
+            f"cosine {whole.cosine_min:.6f} is {gates.min_cosine - whole.cosine_min:.2g} below the least allowed"
+            f" {gates.min_cosine:g}, on {whole.worst_image} (mean {whole.cosine_mean:.6f})"
+        )
+    if not whole.cosine_mean >= gates.min_mean_cosine:
+        failures.append(
+            f"mean cosine {whole.cosine_mean:.6f} is {gates.min_mean_cosine - whole.cosine_mean:.2g} below the least"
+            f" allowed {gates.min_mean_cosine:g}"
+        )
+    return failures
+
+
+def length_failure(reference: Embeddings, candidate: Embeddings) -> str | None:
+    """The sentence where embeddings point the right way but are all longer or shorter, (N, D), (N, D).
+
+    Cosine does not see it; Euclidean distances, and every threshold on them, do.
+    """
+    rows = finite_rows(candidate)
+    lengths = [np.linalg.norm(embeddings[rows].astype(np.float64), axis=1) for embeddings in (reference, candidate)]
+    there = (lengths[0] > 0) & (lengths[1] > 0)
+    if not there.any():
+        return None
+    ratio = float(np.median(lengths[1][there] / lengths[0][there]))
+    if 1 / LARGEST_STRETCH <= ratio <= LARGEST_STRETCH:
+        return None
+    return (
+        f"embeddings are {ratio:.3g} times as long as the reference's (median): distances and every threshold on them"
+        " change"
+    )
+
+
+def map_failure(reference: float, candidate: float, change: RetrievalChange, gates: Gates) -> str | None:
+    """The sentence of the mAP gate, from mAP in 0..1; None where the model passes."""
+    drop = 100 * (reference - candidate)
+    if drop <= gates.max_map_drop:
+        return None
+    return (
+        f"mAP {100 * candidate:.2f} is {drop:.2f} points (95 % interval {-100 * change.mAP.high:.2f} to"
+        f" {-100 * change.mAP.low:.2f}) below the reference's {100 * reference:.2f}, {gates.max_map_drop:g} are allowed"
+    )

@@ -1,0 +1,192 @@
+"""What every network holds, whatever its weights: an engine that does not is broken.
+
+TensorRT 11 has shipped engines that gave different rows for identical rows of one batch (NVIDIA/TensorRT issue 4813);
+a graph with a quantisation range taken from its own input, or a fixed batch baked into a reshape, gives an image
+another embedding in other company. Cosine to a reference on whole batches does not find them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pmm_edge.bench.figures import Invariant, InvariantName
+from pmm_edge.bench.parity import finite_rows, relative_differences
+from pmm_edge.progress import Report, silent
+from pmm_edge.runtime import Embedder
+from pmm_edge.runtime.crops import Pixels
+from pmm_edge.runtime.embedder import Embeddings
+
+PROBES = 8
+"""Images that the invariants are held on."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
+"""The largest difference of a value, as a share of the embedding's largest, that is no breach. Engines choose other
+kernels for other batch sizes, which add in another order: docs/parity.md has what was measured."""
+_ODD_SIZES = (2, 3, 7)
+
+
+def fault_of(embeddings: Embeddings, paths: Sequence[Path]) -> list[Invariant]:
+    """`finite` and `distinct`, from embeddings of all images, (N, D)."""
+    return [_finite(embeddings, paths), _distinct(embeddings, paths)]
+
+
+def held_in_batches(
+    embedder: Embedder, probes: Pixels, paths: Sequence[Path], batches: Sequence[int] = (), report: Report = silent
+) -> list[Invariant]:
+    """`repeatable`, `equal rows`, `batch size` and `neighbours`, from runs of their own.
+
+    Args:
+        embedder: the model.
+        probes: (N, height, width, 3) uint8, N >= 1; a few images that differ.
+        paths: of the N images.
+        batches: sizes to hold against a batch of one, beside those of the engine's profile and a few odd ones.
+        report: told how many of the runs are done.
+    """
+    sizes = batch_sizes(embedder, batches)
+    what, total = f"invariants of {embedder.path.name}", 4 + len(sizes)
+    done = iter(range(total + 1))
+
+    def told(detail: str) -> None:
+        report(what, next(done), total, detail)
+
+    told("batch of 1")
+    alone = np.concatenate([embedder.embed_prepared(probes[row : row + 1]) for row in range(len(probes))])
+    tolerance = TOLERANCE.get(embedder.spec.precision, TOLERANCE["fp32"])
+    judge = _Judge(alone, [path.name for path in paths], tolerance)
+    told("repeatable")
+    first, second = embedder.embed_prepared(probes), embedder.embed_prepared(probes)
+    found = [_invariant("repeatable", [judge.beside("the same batch again", second, first)])]
+    told("equal rows")
+    found.append(_invariant("equal rows", _equal_rows(embedder, probes, max(sizes), judge)))
+    told("neighbours")
+    found.append(_invariant("neighbours", list(_among_neighbours(embedder, probes, judge))))
+    beside = []
+    for size in sizes:
+        told(f"batch of {size}")
+        rows = np.resize(np.arange(len(probes)), size)
+        # Cold and warm may be two code paths (a captured graph): the second run of a size is the one that counts on.
+        beside.append(judge.alone(f"batch {size}", embedder.embed_prepared(probes[rows]), rows))
+    told("")
+    return [*found, _invariant("batch size", beside)]
+
+
+def breaches(invariants: Sequence[Invariant]) -> list[str]:
+    """A sentence for each that is broken, to be read after the model's name."""
+    return [f"breaks the invariant '{one.name}': {one.detail}" for one in invariants if not one.held]
+
+
+def batch_sizes(embedder: Embedder, batches: Sequence[int]) -> list[int]:
+    """The sizes that are held against a batch of one: the profile's ends and middle, those timed, a few odd ones."""
+    profile = embedder.profile
+    sizes = {*batches, *_ODD_SIZES, PROBES}
+    if profile:
+        own = {profile.minimum, profile.optimal, profile.maximum}
+        sizes = {size for size in sizes if profile.minimum <= size <= profile.maximum} | own
+    return sorted(sizes)
+
+
+def spread_probes(paths: Sequence[Path], count: int = PROBES) -> list[int]:
+    """Which images to hold the invariants on: evenly over all, so that they show different people."""
+    return sorted({number * len(paths) // count for number in range(count)})
+
+
+class _Judge:
+    """Holds embeddings against those of the same images on their own."""
+
+    def __init__(self, own: Embeddings, names: Sequence[str], tolerance: float) -> None:
+        self._own, self._names, self.tolerance = own, names, tolerance
+
+    def alone(self, what: str, rows: Embeddings, which: NDArray[np.int64]) -> _Found:
+        return self.beside(what, rows, self._own[which], which)
+
+    def beside(
+        self, what: str, rows: Embeddings, expected: Embeddings, which: NDArray[np.int64] | None = None
+    ) -> _Found:
+        relative = relative_differences(expected, rows)
+        both_broken = ~finite_rows(expected) & ~finite_rows(rows)
+        relative = np.where(both_broken, 0.0, relative)  # that is another invariant's
+        worst = int(relative.argmax())
+        number = worst if which is None else int(which[worst])
+        return _Found(what, float(relative[worst]), self._names[number], worst, self.tolerance)
+
+
+class _Found:
+    """The largest difference of one run."""
+
+    def __init__(self, what: str, relative: float, image: str, row: int, tolerance: float) -> None:
+        self.what, self.relative, self.image, self.row, self.tolerance = what, relative, image, row, tolerance
+
+    @property
+    def held(self) -> bool:
+        return self.relative <= self.tolerance
+
+
+def _invariant(name: InvariantName, found: Sequence[_Found]) -> Invariant:
+    """One line of the worst of all runs; the broken ones are counted."""
+    worst = max(found, key=lambda one: one.relative)
+    broken = [one for one in found if not one.held]
+    if not broken:
+        runs = ", ".join(one.what for one in found)
+        return Invariant(name, True, f"{runs}: largest difference {worst.relative:.1e}, {worst.tolerance:g} allowed")
+    runs = ", ".join(one.what for one in broken)
+    size = "NaN or infinity" if np.isinf(worst.relative) else f"{worst.relative:.2g} of the largest value"
+    return Invariant(
+        name,
+        False,
+        f"{runs}: differs by {size} in row {worst.row} ({worst.image}), {worst.tolerance:g} is allowed",
+    )
+
+
+def _equal_rows(embedder: Embedder, probes: Pixels, size: int, judge: _Judge) -> list[_Found]:
+    """Batches of one image over and over."""
+    found = []
+    for image in (0, len(probes) - 1):
+        rows = embedder.embed_prepared(np.repeat(probes[image : image + 1], size, axis=0))
+        which = np.full(size, image)
+        found.append(judge.beside(f"batch of {size} times one image", rows, np.repeat(rows[:1], size, axis=0), which))
+    return [max(found, key=lambda one: one.relative)]
+
+
+def _among_neighbours(embedder: Embedder, probes: Pixels, judge: _Judge) -> Iterator[_Found]:
+    """The same image, first and last in a batch, beside neighbours of all kinds, the extreme ones with them."""
+    shape = probes[0].shape
+    noise = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
+    fillers = {
+        "black neighbours": np.zeros((2, *shape), np.uint8),
+        "white neighbours": np.full((2, *shape), 255, np.uint8),
+        "noise as neighbours": noise,
+    }
+    if len(probes) > 1:
+        fillers["other images as neighbours"] = np.resize(probes[1:], (2, *shape))
+    for what, others in fillers.items():
+        rows = embedder.embed_prepared(np.concatenate([probes[:1], others, probes[:1]]))
+        yield judge.alone(what, rows[[0, 3]], np.zeros(2, np.int64))
+
+
+def _finite(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:
+    finite = finite_rows(embeddings)
+    if finite.all():
+        return Invariant("finite", True, f"no NaN and no infinity on {len(paths):,} images")
+    first = paths[int(finite.argmin())]
+    return Invariant(
+        "finite", False, f"NaN or infinity for {(~finite).sum():,} of {len(paths):,} images, first for {first}"
+    )
+
+
+def _distinct(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:
+    """Different images give different embeddings: held on the probes, and against all zeros on all images."""
+    zero = ~embeddings.any(axis=1)
+    if zero.any():
+        first = paths[int(zero.argmax())]
+        return Invariant("distinct", False, f"all zeros for {zero.sum():,} of {len(paths):,} images, first for {first}")
+    if len(paths) > 1 and (embeddings == embeddings[0]).all():
+        return Invariant("distinct", False, f"one and the same embedding for all {len(paths):,} images")
+    probes = spread_probes(paths)
+    for one, other in combinations(probes, 2):
+        if (embeddings[one] == embeddings[other]).all() and paths[one].read_bytes() != paths[other].read_bytes():
+            return Invariant("distinct", False, f"one and the same embedding for {paths[one]} and {paths[other]}")
+    return Invariant("distinct", True, f"{len(probes)} images spread over all give different embeddings")

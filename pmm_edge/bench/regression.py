@@ -1,0 +1,167 @@
+"""`pmm bench --compare`: what became better or worse between two reports, beyond noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmm_edge.bench.figures import BenchReport, ModelReport
+from pmm_edge.bench.findings import Finding, Pair, accuracy, ratios, sizes, times
+from pmm_edge.bench.read import read_report
+from pmm_edge.bench.tables import Table
+
+_MACHINE = ("processor", "board", "cores", "threads", "gpu", "power mode")
+"""Entries of the environment that make times comparable; versions are what a comparison is about."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two reports side by side."""
+
+    old: str
+    new: str
+    findings: list[Finding]
+    broken: list[str]
+    """What is worse and no figure: a model that is gone, a gate that fails now."""
+    notes: list[str]
+    """What could not be compared and why, and what is new."""
+
+    @property
+    def regressions(self) -> list[str]:
+        """A sentence for everything that became worse; none where the comparison passes."""
+        return self.broken + [finding.sentence for finding in self.findings if finding.way == "worse"]
+
+    @property
+    def improvements(self) -> list[str]:
+        return [finding.sentence for finding in self.findings if finding.way == "better"]
+
+
+def compare_reports(old: Path, new: Path) -> Comparison:
+    """Compare two `bench.json`, models matched by file name and precision.
+
+    Accuracy is compared on the same images only. Times are compared as they are on the same machine, on another
+    one through the ratio to the reference. `pmm_edge.bench.noise` says what counts as noise.
+
+    Raises:
+        DataError: a report cannot be read.
+    """
+    before, now = read_report(old), read_report(new)
+    same_data = before.data_sha256 == now.data_sha256
+    same_machine = _machine(before) == _machine(now)
+    broken, notes = _unmatched(before, now)
+    if not now.complete:
+        broken.append(f"{new} is of a bench that was interrupted: what it lacks is not known to be well")
+    if not same_data:
+        notes.append(f"accuracy is not compared: the images differ ({before.data} and {now.data})")
+    if not same_machine:
+        notes.append(
+            f"times are compared through the ratio to the reference, memory and energy not at all: the machines differ"
+            f" ({_words(before)}; {_words(now)})"
+        )
+    findings: list[Finding] = []
+    for pair in _matched(before, now):
+        name = _name(pair[1])
+        if pair[1].failures and not pair[0].failures:
+            broken += [f"{name} passed and fails now: {failure}" for failure in pair[1].failures]
+        if pair[0].failures and not pair[1].failures:
+            notes.append(f"{name} failed and passes now")
+        if (where := [f"{model.backend} on {model.device}" for model in pair]) and where[0] != where[1]:
+            notes.append(f"{name} ran with {where[0]}, now with {where[1]}")
+        findings += accuracy(name, pair) if same_data else []
+        findings += times(name, pair) if same_machine else ratios(name, pair)
+        findings += sizes(name, pair, same_machine)
+        notes += _not_measured(name, pair)
+    return Comparison(str(old), str(new), findings, broken, notes + _drift(before, now, same_machine))
+
+
+def comparison_table(comparison: Comparison, everything: bool = False) -> Table:
+    """What changed beyond noise, or with `everything` all that was compared; worse first."""
+    order = {"worse": 0, "better": 1, "same": 2, "unknown": 3}
+    shown = [finding for finding in comparison.findings if everything or finding.way in ("worse", "better")]
+    rows: list[tuple[str, ...]] = [
+        (f"{found.model}: {found.figure}", found.old, found.new, f"{found.change}\n{found.noise}", found.way)
+        for found in sorted(shown, key=lambda found: order[found.way])
+    ]
+    counts = len(comparison.findings), len(shown)
+    title = f"{counts[0]} figures compared, {counts[1]} changed beyond noise" if not everything else "all figures"
+    return Table(title, ("model and figure", "old", "new", "change\nnoise", "became"), rows)
+
+
+def _matched(before: BenchReport, now: BenchReport) -> Iterator[Pair]:
+    yield before.reference, now.reference
+    old = _by_key(before)
+    for key, model in _by_key(now).items():
+        if key in old:
+            yield old[key], model
+
+
+def _by_key(report: BenchReport) -> dict[tuple[str, str, int], ModelReport]:
+    """By file name and precision, numbered where several share both."""
+    found: dict[tuple[str, str, int], ModelReport] = {}
+    for model in report.models:
+        number = 0
+        while (key := (Path(model.path).name, model.precision, number)) in found:
+            number += 1
+        found[key] = model
+    return found
+
+
+def _unmatched(before: BenchReport, now: BenchReport) -> tuple[list[str], list[str]]:
+    """Sentences for models that are gone, and for those that are new."""
+    old, new = _by_key(before), _by_key(now)
+    gone = [f"{_name(old[key])} ({key[1]}) is not in the new report" for key in old if key not in new]
+    added = [f"{_name(new[key])} ({key[1]}) is new" for key in new if key not in old]
+    added += [
+        f"{_name(model)} is new and fails: {failure}"
+        for key, model in new.items()
+        if key not in old
+        for failure in model.failures
+    ]
+    if Path(before.reference.path).name != Path(now.reference.path).name:
+        added.append(f"the references differ: {_name(before.reference)} and {_name(now.reference)}")
+    elif before.reference.sha256 != now.reference.sha256:
+        added.append(f"the reference {_name(now.reference)} is another file than before")
+    return gone, added
+
+
+def _not_measured(name: str, pair: Pair) -> list[str]:
+    """What the old report has and the new one lacks: no regression, but not to be overlooked."""
+    old, new = pair
+    entries = {
+        "parity": "parity",
+        "retrieval": "retrieval",
+        "cold_start": "the first embedding",
+        "stream": "a stream",
+        "energy": "energy",
+    }
+    lost = [words for entry, words in entries.items() if getattr(old, entry) and not getattr(new, entry)]
+    timed = [{(own.scope, own.batch) for own in model.latency} for model in pair]
+    lost += [f"batch {batch} ({scope})" for scope, batch in sorted(timed[0] - timed[1])]
+    return [f"{name}: measured before and not now: {', '.join(lost)}"] if lost else []
+
+
+def _drift(before: BenchReport, now: BenchReport, same_machine: bool) -> list[str]:
+    """Where the reference itself became slower or faster, the machine may have: that is said beside the times."""
+    if not same_machine or before.reference.sha256 != now.reference.sha256:
+        return []
+    moved = [found for found in times("", (before.reference, now.reference)) if found.figure.startswith("batch")]
+    return [
+        f"the unchanged reference takes {found.change} at {found.figure.removesuffix(', ms')}: its engine or the"
+        " machine changed, not the models alone"
+        for found in moved
+        if found.way in ("worse", "better")
+    ]
+
+
+def _machine(report: BenchReport) -> dict[str, str]:
+    # A new driver is no other machine, but what a comparison may be about.
+    return {key: report.environment[key].partition(", driver")[0] for key in _MACHINE if key in report.environment}
+
+
+def _words(report: BenchReport) -> str:
+    return ", ".join(f"{key} {value}" for key, value in _machine(report).items()) or "unknown"
+
+
+def _name(model: ModelReport) -> str:
+    return Path(model.path).name

@@ -1,0 +1,74 @@
+"""All that a bench times: latency in turns, start, operations, energy, a stream."""
+
+from __future__ import annotations
+
+from pmm_edge.bench.cold_start import measure_cold_start
+from pmm_edge.bench.compute import compute_of
+from pmm_edge.bench.energy import measure_energy
+from pmm_edge.bench.latency import measure_end_to_end, measure_latency, without_cuda_graphs
+from pmm_edge.bench.quiet import machine_state, machine_warnings
+from pmm_edge.bench.stream import measure_stream
+from pmm_edge.bench.subjects import Run, Subject
+from pmm_edge.errors import PmmError
+from pmm_edge.progress import Report
+
+
+def measure_speed(run: Run, report: Report) -> None:
+    """Measure what is worth most first, for an interrupt keeps what there is.
+
+    What one model cannot be measured on is a warning, and nothing that ends the bench.
+    """
+    before = machine_state()
+    try:
+        _latencies(run, report)
+    finally:
+        timed = [latency for subject in run.all for latency in subject.latency]
+        run.warnings += machine_warnings(timed, before, run.base.embedder.device)
+    batch = max(run.options.batches)
+    for number, subject in enumerate(run.all):
+        report("start, memory, energy", number, len(run.all), subject.name)
+        try:
+            subject.compute = compute_of(subject.embedder.spec, subject.latency, subject.embedder.device)
+            subject.cold_start = measure_cold_start(subject.embedder.path, subject.embedder.device, batch)
+            subject.energy = measure_energy(subject.embedder, run.crops(subject, run.first_rows(batch)))
+        except PmmError as error:
+            run.warnings.append(str(error))
+    report("start, memory, energy", len(run.all), len(run.all))
+    if run.options.clients:
+        for subject in run.all:
+            _stream(run, subject, run.options.clients, report)
+
+
+def _latencies(run: Run, report: Report) -> None:
+    """Each batch size, all models in turns; of engines with CUDA graphs, those without as well."""
+    embedders = [(subject, subject.embedder) for subject in run.all]
+    for subject in run.all:
+        plain = without_cuda_graphs(subject.embedder)
+        if plain:
+            embedders.append((subject, plain))
+    crops = [run.crops(subject, run.first_rows(max(run.options.batches))) for subject, _ in embedders]
+    engines = [embedder for _, embedder in embedders]
+    for batch in run.options.batches:
+        found = measure_latency(engines, crops, batch, report=report)
+        for (subject, _), latency in zip(embedders, found, strict=True):
+            subject.latency.append(latency)
+    own = [subject.embedder for subject in run.all]
+    for batch in run.options.batches:
+        found = measure_end_to_end(own, run.images.paths, batch, report=report)
+        for subject, latency in zip(run.all, found, strict=True):
+            subject.latency.append(latency)
+
+
+def _stream(run: Run, subject: Subject, clients: int, report: Report) -> None:
+    crops = run.crops(subject, run.first_rows(clients))
+    try:
+        subject.stream = measure_stream(subject.embedder, crops, clients, report=_about(subject, report))
+    except PmmError as error:
+        run.warnings.append(str(error))
+
+
+def _about(subject: Subject, report: Report) -> Report:
+    def told(what: str, done: int, total: int, detail: str = "") -> None:
+        report(f"{what} {subject.name}", done, total, detail)
+
+    return told

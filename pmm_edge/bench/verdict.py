@@ -1,0 +1,66 @@
+"""What a bench found, in one sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pmm_edge.bench.figures import BenchReport
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer, before any figure."""
+
+    state: Literal["passes", "fails", "partial"]
+    sentence: str
+
+
+def verdict(report: BenchReport) -> Verdict:
+    """Whether the models may ship; where not, the first gate that failed and how many more did."""
+    if not report.complete:
+        return Verdict("partial", f"Interrupted: {_so_far(report)}.")
+    if not report.failures:
+        return Verdict("passes", f"{_all_models(report)} {_same(report)} {Path(report.reference.path).name}.")
+    return Verdict("fails", f"{_failing(report)}.")
+
+
+def names(report: BenchReport) -> list[str]:
+    """What tables call the reference and the models, in this order: the file's name, the path where two share one."""
+    paths = [model.path for model in (report.reference, *report.models)]
+    shared = Counter(Path(path).name for path in paths)
+    found = [Path(path).name if shared[Path(path).name] == 1 else path for path in paths]
+    return [name if found.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(found)]
+
+
+def _all_models(report: BenchReport) -> str:
+    if len(report.models) == 1:
+        return Path(report.models[0].path).name
+    return f"All {len(report.models)} models"
+
+
+def _same(report: BenchReport) -> str:
+    """What holds of them: all that was measured, no more."""
+    one = len(report.models) == 1
+    if report.reference.retrieval is None:
+        return "gives the same embeddings as" if one else "give the same embeddings as"
+    return "retrieves the same people as" if one else "retrieve the same people as"
+
+
+def _failing(report: BenchReport) -> str:
+    called = dict(zip((id(model) for model in (report.reference, *report.models)), names(report), strict=True))
+    reference, failing = report.reference, [model for model in report.models if model.failures]
+    if reference.failures:
+        return f"The reference {called[id(reference)]} fails: {reference.failures[0]}"
+    first, total = failing[0], len(report.failures)
+    who = f"{len(failing)} of {len(report.models)} models {'fails' if len(failing) == 1 else 'fail'}"
+    more = f" (and {total - 1} more {'failure' if total == 2 else 'failures'})" if total > 1 else ""
+    return f"{who}: {called[id(first)]} {first.failures[0]}{more}"
+
+
+def _so_far(report: BenchReport) -> str:
+    if report.failures:
+        return f"not everything was measured, and already {_failing(report)[0].lower()}{_failing(report)[1:]}"
+    return "not everything was measured; nothing has failed by then"

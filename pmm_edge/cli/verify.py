@@ -1,0 +1,103 @@
+"""`pmm verify`: whether models are still what a bench certified."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from pmm_edge.cli.render import note, out, percent, print_json, print_table, progress
+from pmm_edge.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from pmm_edge.bench.verification import Verified
+    from pmm_edge.runtime.certificate import Certificate
+
+_COLUMNS = ("model", "certified", "cosine min", "mAP", "ms, batch")
+
+
+def verify(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Models that pmm bench has proven.")],
+    data: Annotated[
+        Path | None, typer.Option(help="A data set: its query and gallery must be those of the certificate.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="The data set's layout, where it is not recognised.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A checkpoint: it must be the one of the certificate, byte for byte.")
+    ] = None,
+    digest: Annotated[
+        str | None, typer.Option(metavar="SHA-256", help="Accept only the certificate with this digest.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificates and what failed as JSON.")] = False,
+) -> None:
+    """Check that models are still what pmm bench certified.
+
+    pmm bench writes MODEL.certificate.json beside each model that passed. This holds the model's SHA-256 against it,
+    and the certificate's own digest against its content. Nothing of the model runs; neither torch nor a GPU is needed.
+    Exit code 1 where a certificate is missing, or it or its model was changed or exchanged.
+
+    A certificate is no signature: whoever can write both files can make a new pair. Keep the digest that is printed
+    here elsewhere, and give it with --digest. In a program: pmm_edge.load(MODEL, require_certificate=True).
+
+    [dim]pmm verify runs/20261122-174200-quick/export/*.onnx[/]
+
+    [dim]pmm verify model.onnx --data market1501 --reference best.pt[/]
+    """
+    from pmm_edge.bench.verification import verify as verify_models
+
+    with progress() as report:
+        found = verify_models(models, data, layout, reference, digest, report)
+    if as_json:
+        print_json({"passed": all(item.passed for item in found), "models": [_facts(item) for item in found]})
+    else:
+        _show(found)
+    failures = [failure for item in found for failure in item.failures]
+    if failures:
+        raise CheckFailedError("not certified: " + "; ".join(failure.rstrip(".") for failure in failures))
+    note(f"[green]certified[/]: {len(found)} of {len(found)} models are what pmm bench has proven")
+
+
+def _facts(item: Verified) -> dict[str, Any]:
+    certificate = asdict(item.certificate) | {"digest": item.certificate.digest} if item.certificate else None
+    return {
+        "model": str(item.model),
+        "passed": item.passed,
+        "failures": item.failures,
+        "certificate": certificate,
+    }
+
+
+def _show(found: list[Verified]) -> None:
+    rows = [(escape(item.model.name), *map(escape, _row(item.certificate))) for item in found if item.certificate]
+    if not rows:
+        return
+    print_table("what was certified", _COLUMNS, rows)
+    for item in found:
+        if item.certificate:
+            out.print(escape(_sentence(item.model, item.certificate)), soft_wrap=True, emoji=False)
+
+
+def _row(certificate: Certificate) -> tuple[str, ...]:
+    retrieval = certificate.retrieval
+    fastest = min(certificate.latency, key=lambda row: (row.scope != "model", row.batch), default=None)
+    return (
+        certificate.created[:10],
+        f"{certificate.parity.cosine_min:.6f}",
+        f"{percent(retrieval.model.mAP)} {100 * retrieval.mAP.difference:+.2f}",
+        f"{fastest.median_ms:.1f}, {fastest.batch}" if fastest else "–",
+    )
+
+
+def _sentence(model: Path, certificate: Certificate) -> str:
+    machine = certificate.machine.get("processor", "an unnamed machine")
+    gates = certificate.gates
+    return (
+        f"{model.name}: {certificate.spec.precision} held cosine ≥ {gates.min_cosine:g} (mean ≥"
+        f" {gates.min_mean_cosine:g}) and mAP drop ≤ {gates.max_map_drop:g} points against {certificate.reference}\n"
+        f"  on {certificate.images:,} images, {certificate.retrieval.queries:,} queries of {certificate.data};"
+        f" {machine}, {certificate.backend} {certificate.device}, pmm-edge {certificate.pmm_edge}\n"
+        f"  digest {certificate.digest}"
+    )

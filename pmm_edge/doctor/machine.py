@@ -1,0 +1,106 @@
+"""The machine: processor, memory, disk, Jetson board; read from files below a root folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+from pmm_edge.doctor.findings import Finding, Section, shareable
+from pmm_edge.doctor.packages import version_of
+from pmm_edge.files import cache_folder
+
+_LITTLE_DISK_GIB = 2.0
+_JETPACKS = (
+    ("38", "7"),
+    ("36.4.4", "6.2.1"),
+    ("36.4.3", "6.2"),
+    ("36.4", "6.1"),
+    ("36.3", "6.0"),
+    ("36", "6.0 preview"),
+    ("35", "5"),
+    ("32", "4"),
+)
+"""JetPack by the release of Jetson Linux; the first prefix counts."""
+_OLDEST_JETPACK = (6, 1)
+
+
+def machine(root: Path) -> Section:
+    """What the operating system says of the machine and of this Python."""
+    info = cpuinfo(root)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = f"{os.cpu_count()}, {allowed} for this process" if allowed != os.cpu_count() else str(allowed)
+    findings = [
+        Finding("pmm-edge", version_of("pmm-edge") or "not installed"),
+        Finding("Python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"),
+        Finding("system", platform.platform()),
+        *jetson(root),
+        Finding("processor", info.get("model name") or info.get("Model") or platform.machine()),
+        Finding("cores", cores + _quota(root)),
+        Finding("memory", _memory(root)),
+        _disk(),
+    ]
+    return Section("Machine", findings)
+
+
+def jetson(root: Path) -> list[Finding]:
+    """Board, Jetson Linux and JetPack; nothing where this is no Jetson."""
+    release = re.search(r"R(\d+)\b.*?REVISION: *([\d.]+)", read(root / "etc/nv_tegra_release"))
+    if not release:
+        return []
+    board = read(root / "proc/device-tree/model").strip("\0 \n") or "unknown board"
+    linux = f"{release[1]}.{release[2]}"
+    package = re.search(r"Package: nvidia-jetpack\n(?:.+\n)*?Version: *([\d.]+)", read(root / "var/lib/dpkg/status"))
+    jetpack = (
+        package[1] if package else next((jp for known, jp in _JETPACKS if f"{linux}.".startswith(f"{known}.")), "")
+    )
+    numbers = tuple(int(part) for part in re.findall(r"\d+", jetpack)[:2])
+    old = bool(numbers) and (*numbers, 0)[:2] < _OLDEST_JETPACK
+    remedy = "Update to JetPack 6.1 or later: it brings TensorRT 10.3, which pmm export --trt needs" if old else ""
+    shown = f"{jetpack or 'unknown'} (Jetson Linux {linux})"
+    return [Finding("Jetson", board), Finding("JetPack", shown, False if old else None, remedy)]
+
+
+def cpuinfo(root: Path) -> dict[str, str]:
+    """The last value of each entry of /proc/cpuinfo: on ARM the board's name stands at its end."""
+    pairs = (line.partition(":") for line in read(root / "proc/cpuinfo").splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs if value}
+
+
+def read(path: Path) -> str:
+    """A file's text; empty where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _quota(root: Path) -> str:
+    """A container's share of the processors, where it is limited."""
+    quota = re.match(r"(\d+) (\d+)", read(root / "sys/fs/cgroup/cpu.max"))
+    return f", limited to {int(quota[1]) / int(quota[2]):.3g} by its control group" if quota else ""
+
+
+def _memory(root: Path) -> str:
+    sizes = dict(re.findall(r"^(MemTotal|MemAvailable): *(\d+) kB", read(root / "proc/meminfo"), re.MULTILINE))
+    if "MemTotal" not in sizes:
+        return "unknown"
+    free = f", {int(sizes['MemAvailable']) / 2**20:.1f} GiB free" if "MemAvailable" in sizes else ""
+    return f"{int(sizes['MemTotal']) / 2**20:.1f} GiB{free}"
+
+
+def _disk() -> Finding:
+    folder = cache_folder().absolute()
+    shown = shareable(str(folder)) if folder.is_relative_to(Path.home()) else "the folder that is set"
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        free = shutil.disk_usage(there).free / 2**30
+    except OSError as error:
+        return Finding("cache folder", f"{shown}: {error.strerror}", False, "Set PMM_HOME to a folder that works")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return Finding("cache folder", f"{shown} cannot be written", False, "Set PMM_HOME to a folder that is writable")
+    little = free < _LITTLE_DISK_GIB
+    remedy = "Set PMM_HOME to a folder on a larger disk" if little else ""
+    return Finding("cache folder", f"{shown}, {free:.1f} GiB free", False if little else None, remedy)

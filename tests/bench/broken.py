@@ -1,0 +1,223 @@
+"""Graph surgery: exports that are broken the way exports break."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from pmm_edge.export.calibration import value_ranges
+from pmm_edge.export.fp16 import cast_to_fp16
+from pmm_edge.export.int8 import calibrated_operators, quantize
+from pmm_edge.export.onnx_graph import finished
+from pmm_edge.export.options import Target
+from pmm_edge.export.parts import parts_of
+from pmm_edge.runtime import load
+from pmm_edge.runtime.crops import Pixels
+from pmm_edge.runtime.embedder import INPUT, OUTPUT
+
+
+class Constants(dict[str, np.ndarray]):
+    """A graph's constants, read when they are asked for."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        super().__init__()
+        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __missing__(self, name: str) -> np.ndarray:
+        self[name] = numpy_helper.to_array(self.tensors[name]).copy()
+        return self[name]
+
+
+Alter = Callable[[Constants, onnx.GraphProto], None]
+
+
+def altered(source: Path, out: Path, alter: Alter) -> Path:
+    """Copy an export with other constants or nodes."""
+    model = onnx.load(source)
+    constants = Constants(model.graph)
+    alter(constants, model.graph)
+    for name, value in constants.items():
+        tensor = constants.tensors.get(name)
+        if tensor is None:
+            tensor = model.graph.initializer.add()
+        tensor.CopyFrom(numpy_helper.from_array(value, name))
+    onnx.save(model, out)
+    return out
+
+
+def constants_of(graph: onnx.GraphProto, operator: str, constants: Constants) -> list[str]:
+    """Names of the constants that the first node of this kind reads."""
+    node = next(node for node in graph.node if node.op_type == operator)
+    return [name for name in node.input if name in constants]
+
+
+def sees_bgr(constants: Constants, graph: onnx.GraphProto) -> None:
+    """What is left when the host swaps the channels and nobody swaps them back."""
+    for operator, axis in (("Mul", 0), ("Add", 0), ("Conv", 1)):
+        name = constants_of(graph, operator, constants)[0]
+        constants[name] = np.flip(constants[name], axis).copy()
+
+
+def normalizes_twice(constants: Constants, graph: onnx.GraphProto) -> None:
+    scale, shift = (constants_of(graph, operator, constants)[0] for operator in ("Mul", "Add"))
+    # scale and shift are of 0..255; the second time the input is taken for 0..1
+    constants[shift] = constants[shift] * (255 * constants[scale]) + constants[shift]
+    constants[scale] = constants[scale] * 255 * constants[scale]
+
+
+def does_not_normalize(constants: Constants, graph: onnx.GraphProto) -> None:
+    scale, shift = (constants_of(graph, operator, constants)[0] for operator in ("Mul", "Add"))
+    constants[scale] = np.full_like(constants[scale], 1 / 255)
+    constants[shift] = np.zeros_like(constants[shift])
+
+
+def swaps_stages(constants: Constants, graph: onnx.GraphProto) -> None:
+    """Stage II's 512 numbers where stage III's belong."""
+    for name in constants_of(graph_of_last(graph, "Gemm"), "Gemm", constants):
+        constants[name] = np.roll(constants[name], 512, axis=0)
+
+
+def changes_a_layer(constants: Constants, graph: onnx.GraphProto) -> None:
+    """A convolution in the middle with its output channels in another order."""
+    name = "1.backbone.layer2.1.conv1.weight"
+    constants[name] = constants[name][::-1].copy()
+
+
+def sees_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
+    """A little of the batch's mean is added to every row."""
+    constants.update(zero_axis=np.array([0]), share=np.array(0.003, np.float32))
+    append(
+        graph,
+        helper.make_node("ReduceMean", ["{}", "zero_axis"], ["batch_mean"], keepdims=1),
+        helper.make_node("Mul", ["batch_mean", "share"], ["little"]),
+        helper.make_node("Add", ["{}", "little"], [OUTPUT]),
+    )
+
+
+def gives_nan_for(brightness: float) -> Alter:
+    """NaN for the images whose mean is below this: 0 / 0."""
+
+    def alter(constants: Constants, graph: onnx.GraphProto) -> None:
+        constants.update(
+            image_axes=np.array([1, 2, 3]), bar=np.array(brightness, np.float32), second_axis=np.array([1])
+        )
+        append(
+            graph,
+            helper.make_node("Cast", [INPUT], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["pixels", "image_axes"], ["brightness"], keepdims=0),
+            helper.make_node("GreaterOrEqual", ["brightness", "bar"], ["bright"]),
+            helper.make_node("Cast", ["bright"], ["divisor"], to=TensorProto.FLOAT),
+            helper.make_node("Sub", ["divisor", "divisor"], ["nothing"]),
+            helper.make_node("Div", ["nothing", "divisor"], ["nan_or_zero"]),
+            helper.make_node("Unsqueeze", ["nan_or_zero", "second_axis"], ["column"]),
+            helper.make_node("Add", ["{}", "column"], [OUTPUT]),
+        )
+
+    return alter
+
+
+def gives_one_embedding(constants: Constants, graph: onnx.GraphProto) -> None:
+    constants[constants_of(graph, "Mul", constants)[0]] *= 0
+
+
+def is_stretched(constants: Constants, graph: onnx.GraphProto) -> None:
+    constants["factor"] = np.array(0.1, np.float32)
+    append(graph, helper.make_node("Mul", ["{}", "factor"], [OUTPUT]))
+
+
+def with_large_values(source: Path, out: Path) -> Path:
+    """The same function, with values between two convolutions that are scaled up and back: FP32 holds them."""
+    first, second = (f"1.backbone.layer3.0.conv{number}" for number in (1, 2))
+
+    def alter(constants: Constants, graph: onnx.GraphProto) -> None:
+        factor = 2e5 / np.abs(constants[f"{first}.bias"]).max()
+        for name, scale in ((f"{first}.weight", factor), (f"{first}.bias", factor), (f"{second}.weight", 1 / factor)):
+            constants[name] *= np.float32(scale)
+
+    return altered(source, out, alter)
+
+
+def fp16(source: Path, out: Path) -> Path:
+    """An export in FP16."""
+    parts = parts_of(onnx.load(source))
+    return _saved(parts.around(cast_to_fp16(parts.network)), source, out, "fp16")
+
+
+def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
+    """`large` in FP16 by a tool that does not look at what it casts: what float16 does not hold becomes infinite.
+
+    On CPUs ONNX Runtime computes float16 graphs in float32: values between the nodes do not overflow there, weights do.
+    """
+    parts, whole = parts_of(onnx.load(source)), Constants(onnx.load(large).graph)
+    half = cast_to_fp16(parts.network)
+    for tensor in half.graph.initializer:
+        if tensor.name.startswith("1.backbone.layer3.0.conv"):
+            with np.errstate(over="ignore"):
+                tensor.CopyFrom(numpy_helper.from_array(whole[tensor.name].astype(np.float16), tensor.name))
+    return _saved(parts.around(half), source, out, "fp16")
+
+
+def int8(source: Path, out: Path, target: Target, crops: Pixels) -> Path:
+    """An export in INT8, calibrated on crops (N, height, width, 3) uint8."""
+    parts, size = parts_of(onnx.load(source)), load(source, "cpu").spec.input
+    operators, symmetric = calibrated_operators(target), target == "tensorrt"
+    ranges = value_ranges(parts.network, crops, size, "minmax", symmetric, operators)
+    return _saved(parts.around(quantize(parts.network, ranges, target)), source, out, "int8")
+
+
+def _saved(model: onnx.ModelProto, source: Path, out: Path, precision: str) -> Path:
+    onnx.save(finished(model, replace(load(source, "cpu").spec, precision=precision)), out)
+    return out
+
+
+def graph_of_last(graph: onnx.GraphProto, operator: str) -> onnx.GraphProto:
+    """A graph of the last node of this kind alone."""
+    return onnx.GraphProto(node=[[node for node in graph.node if node.op_type == operator][-1]])
+
+
+def append(graph: onnx.GraphProto, *nodes: onnx.NodeProto) -> None:
+    """Append nodes that read the embeddings as `{}` and give them anew."""
+    for node in graph.node:
+        node.output[:] = ["embeddings_before" if name == OUTPUT else name for name in node.output]
+    for node in nodes:
+        node.input[:] = [name.format("embeddings_before") for name in node.input]
+    graph.node.extend(nodes)
+
+
+def renamed(source: Path, out: Path) -> Path:
+    """The same graph after a tool that gives every value another name."""
+    model = onnx.load(source)
+    kept = {INPUT, OUTPUT, ""}
+
+    def new(name: str) -> str:
+        return name if name in kept else f"v_{abs(hash(name))}"
+
+    for node in model.graph.node:
+        node.name = new(node.name)
+        node.input[:] = [new(name) for name in node.input]
+        node.output[:] = [new(name) for name in node.output]
+    for tensor in model.graph.initializer:
+        tensor.name = new(tensor.name)
+    model.graph.ClearField("value_info")
+    onnx.save(model, out)
+    return out
+
+
+def cut_in_half(source: Path, out: Path) -> Path:
+    """The first half of the embedding alone, and a spec that says so."""
+    model = onnx.load(source)
+    width = load(source, "cpu").spec.embedding_size // 2
+    for name, value in (("start", 0), ("stop", width), ("axis", 1)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
+    append(model.graph, helper.make_node("Slice", ["{}", "start", "stop", "axis"], [OUTPUT]))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = width
+    spec = replace(load(source, "cpu").spec, embedding_size=width, stages={"I": (0, 512)})
+    model.metadata_props[0].value = spec.to_json()
+    onnx.save(model, out)
+    return out

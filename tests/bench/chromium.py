@@ -1,0 +1,126 @@
+"""A headless Chromium, spoken to through a pipe in the DevTools protocol: what a person and a screen reader get."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def find_chromium() -> str | None:
+    """The browser that `CHROMIUM` names, else the first on the path."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, send: int, receive: int) -> None:
+        self._send, self._receive = os.fdopen(send, "wb"), os.fdopen(receive, "rb")
+        self._numbers = itertools.count(1)
+        self._left = b""
+        self._session: str | None = None
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime", "Accessibility"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Ask the browser and wait for its answer; events that come before it are kept."""
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        self._send.write(json.dumps(message).encode() + b"\0")
+        self._send.flush()
+        while (answer := self._message()).get("id") != number:
+            self.events.append(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']}")
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def open(self, path: Path, width: int, height: int, dark: bool = False) -> None:
+        """Show a file in a window of this size; `events` then holds what happened meanwhile."""
+        self.events.clear()
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=path.absolute().as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._message())
+
+    def value(self, expression: str) -> Any:
+        """What a JavaScript expression gives; the browser's own, which a page's policy does not hold back."""
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        content = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        path.write_bytes(base64.b64decode(content))
+
+    def pdf(self) -> bytes:
+        return base64.b64decode(self.call("Page.printToPDF", printBackground=True, paperWidth=8.27)["data"])
+
+    def accessible(self) -> list[tuple[str, str]]:
+        """Role and name of everything in the accessibility tree that is not ignored, in its order."""
+        nodes = self.call("Accessibility.getFullAXTree")["nodes"]
+        return [
+            (str(node["role"]["value"]), str(node.get("name", {}).get("value", "")))
+            for node in nodes
+            if not node["ignored"]
+        ]
+
+    def _message(self) -> dict[str, Any]:
+        while b"\0" not in self._left:
+            part = os.read(self._receive.fileno(), 1 << 20)
+            if not part:
+                raise RuntimeError("the browser ended")
+            self._left += part
+        message, _, self._left = self._left.partition(b"\0")
+        parsed: dict[str, Any] = json.loads(message)
+        return parsed
+
+
+@contextmanager
+def chromium(binary: str, profile: Path) -> Iterator[Page]:
+    """A tab of a new browser, which is ended afterwards, its children with it."""
+    to_read, send = os.pipe()
+    receive, to_write = os.pipe()
+
+    def pipes_as_three_and_four() -> None:  # where --remote-debugging-pipe looks for them
+        os.dup2(to_read, 60)
+        os.dup2(to_write, 61)
+        os.dup2(60, 3)
+        os.dup2(61, 4)
+
+    arguments = (
+        "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars"
+        " --disable-background-networking --disable-component-update --remote-debugging-pipe"
+    )
+    process = subprocess.Popen(
+        [binary, *arguments.split(), f"--user-data-dir={profile}"],
+        preexec_fn=pipes_as_three_and_four,
+        close_fds=False,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(to_read)
+    os.close(to_write)
+    try:
+        yield Page(send, receive)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
