@@ -46,6 +46,13 @@ def bench(
         DataError: the images cannot be used.
         KeyboardInterrupt: before anything could be measured.
     """
+    return bench_run(models, reference, data, options, report).report()
+
+
+def bench_run(
+    models: Sequence[Path], reference: Path, data: Path, options: Options | None = None, report: Report = silent
+) -> Run:
+    """As `bench`, with the embeddings still at hand, for pictures of them."""
     options = options or Options()
     images = bench_images(data, options.limit, options.layout)
     subjects = [Subject(load(path, options.device), options.gates) for path in (reference, *models)]
@@ -56,7 +63,7 @@ def bench(
         run.complete = True
     except KeyboardInterrupt:
         pass  # what was measured by now is the result
-    return run.report()
+    return run
 
 
 def _embed(run: Run, report: Report) -> None:

@@ -16,6 +16,7 @@ from pmm_edge.runs import BEST, EXPORT_FOLDER, AboutRun, about_run, newest_run, 
 
 if TYPE_CHECKING:
     from pmm_edge.bench import BenchReport
+    from pmm_edge.bench.html import Picture
     from pmm_edge.bench.tables import Table
 
 _MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
@@ -113,7 +114,8 @@ def bench(
         _compare(*compare, as_json)
         return
     from pmm_edge.bench import AskedGates, Options
-    from pmm_edge.bench import bench as measure
+    from pmm_edge.bench.comparison import bench_run
+    from pmm_edge.bench.network_pictures import network_pictures
     from pmm_edge.bench.retrieval import check_output
 
     options = Options(
@@ -133,7 +135,9 @@ def bench(
     check_output(out, [".json"])  # the figures of some minutes are not lost with a file that cannot be written
     try:
         with progress() as report:
-            found = measure(models, reference, data, replace(options, layout=layout), report)
+            measured = bench_run(models, reference, data, replace(options, layout=layout), report)
+            found = measured.report()
+            pictures = network_pictures(measured, report) if found.complete else []
     except KeyboardInterrupt:
         note("[yellow]interrupted[/] before anything was measured")
         raise typer.Exit(_INTERRUPTED) from None
@@ -141,7 +145,7 @@ def bench(
         print_json(found.to_json())
     else:
         _print(found)
-    _end(found, out, _written(found, out))
+    _end(found, out, _written(found, out, pictures))
 
 
 def _print(found: BenchReport) -> None:
@@ -158,7 +162,7 @@ def _print_table(table: Table) -> None:
     print_table(escape(table.title), table.columns, rows)
 
 
-def _written(found: BenchReport, out: Path) -> list[Path]:
+def _written(found: BenchReport, out: Path, pictures: Sequence[Picture]) -> list[Path]:
     """Write everything that a bench leaves behind, the figures first."""
     from pmm_edge.bench.certificate import write_certificates
     from pmm_edge.bench.html import write_html
@@ -169,7 +173,7 @@ def _written(found: BenchReport, out: Path) -> list[Path]:
     found.save(out)
     with written_whole(out.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(found), encoding="utf-8")
-    write_html(found, page)
+    write_html(found, page, pictures)
     certificates = write_certificates(found)
     for path in certificates.removed:
         note(f"[dim]removed {escape(str(path))}: it certified a model that fails[/]")
