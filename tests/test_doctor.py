@@ -174,6 +174,8 @@ def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "importable", lambda module: module in ("numpy", "PIL"))
     ready = {item.command: item for item in readiness({"error": "ModuleNotFoundError"}, NO_TENSORRT)}
     assert not ready["embed"].usable
+    assert not ready["visualize"].usable
+    assert not ready["export"].usable
     assert ready["train"].missing[0].startswith("torch, torchvision, ")
     assert ready["train"].remedies == ["pip install 'pmm-edge[train]'"]
     assert ready["data"].usable
@@ -182,6 +184,22 @@ def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ready["embed"].usable
     assert "no .pt and .safetensors files (torch is not installed)" in ready["embed"].limits
     assert any("--reference MODEL.onnx" in limit for limit in ready["bench"].limits)
+    assert "no --explain" in ready["bench"].limits
+    assert "no cams and no mixing, which are of checkpoints" in ready["visualize"].limits
+    assert ready["export"].words == (
+        "ready, but only --triton and --deepstream of a .onnx file (torch, torchvision, onnx, onnxscript, safetensors"
+        " not installed)"
+    )
+    assert ready["export"].remedies == ["pip install 'pmm-edge[train]'"]
+
+
+def test_bench_draws_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pmm_edge.doctor import commands
+
+    monkeypatch.setattr(commands, "importable", lambda module: module != "matplotlib")
+    ready = {item.command: item for item in readiness({"providers": {"CPUExecutionProvider": None}}, NO_TENSORRT)}
+    assert not any("plot" in limit or "--explain" in limit for limit in ready["bench"].limits)
+    assert "no --cmc plot" in ready["eval"].limits
 
 
 def test_nothing_that_is_shown_names_a_folder_of_somebody() -> None:

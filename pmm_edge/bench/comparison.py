@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pmm_edge.bench.gates import cosine_failures, length_failure, map_failure
 from pmm_edge.bench.images import BenchImages, bench_images
 from pmm_edge.bench.invariants import breaches, fault_of, held_in_batches, spread_probes
 from pmm_edge.bench.parity import compare
+from pmm_edge.bench.quiet import machine_state
 from pmm_edge.bench.retrieval import evaluate_embeddings
 from pmm_edge.bench.significance import few_queries, retrieval_change
 from pmm_edge.bench.speed import measure_speed
@@ -23,6 +25,7 @@ from pmm_edge.data.fingerprint import data_sha256
 from pmm_edge.errors import ModelError
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime import embed_files, load
+from pmm_edge.runtime.cuda import GpuError
 from pmm_edge.runtime.embedder import Embeddings
 
 
@@ -53,10 +56,10 @@ def bench_run(
     models: Sequence[Path], reference: Path, data: Path, options: Options | None = None, report: Report = silent
 ) -> Run:
     """As `bench`, with the embeddings still at hand, for pictures of them."""
-    options = options or Options()
+    options, before = options or Options(), machine_state()
     images = bench_images(data, options.limit, options.layout)
     subjects = [Subject(load(path, options.device), options.gates) for path in (reference, *models)]
-    run = Run(subjects, images, options)
+    run = Run(subjects, images, options, before)
     try:
         for measure in (_embed, _hold_invariants, _judge, _find_causes, *((measure_speed,) if options.speed else ())):
             measure(run, report)
@@ -70,7 +73,10 @@ def _embed(run: Run, report: Report) -> None:
     """Embed all images with each model; retrieval where it can be judged."""
     run.data_sha256 = data_sha256(run.images.paths, run.images.root, report)
     for subject in run.all:
-        subject.embeddings = embed_files(subject.embedder, run.images.paths, report=report)
+        with _broken_if_it_cannot_run(subject):
+            subject.embeddings = embed_files(subject.embedder, run.images.paths, report=report)
+        if subject.embeddings is None:
+            continue
         if run.images.dataset and np.isfinite(subject.embeddings).all():
             subject.found = evaluate_embeddings(subject.embeddings, run.images.dataset)
 
@@ -79,11 +85,22 @@ def _hold_invariants(run: Run, report: Report) -> None:
     paths = run.images.paths
     rows = spread_probes(paths)
     probes = [paths[row] for row in rows]
-    for subject in run.all:
+    for subject in run.sound:
         assert subject.embeddings is not None
-        in_batches = held_in_batches(subject.embedder, run.crops(subject, rows), probes, run.options.batches, report)
-        subject.invariants = [*fault_of(subject.embeddings, paths), *in_batches]
-        subject.failures = breaches(subject.invariants)
+        subject.invariants = fault_of(subject.embeddings, paths)
+        with _broken_if_it_cannot_run(subject):
+            crops = run.crops(subject, rows)
+            subject.invariants += held_in_batches(subject.embedder, crops, probes, run.options.batches, report)
+        subject.failures += breaches(subject.invariants)
+
+
+@contextmanager
+def _broken_if_it_cannot_run(subject: Subject) -> Iterator[None]:
+    """A model that loads and does not run fails, and the others are measured all the same."""
+    try:
+        yield
+    except (ModelError, GpuError) as error:
+        subject.failures.append(f"cannot be run: {error}")
 
 
 def _judge(run: Run, report: Report) -> None:
@@ -93,7 +110,8 @@ def _judge(run: Run, report: Report) -> None:
         return
     for number, model in enumerate(run.others):
         report("comparing with the reference", number, len(run.others), model.name)
-        _compare(model, run.base, run.images)
+        if model.embeddings is not None:
+            _compare(model, run.base, run.images)
     report("comparing with the reference", len(run.others), len(run.others))
     changes = [model.change for model in run.others if model.change]
     if changes and (warning := few_queries(changes)):
@@ -108,20 +126,21 @@ def _compare(model: Subject, base: Subject, images: BenchImages) -> None:
         )
         return
     assert model.embeddings is not None and base.embeddings is not None
-    expected, actual, expected_found = base.embeddings, model.embeddings, base.found
+    expected, actual, expected_found, found = base.embeddings, model.embeddings, base.found, model.found
     if ours.normalized_output != theirs.normalized_output:  # one says that it is of length 1: judged by directions
         expected, actual = unit_length(expected), unit_length(actual)
-        expected_found = evaluate_embeddings(expected, images.dataset) if images.dataset else None
+        if images.dataset and expected_found and found:
+            expected_found, found = (evaluate_embeddings(one, images.dataset) for one in (expected, actual))
     stages = ours.stages if ours.stages == theirs.stages else None
     model.parity = compare(expected, actual, images.paths, stages)
-    failures = cosine_failures(model.parity.whole, model.gates)
+    # Each failure as soon as it is known: an interrupt leaves no parity without its verdict.
+    model.failures += cosine_failures(model.parity.whole, model.gates)
     if length := length_failure(expected, actual):
-        failures.append(length)
-    if expected_found and model.found and images.dataset:
-        model.change = retrieval_change(expected_found, model.found, images.dataset)
-        drop = map_failure(expected_found.mAP, model.found.mAP, model.change, model.gates)
-        failures += [drop] if drop else []
-    model.failures += failures
+        model.failures.append(length)
+    if expected_found and found and images.dataset:
+        model.change = retrieval_change(expected_found, found, images.dataset)
+        if drop := map_failure(expected_found.mAP, found.mAP, model.change, model.gates):
+            model.failures.append(drop)
 
 
 def _find_causes(run: Run, report: Report) -> None:

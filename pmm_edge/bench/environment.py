@@ -12,20 +12,19 @@ from pathlib import Path
 
 from pmm_edge.bench.machine import CPUFREQ, clocks_are_locked, governors, text_of, usable_cores
 from pmm_edge.bench.nvml import Gpu, open_gpu
-from pmm_edge.bench.quiet import MachineState as MachineState
-from pmm_edge.bench.quiet import machine_state as machine_state
-from pmm_edge.bench.quiet import machine_warnings as machine_warnings
+from pmm_edge.bench.quiet import MachineState
 
 _PACKAGES = ("pmm-edge", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt")
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def environment(root: Path = Path("/"), device: str = "cuda") -> dict[str, str]:
+def environment(root: Path = Path("/"), device: str = "cuda", before: MachineState | None = None) -> dict[str, str]:
     """The machine, its settings and the versions; what it does not have or does not tell is left out.
 
     Args:
         root: of the file system whose `proc` and `sys` are read.
         device: whose GPU is described, where there is one.
+        before: the machine before the measurement, whose load is told: afterwards it is the measurement's own.
     """
     gpu = open_gpu(device)
     found = {
@@ -33,7 +32,7 @@ def environment(root: Path = Path("/"), device: str = "cuda") -> dict[str, str]:
         "board": text_of(root / "proc/device-tree/model"),
         "cores": _cores(root),
         "threads": _threads(),
-        "load": _load(),
+        "load": f"{before.load:.2f}" if before and before.load is not None else "",
         "cpu clocks": _cpu_clocks(root),
         "power mode": _power_mode(),
         "jetson": text_of(root / "etc/nv_tegra_release").partition(", GCID")[0].lstrip("# "),
@@ -64,10 +63,6 @@ def _threads() -> str:
     if torch is not None:
         told.append(f"torch {torch.get_num_threads()}")
     return ", ".join([*told, "onnxruntime: one for each core"])
-
-
-def _load() -> str:
-    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
 
 
 def _cpu_clocks(root: Path) -> str:

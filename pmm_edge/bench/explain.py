@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from pmm_edge.bench.figures import Departure
@@ -79,6 +78,12 @@ def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Depa
         raise ModelError(
             f"--explain reads ONNX files, {model.path} is none", "Explain the ONNX file that it was made from"
         )
+    sizes = [(size.height, size.width) for size in (model.spec.input, reference.spec.input)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"--explain cannot hold {model.path} and {reference.path} against each other: their input sizes differ",
+            "Give the checkpoint that the model was exported from as --reference",
+        )
     own = _Graph(onnx.load(model.path), model.spec.input, image)
     right = _Graph(*_reference_graph(reference, model.spec), image)
     points = list(_points(own, right, _matched(own, right)))
@@ -119,6 +124,7 @@ class _Graph:
     def values(self) -> Mapping[str, _Value]:
         """By name: the input, the constants and the output of each node."""
         import onnx
+        import onnxruntime  # here: pmm verify runs where no engine is installed
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
@@ -128,10 +134,19 @@ class _Graph:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        batch = session.get_inputs()[0].shape[0]
-        fed = np.repeat(self._fed, batch, axis=0) if isinstance(batch, int) else self._fed
-        values = dict(zip(names, session.run(names, {INPUT: fed}), strict=True))
+        try:
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            batch = session.get_inputs()[0].shape[0]
+            fed = np.repeat(self._fed, batch, axis=0) if isinstance(batch, int) else self._fed
+            values = dict(zip(names, session.run(names, {INPUT: fed}), strict=True))
+        # ONNX Runtime's exceptions have nothing in common but this.
+        except Exception as error:
+            raise ModelError(
+                f"--explain cannot run the graph node by node ({str(error).splitlines()[0]})",
+                "Explain it on a machine with more memory, or with another version of onnxruntime",
+            ) from error
         constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         return {INPUT: fed, **constants, **values}
 

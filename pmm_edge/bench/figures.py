@@ -142,7 +142,7 @@ class Latency:
     """95 % interval of the ratio, by bootstrap over turns."""
     ratio_high: float
     gpu_ms: float | None = None
-    """Median time between CUDA events around the engine; None where there is no GPU."""
+    """Median time between CUDA events around a TensorRT engine; None for other engines."""
 
 
 @dataclass(frozen=True)

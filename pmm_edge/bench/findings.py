@@ -36,15 +36,22 @@ class Finding:
         return f"{self.model}: {self.figure} {became}: {self.old} -> {self.new} ({self.change}, noise {self.noise})"
 
 
-def accuracy(name: str, pair: Pair) -> Iterator[Finding]:
-    """Retrieval and cosine; both reports must be of the same images."""
+def accuracy(name: str, pair: Pair, same_reference: bool) -> Iterator[Finding]:
+    """Retrieval and cosine; both reports must be of the same images.
+
+    The intervals are of the model less its reference: with another reference only that difference is compared.
+    """
     old, new = pair
-    if old.retrieval and new.retrieval:
-        for word, entry in (("mAP", "mAP"), ("Rank-1", "rank1"), ("mINP", "mINP")):
+    for word, entry in (("mAP", "mAP"), ("Rank-1", "rank1"), ("mINP", "mINP")):
+        # None for a reference, which has no change: getattr gives the default of an entry that None lacks.
+        changes = [getattr(model.retrieval_change, entry, None) for model in pair]
+        allowed = noise.points_noise(changes[0], changes[1])
+        if same_reference and old.retrieval and new.retrieval:
             values = [100 * float(getattr(model.retrieval, entry)) for model in pair]
-            # None for a reference, which has no change: getattr gives the default of an entry that None lacks.
-            changes = [getattr(model.retrieval_change, entry, None) for model in pair]
-            yield _points(name, word, values[0], values[1], noise.points_noise(changes[0], changes[1]))
+            yield _points(name, word, values, allowed, ".2f")
+        elif not same_reference and changes[0] and changes[1]:
+            differences = [100 * float(change.difference) for change in (changes[0], changes[1])]
+            yield _points(name, f"{word} less the reference's", differences, allowed, "+.2f")
     if old.parity and new.parity and old.parity.images == new.parity.images:
         before, now, gates = old.parity.whole, new.parity.whole, new.gates
         yield _cosine(name, "least cosine", before.cosine_min, now.cosine_min, gates.min_cosine)
@@ -52,11 +59,14 @@ def accuracy(name: str, pair: Pair) -> Iterator[Finding]:
         yield _cosine(name, "mean cosine", before.cosine_mean, now.cosine_mean, mean_gate)
 
 
-def _points(name: str, figure: str, old: float, new: float, allowed: float) -> Finding:
-    """A share in points of 100: more is better."""
+def _points(name: str, figure: str, values: list[float], allowed: float, form: str) -> Finding:
+    """The old and the new share in points of 100, shown in this form: more is better."""
+    old, new = values
     moved = new - old
     way: Way = "same" if abs(moved) <= allowed else "better" if moved > 0 else "worse"
-    return Finding(name, figure, f"{old:.2f}", f"{new:.2f}", f"{moved:+.2f} points", f"± {allowed:.2f} points", way)
+    return Finding(
+        name, figure, f"{old:{form}}", f"{new:{form}}", f"{moved:+.2f} points", f"± {allowed:.2f} points", way
+    )
 
 
 def _cosine(name: str, figure: str, old: float, new: float, gate: float) -> Finding:
@@ -126,4 +136,4 @@ def _latencies(pair: Pair) -> Iterator[tuple[str, Latency, Latency]]:
 
 
 def _short(value: float) -> str:
-    return milliseconds(value)
+    return f"{value:.3g}" if 0 < abs(value) < 1 else milliseconds(value)

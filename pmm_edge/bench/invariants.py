@@ -68,8 +68,9 @@ def held_in_batches(
     for size in sizes:
         told(f"batch of {size}")
         rows = np.resize(np.arange(len(probes)), size)
-        # Cold and warm may be two code paths (a captured graph): the second run of a size is the one that counts on.
-        beside.append(judge.alone(f"batch {size}", embedder.embed_prepared(probes[rows]), rows))
+        # Cold and warm may be two code paths, a captured graph for one: both count.
+        runs = [judge.alone(f"batch {size}", embedder.embed_prepared(probes[rows]), rows) for _ in range(2)]
+        beside.append(max(runs, key=lambda one: one.relative))
     told("")
     return [*found, _invariant("batch size", beside)]
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 import re
 
 from pmm_edge.bench.figures import BenchReport
-from pmm_edge.bench.tables import Table, cost_table, latency_table, model_table, parity_table, retrieval_table
-from pmm_edge.bench.verdict import names, verdict
+from pmm_edge.bench.tables import Table, model_table, terminal_tables
+from pmm_edge.bench.verdict import named, verdict
 
 _MARKS = {"passes": "✅", "fails": "❌", "partial": "⚠️"}
 
 
 def markdown(report: BenchReport) -> str:
-    """Verdict, failures, parity, retrieval, latency and cost as tables, and a line about the machine.
+    """Verdict, failures, the terminal's tables, the models, and a line about the machine.
 
     What comes from files and paths is escaped: it links to nothing, mentions nobody and starts no HTML.
     """
     found = verdict(report)
     parts = [f"### {_MARKS[found.state]} pmm bench: {found.state}", escaped(found.sentence)]
     parts += [_bullets(_failures(report)), _bullets([f"⚠️ {escaped(warning)}" for warning in report.warnings])]
-    tables = [
-        parity_table(report),
-        retrieval_table(report),
-        latency_table(report, "model"),
-        latency_table(report, "end to end"),
-        cost_table(report),
-    ]
-    parts += [table_text(table) for table in tables if table]
+    parts += [table_text(table) for table in terminal_tables(report)]
     parts.append(table_text(model_table(report), folded=True))
     about = [f"{key} {value}" for key, value in report.environment.items()]
     parts.append(f"<sub>{escaped('; '.join([*about, report.created]))}</sub>")
@@ -57,7 +50,7 @@ def escaped(text: str) -> str:
 
 def _failures(report: BenchReport) -> list[str]:
     lines = []
-    for name, model in zip(names(report), (report.reference, *report.models), strict=True):
+    for name, model in named(report):
         lines += [f"**{escaped(name)}** {escaped(failure)}" for failure in model.failures]
         if model.likely_cause:
             lines.append(f"**{escaped(name)}** likely cause: {escaped(model.likely_cause)}")

@@ -10,7 +10,7 @@ from PIL import Image
 from pmm_edge.bench.html import Picture
 from pmm_edge.bench.invariants import spread_probes
 from pmm_edge.bench.subjects import Run
-from pmm_edge.errors import DataError
+from pmm_edge.errors import PmmError
 from pmm_edge.pictures.galleries import draw_rankings, part, queries_with_match, ranked
 from pmm_edge.pictures.unsuitable import UnsuitableError
 from pmm_edge.progress import Report, silent
@@ -48,8 +48,10 @@ def network_pictures(run: Run, report: Report = silent) -> list[Picture]:
         report("drawing what the network sees", number, len(made), title.lower())
         try:
             pictures.append(Picture(title, caption, draw()))
-        except (UnsuitableError, DataError):
-            continue  # an export has no heads, a folder of crops no identities, another network mixes nothing
+        except (PmmError, RuntimeError):
+            # An export has no heads, a folder of crops no identities, another network mixes nothing; torch is out of
+            # memory: no picture is worth the figures.
+            continue
         except KeyboardInterrupt:
             break
     report("drawing what the network sees", len(made), len(made))
@@ -61,7 +63,7 @@ def _attention(run: Run) -> Image.Image:
     from pmm_edge.pictures.cams import cam_grid
 
     paths = run.images.paths
-    return cam_grid(path, [paths[row] for row in spread_probes(paths, IMAGES)])
+    return cam_grid(path, [paths[row] for row in spread_probes(paths, IMAGES)], device=run.options.device)
 
 
 def _rankings(run: Run) -> Image.Image:
@@ -81,7 +83,7 @@ def _mixing(run: Run) -> Image.Image:
 
     if run.images.dataset is None or not len(run.images.dataset.train):
         raise UnsuitableError(f"{run.images.source} has no training split")
-    return mixing_grid(path, run.images.dataset.train, count=ANCHORS)
+    return mixing_grid(path, run.images.dataset.train, count=ANCHORS, device=run.options.device)
 
 
 def _checkpoint(run: Run) -> Path:

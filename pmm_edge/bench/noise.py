@@ -1,7 +1,7 @@
 """How much two runs of the same bench may differ: what `pmm bench --compare` takes for noise.
 
 Measured things differ from run to run; computed things (mAP on the same images) only where something changed, but
-a change may be within what the choice of queries does. docs/bench-json.md says the same for users.
+a change may be within what the choice of queries does. docs/regressions.md says the same for users.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def ratio_noise(old: Latency, new: Latency) -> float:
 def points_noise(old: Change | None, new: Change | None) -> float:
     """The points of 100 that a share may fall by on the same images.
 
-    Both 95 % intervals of the paired bootstrap over queries, at least `LEAST_POINTS`. A reference has no interval;
-    the loss that the usual gate allows stands in.
+    Both 95 % intervals of the paired bootstrap over queries, at least `LEAST_POINTS`. They are of a model less its
+    reference, and of the model alone only where both have the same one. A reference has no interval; the loss that
+    the usual gate allows stands in.
     """
     if old is None or new is None:
         return Gates().max_map_drop

@@ -40,8 +40,9 @@ class Comparison:
 def compare_reports(old: Path, new: Path) -> Comparison:
     """Compare two `bench.json`, models matched by file name and precision.
 
-    Accuracy is compared on the same images only. Times are compared as they are on the same machine, on another
-    one through the ratio to the reference. `pmm_edge.bench.noise` says what counts as noise.
+    Accuracy is compared on the same images only, with another reference as the model's less its own reference's.
+    Times are compared as they are on the same machine, on another one through the ratio to the reference.
+    `pmm_edge.bench.noise` says what counts as noise.
 
     Raises:
         DataError: a report cannot be read.
@@ -49,11 +50,17 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     before, now = read_report(old), read_report(new)
     same_data = before.data_sha256 == now.data_sha256
     same_machine = _machine(before) == _machine(now)
+    same_reference = before.reference.sha256 == now.reference.sha256
     broken, notes = _unmatched(before, now)
     if not now.complete:
         broken.append(f"{new} is of a bench that was interrupted: what it lacks is not known to be well")
     if not same_data:
         notes.append(f"accuracy is not compared: the images differ ({before.data} and {now.data})")
+    elif not same_reference:
+        notes.append(
+            "mAP, Rank-1 and mINP are compared as each model's less its own reference's, the references' not at all:"
+            " the references differ"
+        )
     if not same_machine:
         notes.append(
             f"times are compared through the ratio to the reference, memory and energy not at all: the machines differ"
@@ -68,7 +75,7 @@ def compare_reports(old: Path, new: Path) -> Comparison:
             notes.append(f"{name} failed and passes now")
         if (where := [f"{model.backend} on {model.device}" for model in pair]) and where[0] != where[1]:
             notes.append(f"{name} ran with {where[0]}, now with {where[1]}")
-        findings += accuracy(name, pair) if same_data else []
+        findings += accuracy(name, pair, same_reference) if same_data else []
         findings += times(name, pair) if same_machine else ratios(name, pair)
         findings += sizes(name, pair, same_machine)
         notes += _not_measured(name, pair)

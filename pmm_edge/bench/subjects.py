@@ -25,6 +25,7 @@ from pmm_edge.bench.figures import (
 )
 from pmm_edge.bench.gates import AskedGates
 from pmm_edge.bench.images import BenchImages
+from pmm_edge.bench.quiet import MachineState
 from pmm_edge.errors import PmmError
 from pmm_edge.files import sha256
 from pmm_edge.images import read_crop
@@ -126,13 +127,19 @@ class Subject:
 class Run:
     """One bench while it runs."""
 
-    def __init__(self, subjects: list[Subject], images: BenchImages, options: Options) -> None:
+    def __init__(self, subjects: list[Subject], images: BenchImages, options: Options, before: MachineState) -> None:
         self.base, *self.others = subjects
+        self.before = before
         self.all = subjects
         self.images, self.options = images, options
         self.data_sha256 = ""
         self.warnings = [images.why_no_retrieval] if images.why_no_retrieval else []
         self.complete = False
+
+    @property
+    def sound(self) -> list[Subject]:
+        """The models that run at all."""
+        return [subject for subject in self.all if subject.embeddings is not None]
 
     def crops(self, subject: Subject, rows: Sequence[int]) -> Pixels:
         """Some of the images at a model's size, (N, height, width, 3) uint8."""
@@ -150,7 +157,7 @@ class Run:
             data=str(self.images.source),
             data_sha256=self.data_sha256,
             images=len(self.images.paths),
-            environment=environment(device=self.base.embedder.device),
+            environment=environment(device=self.base.embedder.device, before=self.before),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             complete=self.complete,
             warnings=self.warnings,

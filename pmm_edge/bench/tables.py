@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmm_edge.bench.figures import BenchReport, Change, Closeness, Latency, ModelReport, Scope
-from pmm_edge.bench.verdict import names
+from pmm_edge.bench.verdict import named
 
 NONE = "–"
 """In a cell: not measured."""
@@ -40,7 +40,7 @@ def terminal_tables(report: BenchReport) -> list[Table]:
 def model_table(report: BenchReport) -> Table:
     """For each model: what it is and what it runs on."""
     rows = []
-    for name, model in _named(report):
+    for name, model in named(report):
         compute = model.compute
         rows.append(
             (
@@ -71,7 +71,7 @@ def parity_table(report: BenchReport) -> Table:
     """For each model: cosine to the reference's embeddings and the largest difference."""
     rows = [
         (name, *closeness_cells(model.parity.whole if model.parity else None), result(report, model))
-        for name, model in _named(report)
+        for name, model in named(report)
     ]
     columns = ("model", "cosine\nmin", "cosine\n1 %", "cosine\nmean", "largest\nrelative", "result")
     return Table(f"parity on {report.images:,} images of {report.data}", columns, rows)
@@ -83,7 +83,7 @@ def stage_table(report: BenchReport) -> Table | None:
     if not stages:
         return None
     rows = []
-    for name, model in _named(report)[1:]:
+    for name, model in named(report)[1:]:
         own = model.parity.stages if model.parity else {}
         cells = [closeness_cells(own.get(stage)) for stage in stages]
         rows.append((name, *(least if least == NONE else f"{least}\n{mean}" for least, _, mean, _ in cells)))
@@ -96,7 +96,7 @@ def invariant_table(report: BenchReport) -> Table | None:
     if not checked:
         return None
     rows = []
-    for name, model in _named(report):
+    for name, model in named(report):
         held = {invariant.name: "holds" if invariant.held else "broken" for invariant in model.invariants}
         rows.append((name, *(held.get(invariant, NONE) for invariant in checked)))
     return Table("invariants", ("model", *(name.replace(" ", "\n") for name in checked)), rows)
@@ -107,7 +107,7 @@ def retrieval_table(report: BenchReport) -> Table | None:
     if not any(model.retrieval for model in _all(report)):
         return None
     rows = []
-    for name, model in _named(report):
+    for name, model in named(report):
         own, change = model.retrieval, model.retrieval_change
         rows.append(
             (
@@ -137,7 +137,7 @@ def latency_table(report: BenchReport, scope: Scope, full: bool = False) -> Tabl
     """
     timed = [
         (latency.batch, latency.cuda_graph, number, name, latency)
-        for number, (name, model) in enumerate(_named(report))
+        for number, (name, model) in enumerate(named(report))
         for latency in model.latency
         if latency.scope == scope
     ]
@@ -155,7 +155,7 @@ def latency_table(report: BenchReport, scope: Scope, full: bool = False) -> Tabl
 def stream_table(report: BenchReport) -> Table | None:
     """Single crops from several clients at once; None where not measured."""
     rows = []
-    for name, model in _named(report):
+    for name, model in named(report):
         if own := model.stream:
             times = tuple(milliseconds(value) for value in (own.median_ms, own.p90_ms, own.p99_ms))
             rows.append((name, str(own.clients), f"{own.crops_per_second:,.0f}", f"{own.mean_batch:.1f}", *times))
@@ -164,14 +164,17 @@ def stream_table(report: BenchReport) -> Table | None:
 
 
 def cost_table(report: BenchReport) -> Table | None:
-    """Size, start, memory, the machine's share that is reached, energy: the columns that were measured."""
+    """Size, start, memory, the machine's share that is reached, energy: the columns that were measured.
+
+    That energy could not be measured is said where a cold start was: a machine without a meter is common.
+    """
     cells = {
         "file\nMiB": lambda model: mebibytes(model.file_bytes),
         "first\nembed. ms": lambda model: (start := model.cold_start) and milliseconds(start.first_embedding_ms),
         "memory\nMiB": lambda model: (start := model.cold_start) and _count(start.peak_memory_mib),
         "GPU mem.\nMiB": lambda model: (start := model.cold_start) and _count(start.peak_gpu_memory_mib),
         "of peak\n%": lambda model: (own := model.compute) and _percent(own.share_of_peak),
-        "J an\nembed.": lambda model: (own := model.energy) and f"{own.joules_per_embedding:.3g}",
+        "J an\nembed.": _energy,
     }
     columns = [
         (heading, [cell(model) for model in _all(report)])
@@ -180,7 +183,9 @@ def cost_table(report: BenchReport) -> Table | None:
     measured = [(heading, column) for heading, column in columns if any(column)]
     if len(measured) == 1:  # the file's size alone
         return None
-    rows = [(name, *(column[number] or NONE for _, column in measured)) for number, name in enumerate(names(report))]
+    rows = [
+        (name, *(column[number] or NONE for _, column in measured)) for number, (name, _) in enumerate(named(report))
+    ]
     return Table("cost", ("model", *(heading for heading, _ in measured)), rows)
 
 
@@ -192,8 +197,12 @@ def environment_table(report: BenchReport) -> Table:
 
 
 def result(report: BenchReport, model: ModelReport) -> str:
-    """`passes`, `fails`, or for a sound reference `reference`."""
-    return "fails" if model.failures else "reference" if model is report.reference else "passes"
+    """`fails`; `reference` for a sound one; `passes`; `not judged` where nothing was compared with the reference."""
+    if model.failures:
+        return "fails"
+    if model is report.reference:
+        return "reference"
+    return "passes" if model.parity else "not judged"
 
 
 def closeness_cells(closeness: Closeness | None) -> tuple[str, str, str, str]:
@@ -248,6 +257,12 @@ def _latency_cells(latency: Latency, full: bool) -> tuple[str, ...]:
     )
 
 
+def _energy(model: ModelReport) -> str:
+    if model.energy:
+        return f"{model.energy.joules_per_embedding:.3g}"
+    return "not\nmeasured" if model.cold_start else ""
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else _finite(100 * value, ".0f")
 
@@ -262,7 +277,3 @@ def _finite(value: float, form: str) -> str:
 
 def _all(report: BenchReport) -> tuple[ModelReport, ...]:
     return (report.reference, *report.models)
-
-
-def _named(report: BenchReport) -> list[tuple[str, ModelReport]]:
-    return list(zip(names(report), _all(report), strict=True))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pmm_edge.bench.figures import BenchReport
+from pmm_edge.bench.figures import BenchReport, ModelReport
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ def verdict(report: BenchReport) -> Verdict:
     return Verdict("fails", f"{_failing(report)}.")
 
 
-def names(report: BenchReport) -> list[str]:
-    """What tables call the reference and the models, in this order: the file's name, the path where two share one."""
-    paths = [model.path for model in (report.reference, *report.models)]
-    shared = Counter(Path(path).name for path in paths)
-    found = [Path(path).name if shared[Path(path).name] == 1 else path for path in paths]
-    return [name if found.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(found)]
+def named(report: BenchReport) -> list[tuple[str, ModelReport]]:
+    """The reference and the models under what tables call them: the file's name, the path where two share one."""
+    models = (report.reference, *report.models)
+    shared = Counter(Path(model.path).name for model in models)
+    found = [Path(model.path).name if shared[Path(model.path).name] == 1 else model.path for model in models]
+    unique = [name if found.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(found)]
+    return list(zip(unique, models, strict=True))
 
 
 def _all_models(report: BenchReport) -> str:
@@ -50,14 +51,14 @@ def _same(report: BenchReport) -> str:
 
 
 def _failing(report: BenchReport) -> str:
-    called = dict(zip((id(model) for model in (report.reference, *report.models)), names(report), strict=True))
-    reference, failing = report.reference, [model for model in report.models if model.failures]
-    if reference.failures:
-        return f"The reference {called[id(reference)]} fails: {reference.failures[0]}"
-    first, total = failing[0], len(report.failures)
+    (reference, judge), *models = named(report)
+    if judge.failures:
+        return f"The reference {reference} fails: {judge.failures[0]}"
+    failing = [(name, model) for name, model in models if model.failures]
+    (name, first), total = failing[0], len(report.failures)
     who = f"{len(failing)} of {len(report.models)} models {'fails' if len(failing) == 1 else 'fail'}"
     more = f" (and {total - 1} more {'failure' if total == 2 else 'failures'})" if total > 1 else ""
-    return f"{who}: {called[id(first)]} {first.failures[0]}{more}"
+    return f"{who}: {name} {first.failures[0]}{more}"
 
 
 def _so_far(report: BenchReport) -> str:

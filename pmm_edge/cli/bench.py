@@ -41,6 +41,9 @@ def bench(
             " retrieval; by default the data set of the run."
         ),
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="The data set's layout, where it is not recognised by itself.")
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(help="Embed only this many images, spread evenly; retrieval needs all of them and is left out."),
@@ -129,23 +132,25 @@ def bench(
     )
     reference = reference or _reference_of(models)
     run = run_of(reference)
-    models = models or _exports_of(reference)
-    data, layout = _data_of(run, reference, data)
+    models = models or _exports_beside(reference)
+    data, run_layout = _data_of(run, reference, data)
     out = out or (run or Path()) / "bench.json"
     check_output(out, [".json"])  # the figures of some minutes are not lost with a file that cannot be written
     try:
         with progress() as report:
-            measured = bench_run(models, reference, data, replace(options, layout=layout), report)
+            measured = bench_run(models, reference, data, replace(options, layout=layout or run_layout), report)
             found = measured.report()
+            found.save(out)  # first of all: what comes now may fail, and these figures took minutes
             pictures = network_pictures(measured, report) if found.complete else []
     except KeyboardInterrupt:
-        note("[yellow]interrupted[/] before anything was measured")
+        note("[yellow]interrupted[/] before anything was measured that could be kept")
         raise typer.Exit(_INTERRUPTED) from None
+    written = _written(found, out, pictures)
     if as_json:
         print_json(found.to_json())
     else:
         _print(found)
-    _end(found, out, _written(found, out, pictures))
+    _end(found, out, written)
 
 
 def _print(found: BenchReport) -> None:
@@ -163,16 +168,16 @@ def _print_table(table: Table) -> None:
 
 
 def _written(found: BenchReport, out: Path, pictures: Sequence[Picture]) -> list[Path]:
-    """Write everything that a bench leaves behind, the figures first."""
+    """Write everything that a bench leaves behind beside its figures."""
     from pmm_edge.bench.certificate import write_certificates
     from pmm_edge.bench.html import write_html
     from pmm_edge.bench.markdown import markdown
     from pmm_edge.files import written_whole
 
     page = out.with_name("report.html") if out.name == "bench.json" else out.with_suffix(".html")
-    found.save(out)
     with written_whole(out.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(found), encoding="utf-8")
+        # A path of undecodable bytes has no UTF-8; it gets question marks.
+        temporary.write_bytes(markdown(found).encode("utf-8", "replace"))
     write_html(found, page, pictures)
     certificates = write_certificates(found)
     for path in certificates.removed:
@@ -234,9 +239,10 @@ def _reference_of(models: Sequence[Path] | None) -> Path:
     return (run or newest_run()) / BEST
 
 
-def _exports_of(reference: Path) -> list[Path]:
-    folder = reference.parent / EXPORT_FOLDER
-    found = sorted(path for path in folder.glob("*") if path.suffix in _MODEL_SUFFIXES)
+def _exports_beside(reference: Path) -> list[Path]:
+    """The exports of the reference's run, of which the reference may be one."""
+    folder = reference.parent if reference.parent.name == EXPORT_FOLDER else reference.parent / EXPORT_FOLDER
+    found = sorted(path for path in folder.glob("*") if path.suffix in _MODEL_SUFFIXES and path != reference)
     if not found:
         raise ModelError(f"{folder} holds no exported model", "Run pmm export first, or name the models")
     return found
@@ -244,9 +250,9 @@ def _exports_of(reference: Path) -> list[Path]:
 
 def _data_of(run: Path | None, reference: Path, data: Path | None) -> tuple[Path, str | None]:
     """The data set and its layout; that of the run where none was named."""
-    if data:
-        return data, None
     about: AboutRun | None = about_run(run) if run else None
+    if data:
+        return data, about.layout if about and data.resolve() == Path(about.data).resolve() else None
     if about is None:
         raise DataError(f"{reference} does not say which data set it belongs to", "Name one with --data")
     return Path(about.data), about.layout

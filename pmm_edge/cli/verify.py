@@ -82,12 +82,12 @@ def _show(found: list[Verified]) -> None:
 
 def _row(certificate: Certificate) -> tuple[str, ...]:
     retrieval = certificate.retrieval
-    fastest = min(certificate.latency, key=lambda row: (row.scope != "model", row.batch), default=None)
+    smallest = min(certificate.latency, key=lambda row: (row.scope != "model", row.batch), default=None)
     return (
         certificate.created[:10],
         f"{certificate.parity.cosine_min:.6f}",
         f"{percent(retrieval.model.mAP)} {100 * retrieval.mAP.difference:+.2f}",
-        f"{fastest.median_ms:.1f}, {fastest.batch}" if fastest else "–",
+        f"{smallest.median_ms:.1f}, {smallest.batch}" if smallest else "–",
     )
 
 

@@ -12,21 +12,21 @@ from pmm_edge.errors import PmmError
 
 _TRAIN_EXTRA = "pip install 'pmm-edge[train]'"
 _BASE = "pip install -U pmm-edge"
-_ENGINES = ("bench", "embed", "eval")
-COMMANDS = ("train", "export", "trt", *_ENGINES, "visualize", "verify", "data", "synth")
+_ENGINES = ("bench", "embed", "eval", "visualize")
+COMMANDS = ("train", "export", "trt", *_ENGINES, "verify", "data", "synth")
 """As `pmm doctor` takes them; `trt` is `pmm export --trt`."""
 
 _TOML = () if sys.version_info >= (3, 11) else ("tomli",)
 _MODULES = {
     "train": ("torch", "torchvision", "tensorboard", "tomli_w", *_TOML),
-    "export": ("torch", "torchvision", "onnx", "onnxscript", "safetensors"),
-    "visualize": ("torch", "torchvision"),
 }
 """Modules of the extra `train` without which a command cannot work."""
+_EXPORT = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
+"""Those without which a checkpoint cannot be exported; a .onnx file can still be bundled."""
 _EVERY = {"numpy": "numpy", "PIL": "pillow"}
 _CHECKPOINTS = ("torch", "torchvision", "safetensors")
 _OPTIONAL = {
-    "bench": ("matplotlib", "no plots", _TRAIN_EXTRA),
+    "bench": ("onnx", "no --explain", _TRAIN_EXTRA),
     "eval": ("matplotlib", "no --cmc plot", _TRAIN_EXTRA),
     "embed": ("pyarrow", "no .parquet files", "pip install 'pmm-edge[parquet]'"),
 }
@@ -108,6 +108,9 @@ def _ready(command: str, engines: list[_Engine]) -> Readiness:
     missing, limits, remedies = _absent(command), list[str](), list[str]()
     if command == "export" and onnx.problem:
         missing[onnx.problem] = onnx.remedy
+    if command == "export" and (absent := [module for module in _EXPORT if not importable(module)]):
+        limits.append(f"only --triton and --deepstream of a .onnx file ({', '.join(absent)} not installed)")
+        remedies.append(_TRAIN_EXTRA)
     if command == "trt" and trt.problem:
         missing[trt.problem] = trt.remedy
     if command in _ENGINES:
@@ -124,6 +127,8 @@ def _ready(command: str, engines: list[_Engine]) -> Readiness:
         remedies.append(remedy)
     if command == "bench" and torch.problem and not onnx.problem:
         limits.append("needs --reference MODEL.onnx, as the usual reference is a checkpoint")
+    if command == "visualize" and torch.problem:
+        limits.append("no cams and no mixing, which are of checkpoints")
     found = list(dict.fromkeys([*missing.values()] if missing else remedies))
     return Readiness(command, list(missing), limits, [remedy for remedy in found if remedy])
 

@@ -130,9 +130,10 @@ def _gather(
 def _embed(embedder: Embedder, batch: list[_Waiting]) -> None:
     try:
         embeddings = embedder.embed_prepared(np.stack([crop for crop, _ in batch]))
+        given = list(zip([done for _, done in batch], embeddings, strict=True))
     except Exception as error:  # whatever it is, those who wait for it must hear of it
         for _, done in batch:
             done.set_exception(error)
         return
-    for (_, done), embedding in zip(batch, embeddings, strict=True):
+    for done, embedding in given:
         done.set_result(embedding)

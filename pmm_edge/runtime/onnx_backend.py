@@ -68,7 +68,14 @@ class OnnxEmbedder(Embedder):
         return np.concatenate(batches)[:count]
 
     def _run(self, fed: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
-        (embeddings,) = self._session.run([OUTPUT], {INPUT: fed})
+        try:
+            (embeddings,) = self._session.run([OUTPUT], {INPUT: fed})
+        # Its exceptions have nothing in common but this.
+        except Exception as error:
+            raise ModelError(
+                f"onnxruntime cannot run {self.path} at batch {len(fed)} ({str(error).splitlines()[0]})",
+                "Try a smaller batch where memory is short; else export it again with pmm export",
+            ) from error
         return np.asarray(embeddings, dtype=np.float32)
 
 

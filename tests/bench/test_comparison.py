@@ -111,6 +111,28 @@ def test_a_model_that_does_not_load_ends_it_before_anything_is_measured(
         run([tiny_onnx, truncated], tiny_onnx, tiny_dataset)
 
 
+def test_a_model_that_loads_and_does_not_run_fails_and_the_others_are_measured(
+    tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    baked = broken.altered(tiny_onnx, tmp_path / "baked.onnx", broken.bakes_its_batch)
+    report = run([baked, tiny_onnx], tiny_onnx, tiny_dataset)
+    failed, good = report.models
+    assert "cannot be run: onnxruntime cannot run" in failed.failures[0]
+    assert "at batch" in failed.failures[0]
+    assert failed.parity is None
+    assert (good.failures, good.parity is None) == ([], False)
+    assert report.complete
+    assert not report.passed
+
+
+def test_a_reference_that_does_not_run_judges_nobody(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    baked = broken.altered(tiny_onnx, tmp_path / "baked.onnx", broken.bakes_its_batch)
+    report = run([tiny_onnx], baked, tiny_dataset, speed=True)
+    assert "cannot be run" in report.reference.failures[0]
+    assert (report.models[0].parity, report.models[0].latency) == (None, [])
+    assert "broken itself" in report.warnings[0]
+
+
 @pytest.mark.parametrize("step", ["embed_files", "held_in_batches", "retrieval_change", "measure_latency"])
 def test_interrupted_it_keeps_what_it_has(
     step: str, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import pytest
 from pmm_edge.bench import environment as module
 from pmm_edge.bench.environment import environment
 from pmm_edge.bench.machine import clocks_are_locked, usable_cores
+from pmm_edge.bench.quiet import machine_state
 
 
 def write(path: Path, content: object) -> None:
@@ -29,7 +30,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_machine() -> None:
-    found = environment()
+    found = environment(before=machine_state())
     assert {"processor", "cores", "threads", "load", "system", "python", "numpy", "pillow"} <= found.keys()
     assert all(found.values())
     assert all("\n" not in value for value in found.values())

@@ -105,6 +105,9 @@ def test_an_interrupted_bench_is_partial_and_whatever_is_missing_is_left_out(tmp
     assert not page.all("figure")
     assert "Retrieval" not in page.text
     assert "AMD EPYC" in page.text
+    badges = [span for span in page.all("span") if (span.get("class") or "").startswith("badge ")]
+    assert {span["class"] for span in badges} == {"badge reference", "badge not-judged"}
+    assert "◌ not judged" in page.text
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>.jpg", "\"'><img src=x onerror=alert(1)>&amp;", "</style>"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from report_sample import passing_report, sample_report
 
+from pmm_edge.bench.figures import Invariant
 from pmm_edge.bench.markdown import escaped, markdown
 
 
@@ -17,6 +18,24 @@ def test_it_says_the_verdict_the_tables_and_the_machine(tmp_path: Path) -> None:
     assert "46.41 -0.29 (-0.49…-0.09)" in text
     assert "AMD EPYC" in text
     assert markdown(passing_report(tmp_path)).startswith("### ✅ pmm bench: passes")
+
+
+def test_a_stream_and_a_broken_invariant_are_told(tmp_path: Path) -> None:
+    report = passing_report(tmp_path)
+    text = markdown(report)
+    assert "**Single crops from several clients" in text
+    assert "**Invariants**" not in text  # all hold
+    broken = replace(report.models[0], invariants=[Invariant("batch size", False, "batch 8 differs")])
+    text = markdown(replace(report, models=[broken]))
+    assert "**Invariants**" in text
+    assert re.search(r"\| model\.onnx \|.* broken \|", text)
+
+
+def test_a_model_that_was_not_judged_is_said_to_be(tmp_path: Path) -> None:
+    report = passing_report(tmp_path)
+    text = markdown(replace(report, models=[replace(report.models[0], parity=None)], complete=False))
+    assert re.search(r"\| model\.onnx \|.* not judged \|", text)
+    assert "passes" not in text
 
 
 def test_every_row_has_its_tables_columns(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Better and worse are told from noise, and what cannot be compared is said."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 from report_sample import passing_report
 
 from pmm_edge.bench.figures import BenchReport, Latency, ModelReport
+from pmm_edge.bench.figures import Change as Interval
 from pmm_edge.bench.regression import Comparison, compare_reports, comparison_table
 from pmm_edge.errors import DataError
 
@@ -124,6 +125,41 @@ def test_accuracy_is_compared_beyond_both_intervals(report: BenchReport, tmp_pat
     assert compared(report, with_model(report, 2, less_accurate(0.25)), tmp_path).regressions == []
     (sentence,) = compared(report, with_model(report, 2, less_accurate(0.35)), tmp_path).regressions
     assert sentence.startswith("model-int8-cpu.onnx: mAP became worse: 46.41 -> 46.06 (-0.35 points, noise ± 0.28")
+
+
+def test_after_a_new_training_only_the_change_to_the_own_reference_is_compared(
+    report: BenchReport, tmp_path: Path
+) -> None:
+    def moved(model: ModelReport, change: float) -> ModelReport:
+        """All mAP three points lower; the change to the reference moved by as many points as asked."""
+        assert model.retrieval is not None
+        own = model.retrieval_change
+        if own:
+            own = replace(own, mAP=Interval(*(value + change / 100 for value in astuple(own.mAP))))
+        return replace(less_accurate(3)(model), retrieval_change=own)
+
+    def retrained(change: float) -> BenchReport:
+        reference = replace(moved(report.reference, 0), sha256="b" * 64)
+        return replace(report, reference=reference, models=[moved(model, change) for model in report.models])
+
+    found = compared(report, retrained(0.25), tmp_path)
+    assert (found.regressions, found.improvements) == ([], [])
+    assert any("less its own reference's" in note for note in found.notes)
+    assert not any("mAP" in finding.figure for finding in found.findings if finding.model == "best.pt")
+    int8 = [sentence for sentence in compared(report, retrained(-0.35), tmp_path).regressions if "int8" in sentence]
+    assert int8 == [
+        "model-int8-cpu.onnx: mAP less the reference's became worse: -0.29 -> -0.64 (-0.35 points, noise ± 0.28 points)"
+    ]
+
+
+def test_figures_far_below_1_keep_their_digits(report: BenchReport, tmp_path: Path) -> None:
+    def drawing(joules: float) -> BenchReport:
+        energy = report.models[0].energy
+        assert energy is not None
+        return with_model(report, 0, lambda model: replace(model, energy=replace(energy, joules_per_embedding=joules)))
+
+    (sentence,) = compared(drawing(0.0042), drawing(0.00631), tmp_path).regressions
+    assert "0.0042 -> 0.00631" in sentence
 
 
 def test_other_images_are_no_comparison_of_accuracy(report: BenchReport, tmp_path: Path) -> None:

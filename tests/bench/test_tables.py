@@ -15,12 +15,13 @@ from pmm_edge.bench.tables import (
     invariant_table,
     latency_table,
     milliseconds,
+    model_table,
     parity_table,
     retrieval_table,
     stage_table,
     terminal_tables,
 )
-from pmm_edge.bench.verdict import names, verdict
+from pmm_edge.bench.verdict import named, verdict
 
 _LONGEST_NAME = 12
 """Of a model in 80 columns; a longer one is broken."""
@@ -55,6 +56,26 @@ def test_parity_and_retrieval_are_told_for_each_model(tmp_path: Path) -> None:
     assert stages is not None
     assert stages.columns == ("model", "I", "II", "III")
     assert stages.rows[1][1].startswith("0.999987\n")
+
+
+def test_a_model_that_nothing_was_compared_of_does_not_pass(tmp_path: Path) -> None:
+    report = passing_report(tmp_path)
+    report = replace(report, models=[replace(report.models[0], parity=None), *report.models[1:]], complete=False)
+    assert [row[-1] for row in parity_table(report).rows] == ["reference", "not judged", "passes", "passes"]
+    assert [row[-1] for row in model_table(report).rows] == ["reference", "not judged", "passes", "passes"]
+
+
+def test_energy_that_could_not_be_measured_is_said(tmp_path: Path) -> None:
+    report = passing_report(tmp_path)
+    first, *others = (replace(model, energy=None) for model in report.models)
+    report = replace(
+        report, reference=replace(report.reference, energy=None), models=[replace(first, cold_start=None), *others]
+    )
+    table = cost_table(report)
+    assert table is not None
+    assert table.columns[-1] == "J an\nembed."
+    assert [row[-1] for row in table.rows] == ["not\nmeasured", NONE, "not\nmeasured", "not\nmeasured"]
+    assert width(table) <= 80
 
 
 def test_latency_is_grouped_by_batch(tmp_path: Path) -> None:
@@ -102,7 +123,7 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
     report = passing_report(tmp_path)
     (first, second, third) = report.models
     same = [replace(first, path="a/m.onnx"), replace(second, path="b/m.onnx"), replace(third, path="b/m.onnx")]
-    called = names(replace(report, models=same))
+    called = [name for name, _ in named(replace(report, models=same))]
     assert called[:2] == ["best.pt", "a/m.onnx"]
     assert len(set(called)) == 4
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pmm_edge.bench.figures import BenchReport, ModelReport
+from pmm_edge.bench.figures import BenchReport
 from pmm_edge.bench.html.parts import SIGNS, card_html, hit_html, picture_html, plots_html, table_html
 from pmm_edge.bench.html.plots import accuracy_plot, cmc_plot, cosine_plot, latency_plot
 from pmm_edge.bench.tables import (
@@ -25,7 +25,7 @@ from pmm_edge.bench.tables import (
     stage_table,
     stream_table,
 )
-from pmm_edge.bench.verdict import names, verdict
+from pmm_edge.bench.verdict import named, verdict
 from pmm_edge.files import written_whole
 
 SHOWN_HITS = 12
@@ -112,7 +112,7 @@ for a figure that was not measured.</p></footer>
 def _failures(report: BenchReport) -> str:
     """Every gate that failed, what may be the cause, and where in the graph it begins."""
     parts = []
-    for name, model in _named(report):
+    for name, model in named(report):
         lines = [escape(failure) for failure in model.failures]
         if model.likely_cause:
             lines.append(f"<strong>Likely cause:</strong> {escape(model.likely_cause)}")
@@ -136,7 +136,7 @@ def _warnings(report: BenchReport) -> str:
 
 
 def _models(report: BenchReport) -> str:
-    cards = "".join(card_html(report, name, model) for name, model in _named(report))
+    cards = "".join(card_html(report, name, model) for name, model in named(report))
     return f'<ul class="cards">{cards}</ul>{table_html(model_table(report))}'
 
 
@@ -147,7 +147,7 @@ def _parity(report: BenchReport) -> str:
         parts.append(table_html(invariants))
     broken = [
         f"<li>{escape(name)}: {escape(invariant.name)}: {escape(invariant.detail)}</li>"
-        for name, model in _named(report)
+        for name, model in named(report)
         for invariant in model.invariants
         if not invariant.held
     ]
@@ -173,7 +173,7 @@ def _first_hits(report: BenchReport) -> str:
     """For each model its changed queries, those that became wrong first; the first of them as pictures."""
     parts = []
     folder = Path(report.data) if Path(report.data).is_dir() else Path(report.data).parent
-    for name, model in _named(report):
+    for name, model in named(report):
         if not model.retrieval_change or not (hits := model.retrieval_change.first_hits):
             continue
         worse = sum(hit.reference_right and not hit.model_right for hit in hits)
@@ -191,7 +191,3 @@ def _first_hits(report: BenchReport) -> str:
 
 def _moment(created: str) -> str:
     return created.replace("T", " ").replace("+00:00", " UTC")
-
-
-def _named(report: BenchReport) -> list[tuple[str, ModelReport]]:
-    return list(zip(names(report), (report.reference, *report.models), strict=True))

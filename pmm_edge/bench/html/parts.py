@@ -13,7 +13,15 @@ from pmm_edge.bench.html.pictures import png, thumbnail
 from pmm_edge.bench.html.plots import Plot
 from pmm_edge.bench.tables import Table, milliseconds, points, result
 
-SIGNS = {"passes": "✓", "fails": "✗", "partial": "◐", "reference": "◆", "holds": "✓", "broken": "✗"}
+SIGNS = {
+    "passes": "✓",
+    "fails": "✗",
+    "not judged": "◌",
+    "partial": "◐",
+    "reference": "◆",
+    "holds": "✓",
+    "broken": "✗",
+}
 """A sign for each state, so that none is told by its colour alone."""
 
 
@@ -105,7 +113,9 @@ def _cell(text: str) -> str:
 
 
 def _badge(state: str) -> str:
-    return f'<span class="badge {state}"><span aria-hidden="true">{SIGNS[state]}</span> {state}</span>'
+    return (
+        f'<span class="badge {state.replace(" ", "-")}"><span aria-hidden="true">{SIGNS[state]}</span> {state}</span>'
+    )
 
 
 def _note(text: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pmm_edge.bench.figures import BenchReport, Latency, ModelReport, Scope
 from pmm_edge.bench.html.charts import Axis, Point, Series, chart, legend, linear_axis, log_axis
 from pmm_edge.bench.tables import NONE, Table, milliseconds
-from pmm_edge.bench.verdict import names
+from pmm_edge.bench.verdict import named
 
 LEAST_DEPARTURE = 1e-12
 """1 - cosine below this is rounding; it is drawn here."""
@@ -149,8 +149,7 @@ def accuracy_plot(report: BenchReport) -> Plot | None:
 
 
 def _numbered(report: BenchReport) -> list[tuple[int, str, ModelReport]]:
-    models = (report.reference, *report.models)
-    return [(number, name, model) for number, (name, model) in enumerate(zip(names(report), models, strict=True))]
+    return [(number, name, model) for number, (name, model) in enumerate(named(report))]
 
 
 def _of_scope(model: ModelReport, scope: Scope) -> list[Latency]:
