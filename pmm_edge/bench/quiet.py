@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from pmm_edge.bench.figures import Latency
-from pmm_edge.bench.machine import clocks_are_locked, governors, is_jetson, usable_cores
+from pmm_edge.bench.machine import clocks_are_locked, governors, is_jetson, text_of, usable_cores
 from pmm_edge.bench.nvml import open_gpu
 
 MOST_VARIATION = 0.15
@@ -17,12 +19,16 @@ MOST_LOAD = 0.5
 """Of other work, for each core that is usable: more than that takes turns with what is measured."""
 
 
+_SAMPLES, _SAMPLE_SECONDS = 10, 0.02
+
+
 @dataclass(frozen=True)
 class MachineState:
     """A machine before a measurement."""
 
     load: float | None
-    """Average of runnable processes over the last minute."""
+    """Processes of others that want a core now: the mean over a fifth of a second. Where the system does not tell, the
+    load average of the last minute, in which what ran just before still counts."""
     cores: float
     throttled: int | None
     """How often it has slowed down by heat or current since it booted."""
@@ -30,8 +36,19 @@ class MachineState:
 
 def machine_state(root: Path = Path("/")) -> MachineState:
     """The state of this machine; taken before a measurement, lest the load is its own."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return MachineState(load, usable_cores(root), _throttled(root))
+    return MachineState(_load(root), usable_cores(root), _throttled(root))
+
+
+def _load(root: Path) -> float | None:
+    try:
+        samples = []
+        for _ in range(_SAMPLES):
+            running = text_of(root / "proc/loadavg").split()[3].partition("/")[0]
+            samples.append(int(running) - 1)  # without this thread, which is running as it reads
+            time.sleep(_SAMPLE_SECONDS)
+        return mean(samples)
+    except (IndexError, ValueError):
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine_warnings(

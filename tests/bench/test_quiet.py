@@ -67,3 +67,8 @@ def test_a_machine_that_slows_itself_down(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(quiet, "open_gpu", lambda device: Gpu() if device == "cuda:0" else None)
     (told,) = machine_warnings([latency(0.02)], before, "cuda:0", tmp_path)
     assert "(2 times by heat or current, the GPU by its temperature); cool it" in told
+
+
+def test_the_load_is_what_others_want_now(tmp_path: Path) -> None:
+    write(tmp_path / "proc/loadavg", "7.25 3.10 1.00 3/120 4711")  # a minute ago much ran; now two others do
+    assert machine_state(tmp_path).load == 2
