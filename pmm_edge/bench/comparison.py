@@ -24,9 +24,9 @@ from pmm_edge.bench.subjects import Options, Run, Subject
 from pmm_edge.data.fingerprint import data_sha256
 from pmm_edge.errors import ModelError
 from pmm_edge.progress import Report, silent
+from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.cuda import GpuError
-from pmm_edge.runtime.embedder import Embeddings
 
 
 def bench(
@@ -172,12 +172,6 @@ def _explain(run: Run, model: Subject, report: Report) -> None:
     except ModelError as error:
         run.warnings.append(str(error))
     report("looking for the layer", 1, 1, model.name)
-
-
-def unit_length(embeddings: Embeddings) -> Embeddings:
-    """Embeddings (N, D) over their L2 norm; all zeros stay so."""
-    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return embeddings / np.maximum(norms, 1e-12)
 
 
 def _other_checkpoint(model: Subject, reference: Subject) -> str | None:

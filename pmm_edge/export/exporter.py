@@ -20,9 +20,10 @@ from pmm_edge.export.strip import inference_network
 from pmm_edge.files import sha256, written_whole
 from pmm_edge.model import Checkpoint, load_checkpoint
 from pmm_edge.progress import Report, silent
+from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runs import about_run, run_of
 from pmm_edge.runtime.crops import Pixels
-from pmm_edge.runtime.embedder import Embedder, Embeddings
+from pmm_edge.runtime.embedder import Embedder
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.runtime.torch_backend import CLASSIFIER, TorchEmbedder
 from pmm_edge.spec import METADATA_KEY, InputForm, InputSpec, ModelSpec
@@ -170,7 +171,7 @@ def _check(reference: Embedder, candidate: Embedder, images: Pixels, out: Path) 
     if not np.isfinite(expected).all():
         raise CheckFailedError(f"{reference.path} gives NaN or infinity", "Train again, at a lower learning rate")
     if candidate.spec.normalized_output:
-        expected = _unit_length(expected)
+        expected = unit_length(expected)
     actual = np.concatenate([candidate.embed(images[:1]), candidate.embed(images[1:])])
     departures = np.abs(actual - expected).max(axis=1) / (float(np.abs(expected).max()) or 1.0)
     departure, cosine, precision = float(departures.max()), cosines(actual, expected), candidate.spec.precision
@@ -190,8 +191,3 @@ def _check(reference: Embedder, candidate: Embedder, images: Pixels, out: Path) 
             "Another version of torch or onnxscript may export it rightly",
         )
     return departure, float(cosine.mean()), float(cosine.min())
-
-
-def _unit_length(embeddings: Embeddings) -> Embeddings:
-    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return embeddings / np.maximum(norms, 1e-12)

@@ -120,3 +120,9 @@ def euclidean_distances(query_features: ArrayLike, gallery_features: ArrayLike) 
     for start, block in distance_blocks(query, gallery):
         distances[start : start + len(block)] = block
     return distances
+
+
+def unit_length(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Embeddings (N, D) over their L2 norm; all zeros stay so."""
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings / np.maximum(norms, 1e-12)
