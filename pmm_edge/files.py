@@ -6,9 +6,10 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pmm_edge.errors import OutputError
 
@@ -28,6 +29,26 @@ def _beside(path: Path) -> Path:
 def _cannot_write(path: Path, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     return OutputError(f"cannot write {path}: {reason}", "Choose a folder that is writable and has space left")
+
+
+def check_output(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse, before work of many minutes, a file that could not be written after it.
+
+    Raises:
+        OutputError: the suffix is none of `suffixes`, or the folder cannot be made or written.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise OutputError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}", "Name such a file")
+    try:
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not there.is_dir() or path.is_dir():
+            blocker, kind = (path, "folder") if path.is_dir() else (there, "file")
+            raise OutputError(f"cannot write {path}: {blocker} is a {kind}", "Choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", "Choose a folder that is writable") from error
 
 
 @contextmanager

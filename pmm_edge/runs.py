@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pmm_edge.errors import ModelError, OutputError
+from pmm_edge.errors import DataError, ModelError, OutputError
 
 RUNS = Path("runs")
 BEST = "best.pt"
@@ -79,3 +79,20 @@ def newest_run(runs: Path = RUNS) -> Path:
 def run_of(file: Path) -> Path | None:
     """The run folder that a checkpoint or an export lies in, or None."""
     return next((folder for folder in file.resolve().parents[:2] if about_run(folder)), None)
+
+
+def data_of(model: Path, data: Path | None = None, layout: str | None = None) -> tuple[Path, str | None]:
+    """The data set to use with a model, and the layout to read it in where it was named: by default those of its run.
+
+    Raises:
+        DataError: no data set is named, and the model lies in no run.
+    """
+    run = run_of(model)
+    about = about_run(run) if run else None
+    if about is None:
+        if data is None:
+            raise DataError(f"{model} does not say which data set it belongs to", "Name one with --data")
+        return data, layout
+    of_run = Path(about.data)
+    named_otherwise = data is not None and data.resolve() != of_run.resolve()
+    return data or of_run, layout or (None if named_otherwise else about.layout)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pmm_edge.bench.retrieval import Row, check_output
+from pmm_edge.bench.retrieval import Row
 from pmm_edge.errors import OutputError
-from pmm_edge.files import written_whole
+from pmm_edge.files import check_output, written_whole
 
 SUFFIXES = (".png", ".svg")
 RANKS = 50

@@ -12,8 +12,8 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.bench.parity import cosines
 from pmm_edge.progress import Report, silent
+from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embeddings

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pmm_edge.bench.figures import Energy
-from pmm_edge.bench.machine import text_of
 from pmm_edge.bench.nvml import Gpu, open_gpu
+from pmm_edge.machine import text_of
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder
 

@@ -10,9 +10,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pmm_edge.bench.machine import CPUFREQ, clocks_are_locked, governors, text_of, usable_cores
 from pmm_edge.bench.nvml import Gpu, open_gpu
 from pmm_edge.bench.quiet import MachineState
+from pmm_edge.machine import CPUFREQ, clocks_are_locked, cores, governors, processor, text_of
 
 _PACKAGES = ("pmm-edge", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt")
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -28,9 +28,9 @@ def environment(root: Path = Path("/"), device: str = "cuda", before: MachineSta
     """
     gpu = open_gpu(device)
     found = {
-        "processor": _processor(root),
+        "processor": processor(root),
         "board": text_of(root / "proc/device-tree/model"),
-        "cores": _cores(root),
+        "cores": cores(root),
         "threads": _threads(),
         "load": f"{before.load:.2f}" if before and before.load is not None else "",
         "cpu clocks": _cpu_clocks(root),
@@ -42,18 +42,6 @@ def environment(root: Path = Path("/"), device: str = "cuda", before: MachineSta
         "python": platform.python_version(),
     }
     return {name: value for name, value in found.items() if value} | _versions()
-
-
-def _processor(root: Path) -> str:
-    # platform.processor() is empty on most Linux systems. ARM kernels give no model name.
-    lines = text_of(root / "proc/cpuinfo").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _cores(root: Path) -> str:
-    all_, usable = os.cpu_count() or 1, usable_cores(root)
-    return str(all_) if usable == all_ else f"{all_}, {usable:g} of them usable"
 
 
 def _threads() -> str:

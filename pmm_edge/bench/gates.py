@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pmm_edge.bench.figures import Closeness, Gates, RetrievalChange
-from pmm_edge.bench.parity import finite_rows
 from pmm_edge.errors import PmmError
+from pmm_edge.retrieval.distances import finite_rows
 from pmm_edge.runtime.embedder import Embeddings
 
 LOWER_PRECISION = {

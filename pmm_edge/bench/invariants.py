@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.bench.figures import Invariant, InvariantName
-from pmm_edge.bench.parity import finite_rows, relative_differences
+from pmm_edge.bench.parity import relative_differences
 from pmm_edge.progress import Report, silent
+from pmm_edge.retrieval.distances import finite_rows
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embeddings

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.bench.figures import Closeness, Parity
+from pmm_edge.retrieval.distances import cosines, finite_rows
 from pmm_edge.runtime.embedder import Embeddings
 
 QUANTILES = 101
@@ -56,32 +57,12 @@ def closeness(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path
     )
 
 
-def cosines(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
-    """Cosine similarity of each row, (N, D), (N, D) -> (N,).
-
-    That of a row that is not finite, or all zeros beside one that is not, is 0: nothing of the reference is left in
-    it. Two rows of zeros are equal and have cosine 1.
-    """
-    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
-    finite = finite_rows(actual)
-    actual = np.where(finite[:, None], actual, 0.0)
-    norms = np.linalg.norm(expected, axis=1), np.linalg.norm(actual, axis=1)
-    product = norms[0] * norms[1]
-    equal = ((norms[0] == 0) & (norms[1] == 0) & finite).astype(np.float64)
-    return np.minimum(np.divide((expected * actual).sum(axis=1), product, out=equal, where=product > 0), 1.0)
-
-
 def relative_differences(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
     """Of each row the largest difference as a share of the reference row's largest value, (N, D), (N, D) -> (N,).
 
     Infinite where one of the two is not finite.
     """
     return _differences(reference.astype(np.float64), candidate.astype(np.float64))[1]
-
-
-def finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """(N, D) -> (N,)."""
-    return np.asarray(np.isfinite(embeddings).all(axis=1))
 
 
 def _differences(

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean
 
 from pmm_edge.bench.figures import Latency
-from pmm_edge.bench.machine import clocks_are_locked, governors, is_jetson, text_of, usable_cores
 from pmm_edge.bench.nvml import open_gpu
+from pmm_edge.machine import clocks_are_locked, governors, is_jetson, text_of, usable_cores
 
 MOST_VARIATION = 0.15
 """Coefficient of variation above which timings are noise."""

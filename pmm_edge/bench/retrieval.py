@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.data.dataset import JUNK_PID, ReidDataset, Split
-from pmm_edge.errors import OutputError
 from pmm_edge.files import written_whole
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import RetrievalResult, evaluate
@@ -136,26 +133,6 @@ def evaluate_embeddings(
         rerank=rerank,
         report=report,
     )
-
-
-def check_output(path: Path, suffixes: Sequence[str]) -> None:
-    """Refuse, before work of many minutes, a file that could not be written after it.
-
-    Raises:
-        OutputError: the suffix is none of `suffixes`, or the folder cannot be made or written.
-    """
-    if path.suffix.lower() not in suffixes:
-        raise OutputError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}", "Name such a file")
-    try:
-        there = next(parent for parent in path.absolute().parents if parent.exists())
-        if not there.is_dir() or path.is_dir():
-            blocker, kind = (path, "folder") if path.is_dir() else (there, "file")
-            raise OutputError(f"cannot write {path}: {blocker} is a {kind}", "Choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", "Choose a folder that is writable") from error
 
 
 class _Mirrored(Embedder):

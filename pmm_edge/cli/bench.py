@@ -11,8 +11,8 @@ import typer
 from rich.markup import escape
 
 from pmm_edge.cli.render import note, print_json, print_table, progress
-from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
-from pmm_edge.runs import BEST, EXPORT_FOLDER, AboutRun, about_run, newest_run, run_of
+from pmm_edge.errors import CheckFailedError, ModelError, PmmError
+from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, newest_run, run_of
 
 if TYPE_CHECKING:
     from pmm_edge.bench import BenchReport
@@ -117,9 +117,9 @@ def bench(
         _compare(*compare, as_json)
         return
     from pmm_edge.bench import AskedGates, Options
-    from pmm_edge.bench.comparison import bench_run
     from pmm_edge.bench.network_pictures import network_pictures
-    from pmm_edge.bench.retrieval import check_output
+    from pmm_edge.bench.run import bench_run
+    from pmm_edge.files import check_output
 
     options = Options(
         batches=tuple(_batch_sizes(batch)),
@@ -133,12 +133,12 @@ def bench(
     reference = reference or _reference_of(models)
     run = run_of(reference)
     models = models or _exports_beside(reference)
-    data, run_layout = _data_of(run, reference, data)
+    data, layout = data_of(reference, data, layout)
     out = out or (run or Path()) / "bench.json"
     check_output(out, [".json"])  # the figures of some minutes are not lost with a file that cannot be written
     try:
         with progress() as report:
-            measured = bench_run(models, reference, data, replace(options, layout=layout or run_layout), report)
+            measured = bench_run(models, reference, data, replace(options, layout=layout), report)
             found = measured.report()
             found.save(out)  # first of all: what comes now may fail, and these figures took minutes
             pictures = network_pictures(measured, report) if found.complete else []
@@ -246,16 +246,6 @@ def _exports_beside(reference: Path) -> list[Path]:
     if not found:
         raise ModelError(f"{folder} holds no exported model", "Run pmm export first, or name the models")
     return found
-
-
-def _data_of(run: Path | None, reference: Path, data: Path | None) -> tuple[Path, str | None]:
-    """The data set and its layout; that of the run where none was named."""
-    about: AboutRun | None = about_run(run) if run else None
-    if data:
-        return data, about.layout if about and data.resolve() == Path(about.data).resolve() else None
-    if about is None:
-        raise DataError(f"{reference} does not say which data set it belongs to", "Name one with --data")
-    return Path(about.data), about.layout
 
 
 def _batch_sizes(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,7 +14,7 @@ from rich.markup import escape
 from pmm_edge.cli.render import note, print_json, print_table, progress
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.export.options import OPSET, Fp16, Graph, Int8, Precision
-from pmm_edge.runs import BEST, EXPORT_FOLDER, about_run, newest_run, run_of
+from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, newest_run
 from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ def export(
             metavar="DATA",
             help="Data set whose training images set INT8's ranges and check FP16's; by default the run's own.",
         ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_PRECISION, help="The data set's layout, where it is not recognised."),
     ] = None,
     target: Annotated[
         Literal["tensorrt", "cpu"] | None,
@@ -182,7 +187,7 @@ def export(
     )
     checkpoint = checkpoint or newest_run() / BEST
     exported: list[Exported] = []
-    lower = _precision(precision, checkpoint, calibration, target, calibration_method, max_map_drop)
+    lower = _precision(precision, checkpoint, calibration, layout, target, calibration_method, max_map_drop)
     if (trt or deepstream or triton) and checkpoint.suffix == ".onnx":
         if safetensors:
             raise PmmError(f"{checkpoint} has no weights for --safetensors", "Name the checkpoint it was exported from")
@@ -234,26 +239,26 @@ def _precision(
     precision: Literal["fp32", "fp16", "int8"],
     checkpoint: Path,
     calibration: Path | None,
+    layout: str | None,
     target: Literal["tensorrt", "cpu"] | None,
     method: Literal["minmax", "percentile", "entropy"] | None,
     max_map_drop: float | None,
 ) -> Precision | None:
     """What was asked for; the calibration data is by default that of the checkpoint's run."""
     of_int8 = {"--target": target, "--calibration-method": method, "--max-map-drop": max_map_drop}
-    asked = {"--calibration": calibration, **of_int8} if precision == "fp32" else of_int8
+    asked = {"--calibration": calibration, "--layout": layout, **of_int8} if precision == "fp32" else of_int8
     if precision != "int8" and (unused := [name for name, value in asked.items() if value is not None]):
         raise PmmError(f"{', '.join(unused)} says nothing of --precision {precision}", "Add --precision int8")
     if precision == "fp32":
         return None
-    if calibration is None:
-        run = run_of(checkpoint)
-        about = about_run(run) if run else None
-        calibration = Path(about.data) if about and Path(about.data).is_dir() else None
+    with suppress(DataError):  # a checkpoint that lies in no run
+        of_run, layout = data_of(checkpoint, calibration, layout)
+        calibration = calibration or (of_run if of_run.is_dir() else None)
     if precision == "fp16":
-        return Fp16(calibration)
+        return Fp16(calibration, layout)
     if calibration is None:
         raise DataError("INT8 needs images to calibrate on, and the run's data set is not there", "Add --calibration")
-    return Int8(calibration, target or "tensorrt", method, max_map_drop)
+    return Int8(calibration, target or "tensorrt", method, max_map_drop, layout)
 
 
 def _export(

@@ -10,8 +10,7 @@ import typer
 from rich.markup import escape
 
 from pmm_edge.cli.render import note, print_json, print_table, progress
-from pmm_edge.errors import DataError
-from pmm_edge.runs import BEST, AboutRun, about_run, newest_run, run_of
+from pmm_edge.runs import BEST, data_of, newest_run, run_of
 
 if TYPE_CHECKING:
     from pmm_edge.pictures.overlap import Overlap
@@ -85,11 +84,9 @@ def visualize(
 
     chosen = [path / BEST if path.is_dir() else path for path in models or [newest_run()]]
     run = run_of(chosen[0])
-    about = about_run(run) if run else None
     request = Request(
         tuple(chosen),
-        data or _data_of(about, chosen[0]),
-        layout or (about.layout if about and data is None else None),
+        *data_of(chosen[0], data, layout),
         images,
         top,
         seed,
@@ -131,9 +128,3 @@ def _print_overlaps(overlaps: Sequence[tuple[Path, Overlap]]) -> None:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _data_of(about: AboutRun | None, model: Path) -> Path:
-    if about is None:
-        raise DataError(f"{model} does not say which data set it belongs to", "Name one with --data")
-    return Path(about.data)

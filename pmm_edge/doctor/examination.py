@@ -9,10 +9,11 @@ from typing import Any
 
 from pmm_edge.doctor.commands import Readiness, readiness
 from pmm_edge.doctor.findings import Finding, Section, shareable
-from pmm_edge.doctor.machine import machine, read
+from pmm_edge.doctor.machine import machine
 from pmm_edge.doctor.packages import importable, packages, version_of
 from pmm_edge.doctor.precision import gpu_precision, processor_precision
 from pmm_edge.doctor.probes import probe
+from pmm_edge.machine import text_of
 
 _USED = ("CPUExecutionProvider", "CUDAExecutionProvider")
 """Providers that pmm-edge asks for; that others do not work harms nobody."""
@@ -60,7 +61,7 @@ def examine(root: Path = Path("/")) -> Diagnosis:
 
 
 def _gpus(root: Path, found: dict[str, Any]) -> Section:
-    driver = read(root / "sys/module/nvidia/version").strip()
+    driver = text_of(root / "sys/module/nvidia/version")
     findings = [Finding("driver", driver)] if driver else []
     if "cuda" in found:
         findings.append(Finding("newest CUDA", f"{found['cuda']}, which the driver supports"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from pmm_edge.doctor.findings import Finding, Section, shareable
 from pmm_edge.doctor.packages import version_of
 from pmm_edge.files import cache_folder
+from pmm_edge.machine import cores, processor, text_of
 
 _LITTLE_DISK_GIB = 2.0
 _JETPACKS = (
@@ -29,16 +30,13 @@ _OLDEST_JETPACK = (6, 1)
 
 def machine(root: Path) -> Section:
     """What the operating system says of the machine and of this Python."""
-    info = cpuinfo(root)
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = f"{os.cpu_count()}, {allowed} for this process" if allowed != os.cpu_count() else str(allowed)
     findings = [
         Finding("pmm-edge", version_of("pmm-edge") or "not installed"),
         Finding("Python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"),
         Finding("system", platform.platform()),
         *jetson(root),
-        Finding("processor", info.get("model name") or info.get("Model") or platform.machine()),
-        Finding("cores", cores + _quota(root)),
+        Finding("processor", processor(root)),
+        Finding("cores", cores(root)),
         Finding("memory", _memory(root)),
         _disk(),
     ]
@@ -47,12 +45,12 @@ def machine(root: Path) -> Section:
 
 def jetson(root: Path) -> list[Finding]:
     """Board, Jetson Linux and JetPack; nothing where this is no Jetson."""
-    release = re.search(r"R(\d+)\b.*?REVISION: *([\d.]+)", read(root / "etc/nv_tegra_release"))
+    release = re.search(r"R(\d+)\b.*?REVISION: *([\d.]+)", text_of(root / "etc/nv_tegra_release"))
     if not release:
         return []
-    board = read(root / "proc/device-tree/model").strip("\0 \n") or "unknown board"
+    board = text_of(root / "proc/device-tree/model") or "unknown board"
     linux = f"{release[1]}.{release[2]}"
-    package = re.search(r"Package: nvidia-jetpack\n(?:.+\n)*?Version: *([\d.]+)", read(root / "var/lib/dpkg/status"))
+    package = re.search(r"Package: nvidia-jetpack\n(?:.+\n)*?Version: *([\d.]+)", text_of(root / "var/lib/dpkg/status"))
     jetpack = (
         package[1] if package else next((jp for known, jp in _JETPACKS if f"{linux}.".startswith(f"{known}.")), "")
     )
@@ -63,28 +61,8 @@ def jetson(root: Path) -> list[Finding]:
     return [Finding("Jetson", board), Finding("JetPack", shown, False if old else None, remedy)]
 
 
-def cpuinfo(root: Path) -> dict[str, str]:
-    """The last value of each entry of /proc/cpuinfo: on ARM the board's name stands at its end."""
-    pairs = (line.partition(":") for line in read(root / "proc/cpuinfo").splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs if value}
-
-
-def read(path: Path) -> str:
-    """A file's text; empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _quota(root: Path) -> str:
-    """A container's share of the processors, where it is limited."""
-    quota = re.match(r"(\d+) (\d+)", read(root / "sys/fs/cgroup/cpu.max"))
-    return f", limited to {int(quota[1]) / int(quota[2]):.3g} by its control group" if quota else ""
-
-
 def _memory(root: Path) -> str:
-    sizes = dict(re.findall(r"^(MemTotal|MemAvailable): *(\d+) kB", read(root / "proc/meminfo"), re.MULTILINE))
+    sizes = dict(re.findall(r"^(MemTotal|MemAvailable): *(\d+) kB", text_of(root / "proc/meminfo"), re.MULTILINE))
     if "MemTotal" not in sizes:
         return "unknown"
     free = f", {int(sizes['MemAvailable']) / 2**20:.1f} GiB free" if "MemAvailable" in sizes else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmm_edge.doctor.findings import Finding
-from pmm_edge.doctor.machine import cpuinfo
+from pmm_edge.machine import cpuinfo
 
 _X86 = {
     "FP32": (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("sse2", "SSE2")),

@@ -64,12 +64,15 @@ class Calibration:
         return np.concatenate([self.crops, self.choosing, self.judging])
 
 
-def read_calibration(root: Path, spec: InputSpec, judged_on: Path | None = None, images: int = IMAGES) -> Calibration:
+def read_calibration(
+    root: Path, spec: InputSpec, layout: str | None = None, judged_on: ReidDataset | None = None, images: int = IMAGES
+) -> Calibration:
     """Read crops, spread over the identities of a data set's training split, in three parts that share no image.
 
     Args:
         root: the data set's folder.
         spec: of the network's input.
+        layout: the data set's, where it is not recognised.
         judged_on: the data set whose query and gallery will judge the network, where it may be another one.
         images: how many crops to read.
 
@@ -77,7 +80,7 @@ def read_calibration(root: Path, spec: InputSpec, judged_on: Path | None = None,
         DataError: `root` is no data set, has too few training images, or one cannot be read.
     """
     try:
-        dataset = read(root)
+        dataset = read(root, layout)
     except DataError as error:
         raise DataError(
             f"--calibration {root} cannot be used: {error.problem}",
@@ -169,28 +172,24 @@ def _spread(split: Split, count: int) -> list[Path]:
     return [split.paths[order[number * len(order) // count]] for number in range(count)]
 
 
-def _wrong_people(dataset: ReidDataset, paths: Sequence[Path], judged_on: Path | None) -> list[str]:
+def _wrong_people(dataset: ReidDataset, paths: Sequence[Path], judged_on: ReidDataset | None) -> list[str]:
     """What makes a figure on query and gallery too good.
 
     Within a data set an identity is a number. Another data set gives the same numbers to other people, so against
     that the files themselves are compared.
     """
     findings = [found.text for found in analyse(dataset).warnings if found.kind == "train-test-overlap"]
-    if judged_on and judged_on.resolve() != dataset.root.resolve():
+    if judged_on and judged_on.root.resolve() != dataset.root.resolve():
         shared = _shared_files(paths, judged_on)
         if shared:
             findings.append(
-                f"{shared} of the {len(paths)} calibration images are also in the query or gallery of {judged_on}"
+                f"{shared} of the {len(paths)} calibration images are also in the query or gallery of {judged_on.root}"
             )
     return [f"calibration has seen people that retrieval is judged on: {text}" for text in findings]
 
 
-def _shared_files(paths: Sequence[Path], judged_on: Path) -> int:
+def _shared_files(paths: Sequence[Path], other: ReidDataset) -> int:
     """How many of the files are, under whatever name, in a data set's query or gallery too."""
-    try:
-        other = read(judged_on)
-    except DataError:
-        return 0  # the run's data set is gone or another now: nothing here can judge with it
     sizes = {path.stat().st_size for path in paths}
     test = [path for path in (*other.query.paths, *other.gallery.paths) if path.stat().st_size in sizes]
     digests = {sha256(path) for path in test}

@@ -11,17 +11,18 @@ from onnxruntime import __version__ as onnxruntime_version
 from safetensors.torch import save
 
 from pmm_edge import __version__
-from pmm_edge.errors import CheckFailedError, PmmError
+from pmm_edge.data.dataset import ReidDataset, read
+from pmm_edge.errors import CheckFailedError, DataError, PmmError
 from pmm_edge.export.onnx_graph import finished, onnx_graph
 from pmm_edge.export.options import Graph, Precision
-from pmm_edge.export.precision import Reduced, cosines, reduced
+from pmm_edge.export.precision import Reduced, reduced
 from pmm_edge.export.sensitivity import LayerLoss
 from pmm_edge.export.strip import inference_network
 from pmm_edge.files import sha256, written_whole
 from pmm_edge.model import Checkpoint, load_checkpoint
 from pmm_edge.progress import Report, silent
-from pmm_edge.retrieval.distances import unit_length
-from pmm_edge.runs import about_run, run_of
+from pmm_edge.retrieval.distances import cosines, unit_length
+from pmm_edge.runs import data_of
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
@@ -138,11 +139,12 @@ def export_safetensors(checkpoint_path: Path, out: Path) -> Exported:
     return Exported(out, spec, out.stat().st_size, departure=0.0)
 
 
-def _judging_data(checkpoint_path: Path) -> Path | None:
+def _judging_data(checkpoint_path: Path) -> ReidDataset | None:
     """The data set of the checkpoint's run, whose query and gallery `pmm bench` judges with."""
-    run = run_of(checkpoint_path)
-    about = about_run(run) if run else None
-    return Path(about.data) if about and about.data else None
+    try:
+        return read(*data_of(checkpoint_path))
+    except DataError:
+        return None  # there is no run, or its data set is gone or another now: nothing here can judge with it
 
 
 def _check_name(out: Path, suffix: str) -> None:
@@ -174,7 +176,7 @@ def _check(reference: Embedder, candidate: Embedder, images: Pixels, out: Path) 
         expected = unit_length(expected)
     actual = np.concatenate([candidate.embed(images[:1]), candidate.embed(images[1:])])
     departures = np.abs(actual - expected).max(axis=1) / (float(np.abs(expected).max()) or 1.0)
-    departure, cosine, precision = float(departures.max()), cosines(actual, expected), candidate.spec.precision
+    departure, cosine, precision = float(departures.max()), cosines(expected, actual), candidate.spec.precision
     if precision in LEAST_COSINE:
         least, kind = (cosine.min(), "least") if precision == "fp16" else (cosine.mean(), "mean")
         if least < LEAST_COSINE[precision]:

@@ -40,6 +40,8 @@ class Fp16:
 
     calibration: Path | None = None
     """A data set whose crops show how large the network's values get; None leaves that unchecked."""
+    layout: str | None = None
+    """The data set's, where it is not recognised."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Int8:
     """How ranges are told from values; None tries all three and takes the one that loses least."""
     max_map_drop: float | None = None
     """Points of mAP that may be lost on the data set's query and gallery; layers stay in float32 until that holds."""
+    layout: str | None = None
+    """The data set's, where it is not recognised."""
 
     def __post_init__(self) -> None:
         if self.max_map_drop is not None and not 0 <= self.max_map_drop <= 100:

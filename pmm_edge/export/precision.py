@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
+from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.export.calibration import METHODS, read_calibration, value_ranges
 from pmm_edge.export.fp16 import LARGEST, cast_to_fp16, check_range
 from pmm_edge.export.int8 import calibrated_operators, quantize
@@ -21,8 +20,8 @@ from pmm_edge.export.parts import Parts, layers_of, multiply_adds, parts_of
 from pmm_edge.export.rows import row_preprocessing
 from pmm_edge.export.sensitivity import LayerLoss, hold_map, mean_average_precision
 from pmm_edge.progress import Report, silent
+from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime.crops import Pixels
-from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import ModelSpec
 
@@ -48,7 +47,7 @@ def reduced(
     model: onnx.ModelProto,
     spec: ModelSpec,
     precision: Precision,
-    judged_on: Path | None = None,
+    judged_on: ReidDataset | None = None,
     report: Report = silent,
 ) -> Reduced:
     """Put a model of `onnx_graph` in a lower precision; the one given is left as it is.
@@ -68,19 +67,13 @@ def reduced(
     return _int8(model, spec, precision, judged_on, report)
 
 
-def cosines(first: Embeddings, second: Embeddings) -> NDArray[np.float64]:
-    """(N, D), (N, D) -> (N,); 0 where a row is all zeros or not finite."""
-    a, b = first.astype(np.float64), second.astype(np.float64)
-    with np.errstate(all="ignore"):
-        found = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _fp16(model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, judged_on: Path | None, report: Report) -> Reduced:
+def _fp16(
+    model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, judged_on: ReidDataset | None, report: Report
+) -> Reduced:
     parts, checked, images, warnings = parts_of(model), "values not checked on images", None, []
     network = cast_to_fp16(parts.network)
     if precision.calibration:
-        calibration = read_calibration(precision.calibration, spec.input, judged_on)
+        calibration = read_calibration(precision.calibration, spec.input, precision.layout, judged_on)
         images, warnings = calibration.everything, calibration.warnings
         ranges = value_ranges(parts.network, images, spec.input, report=report)
         largest = check_range(ranges, parts.network)
@@ -89,11 +82,13 @@ def _fp16(model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, judged_on: P
     return Reduced(finished(parts.around(network), spec), spec, images, [], warnings)
 
 
-def _int8(model: onnx.ModelProto, spec: ModelSpec, precision: Int8, judged_on: Path | None, report: Report) -> Reduced:
+def _int8(
+    model: onnx.ModelProto, spec: ModelSpec, precision: Int8, judged_on: ReidDataset | None, report: Report
+) -> Reduced:
     parts, target = parts_of(model), precision.target
     if target == "cpu" and parts.before and spec.input.form == "uint8":
         parts = replace(parts, before=row_preprocessing(parts.before, spec.input))
-    calibration = read_calibration(precision.calibration, spec.input, judged_on)
+    calibration = read_calibration(precision.calibration, spec.input, precision.layout, judged_on)
     layers: list[LayerLoss] = []
     with _opener(parts, spec) as opened:
         reference = opened(parts.network).embed(calibration.choosing)

@@ -126,3 +126,23 @@ def unit_length(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     """Embeddings (N, D) over their L2 norm; all zeros stay so."""
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     return embeddings / np.maximum(norms, 1e-12)
+
+
+def cosines(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine similarity of each row, (N, D), (N, D) -> (N,).
+
+    That of a row that is not finite, or all zeros beside one that is not, is 0: nothing of the reference is left in
+    it. Two rows of zeros are equal and have cosine 1.
+    """
+    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
+    finite = finite_rows(actual)
+    actual = np.where(finite[:, None], actual, 0.0)
+    norms = np.linalg.norm(expected, axis=1), np.linalg.norm(actual, axis=1)
+    product = norms[0] * norms[1]
+    equal = ((norms[0] == 0) & (norms[1] == 0) & finite).astype(np.float64)
+    return np.minimum(np.divide((expected * actual).sum(axis=1), product, out=equal, where=product > 0), 1.0)
+
+
+def finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(N, D) -> (N,)."""
+    return np.asarray(np.isfinite(embeddings).all(axis=1))

@@ -7,8 +7,8 @@ import pytest
 
 from pmm_edge.bench import environment as module
 from pmm_edge.bench.environment import environment
-from pmm_edge.bench.machine import clocks_are_locked, usable_cores
 from pmm_edge.bench.quiet import machine_state
+from pmm_edge.machine import clocks_are_locked, usable_cores
 
 
 def write(path: Path, content: object) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from pmm_edge.bench import comparison, speed
+from pmm_edge.bench import speed
 from pmm_edge.runs import AboutRun, new_run_folder
 
 
@@ -102,7 +102,7 @@ def test_interrupted_it_leaves_what_it_has(pmm: Callable, run: Path, monkeypatch
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "held_in_batches", interrupted)
+    monkeypatch.setattr("pmm_edge.bench.run.held_in_batches", interrupted)
     ended = pmm("bench", "--parity-only")
     assert ended.exit_code == 130
     assert "interrupted: what was measured by now is in" in ended.stderr
@@ -110,7 +110,7 @@ def test_interrupted_it_leaves_what_it_has(pmm: Callable, run: Path, monkeypatch
     assert (saved["complete"], saved["passed"]) == (False, False)
     assert saved["models"][0]["retrieval"]["mAP"] > 0
     assert not list((run / "export").glob("*certificate*"))
-    monkeypatch.setattr(comparison, "bench_images", interrupted)
+    monkeypatch.setattr("pmm_edge.bench.run.bench_images", interrupted)
     assert pmm("bench", "--parity-only").exit_code == 130
 
 

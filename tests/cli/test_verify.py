@@ -9,42 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from certify import certify
 
-import pmm_edge
-from pmm_edge.files import sha256
-from pmm_edge.runtime import certificate as certificates
-from pmm_edge.runtime.certificate import Certificate, certificate_path, read_certificate
-from pmm_edge.spec import RetrievalFigures
+from pmm_edge.runtime.certificate import certificate_path, read_certificate
 
 
 @pytest.fixture
 def model(tiny_onnx: Path, tmp_path: Path) -> Path:
     """A model with a certificate."""
     path = Path(shutil.copy(tiny_onnx, tmp_path / "model [a].onnx"))
-    figures, change = RetrievalFigures(0.62, 0.462, 0.2, 0.4), certificates.CertifiedChange(-0.0004, -0.001, 0.0)
-    Certificate(
-        model=path.name,
-        sha256=sha256(path),
-        file_bytes=path.stat().st_size,
-        engine_manifest_sha256=None,
-        engine_onnx_sha256=None,
-        spec=pmm_edge.load(path, "cpu").spec,
-        reference="best.pt",
-        reference_sha256="0" * 64,
-        data="tiny",
-        data_sha256="1" * 64,
-        images=24,
-        gates=certificates.HeldGates(0.9999, 0.1, 0.0),
-        parity=certificates.CertifiedParity(0.99995, 1.0, 1.0, 1e-5, 1e-6),
-        retrieval=certificates.CertifiedRetrieval(figures, figures, change, change, change, 12, 0),
-        latency=[certificates.CertifiedLatency(1, "model", False, 7.94, 8.5, 126.6)],
-        backend="onnxruntime",
-        device="cpu",
-        machine={"processor": "AMD EPYC"},
-        warnings=[],
-        created="2026-11-22T20:00:00+00:00",
-        pmm_edge="0.1.0",
-    ).save(certificate_path(path))
+    certify(path)
     return path
 
 

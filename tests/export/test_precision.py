@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 from people import write_people
 
 import pmm_edge
+from pmm_edge.data.dataset import read
 from pmm_edge.errors import CheckFailedError, DataError, PmmError
 from pmm_edge.export import Exported, Fp16, Graph, Int8, export_onnx
 from pmm_edge.export.calibration import read_calibration, value_ranges
@@ -244,14 +245,26 @@ def test_people_of_the_test_split_are_told(tiny_checkpoint: Path, tmp_path: Path
 
 def test_images_that_judge_elsewhere_are_told(people: Path, tmp_path: Path) -> None:
     other = shutil.copytree(people, tmp_path / "other")
-    spec = InputSpec(96, 64)
-    assert read_calibration(people, spec, judged_on=people).warnings == []
-    assert read_calibration(other, spec, judged_on=people).warnings == []  # the same numbers may be other people
-    assert read_calibration(other, spec, judged_on=tmp_path / "gone").warnings == []
+    spec, judges = InputSpec(96, 64), read(people)
+    assert read_calibration(people, spec, judged_on=judges).warnings == []
+    assert read_calibration(other, spec, judged_on=judges).warnings == []  # the same numbers may be other people
     for number, image in enumerate(sorted((people / "bounding_box_test").iterdir())):
         shutil.copyfile(image, other / "bounding_box_train" / f"0009_c1s1_{number:06d}_00.png")
-    (warning,) = read_calibration(other, spec, judged_on=people).warnings
+    (warning,) = read_calibration(other, spec, judged_on=judges).warnings
     assert f"8 of the 80 calibration images are also in the query or gallery of {people}" in warning
+
+
+def test_a_layout_that_must_be_named(pmm: Callable, tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
+    both = tmp_path / "CUHK03-NP"
+    for crops in ("detected", "labeled"):
+        shutil.copytree(people, both / crops)
+    wanted = ("export", tiny_checkpoint, "--precision", "fp16", "--calibration", both, "--out", "model.onnx")
+    ended = pmm(*wanted)
+    assert ended.exit_code == 2
+    assert "labeled" in ended.stderr.splitlines()[-1]
+    ended = pmm(*wanted, "--layout", "cuhk03-np-labeled")
+    assert ended.exit_code == 0, ended.stderr
+    assert "on 72 crops of cuhk03-np-labeled" in ended.stderr
 
 
 def test_the_parts_of_calibration_share_no_image(people: Path) -> None:
@@ -269,6 +282,7 @@ def test_a_map_drop_that_makes_no_sense() -> None:
 def test_options_that_do_not_go_together(pmm: Callable, tiny_checkpoint: Path, tiny_onnx: Path) -> None:
     for arguments, said in (
         (("--target", "cpu"), "--target says nothing of --precision fp32"),
+        (("--layout", "msmt17"), "--layout says nothing of --precision fp32"),
         (("--precision", "fp16", "--max-map-drop", 1), "--max-map-drop says nothing of --precision fp16"),
         (("--precision", "int8"), "Add --calibration"),
         (("--opset", 16), "Choose 17 to 20"),

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import broken
 import pytest
 
-from pmm_edge.bench import AskedGates, BenchReport, Options, bench, comparison, speed
+from pmm_edge.bench import AskedGates, BenchReport, Options, bench
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export import Graph, export_onnx
 
@@ -106,7 +107,7 @@ def test_a_model_that_does_not_load_ends_it_before_anything_is_measured(
 ) -> None:
     truncated = tmp_path / "truncated.onnx"
     truncated.write_bytes(tiny_onnx.read_bytes()[:1000])
-    monkeypatch.setattr(comparison, "embed_files", None)
+    monkeypatch.setattr("pmm_edge.bench.run.embed_files", None)
     with pytest.raises(ModelError, match=r"truncated\.onnx"):
         run([tiny_onnx, truncated], tiny_onnx, tiny_dataset)
 
@@ -137,7 +138,7 @@ def test_a_reference_that_does_not_run_judges_nobody(tiny_onnx: Path, tiny_datas
 def test_interrupted_it_keeps_what_it_has(
     step: str, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = speed if step == "measure_latency" else comparison
+    home = import_module("pmm_edge.bench." + ("speed" if step == "measure_latency" else "run"))
     real, calls = getattr(home, step), []
 
     def once_then_interrupted(*args: object, **kwargs: object) -> object:

@@ -1,11 +1,30 @@
-"""How a machine is set, read where the kernel shows it. `root` is that of the file system, for tests."""
+"""The processor and how it is set, read where the kernel shows it. `root` is that of the file system, for tests."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 CPUFREQ = "sys/devices/system/cpu/cpu[0-9]*/cpufreq"
+
+
+def processor(root: Path = Path("/")) -> str:
+    """The model's name. `platform.processor()` is empty on most Linux systems, and many ARM kernels give no name."""
+    info = cpuinfo(root)
+    return info.get("model name") or info.get("Model") or platform.machine()
+
+
+def cpuinfo(root: Path = Path("/")) -> dict[str, str]:
+    """The last value of each entry of /proc/cpuinfo: on ARM the board's name stands at its end."""
+    pairs = (line.partition(":") for line in text_of(root / "proc/cpuinfo").splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs if value}
+
+
+def cores(root: Path = Path("/")) -> str:
+    """How many there are, and how many of them may be used: `8, 6 of them usable`."""
+    all_, usable = os.cpu_count() or 1, usable_cores(root)
+    return str(all_) if usable == all_ else f"{all_}, {usable:g} of them usable"
 
 
 def usable_cores(root: Path = Path("/")) -> float:
