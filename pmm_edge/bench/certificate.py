@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pmm_edge import __version__
@@ -87,7 +87,9 @@ def _certify(report: BenchReport, model: ModelReport) -> Certificate:
     if not all(invariant.held for invariant in model.invariants):
         raise _NotProvenError("an invariant does not hold")
     parity, change = model.parity, model.retrieval_change
-    figures, reference = model.retrieval, report.reference.retrieval
+    figures, reference = model.retrieval, (change and change.reference) or report.reference.retrieval
+    if model.sha256 == report.reference.sha256:
+        raise _NotProvenError("it is the reference itself, which proves nothing")
     if parity is None or change is None or figures is None or reference is None:
         raise _NotProvenError(
             "retrieval was not judged; a certificate needs all queries and the gallery of a data set: leave --limit out"
@@ -108,13 +110,15 @@ def _certify(report: BenchReport, model: ModelReport) -> Certificate:
         data=_name(Path(report.data)),
         data_sha256=report.data_sha256,
         images=report.images,
-        gates=HeldGates(model.gates.min_cosine, model.gates.max_map_drop, model.gates.min_mean_cosine),
+        gates=HeldGates(**asdict(model.gates)),
         parity=CertifiedParity(
             parity.whole.cosine_min,
             parity.whole.cosine_p1,
             parity.whole.cosine_mean,
             parity.whole.largest_difference,
             parity.whole.largest_relative,
+            parity.shortest,
+            parity.longest,
         ),
         retrieval=CertifiedRetrieval(
             figures,

@@ -18,7 +18,7 @@ from pmm_edge.spec import RetrievalFigures
 
 SCHEMA = 1
 
-InvariantName = Literal["finite", "distinct", "repeatable", "equal rows", "batch size", "neighbours"]
+InvariantName = Literal["finite", "distinct", "unit length", "repeatable", "equal rows", "batch size", "neighbours"]
 Scope = Literal["model", "end to end"]
 
 
@@ -32,6 +32,8 @@ class Gates:
     """Largest loss of mAP, in points of 100."""
     min_mean_cosine: float = 0.0
     """Least mean of the cosines."""
+    max_stretch: float = 1.001
+    """How many times longer or shorter than its reference's any image's embedding may be."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Parity:
     """By the stage's name in the spec; its slice of the embedding alone."""
     cosine_quantiles: list[float]
     """101 of the whole embedding's cosines: the least, the 1st to the 99th percentile, the largest."""
+    shortest: float | None = None
+    """Least length of an image's embedding over its reference's; rows of zeros or not finite are left out."""
+    longest: float | None = None
+    stretched_image: str = ""
+    """The one whose length departs most."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,9 @@ class RetrievalChange:
     """That have a match in the gallery."""
     first_hits: list[FirstHit]
     """All queries whose first hit changed; those that became wrong first."""
+    reference: RetrievalFigures | None = None
+    """What the model's figures are held against: the reference's own, or where only the model gives embeddings of
+    length 1, those of the reference's embeddings brought to length 1."""
 
 
 @dataclass(frozen=True)

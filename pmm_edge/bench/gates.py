@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from pmm_edge.bench.figures import Closeness, Gates, RetrievalChange
+from pmm_edge.bench.figures import Closeness, Gates, Parity, RetrievalChange
 from pmm_edge.errors import PmmError
-from pmm_edge.retrieval.distances import finite_rows
-from pmm_edge.runtime.embedder import Embeddings
 
 LOWER_PRECISION = {
-    "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999),
-    "int8": Gates(min_cosine=0.95, max_map_drop=0.5, min_mean_cosine=0.99),
+    "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999, max_stretch=1.01),
+    "int8": Gates(min_cosine=0.95, max_map_drop=0.5, min_mean_cosine=0.99, max_stretch=1.1),
 }
 """What is asked of a model in a lower precision where nothing else is: rounding to 8 bits moves single embeddings."""
-
-LARGEST_STRETCH = 1.25
-"""How many times longer or shorter embeddings may be: rounding moves lengths by a few per cent."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,7 @@ class AskedGates:
     min_cosine: float | None = None
     min_mean_cosine: float | None = None
     max_map_drop: float | None = None
+    max_stretch: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("min_cosine", "min_mean_cosine"):
@@ -41,15 +35,13 @@ class AskedGates:
                 raise PmmError(f"{name} {value:g} is no cosine", "Choose -1 to 1, such as 0.999")
         if self.max_map_drop is not None and not 0 <= self.max_map_drop < math.inf:
             raise PmmError(f"max_map_drop {self.max_map_drop:g} is no loss", "Choose points of mAP, such as 0.5")
+        if self.max_stretch is not None and not 1 <= self.max_stretch < math.inf:
+            raise PmmError(f"max_stretch {self.max_stretch:g} is no ratio of lengths", "Choose 1 or more, such as 1.05")
 
     def of(self, precision: str) -> Gates:
         """The gates of a model of this precision."""
         usual = LOWER_PRECISION.get(precision, Gates())
-        return Gates(
-            min_cosine=usual.min_cosine if self.min_cosine is None else self.min_cosine,
-            max_map_drop=usual.max_map_drop if self.max_map_drop is None else self.max_map_drop,
-            min_mean_cosine=usual.min_mean_cosine if self.min_mean_cosine is None else self.min_mean_cosine,
-        )
+        return replace(usual, **{name: asked for name, asked in vars(self).items() if asked is not None})
 
 
 def cosine_failures(whole: Closeness, gates: Gates) -> list[str]:
@@ -68,22 +60,19 @@ def cosine_failures(whole: Closeness, gates: Gates) -> list[str]:
     return failures
 
 
-def length_failure(reference: Embeddings, candidate: Embeddings) -> str | None:
-    """The sentence where embeddings point the right way but are all longer or shorter, (N, D), (N, D).
+def length_failure(parity: Parity, gates: Gates) -> str | None:
+    """The sentence where an embedding points the right way but is longer or shorter than its reference's.
 
     Cosine does not see it; Euclidean distances, and every threshold on them, do.
     """
-    rows = finite_rows(candidate)
-    lengths = [np.linalg.norm(embeddings[rows].astype(np.float64), axis=1) for embeddings in (reference, candidate)]
-    there = (lengths[0] > 0) & (lengths[1] > 0)
-    if not there.any():
+    shortest, longest, most = parity.shortest, parity.longest, gates.max_stretch
+    if shortest is None or longest is None or 1 / most <= shortest <= longest <= most:
         return None
-    ratio = float(np.median(lengths[1][there] / lengths[0][there]))
-    if 1 / LARGEST_STRETCH <= ratio <= LARGEST_STRETCH:
-        return None
+    worst = longest if longest * shortest >= 1 else shortest
     return (
-        f"embeddings are {ratio:.3g} times as long as the reference's (median): distances and every threshold on them"
-        " change"
+        f"the embedding of {parity.stretched_image} is {worst:.4g} times as long as the reference's (all of them"
+        f" {shortest:.4g} to {longest:.4g}), {1 / most:.4g} to {most:.4g} are allowed: distances and every threshold on"
+        " them change"
     )
 
 

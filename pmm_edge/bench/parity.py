@@ -30,7 +30,7 @@ def compare(
         paths: of the N images.
         stages: the slice [start, stop) of the embedding that each stage fills; of one stage the whole says it all.
     """
-    whole = cosines(reference, candidate)
+    whole, stretch = cosines(reference, candidate), _stretch(reference, candidate)
     slices = stages if stages and len(stages) > 1 else {}
     return Parity(
         images=len(paths),
@@ -40,6 +40,9 @@ def compare(
             for name, (start, stop) in slices.items()
         },
         cosine_quantiles=[float(value) for value in np.quantile(whole, np.linspace(0, 1, QUANTILES))],
+        shortest=float(stretch.min()),
+        longest=float(stretch.max()),
+        stretched_image=str(paths[int(np.abs(np.log(stretch)).argmax())]),
     )
 
 
@@ -63,6 +66,14 @@ def relative_differences(reference: Embeddings, candidate: Embeddings) -> NDArra
     Infinite where one of the two is not finite.
     """
     return _differences(reference.astype(np.float64), candidate.astype(np.float64))[1]
+
+
+def _stretch(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
+    """Of each row its length over the reference row's, (N, D), (N, D) -> (N,); 1 where either has none."""
+    rows = finite_rows(candidate)
+    expected, actual = (np.linalg.norm(rows_.astype(np.float64), axis=1) for rows_ in (reference, candidate))
+    there = rows & (expected > 0) & (actual > 0)
+    return np.divide(actual, expected, out=np.ones(len(rows)), where=there)
 
 
 def _differences(

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from pmm_edge.bench.claimed_precision import precision_failure
 from pmm_edge.bench.diagnosis import IMAGES as DIAGNOSED
 from pmm_edge.bench.diagnosis import likely_cause, overflow
 from pmm_edge.bench.explain import first_departure
 from pmm_edge.bench.figures import BenchReport
 from pmm_edge.bench.gates import cosine_failures, length_failure, map_failure
-from pmm_edge.bench.images import BenchImages, bench_images
+from pmm_edge.bench.images import bench_images
 from pmm_edge.bench.invariants import breaches, fault_of, held_in_batches, spread_probes
 from pmm_edge.bench.parity import compare
 from pmm_edge.bench.quiet import machine_state
 from pmm_edge.bench.retrieval import evaluate_embeddings
 from pmm_edge.bench.significance import few_queries, retrieval_change
 from pmm_edge.bench.speed import measure_speed
-from pmm_edge.bench.subjects import Options, Run, Subject
+from pmm_edge.bench.subjects import Options, Run, Subject, figures_of
 from pmm_edge.data.fingerprint import data_sha256
 from pmm_edge.errors import ModelError
 from pmm_edge.progress import Report, silent
+from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.cuda import GpuError
@@ -61,7 +64,8 @@ def bench_run(
     subjects = [Subject(load(path, options.device), options.gates) for path in (reference, *models)]
     run = Run(subjects, images, options, before)
     try:
-        for measure in (_embed, _hold_invariants, _judge, _find_causes, *((measure_speed,) if options.speed else ())):
+        proof = (_embed, _hold_claims, _hold_invariants, _judge, _find_causes)
+        for measure in (*proof, measure_speed) if options.speed else proof:
             measure(run, report)
         run.complete = True
     except KeyboardInterrupt:
@@ -81,13 +85,26 @@ def _embed(run: Run, report: Report) -> None:
             subject.found = evaluate_embeddings(subject.embeddings, run.images.dataset)
 
 
+def _hold_claims(run: Run, report: Report) -> None:
+    """Hold what a model says of itself against what it is: its gates follow from the precision that it claims."""
+    try:
+        for subject in run.all:
+            if failure := precision_failure(subject.embedder.path, subject.embedder.spec.precision):
+                subject.failures.append(failure)
+    except ModuleNotFoundError:
+        run.warnings.append(
+            "that the models are of the precision that they claim was not checked, for want of the onnx package:"
+            " pip install 'pmm-edge[train]'"
+        )
+
+
 def _hold_invariants(run: Run, report: Report) -> None:
     paths = run.images.paths
     rows = spread_probes(paths)
     probes = [paths[row] for row in rows]
     for subject in run.sound:
         assert subject.embeddings is not None
-        subject.invariants = fault_of(subject.embeddings, paths)
+        subject.invariants = fault_of(subject.embeddings, paths, subject.embedder.spec.normalized_output)
         with _broken_if_it_cannot_run(subject):
             crops = run.crops(subject, rows)
             subject.invariants += held_in_batches(subject.embedder, crops, probes, run.options.batches, report)
@@ -110,15 +127,18 @@ def _judge(run: Run, report: Report) -> None:
         return
     for number, model in enumerate(run.others):
         report("comparing with the reference", number, len(run.others), model.name)
+        if model.sha256 == run.base.sha256:
+            run.warnings.append(f"{model.name} is the reference itself: that they agree proves nothing")
         if model.embeddings is not None:
-            _compare(model, run.base, run.images)
+            _compare(model, run)
     report("comparing with the reference", len(run.others), len(run.others))
     changes = [model.change for model in run.others if model.change]
     if changes and (warning := few_queries(changes)):
         run.warnings.append(warning)
 
 
-def _compare(model: Subject, base: Subject, images: BenchImages) -> None:
+def _compare(model: Subject, run: Run) -> None:
+    base, images = run.base, run.images
     ours, theirs = model.embedder.spec, base.embedder.spec
     if ours.embedding_size != theirs.embedding_size:
         model.failures.append(
@@ -131,16 +151,30 @@ def _compare(model: Subject, base: Subject, images: BenchImages) -> None:
         expected, actual = unit_length(expected), unit_length(actual)
         if images.dataset and expected_found and found:
             expected_found, found = (evaluate_embeddings(one, images.dataset) for one in (expected, actual))
+        run.warnings.append(_held_by_directions(model, base, expected_found))
     stages = ours.stages if ours.stages == theirs.stages else None
     model.parity = compare(expected, actual, images.paths, stages)
     # Each failure as soon as it is known: an interrupt leaves no parity without its verdict.
     model.failures += cosine_failures(model.parity.whole, model.gates)
-    if length := length_failure(expected, actual):
+    if length := length_failure(model.parity, model.gates):
         model.failures.append(length)
     if expected_found and found and images.dataset:
-        model.change = retrieval_change(expected_found, found, images.dataset)
+        change = retrieval_change(expected_found, found, images.dataset)
+        model.change = replace(change, reference=figures_of(expected_found))
         if drop := map_failure(expected_found.mAP, found.mAP, model.change, model.gates):
             model.failures.append(drop)
+
+
+def _held_by_directions(model: Subject, base: Subject, judged: RetrievalResult | None) -> str:
+    """What a reader must know where one of the two gives embeddings of length 1 and the other does not."""
+    unit, free = (model, base) if model.embedder.spec.normalized_output else (base, model)
+    figures = ""
+    if judged and base.found:
+        figures = f": its mAP is {100 * judged.mAP:.2f} that way, {100 * base.found.mAP:.2f} as it is"
+    return (
+        f"{unit.name} gives embeddings of length 1 and {free.name} does not: {model.name} was held against"
+        f" {base.name} with both at length 1{figures}"
+    )
 
 
 def _find_causes(run: Run, report: Report) -> None:

@@ -74,6 +74,13 @@ def bench(
     max_map_drop: Annotated[
         float | None, typer.Option(help="The largest loss of mAP, in points; 0.1, int8 0.5.", rich_help_panel=_GATES)
     ] = None,
+    max_stretch: Annotated[
+        float | None,
+        typer.Option(
+            help="How many times longer or shorter an image's embedding may be; 1.001, fp16 1.01, int8 1.1.",
+            rich_help_panel=_GATES,
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes to time.", rich_help_panel=_SPEED)] = "1,8",
     concurrency: Annotated[
         int | None,
@@ -123,7 +130,7 @@ def bench(
 
     options = Options(
         batches=tuple(_batch_sizes(batch)),
-        gates=AskedGates(min_cosine, min_mean_cosine, max_map_drop),
+        gates=AskedGates(min_cosine, min_mean_cosine, max_map_drop, max_stretch),
         limit=limit,
         device=device,
         explain=explain,

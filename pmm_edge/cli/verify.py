@@ -94,9 +94,10 @@ def _row(certificate: Certificate) -> tuple[str, ...]:
 def _sentence(model: Path, certificate: Certificate) -> str:
     machine = certificate.machine.get("processor", "an unnamed machine")
     gates = certificate.gates
+    mean = f" (mean ≥ {gates.min_mean_cosine:g})" if gates.min_mean_cosine > 0 else ""
     return (
-        f"{model.name}: {certificate.spec.precision} held cosine ≥ {gates.min_cosine:g} (mean ≥"
-        f" {gates.min_mean_cosine:g}) and mAP drop ≤ {gates.max_map_drop:g} points against {certificate.reference}\n"
+        f"{model.name}: {certificate.spec.precision} held cosine ≥ {gates.min_cosine:g}{mean}, lengths within"
+        f" ×{gates.max_stretch:g} and mAP drop ≤ {gates.max_map_drop:g} points against {certificate.reference}\n"
         f"  on {certificate.images:,} images, {certificate.retrieval.queries:,} queries of {certificate.data};"
         f" {machine}, {certificate.backend} {certificate.device}, pmm-edge {certificate.pmm_edge}\n"
         f"  digest {certificate.digest}"

@@ -41,6 +41,7 @@ class HeldGates:
     max_map_drop: float
     """In points of 100."""
     min_mean_cosine: float
+    max_stretch: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class CertifiedParity:
     cosine_mean: float
     largest_difference: float
     largest_relative: float
+    shortest: float | None
+    """Least length of an embedding over its reference's."""
+    longest: float | None
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_an_image_must_not_see_its_neighbours(judged: Judged) -> None:
     model = judged["sees_its_batch"]
     assert model.parity is not None
     assert {one.name for one in model.invariants if not one.held} == {"neighbours", "batch size"}
-    assert all("0.0001 is allowed" in failure for failure in model.failures)
+    assert all("0.0001 is allowed" in failure for failure in model.failures if "invariant" in failure)
     assert model.likely_cause is None
 
 
@@ -159,9 +159,8 @@ def test_one_embedding_for_all_images(judged: Judged) -> None:
 
 
 def test_a_length_that_cosine_does_not_see(judged: Judged) -> None:
-    assert judged["is_stretched"].failures == [
-        "embeddings are 0.1 times as long as the reference's (median): distances and every threshold on them change"
-    ]
+    (failure,) = judged["is_stretched"].failures
+    assert "is 0.1 times as long as the reference's (all of them 0.1 to 0.1), 0.999 to 1.001 are allowed" in failure
 
 
 def test_int8_that_was_calibrated_on_noise(judged: Judged) -> None:

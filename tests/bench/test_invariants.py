@@ -1,6 +1,7 @@
 """Each invariant catches the engine that breaks it, on a small stand-in whose every number is known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ WEIGHTS = np.random.default_rng(1).normal(size=(48, 4))
 class Linear(Embedder):
     """A network that is one matrix product, and then whatever `spoil` makes of its rows."""
 
-    def __init__(self, spoil: Callable[[Embeddings], Embeddings] = lambda rows: rows) -> None:
-        super().__init__(SPEC, Path("linear.onnx"), "onnxruntime", "cpu")
+    def __init__(self, spoil: Callable[[Embeddings], Embeddings] = lambda rows: rows, precision: str = "fp32") -> None:
+        super().__init__(replace(SPEC, precision=precision), Path("linear.onnx"), "onnxruntime", "cpu")
         self.spoil, self.sizes = spoil, []
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
@@ -60,6 +61,27 @@ def test_rows_that_differ_within_a_batch() -> None:
     assert "row 7" in found["equal rows"]
     assert "0.0001 is allowed" in found["equal rows"]
     assert "batch 8" in found["batch size"]
+
+
+def test_rounding_to_8_bits_is_no_excuse_for_rows_of_one_batch() -> None:
+    """Other batch sizes may take other kernels; the rows of one batch and the same batch again take the same."""
+
+    def odd_rows_are_off(rows: Embeddings) -> Embeddings:
+        rows[1::2] *= 1.01
+        return rows
+
+    assert list(broken(Linear(odd_rows_are_off, "int8"))) == ["equal rows"]
+
+
+def test_a_length_that_is_not_what_the_spec_says() -> None:
+    rows = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert all(one.held for one in fault_of(unit, PATHS, normalized=True))
+    unit[5] *= 33
+    found = [one for one in fault_of(unit, PATHS, normalized=True) if not one.held]
+    assert [one.name for one in found] == ["unit length"]
+    assert "that of 5.jpg is 33" in found[0].detail
+    assert all(one.held for one in fault_of(unit, PATHS))  # of a network that promises no length
 
 
 def test_a_batch_size_that_is_wrong_is_named() -> None:

@@ -9,6 +9,7 @@ import broken
 import pytest
 
 from pmm_edge.bench import AskedGates, BenchReport, Options, bench
+from pmm_edge.bench.certificate import write_certificates
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export import Graph, export_onnx
 
@@ -98,8 +99,29 @@ def test_embeddings_of_length_one_are_judged_by_direction(
     tiny_checkpoint: Path, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     unit = export_onnx(tiny_checkpoint, tmp_path / "unit.onnx", graph=Graph(normalize_output=True)).path
-    assert run([unit], tiny_onnx, tiny_dataset).failures == []
+    report = run([unit], tiny_onnx, tiny_dataset)
+    assert report.failures == []
+    (model,) = report.models
+    assert model.retrieval_change is not None
+    assert report.reference.retrieval != model.retrieval_change.reference == model.retrieval  # by cosine, not distance
+    assert "unit.onnx gives embeddings of length 1 and model.onnx does not" in report.warnings[0]
     assert run([tiny_onnx], unit, tiny_dataset).failures == []
+
+
+def test_a_model_that_is_its_own_reference_is_told_and_not_certified(
+    tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copy(tiny_onnx, tmp_path / "copy.onnx"))
+    report = run([copy], tiny_onnx, tiny_dataset)
+    assert report.passed
+    assert "copy.onnx is the reference itself: that they agree proves nothing" in report.warnings
+    assert "it is the reference itself" in write_certificates(report).none[str(copy)]
+
+
+def test_a_precision_that_is_only_claimed_fails(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    labelled = broken.labelled(tiny_onnx, tmp_path / "int8.onnx", "int8")
+    (model,) = run([labelled], tiny_onnx, tiny_dataset).models
+    assert model.failures == ["says that it is int8, and its weights are 100 % fp32"]
 
 
 def test_a_model_that_does_not_load_ends_it_before_anything_is_measured(
