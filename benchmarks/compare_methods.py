@@ -1,8 +1,8 @@
 """The paper's tables 2 and 3 on one data set: every method and every mix, over several seeds.
 
-Trains each with the same settings and prints Rank-1 and mAP on people never seen, mean and spread over the seeds,
-and draws them. Finished trainings are found again in the output folder, so an interrupted comparison goes on with
-the same command; interrupted, it prints the tables as far as they are.
+Trains each with the same settings and prints Rank-1, mAP and mAP@50 (what the paper calls mAP) on people never seen,
+mean and spread over the seeds, and draws them. Finished trainings are found again in the output folder, so an
+interrupted comparison goes on with the same command; interrupted, it prints the tables as far as they are.
 
     python benchmarks/compare_methods.py                               # the synthetic set, preset quick
     python benchmarks/compare_methods.py DATA --preset market1501 --seeds 0,1,2
@@ -32,7 +32,7 @@ from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.files import written_whole
 from pmm_edge.trainer.config import TrainConfig, read_assignments
 from pmm_edge.trainer.loop import TrainResult
-from pmm_edge.trainer.presets import preset, resolved
+from pmm_edge.trainer.presets import DEFAULT, preset, resolved
 from pmm_edge.trainer.setup import fingerprint
 from pmm_edge.trainer.start import CONFIG, resume, train
 
@@ -54,6 +54,8 @@ class Comparison:
     """Of these settings and images alone."""
     rows: dict[str, Row]
     seeds: list[int]
+    layout: str | None = None
+    """That of the data set, where it was named."""
 
 
 def main() -> None:
@@ -70,7 +72,8 @@ def planned() -> Comparison:
     """What the command line asks for, each of its trainings checked before the first one starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path, help="data set folder; the synthetic set without it")
-    parser.add_argument("--preset", default="quick")
+    parser.add_argument("--layout", help="the data set's layout, where it is not recognised")
+    parser.add_argument("--preset", default=DEFAULT)
     parser.add_argument("--methods", default="", help="rows of the tables, such as PMM,BDB,CutOut; all by default")
     parser.add_argument("--epochs", type=int, help="other than the preset's, with one evaluation, at the end")
     parser.add_argument("--dtype", help="auto, fp32, bf16 or fp16")
@@ -89,10 +92,10 @@ def planned() -> Comparison:
         resolved(base, row)
     with progress() as report:
         data = options.data or cached_synthetic(report=report)
-    dataset = scan(data)
+    dataset = scan(data, options.layout)
     key = sha256((base.to_toml() + fingerprint(dataset)).encode()).hexdigest()[:8]
     folder = options.out / f"{dataset.root.name}-{base.preset}-{key}"
-    return Comparison(base, dataset.root, folder, rows, seeds)
+    return Comparison(base, dataset.root, folder, rows, seeds, options.layout)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
     folder = comparison.folder / f"{config.method}-{config.mix}-seed-{seed}"
     result = folder / RESULT
     if not result.exists():
-        trained = _trained(config, comparison.data, folder)
+        trained = _trained(config, comparison, folder)
         if trained.finished and trained.best:
             figures = {"Rank-1": trained.best.rank1, "mAP": trained.best.mAP, "mAP@50": trained.best.mAP_at_50}
             with written_whole(result) as temporary:
@@ -148,19 +151,19 @@ def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
     return json.loads(result.read_text())
 
 
-def _trained(config: TrainConfig, data: Path, folder: Path) -> TrainResult:
+def _trained(config: TrainConfig, comparison: Comparison, folder: Path) -> TrainResult:
     print(f"{folder}", file=sys.stderr)
     with progress() as report:
         if (folder / CONFIG).exists():
             return resume(folder, report=report)
         shutil.rmtree(folder, ignore_errors=True)  # a run that was killed before its settings were written
-        return train(config, data, out=folder, report=report)
+        return train(config, comparison.data, layout=comparison.layout, out=folder, report=report)
 
 
 def _show(comparison: Comparison, found: dict[str, list[Figures]]) -> None:
     if not found:
         return
-    base, console = comparison.base, Console()
+    base, console = comparison.base, Console(markup=False, emoji=False)
     console.print(machine("torch"), soft_wrap=True)
     what = f"{comparison.data.name}, {base.preset}: {base.backbone} {base.height}x{base.width}, {base.epochs} epochs"
     by_row = [(comparison.rows[name], figures) for name, figures in found.items()]

@@ -34,7 +34,8 @@ TABLES: dict[str, dict[str, Row]] = {
     },
 }
 ROWS = {name: row for rows in TABLES.values() for name, row in rows.items()}
-FIGURES = ("Rank-1", "mAP")
+FIGURES = ("Rank-1", "mAP", "mAP@50")
+"""The paper's mAP is mAP@50 (docs/evaluation.md)."""
 
 
 def rows_named(names: str) -> dict[str, Row]:
@@ -79,7 +80,7 @@ def draw(found: Mapping[str, Sequence[Figures]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 0.3 * len(found)), sharey=True)
+    figure, axes = plt.subplots(1, len(FIGURES), figsize=(4 * len(FIGURES), 0.9 + 0.3 * len(found)), sharey=True)
     for axis, key in zip(axes, FIGURES, strict=True):
         for row, values in enumerate(found.values()):
             points = [100 * figures[key] for figures in values]

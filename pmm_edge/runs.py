@@ -17,6 +17,7 @@ from pathlib import Path
 from pmm_edge.errors import DataError, ModelError, OutputError
 
 RUNS = Path("runs")
+CONFIG = "config.toml"
 BEST = "best.pt"
 LAST = "last.pt"
 EXPORT_FOLDER = "export"

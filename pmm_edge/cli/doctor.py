@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pmm_edge.cli.render import out, print_json
+from pmm_edge.cli.render import out, print_json, print_plain
 from pmm_edge.errors import CheckFailedError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def doctor(
     if as_json:
         print_json(diagnosis.to_json())
     elif text or not out.is_terminal:
-        out.print(as_markdown(diagnosis), soft_wrap=True, markup=False, emoji=False)
+        print_plain(as_markdown(diagnosis) + "\n")
     else:
         _show(diagnosis)
     _require(diagnosis, commands or [])
@@ -82,7 +82,7 @@ def _print(title: str, rows: Sequence[tuple[str, str, str, bool | None]]) -> Non
         colour = _COLOURS[good]
         cell = f"[{colour}]{escape(value)}[/]" + (f"\n[dim]{escape(remedy)}[/]" if remedy else "")
         table.add_row(escape(name), cell)
-    out.print(table, emoji=False)
+    out.print(table)
     out.print()
 
 

@@ -94,10 +94,10 @@ def _show(found: ImageList, embedded: EmbeddedFiles, engine: str, output: Path) 
         return
     skipped = f", {len(embedded.bad):,} skipped" if embedded.bad else ""
     shape = f"{figures['rows']:,} × {figures['embedding_size']:,}"
-    out.print(f"{escape(str(output))}: {shape} float32 of {escape(found.source)}{skipped}", soft_wrap=True, emoji=False)
+    out.print(f"{escape(str(output))}: {shape} float32 of {escape(found.source)}{skipped}", soft_wrap=True)
     rate, share = figures["images_per_second"], figures["model_share"]
     note(f"[dim]{rate:,.1f} images/s end to end in {engine}; the network took {share:.0%} of the time[/]")
 
 
 def _warn(text: str) -> None:
-    err.print(f"[red]skipped:[/] {escape(text)}", soft_wrap=True, emoji=False)
+    err.print(f"[red]skipped:[/] {escape(text)}", soft_wrap=True)

@@ -305,7 +305,7 @@ def _print(exported: list[Exported], engine: BuiltEngine | None) -> None:
     if exported:
         rows = [
             (
-                item.path.name,
+                escape(item.path.name),
                 f"{item.size / 1e6:.1f}",
                 item.spec.precision,
                 item.spec.input.form,
@@ -315,7 +315,7 @@ def _print(exported: list[Exported], engine: BuiltEngine | None) -> None:
             for item in exported
         ]
         columns = ("file", "MB", "precision", "input", "departure", "cosine")
-        print_table(f"exported to {exported[0].path.parent}", columns, rows)
+        print_table(f"exported to {escape(str(exported[0].path.parent))}", columns, rows)
         for item in exported:
             _print_precision(item)
     if engine:
@@ -326,7 +326,7 @@ def _print(exported: list[Exported], engine: BuiltEngine | None) -> None:
             ("file", "MB", "batch", "layers", "seconds"),
             [
                 (
-                    engine.path.name,
+                    escape(engine.path.name),
                     f"{manifest.engine_size / 1e6:.1f}",
                     str(manifest.settings.batch),
                     layers,
@@ -340,10 +340,15 @@ def _print_precision(item: Exported) -> None:
     for warning in item.warnings:
         note(f"[yellow]warning:[/] {escape(warning)}")
     if item.spec.precision != "fp32":
-        note(f"{item.path.name}: {escape(item.spec.precision_method)}")
+        note(f"{escape(item.path.name)}: {escape(item.spec.precision_method)}")
     if item.layers:
         rows = [
-            (layer.layer, f"{layer.loss:.1e}", f"{100 * layer.cost:.1f} %", "float" if layer.in_float else "int8")
+            (
+                escape(layer.layer),
+                f"{layer.loss:.1e}",
+                f"{100 * layer.cost:.1f} %",
+                "float" if layer.in_float else "int8",
+            )
             for layer in item.layers
         ]
         print_table("what INT8 costs each layer", ("layer", "cosine lost", "of the work", "runs in"), rows)

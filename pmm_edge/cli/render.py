@@ -16,9 +16,10 @@ from pmm_edge.progress import Report
 
 _PIPED_WIDTH = None if sys.stdout.isatty() else 160  # nothing is cut in a file or a log
 
-out = Console(highlight=False, width=_PIPED_WIDTH)
+# `:x:` in a path is no emoji, in either.
+out = Console(highlight=False, emoji=False, width=_PIPED_WIDTH)
 """Results: what a user may pipe into a file."""
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 """Progress, notes and errors."""
 
 
@@ -26,11 +27,11 @@ err = Console(stderr=True, highlight=False)
 def progress() -> Iterator[Report]:
     """Show one bar for each `what` that is reported: done, total, time left and the detail."""
     bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("[dim]{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
         console=err,
     )
     tasks: dict[str, TaskID] = {}
@@ -49,14 +50,20 @@ def note(text: str) -> None:
     err.print(text, soft_wrap=True)
 
 
+def print_plain(text: str) -> None:
+    """Print what programs read, character by character: rich would wrap it, expand tabs and see markup in it."""
+    sys.stdout.write(text)
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """Print results for programs: one JSON object on standard output."""
-    out.print(json.dumps(data, indent=2), soft_wrap=True, markup=False)
+    print_plain(json.dumps(data, indent=2) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print results for people. The first column names the row; the others are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    out.print(title, style="bold", soft_wrap=True)  # the table's own title would break a path at the table's width
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:

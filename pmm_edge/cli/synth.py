@@ -92,6 +92,6 @@ def synth(
         sheet_path = str(sheet) if sheet else None
         print_json({"folder": str(out), "images": counts, "sheet": sheet_path, "config": asdict(config)})
         return
-    print_table(str(out), ("images", "count"), [(name, f"{count:,}") for name, count in counts.items()])
+    print_table(escape(str(out)), ("images", "count"), [(name, f"{count:,}") for name, count in counts.items()])
     recipe = escape(str(out / "synthetic.json"))
     note(f"[dim]{sum(counts.values()):,} images in {seconds:.1f} s; what made them is in {recipe}[/]")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, out, percent, print_json, print_table, progress
+from pmm_edge.cli.render import note, percent, print_json, print_plain, print_table, progress
 from pmm_edge.errors import PmmError
 
 if TYPE_CHECKING:
@@ -36,13 +36,20 @@ def train(
             " on a CPU; the default) or edge (a small network for a small board)."
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file with any of these settings; what it leaves out is its preset's, quick's if it names none."
+        ),
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="The data set's layout, where it is not recognised.")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Run folder, else runs/<time>-<preset>.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this interrupted run; its own settings and data hold.")
     ] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the settings as TOML.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the settings as TOML and train nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     method: Annotated[str | None, _option("pmm, bdb or baseline.", METHOD)] = None,
     mix: Annotated[
@@ -134,14 +141,16 @@ def train(
     note("[dim]loading torch[/]")
     from pmm_edge.trainer import presets, start
 
-    if not resume:
-        if preset and config:
-            raise PmmError("--preset and --config are both given", "The file can name its preset; give one of them")
-        chosen = presets.read_config(config) if config else presets.preset(preset or "quick")
+    if preset and config:
+        raise PmmError("--preset and --config are both given", "The file can name its preset; give one of them")
+    if resume:
+        chosen = presets.read_run_config(resume)
+    else:
+        chosen = presets.read_config(config) if config else presets.preset(preset or presets.DEFAULT)
         chosen = presets.resolved(chosen, given)
-        if print_config:
-            out.print(chosen.to_toml(), end="", markup=False)
-            return
+    if print_config:
+        print_plain(chosen.to_toml())
+        return
     with progress() as report:
         if resume:
             result = start.resume(resume, report=report, warn=_warn)

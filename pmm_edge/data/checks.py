@@ -68,11 +68,34 @@ def analyse(dataset: ReidDataset) -> Analysis:
     warnings = [
         *(Finding("unusable", str(problem)) for problem in problems(dataset)),
         *(_other_counts(splits, known) if known else ()),
+        *not_trained_on(dataset.train),
         *_train_and_test_overlap(dataset),
         *_queries_without_match(dataset),
         *_seen_by_one_camera(dataset, known.one_camera if known else 0),
     ]
     return Analysis(splits, known, warnings)
+
+
+def not_trained_on(train: Split) -> list[Finding]:
+    """Warn of training images that training leaves out, because their number says that they show nobody.
+
+    A set whose people are numbered from 0 would lose one of them and never know.
+    """
+    counts = count(train)
+    found = [
+        f"{_images(number)} numbered {pid}"
+        for number, pid in ((counts.distractors, DISTRACTOR_PID), (counts.junk, JUNK_PID))
+        if number
+    ]
+    if not found:
+        return []
+    return [
+        Finding(
+            "nobody-in-train",
+            f"train: {' and '.join(found)} left out of training, for {DISTRACTOR_PID} and {JUNK_PID} stand for nobody:"
+            " if they show a person, give that person a free number above 0 in the names of all images",
+        )
+    ]
 
 
 def count(split: Split) -> SplitCounts:
@@ -115,7 +138,7 @@ def _other_counts(splits: dict[str, SplitCounts], known: KnownSet) -> Iterator[F
 
 
 def _said(counts: Expected) -> str:
-    return f"{_people(counts.identities)} in {counts.images:,} {'image' if counts.images == 1 else 'images'}"
+    return f"{_people(counts.identities)} in {_images(counts.images)}"
 
 
 def _train_and_test_overlap(dataset: ReidDataset) -> Iterator[Finding]:
@@ -169,6 +192,10 @@ def _cameras_by_pid(*splits: Split) -> dict[int, set[int]]:
 
 def _people(number: int) -> str:
     return f"{number:,} {'identity' if number == 1 else 'identities'}"
+
+
+def _images(number: int) -> str:
+    return f"{number:,} {'image' if number == 1 else 'images'}"
 
 
 def _named(pids: Sequence[int]) -> str:

@@ -1,7 +1,9 @@
 """What the paper puts in the place of A-Hard-Mix (its table 3): mixing of images, and of their labels.
 
 CutMix and A-CutMix change the images before the network sees them; stages II and III then read the map as it is.
-CutOut, which mixes nothing, is the augmentation's erasing, of every image.
+CutOut (DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout, 2017) mixes nothing:
+it is the augmentation's erasing (`pmm_edge.data.augment`), of every image instead of half of them. The source lets the
+square reach over the border; here it lies inside, and has the size that the paper's training erases anyway.
 """
 
 from __future__ import annotations

@@ -159,13 +159,19 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The values in a TOML file.
 
     Raises:
-        PmmError: no such file, or no TOML.
+        PmmError: no such file, one that cannot be read, or no TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PmmError(f"{path} does not exist", "Name a TOML file, such as the config.toml of a run") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except IsADirectoryError as error:
+        raise PmmError(f"{path} is a folder", f"Name a TOML file, such as {path / 'config.toml'}") from error
+    except OSError as error:
+        raise PmmError(f"cannot read {path}: {error.strerror}", "Name a TOML file that can be read") from error
+    except UnicodeDecodeError as error:
+        raise PmmError(f"{path} is no text in UTF-8, as TOML must be", "Save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise PmmError(f"{path} cannot be read as TOML: {error}", "Mend that line") from error
 
 

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pmm_edge.errors import PmmError, did_you_mean
+from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.model.backbone import map_size
 from pmm_edge.model.mixing import scaled_mix_blocks
+from pmm_edge.runs import CONFIG, about_run
 from pmm_edge.trainer.config import TrainConfig, overridden, read_toml
 
 _PAPER = TrainConfig()
 
+DEFAULT = "quick"
+"""The preset where none is named, by a flag or in a file."""
 PRESETS = {
     # Paper section 3.1: batch 64, 400 epochs, 384×128, K by data set. It has one K for CUHK03, "detected".
     "market1501": _PAPER,
@@ -64,13 +67,25 @@ def resolved(base: TrainConfig, values: dict[str, Any]) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Read a TOML file; what it does not name comes from the preset that it names, by default `market1501`.
+    """Read a TOML file; what it does not name comes from the preset that it names, by default `quick`.
 
     Raises:
         PmmError: no such file, no TOML, an unknown key, a wrong type.
     """
     values = read_toml(path)
-    return resolved(preset(str(values.get("preset", "market1501"))), values)
+    return resolved(preset(str(values.get("preset", DEFAULT))), values)
+
+
+def read_run_config(folder: Path) -> TrainConfig:
+    """The settings of the run in a folder.
+
+    Raises:
+        ModelError: the folder is no run.
+        PmmError: its settings are none any more.
+    """
+    if about_run(folder) is None or not (folder / CONFIG).exists():
+        raise ModelError(f"{folder} is no run folder", "Name one that pmm train made, such as runs/<time>-quick")
+    return read_config(folder / CONFIG)
 
 
 def _blocks(config: TrainConfig) -> float:

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pmm_edge.runs import AboutRun, new_run_folder
+from pmm_edge.trainer.config import tomllib
+from pmm_edge.trainer.presets import preset, resolved
+
 TINY = [
     "--height", 96, "--width", 64, "--epochs", 1, "--batch", 8, "--erase-size", 8, "--device", "cpu",
 ]  # fmt: skip
@@ -29,6 +33,32 @@ def test_print_config_prints_toml_that_repeats_the_run(pmm, tmp_path):
     (tmp_path / "run.toml").write_text(printed)
     again = pmm("train", "--config", tmp_path / "run.toml", "--print-config").stdout
     assert again == printed and "epochs = 7" in printed
+
+
+def test_print_config_names_its_preset_the_default_too(pmm, tmp_path):
+    default = pmm("train", "--print-config").stdout
+    assert tomllib.loads(default)["preset"] == "quick"
+    (tmp_path / "run.toml").write_text("epochs = 7\n")
+    printed = pmm("train", "--config", tmp_path / "run.toml", "--print-config").stdout
+    assert printed == default.replace("epochs = 24", "epochs = 7"), "a file without a preset has the same default"
+
+
+def test_print_config_prints_every_path_as_it_is(pmm):
+    path = "/weights/" + "a long name " * 15 + '/:smile:/[bold]\t"x".pth'
+    printed = pmm("train", "--backbone-weights", path, "--print-config").stdout
+    assert tomllib.loads(printed)["backbone_weights"] == path
+
+
+def test_print_config_of_a_run_prints_its_settings_and_trains_nothing(pmm, tiny_dataset, tmp_path):
+    folder = new_run_folder(AboutRun("quick", str(tiny_dataset), "0"), tmp_path / "run")
+    settings = resolved(preset("quick"), {"epochs": 3, "height": 96, "device": "cpu"}).to_toml()
+    (folder / "config.toml").write_text(settings)
+    before = sorted(folder.iterdir())
+    result = pmm("train", "--resume", folder, "--print-config")
+    assert result.exit_code == 0 and result.stdout == settings
+    assert sorted(folder.iterdir()) == before
+    result = pmm("train", "--resume", tmp_path, "--print-config")
+    assert result.exit_code == 2 and f"{tmp_path} is no run folder" in result.stderr and not result.stdout
 
 
 @pytest.fixture

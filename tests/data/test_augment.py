@@ -35,6 +35,29 @@ def test_half_are_flipped_and_half_have_a_square_erased(crops):
     assert 150 < flipped < 250
 
 
+def erased_slowly(crop, row, column, size):
+    """CutOut from its definition: normalised, and 0 inside of a square."""
+    height, width, _ = crop.shape
+    image = np.empty((3, height, width))
+    for channel, y, x in np.ndindex(image.shape):
+        inside = row <= y < row + size and column <= x < column + size
+        value = (crop[y, x, channel] / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        image[channel, y, x] = 0 if inside else value
+    return image
+
+
+@pytest.mark.parametrize("way", [augment_one_by_one, augment_at_once])
+def test_with_a_probability_of_one_every_image_loses_one_square_and_nothing_else(crops, monkeypatch, way):
+    monkeypatch.setattr("pmm_edge.data.augment.augment_one_by_one", way)
+    size, crops = 5, crops[:40]
+    images = augment(crops, size, torch.Generator().manual_seed(1), erase_probability=1.0)
+    for image, crop in zip(images.numpy(), crops.numpy(), strict=True):
+        rows, columns = np.nonzero((image == 0).all(axis=0))
+        assert len(rows) == size * size
+        either = [erased_slowly(seen, rows.min(), columns.min(), size) for seen in (crop, crop[:, ::-1])]
+        assert any(np.allclose(image, expected, atol=1e-6) for expected in either)
+
+
 def test_the_square_reaches_every_border(crops):
     erased = (augment(crops, 8, torch.Generator().manual_seed(2)) == 0).all(dim=1).any(dim=0)
     assert erased[0].any() and erased[-1].any() and erased[:, 0].any() and erased[:, -1].any()

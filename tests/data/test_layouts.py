@@ -267,6 +267,16 @@ def test_counts_of_a_known_set_that_differ_are_both_named(tmp_path):
     assert "gallery shows 1 identity in 2 images; Market-1501 has 750 identities in 15,913 images" in texts(dataset)
 
 
+def test_people_numbered_from_zero_lose_one_and_are_told(tmp_path):
+    people = [f"000{pid}_c{camera}.jpg" for pid in range(3) for camera in (1, 2)]
+    root = make_market(tmp_path / "mine", {**MARKET, "bounding_box_train": people})
+    assert kinds(read(root)) == ["nobody-in-train"]
+    found = texts(read(root))
+    assert "train: 2 images numbered 0 left out of training" in found and "a free number above 0" in found
+    (root / "bounding_box_train" / "-1_c1.jpg").touch()
+    assert "train: 2 images numbered 0 and 1 image numbered -1 left out" in texts(read(root))
+
+
 def test_people_seen_by_one_camera_only(tmp_path):
     found = texts(read(MAKERS["market layout"](tmp_path)))
     assert "train: 1 of 2 identities seen by one camera only (7)" in found

@@ -6,7 +6,7 @@ import torch
 from pmm_edge.model import build_model
 from pmm_edge.model.alternatives import attention, attentive_cutmix, cutmix
 from pmm_edge.model.mixing import random_blocks
-from pmm_edge.model.pooling import average_pool
+from pmm_edge.model.pooling import average_pool, max_pool
 
 PIDS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
 
@@ -97,9 +97,28 @@ def test_without_mixing_both_later_stages_see_the_map_as_it_is(images):
     assert second.cam is None and second.negatives is None
 
 
-def test_dropblock_zeroes_another_draw_for_each_stage(images, generator):
+@pytest.mark.parametrize("k", [1, 3])
+def test_dropblock_zeroes_k_whole_blocks_of_each_sample_anew_for_each_stage(images, generator, monkeypatch, k):
     torch.manual_seed(0)
-    network = build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64, mix="dropblock").train()
-    network.stage3.load_state_dict(network.stage2.state_dict())
-    _, second, third = network(images, PIDS, generator=generator)
-    assert not torch.equal(second.embedding, third.embedding)
+    network = build_model("pmm", num_classes=4, backbone="resnet18", mix="dropblock", mix_blocks=k, block_size=(3, 2))
+    pooled = []
+    monkeypatch.setattr("pmm_edge.model.network.max_pool", lambda seen: pooled.append(seen) or max_pool(seen))
+    network.bottleneck = torch.nn.Identity()
+    features = 1 + torch.rand(8, network.backbone.channels, 6, 4, generator=generator)  # nothing is 0 by itself
+    network.train().train_stages(features, PIDS, None, generator)
+
+    drawn = []
+    for seen in pooled:
+        for sample in range(8):
+            dropped = []
+            for row in (0, 3):
+                for column in (0, 2):
+                    block = (sample, slice(None), slice(row, row + 3), slice(column, column + 2))
+                    if (seen[block] == 0).all():
+                        dropped.append((row, column))
+                    else:
+                        assert torch.equal(seen[block], features[block]), "a block is dropped whole, or left as it is"
+            assert len(dropped) == k
+            drawn.append(dropped)
+    assert len(pooled) == 2 and drawn[:8] != drawn[8:], "stages II and III draw for themselves"
+    assert any(drawn[:1] != drawn[n : n + 1] for n in range(8)), "and so does each sample"

@@ -58,10 +58,22 @@ def test_a_row_of_both_tables_is_trained_once_and_found_again(compare, trainings
     assert code == 0 and trainings == [("pmm", "a-hard-mix", 0)] * 2
     rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
     assert rows == ["PMM", "A-Hard-Mix"], "only what was trained"
+    headings = next(line for line in printed.splitlines() if line.startswith("┃"))
+    assert [heading.strip() for heading in headings.strip("┃").split("┃")] == ["", "seeds", "Rank-1", "mAP", "mAP@50"]
     assert compare("--methods", "PMM,none")[0] == 0
     assert trainings[2:] == [("pmm", "none", 0)] * 2
     results = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("result.json")]
     assert len(results) == 2 and all(result["epochs"] == 1 for result in results)
+    shown = [[cell.strip() for cell in line.split("│")[3:6]] for line in printed.splitlines() if line.startswith("│")]
+    assert shown[0] in [[f"{100 * result[name]:.1f}" for name in ("Rank-1", "mAP", "mAP@50")] for result in results]
+
+
+def test_a_data_set_s_layout_can_be_named(compare, tmp_path):
+    code, _, _ = compare("--methods", "baseline", "--layout", "market1502")
+    assert "Did you mean 'market1501'?" in str(code)
+    assert compare("--methods", "baseline", "--layout", "dukemtmc-reid")[0] == 0
+    (run,) = (tmp_path / "out").rglob("run.json")
+    assert json.loads(run.read_text())["layout"] == "dukemtmc-reid"
 
 
 def test_every_setting_and_the_images_decide_the_folder(compare, monkeypatch, tiny_dataset, tmp_path):

@@ -42,6 +42,25 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, toml, message):
         read_config(path)
 
 
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path):
+    with pytest.raises(PmmError, match=rf"^{tmp_path} is a folder\. Name a TOML file, such as {tmp_path}/config.toml$"):
+        read_config(tmp_path)
+    with pytest.raises(PmmError, match=r"none\.toml does not exist"):
+        read_config(tmp_path / "none.toml")
+    path = tmp_path / "run.toml"
+    path.write_bytes(b'init_from = "\xff"')
+    with pytest.raises(PmmError, match=r"is no text in UTF-8, as TOML must be\. Save it as UTF-8$"):
+        read_config(path)
+    with pytest.raises(PmmError, match=r"^cannot read .*run.toml/x: Not a directory\. Name a TOML file"):
+        read_config(path / "x")
+
+
+def test_a_file_without_a_preset_has_the_default_one(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("epochs = 3\n")
+    assert read_config(path) == resolved(preset("quick"), {"epochs": 3})
+
+
 def test_a_value_of_a_wrong_type_is_refused():
     with pytest.raises(PmmError, match="must be of type int"):
         overridden(preset("quick"), {"epochs": True})
