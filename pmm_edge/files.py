@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -72,6 +74,18 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # gone after the rename; never there where the folder could not be made
             temporary.unlink()
+
+
+def remove_unfinished(folder: Path, names: Sequence[str]) -> None:
+    """Remove the temporary files that a kill in `written_whole` left, for whoever alone writes these names.
+
+    Args:
+        names: of the files that were meant, `*` standing for anything; temporary files of others are kept.
+    """
+    for path in folder.glob(".*.tmp"):
+        meant = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", path.name)
+        if meant and path.is_file() and any(fnmatchcase(meant[1], name) for name in names):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -33,6 +33,11 @@ def usable_cores(root: Path = Path("/")) -> float:
     return min([float(affinity), *_quotas(root)])
 
 
+def threads(processes: int = 1) -> int:
+    """How many keep the usable cores busy where so many processes run as many each; one at least."""
+    return max(1, round(usable_cores() / processes))
+
+
 def governors(root: Path = Path("/")) -> set[str]:
     """Of the cores' clocks; empty where the system does not tell."""
     return {text_of(file) for file in root.glob(f"{CPUFREQ}/scaling_governor")} - {""}

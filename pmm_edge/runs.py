@@ -1,7 +1,7 @@
 """Run folders: what one training made and what was exported from it, found again without naming it.
 
 runs/20261122-174200-quick/
-run.json  config.toml  log.txt  metrics.jsonl  tensorboard/
+run.json  run.lock  config.toml  log.txt  metrics.jsonl  tensorboard/
 last.pt  best.pt
 export/model.onnx
 bench.json
@@ -15,13 +15,15 @@ from datetime import datetime
 from pathlib import Path
 
 from pmm_edge.errors import DataError, ModelError, OutputError
+from pmm_edge.files import written_whole
 
 RUNS = Path("runs")
 CONFIG = "config.toml"
 BEST = "best.pt"
 LAST = "last.pt"
+CONFIG = "config.toml"
 EXPORT_FOLDER = "export"
-_ABOUT = "run.json"
+ABOUT = "run.json"
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,25 @@ class AboutRun:
     """The layout that was named for the data set, where one was."""
 
 
-def new_run_folder(about: AboutRun, out: Path | None = None) -> Path:
-    """Make a run's folder, `runs/<time>-<name>/` unless `out` names one.
+def new_run_path(name: str) -> Path:
+    """Where a run goes that is not told where: `runs/<time>-<name>/`."""
+    return RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+
+
+def new_run_folder(about: AboutRun, folder: Path) -> Path:
+    """Make a run's folder, or take one whose run never began.
 
     Raises:
         OutputError: it cannot be made, or is another run's.
     """
-    folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{about.name}"
+    text = json.dumps(asdict(about), indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _ABOUT).open("x", encoding="utf-8") as file:  # of two runs at once, one makes it
-            file.write(json.dumps(asdict(about), indent=2) + "\n")
+        if never_began(folder):
+            (folder / ABOUT).write_text(text, encoding="utf-8")
+            return folder
+        with (folder / ABOUT).open("x", encoding="utf-8") as file:
+            file.write(text)
     except FileExistsError as error:
         raise OutputError(
             f"{folder} is taken by another run or file", "Go on with that run with --resume, or choose another --out"
@@ -57,10 +67,25 @@ def new_run_folder(about: AboutRun, out: Path | None = None) -> Path:
     return folder
 
 
+def never_began(folder: Path) -> bool:
+    """Whether a run was killed between its first file and its second: it has no settings and learned nothing."""
+    return (folder / ABOUT).is_file() and not (folder / CONFIG).exists() and not any(folder.glob("*.pt"))
+
+
+def write_about_run(folder: Path, about: AboutRun) -> None:
+    """Write anew what a run says of itself.
+
+    Raises:
+        OutputError: the file cannot be written; the one before it is still there.
+    """
+    with written_whole(folder / ABOUT) as temporary:
+        temporary.write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+
+
 def about_run(folder: Path) -> AboutRun | None:
     """What a run says of itself; None where the folder is no run."""
     try:
-        return AboutRun(**json.loads((folder / _ABOUT).read_text()))
+        return AboutRun(**json.loads((folder / ABOUT).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -45,7 +45,7 @@ def train(
     layout: Annotated[str | None, typer.Option(help="The data set's layout, where it is not recognised.")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Run folder, else runs/<time>-<preset>.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this interrupted run; its own settings and data hold.")
+        Path | None, typer.Option(help="Go on with this interrupted run; its settings and data hold. DATA: if moved.")
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the settings as TOML and train nothing.")
@@ -88,7 +88,9 @@ def train(
         bool | None,
         _option("Batch norm over all GPUs of torchrun.", MACHINE, "--sync-batch-norm/--no-sync-batch-norm"),
     ] = None,
-    cache_gib: Annotated[float | None, _option("Memory for decoded images, of the run as a whole.", MACHINE)] = None,
+    cache_gib: Annotated[
+        float | None, _option("Memory for decoded images, of a machine's processes together.", MACHINE)
+    ] = None,
     max_bad_images: Annotated[int | None, _option("Unreadable images that are passed over.", MACHINE)] = None,
     keep: Annotated[int | None, _option("Checkpoints of the last epochs that are kept.", MACHINE)] = None,
 ) -> None:
@@ -137,7 +139,7 @@ def train(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     if resume:
-        _refuse_with_resume(given, data, preset, config, layout, out_folder)
+        _refuse_with_resume(given, preset, config, layout, out_folder)
     note("[dim]loading torch[/]")
     from pmm_edge.trainer import presets, start
 
@@ -153,7 +155,7 @@ def train(
         return
     with progress() as report:
         if resume:
-            result = start.resume(resume, report=report, warn=_warn)
+            result = start.resume(resume, data, report=report, warn=_warn)
         else:
             data = data or _synthetic(report)
             result = start.train(chosen, data, layout=layout, out=out_folder, report=report, warn=_warn)
@@ -169,7 +171,10 @@ def _warn(text: str) -> None:
 
 def _refuse_with_resume(given: dict[str, Any], *others: object) -> None:
     if given or any(other is not None for other in others):
-        raise PmmError("--resume goes on with a run's own settings and data", "Leave the other settings out")
+        raise PmmError(
+            "--resume goes on with a run's own settings",
+            "Leave the other settings out; DATA alone may be given, where it was moved",
+        )
 
 
 def _synthetic(report: Any) -> Path:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from pmm_edge.data.dataset import DISTRACTOR_PID, JUNK_PID, ReidDataset, Split, 
 from pmm_edge.data.layouts import KNOWN_SETS, Expected, KnownSet
 from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
+from pmm_edge.machine import threads
 from pmm_edge.progress import Report, silent
 
 _CHUNK = 256
@@ -110,10 +110,10 @@ def unreadable(paths: Sequence[Path], *, workers: int | None = None, report: Rep
 
     Args:
         paths: image files.
-        workers: threads; one for each processor by default. Pillow decodes without the interpreter's lock.
+        workers: threads; one for each usable core by default. Pillow decodes without the interpreter's lock.
     """
     bad: list[BadImage] = []
-    with ThreadPoolExecutor(workers or cpu_count() or 1, thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(workers or threads(), thread_name_prefix="verify") as pool:
         # In chunks, so that Ctrl-C has little to wait for and MSMT17 does not queue 126,441 futures.
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]

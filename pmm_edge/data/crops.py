@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import cpu_count
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
+from pmm_edge.machine import threads
 
 CACHE_BYTES = 8 << 30
 """Market-1501's training set at 384×128 takes 1.9 GB."""
@@ -26,8 +26,10 @@ class Crops:
     Args:
         paths: image files.
         height, width: network size in pixels.
-        cache_bytes: images beyond this much memory are decoded each time they are asked for.
+        cache_bytes: images beyond this much memory are decoded each time they are asked for. Where the system does
+            not give as much, half of what it gives is taken: a network has to fit, too.
         instead_of: names the image to take for one that cannot be read, or raises; None raises always.
+        workers: threads that decode; one for each usable core by default.
     """
 
     def __init__(
@@ -37,14 +39,18 @@ class Crops:
         width: int,
         cache_bytes: int = CACHE_BYTES,
         instead_of: Callable[[int, DataError], int] | None = None,
+        workers: int | None = None,
     ) -> None:
         self.paths = paths
         self.height, self.width = height, width
-        kept = min(len(paths), cache_bytes // (height * width * 3))
+        wanted = min(len(paths), cache_bytes // (height * width * 3))
+        kept = _given_by_the_system(wanted, height * width * 3)
+        self.short_of_memory = kept < wanted
         self._kept = np.empty((kept, height, width, 3), dtype=np.uint8)
         self._decoded = np.zeros(kept, dtype=bool)
         self._instead_of = instead_of
-        self._pool = ThreadPoolExecutor(max_workers=cpu_count() or 1, thread_name_prefix="decode")
+        self.workers = workers or threads()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,6 +59,11 @@ class Crops:
     def kept_bytes(self) -> int:
         """Memory that the images take once all that fit are decoded."""
         return self._kept.nbytes
+
+    @property
+    def all_bytes(self) -> int:
+        """Memory that all images would take."""
+        return len(self.paths) * self.height * self.width * 3
 
     def batch(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(N,) indices -> (N, height, width, 3) uint8 RGB.
@@ -92,3 +103,15 @@ class Crops:
             self._kept[index] = crop
             self._decoded[index] = True
         return crop
+
+
+def _given_by_the_system(images: int, bytes_each: int) -> int:
+    """`images` where there is memory for all of them, else half of a number that there is memory for."""
+    left = images
+    while left:
+        try:
+            np.empty(left * bytes_each, dtype=np.uint8)
+            break
+        except MemoryError:
+            left //= 2
+    return left if left == images else left // 2

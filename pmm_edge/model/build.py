@@ -46,11 +46,19 @@ def build_model(
             that cannot be had.
     """
     network = _drawn(method, num_classes, backbone, height, width, mix, mix_blocks, block_size)
-    if pretrained == "imagenet":
-        load_backbone_weights(network.backbone, imagenet_weights(backbone))
-    elif pretrained is not None:
-        load_backbone_weights(network.backbone, read_torch_file(Path(pretrained)))
+    if pretrained is not None:
+        load_pretrained(network, backbone, pretrained)
     return network
+
+
+def load_pretrained(network: ReidNetwork, backbone: str, pretrained: str | Path) -> None:
+    """Load the weights of a network's backbone in place: `imagenet`, or a file in torchvision's layout.
+
+    Raises:
+        PmmError: they cannot be had, or are of another backbone.
+    """
+    weights = imagenet_weights(backbone) if pretrained == "imagenet" else read_torch_file(Path(pretrained))
+    load_backbone_weights(network.backbone, weights)
 
 
 def _drawn(

@@ -66,7 +66,7 @@ class TrainConfig:
     max_bad_images: int = 10
     """Unreadable training images that are passed over, each with a warning; one more stops the run."""
     cache_gib: float = 8.0
-    """Memory for the decoded images of a run, of all its processes together: those of training come first, then query
+    """Memory for a run's decoded images, of a machine's processes together: those of training come first, then query
     and gallery. What does not fit is decoded each time."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -73,9 +74,21 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory did not suffice, a GPU's or the machine's, for which torch has no type of error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return re.search(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc", str(error)) is not None
+
+
+def owner(device: torch.device) -> str:
+    """Whose memory a device has, for a message."""
+    return "this machine" if device.type == "cpu" else str(device)
+
+
 @contextmanager
 def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iterator[None]:
-    """Say which batch would fit when the GPU's memory does not suffice.
+    """Say which batch would fit when the memory does not suffice.
 
     Args:
         batch: images in a step, over all processes.
@@ -86,8 +99,10 @@ def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iter
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        problem = f"training with a batch of {batch} does not fit into the memory of {device}"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = f"training with a batch of {batch} does not fit into the memory of {owner(device)}"
         raise PmmError(problem, memory_remedy(batch, unit)) from error
 
 

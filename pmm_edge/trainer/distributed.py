@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # a docume
 from pmm_edge.errors import PmmError
 from pmm_edge.trainer.device import choose_device
 
+T = TypeVar("T")
 _NONE = 2**62
 _STORE_SECONDS = timedelta(seconds=5)
 
@@ -28,6 +30,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Among the processes of this machine: the number of its GPU."""
+    local_size: int = 1
+    """The processes of this machine, which share its memory and its cores."""
 
     @property
     def leads(self) -> bool:
@@ -36,11 +40,23 @@ class World:
 
     def agree(self, wish: bool) -> bool:
         """Whether any process wishes it: all of them get the same answer."""
+        return self.any_of(wish)[0]
+
+    def any_of(self, *wishes: bool) -> list[bool]:
+        """Of each wish whether any process has it, in one message."""
         if self.size == 1:
-            return wish
-        wishes = torch.tensor(int(wish))  # on the CPU: nothing waits for a GPU
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
-        return bool(wishes.item())
+            return list(wishes)
+        all_wishes = torch.tensor([int(wish) for wish in wishes])  # on the CPU: nothing waits for a GPU
+        dist.all_reduce(all_wishes, op=dist.ReduceOp.MAX)
+        return [bool(wish) for wish in all_wishes]
+
+    def gathered(self, values: list[T]) -> list[T]:
+        """The values of all processes, in every process."""
+        if self.size == 1:
+            return values
+        of_each: list[Any] = [None] * self.size
+        dist.all_gather_object(of_each, values)
+        return [value for of_one in of_each for value in of_one]
 
     def first(self, number: int | None) -> int | None:
         """The smallest number that any process has; None where none has one."""
@@ -87,12 +103,13 @@ def joined(device: str) -> Iterator[World]:
         device: what a run asks for: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        PmmError: this process's device is not there, all would share one GPU, or another process has stopped.
+        PmmError: this process's device is not there, all would share one GPU, another process has stopped, or the
+            environment is not that of `torchrun`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World()
+    world = _told_by_torchrun()
+    if world.size == 1:
+        yield world
         return
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
     if device.startswith("cuda:"):
         raise PmmError(
             f"{world.size} processes cannot share {device}", "Give --device cuda: each takes a GPU of its own"
@@ -114,3 +131,23 @@ def joined(device: str) -> Iterator[World]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _told_by_torchrun() -> World:
+    """What the environment says; a world of one where it says nothing."""
+    told = {
+        name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    if told["WORLD_SIZE"] in ("", "1"):
+        return World()
+    try:
+        size, rank, local_rank = (int(told[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        int(told["MASTER_PORT"])
+    except ValueError as error:
+        said = ", ".join(f"{name} is {value or 'not set'}" for name, value in told.items())
+        raise PmmError(
+            f"the environment is not that of torchrun: {said}",
+            "Start several processes with torchrun, which sets all of them, or unset WORLD_SIZE",
+        ) from error
+    return World(rank, size, local_rank, local_size)

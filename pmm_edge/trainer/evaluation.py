@@ -16,6 +16,7 @@ from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.errors import PmmError
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import RetrievalResult, evaluate
+from pmm_edge.trainer.device import is_out_of_memory, owner
 
 BATCH = 64
 
@@ -73,18 +74,20 @@ class Evaluation:
                             embedded.append(model(normalize(torch.from_numpy(images).to(self._device))).cpu().numpy())
                             done += len(images)
                             self._report(what, done, len(crops))
-                except torch.OutOfMemoryError as error:
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
                     self._take_less(error)
         return np.concatenate(embedded)
 
-    def _take_less(self, error: torch.OutOfMemoryError) -> None:
+    def _take_less(self, error: Exception) -> None:
         if self.batch == 1:
             raise PmmError(
-                f"evaluating a single image does not fit into the memory of {self._device}",
-                "Free it (nvidia-smi shows who holds it), or choose a smaller --backbone or input",
+                f"evaluating a single image does not fit into the memory of {owner(self._device)}",
+                "Free it (nvidia-smi shows who holds a GPU's), or choose a smaller --backbone or input",
             ) from error
         self.batch //= 2
-        self._warn(f"evaluation does not fit into the memory of {self._device}: its batch is now {self.batch}")
+        self._warn(f"evaluation does not fit into the memory of {owner(self._device)}: its batch is now {self.batch}")
 
 
 @contextmanager

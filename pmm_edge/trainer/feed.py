@@ -16,6 +16,7 @@ from pmm_edge.data.dataset import Split
 from pmm_edge.data.replacements import Replacements
 from pmm_edge.data.sampler import identity_batches
 from pmm_edge.errors import PmmError
+from pmm_edge.machine import threads
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.distributed import World
 from pmm_edge.trainer.meter import Meter
@@ -57,9 +58,10 @@ class Feed:
         self._config, self._device = config, device
         self._count = world.size * config.accumulate
         self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
-        replacements = Replacements(self.paths, self.classes, config.max_bad_images, warn)
-        cache = int(config.cache_gib * 2**30) // world.size
-        self.crops = Crops(self.paths, config.height, config.width, cache, replacements)
+        limit = config.max_bad_images
+        self.replacements = Replacements(self.paths, self.classes, limit, warn if world.leads else lambda text: None)
+        cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
+        self.crops = Crops(self.paths, config.height, config.width, cache, self.replacements, workers)
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The epoch's batches: indices into `paths`."""

@@ -20,14 +20,16 @@ class Journal:
 
     Args:
         epoch: the last whole epoch; what a killed run wrote beyond it is dropped, for it is trained again.
+        judged: the last epoch that was evaluated, None where none was: evaluations beyond it are made again.
         active: False in the processes that only help; they write nothing.
     """
 
-    def __init__(self, folder: Path, epoch: int = 0, active: bool = True) -> None:
+    def __init__(self, folder: Path, epoch: int = 0, judged: int | None = None, active: bool = True) -> None:
         self._folder, self._active, self._board = folder, active, None
         if active:
-            _drop_beyond(folder / METRICS, epoch)
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=epoch + 1)
+            last = {"train": epoch, "evaluate": -1 if judged is None else judged}
+            _drop_beyond(folder / METRICS, last)
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=0 if judged is None else epoch + 1)
 
     def __enter__(self) -> Journal:
         return self
@@ -59,13 +61,15 @@ class Journal:
                 file.write(line + "\n")
 
 
-def _drop_beyond(metrics: Path, epoch: int) -> None:
+def _drop_beyond(metrics: Path, last: dict[str, int]) -> None:
+    """Keep the lines of each kind up to its last epoch."""
     if not metrics.exists():
         return
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):  # a line that a kill cut off
-            if json.loads(line)["epoch"] <= epoch:
+            values = json.loads(line)
+            if values["epoch"] <= last[values["kind"]]:
                 kept.append(line + "\n")
     with written_whole(metrics) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

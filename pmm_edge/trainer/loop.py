@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +29,7 @@ from pmm_edge.trainer.journal import Journal
 from pmm_edge.trainer.meter import Meter
 from pmm_edge.trainer.position import Position, save_position
 from pmm_edge.trainer.schedule import learning_rate
-from pmm_edge.trainer.setup import chosen_machine, model_spec, retrieval_figures
+from pmm_edge.trainer.setup import chosen_machine, fingerprint, model_spec, retrieval_figures
 from pmm_edge.trainer.step import prepare, train_step
 
 BAD_BATCH = "bad_batch.pt"
@@ -76,19 +77,36 @@ class Run:
         self.feed = Feed(dataset.train, config, world, self.device, self._warn)
         self.evaluation = Evaluation(dataset, *self._test_crops(), self.device, self.report, self._warn)
         self.journal: Journal | None = None
+        self._seen = fingerprint(dataset) if world.leads else ""
         self._saved = 0.0
 
     def _test_crops(self) -> tuple[Crops, Crops]:
-        """Of query and gallery, in the memory that the training images of all processes leave of `cache_gib`."""
-        config = self.config
-        left = int(config.cache_gib * 2**30) - self.world.size * self.feed.crops.kept_bytes if self.world.leads else 0
+        """Of query and gallery, in the memory that this machine's training images leave of `cache_gib`."""
+        config, training = self.config, self.feed.crops
+        left = int(config.cache_gib * 2**30) - self.world.local_size * training.kept_bytes
+        if training.short_of_memory or not self.world.leads:
+            left = 0
         query = Crops(self.dataset.query.paths, config.height, config.width, left)
         gallery = Crops(self.dataset.gallery.paths, config.height, config.width, left - query.kept_bytes)
         return query, gallery
 
+    def _say_what_is_not_kept(self) -> None:
+        """Name the cache that would do where images are decoded again and again."""
+        crops = [*[self.feed.crops] * self.world.local_size, self.evaluation.query, self.evaluation.gallery]
+        kept, needed = (sum(sizes) / 2**30 for sizes in zip(*((c.kept_bytes, c.all_bytes) for c in crops), strict=True))
+        if kept == needed or not self.world.leads:
+            return
+        held = f"{kept:.2g} of {needed:.2g} GiB of decoded images are kept in memory, the others decoded each time"
+        if any(part.short_of_memory for part in crops):
+            self._warn(f"{held}: the system gives no more, and training needs some; --cache-gib bounds what is taken")
+        else:
+            enough = math.ceil(needed * 10) / 10
+            self._warn(f"{held}: --cache-gib is {self.config.cache_gib:.2g}, and {enough:g} would hold all")
+
     def go(self, position: Position) -> TrainResult:
         """Train from `position` to the last epoch, or until a stop is asked for."""
-        journal = Journal(self.folder, position.epoch, active=self.world.leads)
+        judged = None if position.before is None else position.judged
+        journal = Journal(self.folder, position.epoch, judged, active=self.world.leads)
         exact = deterministic(self.config.deterministic)
         with (
             journal as self.journal,
@@ -103,6 +121,7 @@ class Run:
     def _train(self, position: Position, stop: Callable[[], bool]) -> bool:
         """All epochs that are left; False where a stop was asked for on the way."""
         self._say(f"{self.device}, {self.trainee.dtype}, {self.dataset.root}, from epoch {position.epoch + 1}")
+        self._say_what_is_not_kept()
         if position.before is None and self.world.leads:
             position.before = self._evaluate(position, stop)
         while True:
@@ -146,7 +165,10 @@ class Run:
             position.step += 1
             last = position.step == len(batches)
             if last or self._time_to_look(meter, stop, position.step):
-                stopping = self.world.agree(stop())
+                unreadable = self.feed.replacements.found()
+                stopping, any_unreadable = self.world.any_of(stop(), bool(unreadable))
+                if any_unreadable:
+                    self.feed.replacements.tell(self.world.gathered(unreadable))
                 self._require_finite(meter, epoch)
                 done, total = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches)
                 self.report("train", done, total, f"epoch {epoch}/{config.epochs} · {meter.text()}")
@@ -179,9 +201,11 @@ class Run:
             }
             with written_whole(path) as temporary:
                 torch.save(content, temporary)
+        last = self.folder / LAST
+        before = f"{last} is from before it. " if last.exists() else ""
         raise CheckFailedError(
             f"the loss of epoch {epoch}, step {step + 1} is not finite; its batch is in {path}",
-            f"{self.folder / LAST} is from before it. A new run with --precision fp32 or --clip-norm 10 may avoid it",
+            f"{before}A new run with --precision fp32 or --clip-norm 10 may avoid it",
         )
 
     def _judge(self, position: Position, stop: Callable[[], bool]) -> bool:
@@ -210,7 +234,7 @@ class Run:
     def _save_last(self, position: Position) -> None:
         self._saved = time.monotonic()
         if self.world.leads:
-            save_position(position, self.trainee, self.config, self.dataset, self.folder)
+            save_position(position, self.trainee, self.config, self.dataset, self._seen, self.folder)
 
     def _memory_explained(self) -> AbstractContextManager[None]:
         unit = self.config.images_per_identity * self.config.accumulate * self.world.size

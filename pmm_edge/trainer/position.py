@@ -12,7 +12,7 @@ from pmm_edge.model import Checkpoint, save_checkpoint
 from pmm_edge.runs import LAST
 from pmm_edge.spec import RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.setup import fingerprint, model_spec
+from pmm_edge.trainer.setup import model_spec
 from pmm_edge.trainer.step import Trainee
 
 
@@ -31,16 +31,19 @@ class Position:
 
 
 def save_position(
-    position: Position, trainee: Trainee, config: TrainConfig, dataset: ReidDataset, folder: Path
+    position: Position, trainee: Trainee, config: TrainConfig, dataset: ReidDataset, seen: str, folder: Path
 ) -> None:
     """Write `last.pt`: the network, its optimiser, and where the run is.
+
+    Args:
+        seen: the `fingerprint` of the data set as the run began or went on.
 
     Raises:
         OutputError: the file cannot be written; the one before it is still there.
     """
     training = {
         "config": asdict(config),
-        "fingerprint": fingerprint(dataset),
+        "fingerprint": seen,
         **asdict(position),
         "optimizer": trainee.optimizer.state_dict(),
         "scaler": trainee.scaler.state_dict(),

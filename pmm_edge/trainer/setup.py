@@ -16,7 +16,7 @@ import pmm_edge
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.model import ReidNetwork, build_model
-from pmm_edge.model.checkpoint import any_weights
+from pmm_edge.model.build import load_pretrained
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
@@ -39,8 +39,11 @@ def chosen_machine(config: TrainConfig, world: World) -> tuple[torch.device, tor
     return device, choose_precision(config.precision, device)
 
 
-def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
+def new_network(config: TrainConfig, num_classes: int, given: Mapping[str, Tensor] | None = None) -> ReidNetwork:
     """The network of a run before its first step; what no weights are given for starts from `config.seed`.
+
+    Args:
+        given: tensors that `init_from` will take: where they fill the backbone, its own weights are not fetched.
 
     Raises:
         PmmError: the configuration names no network, or weights that cannot be had.
@@ -52,7 +55,7 @@ def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
         raise ModelError(f"the backbone weights {weights} do not exist", remedy)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return build_model(
+        network = build_model(
             config.method,
             num_classes=num_classes,
             backbone=config.backbone,
@@ -61,8 +64,20 @@ def new_network(config: TrainConfig, num_classes: int) -> ReidNetwork:
             mix=config.mix,
             mix_blocks=config.mix_blocks,
             block_size=config.block_size,
-            pretrained=None if weights == "none" else weights,
         )
+    if weights != "none" and not _fills_backbone(given or {}, network):
+        load_pretrained(network, config.backbone, weights)
+    return network
+
+
+def _fills_backbone(given: Mapping[str, Tensor], network: ReidNetwork) -> bool:
+    own = {f"backbone.{name}": tensor for name, tensor in network.backbone.state_dict().items()}
+    # Counts of batches are no weights: files of old versions of torch have none.
+    return all(
+        name in given and given[name].shape == tensor.shape
+        for name, tensor in own.items()
+        if not name.endswith("num_batches_tracked")
+    )
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,12 @@ class Taken:
         return text
 
 
-def init_from(network: ReidNetwork, path: Path) -> Taken:
-    """Take all tensors that fit from a checkpoint of ours or of the paper's authors.
+def init_from(network: ReidNetwork, given: Mapping[str, Tensor], path: Path) -> Taken:
+    """Take all tensors that fit from those of the checkpoint `path`.
 
     Raises:
-        ModelError: the file is neither, or nothing in it fits.
+        ModelError: nothing in it fits.
     """
-    given: Mapping[str, Tensor] = any_weights(path)
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
@@ -131,9 +145,22 @@ def retrieval_figures(result: RetrievalResult) -> RetrievalFigures:
 
 
 def fingerprint(dataset: ReidDataset) -> str:
-    """Names and labels of all images; a resumed run must see the same."""
-    digest = hashlib.sha256()
+    """Names and labels of all images, then the sizes of the training images' files; a resumed run must see the same.
+
+    A query or gallery image may be replaced, as one that cannot be read has to be: no weight depends on it.
+    """
+    names, sizes = hashlib.sha256(), hashlib.sha256()
     for split in (dataset.train, dataset.query, dataset.gallery):
         for path, pid, camid in zip(split.paths, split.pids, split.camids, strict=True):
-            digest.update(f"{path.name} {pid} {camid}\n".encode())
-    return digest.hexdigest()
+            names.update(f"{path.name} {pid} {camid}\n".encode())
+    for path in dataset.train.paths:
+        sizes.update(f"{_size(path)}\n".encode())
+    return f"{names.hexdigest()} {sizes.hexdigest()}"
+
+
+def _size(path: Path) -> int:
+    """In bytes; -1 of a file that is not there, which training passes over as it does any that cannot be read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

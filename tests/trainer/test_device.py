@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,22 @@ def test_memory_that_does_not_suffice_names_what_to_try(batch, unit, remedy):
         memory_errors_explained(torch.device("cuda:0"), batch, unit),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "numbers", [lambda: torch.empty(1 << 60), lambda: np.empty(1 << 60, np.uint8)], ids=["torch", "numpy"]
+)
+def test_memory_of_the_machine_that_does_not_suffice_names_what_to_try(numbers):
+    with (
+        pytest.raises(PmmError, match=r"a batch of 64 does not fit into the memory of this machine\. Try --batch 32"),
+        memory_errors_explained(torch.device("cpu"), 64, 4),
+    ):
+        numbers()
+
+
+def test_an_error_that_is_none_of_memory_is_left_as_it_is():
+    with pytest.raises(RuntimeError, match="size of tensor"), memory_errors_explained(torch.device("cpu"), 64, 4):
+        torch.zeros(2) + torch.zeros(3)
 
 
 def test_deterministic_mode_ends_with_its_block():

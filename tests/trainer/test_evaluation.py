@@ -14,6 +14,7 @@ from pmm_edge.errors import PmmError
 from pmm_edge.model import build_model, load_checkpoint
 from pmm_edge.trainer.distributed import World
 from pmm_edge.trainer.evaluation import Evaluation
+from pmm_edge.trainer.feed import Feed
 from pmm_edge.trainer.loop import Run
 from pmm_edge.trainer.presets import PRESETS
 from pmm_edge.trainer.start import resume, train
@@ -22,16 +23,24 @@ CONFIG = replace(PRESETS["quick"], height=96, width=64, epochs=2, batch=8, evalu
 IMAGE_BYTES = 96 * 64 * 3
 
 
+def gpu_is_full():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def machine_is_full():
+    torch.empty(1 << 60)
+
+
 class Roomy(torch.nn.Module):
     """A network on a device whose memory holds so many images at once."""
 
-    def __init__(self, network, room):
+    def __init__(self, network, room, allocate=gpu_is_full):
         super().__init__()
-        self.network, self.room, self.seen = network, room, []
+        self.network, self.room, self.allocate, self.seen = network, room, allocate, []
 
     def forward(self, images):
         if len(images) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            self.allocate()
         self.seen.append(len(images))
         return self.network(images)
 
@@ -49,10 +58,11 @@ def network():
     return build_model("baseline", num_classes=4, backbone="resnet18", height=96, width=64)
 
 
-def test_a_batch_that_does_not_fit_is_halved_once_and_said(evaluation, network):
+@pytest.mark.parametrize("full", [gpu_is_full, machine_is_full])
+def test_a_batch_that_does_not_fit_is_halved_once_and_said(evaluation, network, full):
     evaluation, said = evaluation
     expected = evaluation.judge(Roomy(network, 64))
-    tight = Roomy(network, 5)
+    tight = Roomy(network, 5, full)
     result = evaluation.judge(tight)
     assert sum(tight.seen) == 24 and max(tight.seen) <= 5
     assert evaluation.batch == 4 and "its batch is now 4" in said[-1] and len(said) == 4
@@ -106,3 +116,31 @@ def test_the_cache_bounds_all_splits_together(tiny_dataset, tmp_path, images, ke
     run = Run(config, dataset, tmp_path, network, World(), lambda *_, **__: None, print)
     crops = [run.feed.crops, run.evaluation.query, run.evaluation.gallery]
     assert sum(part.kept_bytes for part in crops) == kept * IMAGE_BYTES
+
+
+@pytest.mark.parametrize(("images", "held"), [(100, False), (20, True)])
+def test_a_cache_that_does_not_hold_all_images_is_named_with_one_that_would(tiny_dataset, tmp_path, images, held):
+    config = replace(CONFIG, epochs=1, cache_gib=(images + 0.5) * IMAGE_BYTES / 2**30)
+    said = []
+    train(config, tiny_dataset, out=tmp_path / "run", warn=said.append)
+    expected = "0.00034 of 0.00062 GiB of decoded images are kept in memory"
+    assert [expected in line and "--cache-gib is 0.00035, and 0.1 would hold all" in line for line in said] == [
+        True
+    ] * held
+    assert (expected in (tmp_path / "run" / "log.txt").read_text()) == held
+
+
+def test_memory_that_the_system_does_not_give_is_named_and_left_to_training(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("pmm_edge.data.crops._given_by_the_system", lambda images, bytes_each: images // 4)
+    said = []
+    run = train(replace(CONFIG, epochs=1), tiny_dataset, out=tmp_path / "run", warn=said.append)
+    assert run.finished and len(said) == 1
+    assert "5.1e-05 of 0.00062 GiB" in said[0] and "--cache-gib bounds what is taken" in said[0]
+
+
+def test_the_processes_of_a_machine_share_its_memory_and_its_cores(tiny_dataset, monkeypatch):
+    monkeypatch.setattr("pmm_edge.machine.usable_cores", lambda root=None: 8.0)
+    config = replace(CONFIG, cache_gib=20 * IMAGE_BYTES / 2**30)
+    feed = Feed(scan(tiny_dataset).train, config, World(0, 8, 0, local_size=2), torch.device("cpu"), print)
+    assert feed.crops.kept_bytes == 10 * IMAGE_BYTES
+    assert feed.crops.workers == 4

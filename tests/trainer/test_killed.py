@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pmm_edge.errors import ModelError
 from pmm_edge.model import load_checkpoint
 from pmm_edge.trainer.presets import PRESETS
 from pmm_edge.trainer.start import resume, train
@@ -30,6 +31,11 @@ CONFIG = replace(
     ema=0.9,
 )
 """Two steps an epoch, and after every second one: last.pt, an evaluation, best.pt where it is better, last.pt."""
+JOURNAL = [
+    *(("evaluate", 0), ("train", 1), ("train", 2), ("evaluate", 2), ("train", 3), ("train", 4), ("evaluate", 4)),
+    *(("train", 5), ("train", 6), ("evaluate", 6)),
+]
+"""Each epoch and each evaluation once."""
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -111,16 +117,32 @@ def test_resuming_after_sigkill_gives_the_same_bits(uninterrupted, killed, momen
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert uninterrupted.training["best"] == resumed.training["best"]
+    assert _journal(folder) == JOURNAL
+    assert not list(folder.glob(".*.tmp")), "what was being written as it was killed"
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted, killed):
-    folder = killed("embed query", 1)
+@pytest.mark.parametrize(("moment", "number"), [("embed query", 1), ("train", 1)])
+def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted, killed, moment, number):
+    folder = killed(moment, number)
     assert not list(folder.glob("*.pt"))
     assert resume(folder).finished
     weights = load_checkpoint(folder / "last.pt").weights
     assert all(torch.equal(weights[name], uninterrupted.weights[name]) for name in weights)
+    assert _journal(folder) == JOURNAL
+
+
+def test_a_run_killed_before_its_settings_were_written_can_be_begun_again(killed, tiny_dataset):
+    folder = killed("written beside", 1)
+    assert not (folder / "config.toml").exists()
+    with pytest.raises(ModelError, match=f"never began.*pmm train --out {folder}"):
+        resume(folder)
+    assert train(replace(CONFIG, epochs=1), tiny_dataset, out=folder).finished
+    assert not list(folder.glob(".*.tmp"))
+
+
+def _journal(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines if line["kind"] == "train"] == list(range(1, 7)), "each epoch once"
+    return [(line["kind"], line["epoch"]) for line in lines]
 
 
 def _states(one, other):

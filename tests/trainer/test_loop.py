@@ -1,15 +1,20 @@
 """Runs on a small data set, from the outside: what a run folder holds, and what survives an interruption."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from pmm_edge.errors import DataError, ModelError, OutputError
-from pmm_edge.model import load_checkpoint
+from pmm_edge.model import load_checkpoint, save_checkpoint
+from pmm_edge.runs import about_run
+from pmm_edge.trainer.alone import alone_in
 from pmm_edge.trainer.presets import PRESETS, read_config
 from pmm_edge.trainer.start import resume, train
 
@@ -87,13 +92,85 @@ def test_an_interrupted_run_goes_on_to_the_very_same_weights(run, tiny_dataset, 
 
 
 def test_resuming_refuses_other_data(run, tiny_dataset, tmp_path):
-    import shutil
-
     data = shutil.copytree(tiny_dataset, tmp_path / "data")
     folder = train(replace(CONFIG, epochs=1), data, out=tmp_path / "run").folder
     next((data / "bounding_box_train").iterdir()).unlink()
     with pytest.raises(DataError, match="holds other images"):
         resume(folder)
+
+
+def test_resuming_refuses_a_training_image_of_another_size_and_takes_a_mended_gallery(tiny_dataset, tmp_path):
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    folder = train(replace(CONFIG, epochs=1), data, out=tmp_path / "run").folder
+    train_image, gallery_image = (next((data / name).iterdir()) for name in ("bounding_box_train", "bounding_box_test"))
+    whole = train_image.read_bytes()
+    gallery_image.write_bytes(gallery_image.read_bytes() + b"mended")
+    train_image.write_bytes(whole + b"changed")
+    with pytest.raises(DataError, match=rf"holds other images.*--init-from {folder}/last.pt"):
+        resume(folder)
+    train_image.write_bytes(whole)
+    assert resume(folder).finished
+
+
+def test_a_checkpoint_from_before_sizes_were_kept_is_held_against_names_and_labels(tiny_dataset, tmp_path):
+    folder = train(replace(CONFIG, epochs=1), tiny_dataset, out=tmp_path / "run").folder
+    checkpoint = load_checkpoint(folder / "last.pt")
+    checkpoint.training["fingerprint"] = checkpoint.training["fingerprint"].split()[0]
+    save_checkpoint(folder / "last.pt", checkpoint)
+    assert resume(folder).finished
+
+
+def test_a_data_set_that_moved_is_found_where_it_is_said_to_be(pmm, tiny_dataset, tmp_path):
+    data, moved, other = tmp_path / "data", tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(tiny_dataset, data)
+    folder = train(replace(CONFIG, epochs=1), data, out=tmp_path / "run").folder
+    shutil.copytree(data, other)
+    next((other / "bounding_box_train").iterdir()).unlink()
+    data.rename(moved)
+    gone = pmm("train", "--resume", folder)
+    assert gone.exit_code == 2 and f"pmm train NEWPLACE --resume {folder}" in gone.stderr
+    wrong = pmm("train", other, "--resume", folder)
+    assert wrong.exit_code == 2 and f"{other} holds other images" in wrong.stderr
+    assert about_run(folder).data == str(data)
+    assert pmm("train", moved, "--resume", folder).exit_code == 0
+    assert about_run(folder).data == str(moved)
+    assert load_checkpoint(folder / "last.pt").spec.dataset == "data", "the run's name for it"
+    assert pmm("train", "--resume", folder).exit_code == 0
+
+
+def test_a_folder_that_is_being_trained_in_is_left_alone(run, tiny_dataset, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    (folder / ".last.pt.0123abcd.tmp").touch()  # that of the process that trains
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with alone_in(folder):
+        for second in (partial(resume, folder), partial(train, CONFIG, tiny_dataset, out=folder)):
+            with pytest.raises(OutputError, match="another process is training in") as caught:
+                second()
+            assert caught.value.exit_code == 2
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert resume(folder).finished, "let go of, it can be trained in"
+
+
+def test_a_folder_is_trained_in_where_there_are_no_locks(tmp_path, monkeypatch):
+    def refused(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        pass
+    monkeypatch.setattr("pmm_edge.trainer.alone.fcntl", None)
+    with alone_in(tmp_path):
+        pass
+
+
+def test_resuming_removes_what_a_kill_left_and_no_other_file(run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    left = [folder / f".{name}.0123abcd.tmp" for name in ("last.pt", "best.pt", "epoch-0002.pt", "metrics.jsonl")]
+    others = [folder / name for name in (".bench.json.0123abcd.tmp", ".last.pt.mine.tmp", "last.pt.0123abcd.tmp")]
+    for path in (*left, *others):
+        path.touch()
+    resume(folder)
+    assert [path.exists() for path in left] == [False] * 4 and all(path.exists() for path in others)
 
 
 def test_two_runs_do_not_share_a_folder(run, tiny_dataset):

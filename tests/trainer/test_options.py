@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pmm_edge.errors import CheckFailedError, DataError, ModelError
-from pmm_edge.model import load_checkpoint
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
+from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.retrieval import evaluate_distances
 from pmm_edge.trainer.presets import PRESETS
 from pmm_edge.trainer.start import resume, train
@@ -85,6 +85,22 @@ def test_starting_from_a_checkpoint_reports_what_was_taken(data, tmp_path, tiny_
     assert "start afresh (part.linear.weight" in said[0] and "not used (stage2" in said[0]
 
 
+def test_imagenet_weights_are_not_fetched_where_a_checkpoint_fills_the_backbone(
+    data, tmp_path, monkeypatch, tiny_checkpoint
+):
+    def offline(name):
+        raise PmmError(f"the ImageNet weights of {name} cannot be downloaded")
+
+    monkeypatch.setattr("pmm_edge.model.build.imagenet_weights", offline)
+    config = replace(CONFIG, epochs=1, method="bdb", backbone_weights="imagenet", init_from=str(tiny_checkpoint))
+    assert train(config, data, out=tmp_path / "run").finished
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    del checkpoint.weights["backbone.layer4.1.bn2.bias"]
+    save_checkpoint(tmp_path / "partial.pt", checkpoint)
+    with pytest.raises(PmmError, match="cannot be downloaded"):
+        train(replace(config, init_from=str(tmp_path / "partial.pt")), data, out=tmp_path / "other")
+
+
 def test_an_unreadable_image_is_passed_over_with_a_warning_and_named_in_the_log(data, tmp_path):
     bad = sorted((data / "bounding_box_train").iterdir())[4]
     bad.write_bytes(bad.read_bytes()[:200])
@@ -119,6 +135,26 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch_saved_and_named(data, tm
     batch = torch.load(folder / "bad_batch.pt", weights_only=True)
     assert batch["crops"].shape == (16, 96, 64, 3) and len(batch["images"]) == 16 and batch["epoch"] == 2
     assert torch.isfinite(weights(folder)["stage1.linear.weight"]).all(), "last.pt is from before"
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_loss_that_is_not_finite_names_last_pt_where_there_is_one(data, tmp_path, monkeypatch, epoch):
+    from pmm_edge.trainer import step
+
+    left = [epoch]
+
+    def breaks(outputs, pids, mixed=None):
+        loss, parts = step_loss(outputs, pids, mixed)
+        left[0] -= 1
+        return (loss if left[0] else loss * torch.nan), parts
+
+    step_loss = step.pmm_loss
+    monkeypatch.setattr("pmm_edge.trainer.step.pmm_loss", breaks)
+    with pytest.raises(CheckFailedError) as caught:
+        train(CONFIG, data, out=tmp_path / "run")
+    there = (tmp_path / "run" / "last.pt").exists()
+    assert there == (epoch == 2) == ("last.pt is from before it" in str(caught.value))
+    assert "A new run with --precision fp32" in caught.value.remedy
 
 
 def test_resuming_refuses_settings_that_were_edited(data, tmp_path):

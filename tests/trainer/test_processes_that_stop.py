@@ -1,6 +1,7 @@
 """Two processes of one training, of which one or both meet an error or a signal: what is said, and how they end."""
 
 import os
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -8,7 +9,9 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from pmm_edge.trainer.distributed import first_to_say
+from pmm_edge.errors import PmmError
+from pmm_edge.trainer.alone import alone_in
+from pmm_edge.trainer.distributed import first_to_say, joined
 
 # fmt: off
 FLAGS = [
@@ -53,8 +56,8 @@ def store(monkeypatch):
 
 @pytest.fixture
 def both(store, tiny_dataset, tmp_path):
-    def run(script, *flags):
-        command = [sys.executable, "-c", script, "train", tiny_dataset, "--out", tmp_path / "run", *FLAGS, *flags]
+    def run(script, *flags, data=tiny_dataset):
+        command = [sys.executable, "-c", script, "train", data, "--out", tmp_path / "run", *FLAGS, *flags]
         started = []
         for rank in ("0", "1"):
             as_torchrun = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -86,6 +89,55 @@ def test_an_interruption_in_an_evaluation_ends_both(both, tmp_path):
     assert "go on with: pmm train --resume" in said[0].replace("\n", " ")
     assert (tmp_path / "run" / "last.pt").is_file() and not (tmp_path / "run" / "best.pt").exists()
     assert "interrupted in the evaluation of epoch 1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.fixture
+def unreadable(tiny_dataset, tmp_path):
+    """A data set with one unreadable image of each of its four identities, of which each process reads two; those."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    bad = [path for path in (data / "bounding_box_train").iterdir() if "_c1" in path.name]
+    for path in bad:
+        path.write_bytes(b"")
+    return data, bad
+
+
+def test_unreadable_images_are_counted_over_both(both, unreadable, tmp_path):
+    codes, said = both(AS_IS, "--max-bad-images", 3, data=unreadable[0])
+    assert codes == [2, 2]
+    assert "".join(said).count("error: 4 training images cannot be read") == 1
+    assert "4 training images cannot be read" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_unreadable_images_of_both_are_named_once_in_the_log(both, unreadable, tmp_path):
+    codes, said = both(AS_IS, "--max-bad-images", 4, data=unreadable[0])
+    assert codes == [0, 0], said
+    named = (tmp_path / "run" / "log.txt").read_text()
+    assert [named.count(f"warning: cannot read image {path}") for path in unreadable[1]] == [1] * 4
+
+
+def test_a_second_training_in_a_folder_is_refused_by_the_first_process_alone(both, tmp_path):
+    (tmp_path / "run").mkdir()
+    with alone_in(tmp_path / "run"):
+        codes, said = both(AS_IS)
+    assert codes == [2, 2] and "Traceback" not in "".join(said)
+    assert f"error: another process is training in {tmp_path / 'run'}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_one_line(monkeypatch, environment, named):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PmmError, match=rf"{named}.*unset WORLD_SIZE"), joined("cpu"):
+        pass
 
 
 def test_each_line_is_said_once_and_always_where_nobody_can_be_asked(store, monkeypatch):
