@@ -70,7 +70,7 @@ def test_wrong_use(pmm: Callable, gpu: double.FakeGpu, onnx: Path) -> None:
         pmm, onnx, "--batch", "1,2,3", "--version-compatible"
     )
     contradiction = refused(pmm, onnx.with_name("best.pt"), "--trt", "--static-batch", "4", "--batch", "1,4,8")
-    assert contradiction.endswith("--batch 1,4,8 contradicts --static-batch 4. Leave one out, or give --batch 4,4,4")
+    assert contradiction.endswith("contradicts the graph's static batch of 4. Leave it out, or give --batch 4,4,4")
     assert "optimization level 9 does not exist" in refused(pmm, onnx, "--trt", "--optimization-level", "9")
     assert "has no weights for --safetensors" in refused(pmm, onnx, "--trt", "--safetensors")
     assert "does not exist" in refused(pmm, onnx.with_name("none.onnx"), "--trt")
