@@ -260,7 +260,7 @@ def _print(made: Made) -> None:
     if made.exported:
         rows = [
             (
-                item.path.name,
+                escape(item.path.name),
                 f"{item.size / 1e6:.1f}",
                 item.spec.precision,
                 item.spec.input.form,
@@ -270,7 +270,7 @@ def _print(made: Made) -> None:
             for item in made.exported
         ]
         columns = ("file", "MB", "precision", "input", "departure", "cosine")
-        print_table(f"exported to {made.exported[0].path.parent}", columns, rows)
+        print_table(f"exported to {escape(str(made.exported[0].path.parent))}", columns, rows)
         for item in made.exported:
             _print_precision(item)
     for engine in (made.engine, made.served_engine):
@@ -288,7 +288,7 @@ def _print_engine(engine: BuiltEngine) -> None:
         ("file", "MB", "batch", "layers", "seconds"),
         [
             (
-                engine.path.name,
+                escape(engine.path.name),
                 f"{manifest.engine_size / 1e6:.1f}",
                 str(manifest.settings.batch),
                 layers,
