@@ -88,6 +88,19 @@ def remove_unfinished(folder: Path, names: Sequence[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_new_folder(path: Path, remedy: str = "Name a folder that does not exist yet") -> None:
+    """Refuse, before work of many minutes, a folder that could not be written whole after it.
+
+    Raises:
+        OutputError: `path` exists and is not empty, or a file stands where a folder above it should be.
+    """
+    blocker = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if blocker:
+        raise OutputError(f"cannot write {path}: {blocker} is a file", "Choose another name")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} exists and is not an empty folder", remedy)
+
+
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
@@ -95,8 +108,7 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: `path` exists and is not empty, or cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} exists and is not an empty folder", "Name a folder that does not exist yet")
+    check_new_folder(path)
     temporary = _beside(path)
     try:
         temporary.mkdir(parents=True)

@@ -92,6 +92,8 @@ class ModelSpec:
     """Embeddings have length 1."""
     precision: str = "fp32"
     precision_method: str = "as trained"
+    target: Literal["tensorrt", "cpu"] | None = None
+    """What the graph was quantised for; None where it was not, or by a version that did not say."""
     tools: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 

@@ -14,12 +14,12 @@ from rich.markup import escape
 from pmm_edge.cli.render import note, print_json, print_table, progress
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.export.options import OPSET, Fp16, Graph, Int8, Precision
-from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, newest_run
+from pmm_edge.runs import BEST, data_of, newest_run
 from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 
 if TYPE_CHECKING:
     from pmm_edge.export import Exported
-    from pmm_edge.export.bundles import Bundle
+    from pmm_edge.export.carry_out import Made
     from pmm_edge.export.tensorrt import BuiltEngine
 
 _TENSORRT = "TensorRT, with --trt"
@@ -39,13 +39,14 @@ def export(
         typer.Option(help="The .onnx file to write; by default in the run's export folder. An engine lies beside it."),
     ] = None,
     form: Annotated[
-        Literal["uint8", "raw", "normalized"],
+        Literal["uint8", "raw", "normalized"] | None,
         typer.Option(
             "--input",
-            help="uint8: (N, H, W, 3) RGB, normalised in the graph. raw: float (N, 3, H, W) of 0..255, normalised in"
-            " the graph, for DeepStream. normalized: float (N, 3, H, W), for consumers that normalise themselves.",
+            help="uint8 (the default): (N, H, W, 3) RGB, normalised in the graph. raw: float (N, 3, H, W) of 0..255,"
+            " normalised in the graph, for DeepStream. normalized: float (N, 3, H, W), for consumers that normalise"
+            " themselves.",
         ),
-    ] = "uint8",
+    ] = None,
     opset: Annotated[int, typer.Option(help="Of ONNX, 17 to 20.")] = OPSET,
     normalize_output: Annotated[
         bool, typer.Option("--normalize-output", help="Give embeddings of length 1 (L2): Euclidean ranks as cosine.")
@@ -102,6 +103,14 @@ def export(
         typer.Option(
             metavar="DIR",
             help="Also put the network (input uint8; with --trt the engine) into this Triton model repository.",
+        ),
+    ] = None,
+    triton_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The model's name there; by default like pmm_resnet50 or, with --precision fp16 --trt,"
+            " pmm_resnet50_fp16_trt.",
         ),
     ] = None,
     trt: Annotated[
@@ -166,6 +175,9 @@ def export(
 
     [dim]pmm export model.onnx --trt --batch 1,16,64[/]
     """
+    from pmm_edge.export.carry_out import carry_out
+    from pmm_edge.export.plan import Asked, planned
+
     chosen = {
         "--batch": batch,
         "--workspace": workspace,
@@ -176,9 +188,9 @@ def export(
     }
     if not trt and (unused := [name for name, value in chosen.items() if value not in (None, False)]):
         raise PmmError(f"{', '.join(unused)} says how to build an engine, and none is asked for", "Add --trt")
-    graph = Graph(opset, normalize_output, static_batch)
+    if triton_name and not triton:
+        raise PmmError("--triton-name names a model in a repository, and none is given", "Add --triton DIR")
     settings = BuildSettings(
-        batch=BatchProfile.chosen(batch, static_batch),
         workspace_gib=workspace,
         optimization_level=BuildSettings.optimization_level if optimization_level is None else optimization_level,
         hardware_compatible=hardware_compatible,
@@ -186,51 +198,23 @@ def export(
         timing_cache=not no_timing_cache,
     )
     checkpoint = checkpoint or newest_run() / BEST
-    exported: list[Exported] = []
     lower = _precision(precision, checkpoint, calibration, layout, target, calibration_method, max_map_drop)
-    if (trt or deepstream or triton) and checkpoint.suffix == ".onnx":
-        if safetensors:
-            raise PmmError(f"{checkpoint} has no weights for --safetensors", "Name the checkpoint it was exported from")
-        if lower or graph != Graph():
-            raise PmmError(
-                f"{checkpoint} is exported already: its graph and precision stay as they are",
-                "Name the checkpoint it was exported from",
-            )
-        onnx, engine_path = checkpoint, (out or checkpoint).with_suffix(".engine")
-    else:
-        onnx = out or _default_out(checkpoint, form, lower)
-        engine_path = onnx.with_suffix(".engine")
-        exported = _export(checkpoint, onnx, form, graph, lower, safetensors)
-    engine, failure = None, None
-    if trt:
-        try:
-            engine = _build(onnx, engine_path, settings)
-        except PmmError as error:
-            failure = error  # what was exported is shown all the same
-    bundles: list[Bundle] = []
-    if deepstream or (triton and not failure):
-        from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
-
-        def in_form(wanted: Literal["uint8", "raw"]) -> Path:
-            if not exported or form == wanted:
-                return onnx
-            other = onnx.with_name(f"{onnx.stem}-{wanted}.onnx") if out else _default_out(checkpoint, wanted, lower)
-            exported.extend(_export(checkpoint, other, wanted, graph, lower, safetensors=False))
-            return other
-
-        if deepstream:
-            bundles.append(deepstream_bundle(in_form("raw"), deepstream))
-        if triton and not failure:
-            served, profile = (engine.path if engine else None), settings.batch
-            bundles.append(triton_bundle(in_form("uint8"), triton, served, (profile.optimal, profile.maximum)))
+    graph = Graph(opset, normalize_output, static_batch)
+    engine = settings if trt else None
+    asked = Asked(checkpoint, out, form, graph, lower, safetensors, engine, batch, deepstream, triton, triton_name)
+    plan = planned(asked)
+    with progress() as report:
+        made = carry_out(asked, plan, report)
     if as_json:
-        _print_json(checkpoint, exported, engine, bundles)
+        _print_json(checkpoint, made)
     else:
-        _print(exported, engine)
-        for bundle in bundles:
-            note(f"{bundle.kind}: {escape(str(bundle.folder))} [dim](README.md there says what to do with it)[/]")
-    if failure:
-        raise failure
+        _print(made)
+    if plan.triton and not any(bundle.kind == "triton" for bundle in made.bundles):
+        note(f"[yellow]triton:[/] {escape(str(plan.triton))} is not written")
+    if made.failures:
+        for failure in made.failures[:-1]:
+            note(f"[red]error:[/] {escape(str(failure))}")
+        raise made.failures[-1]
     if not as_json:
         note("[dim]Prove that it retrieves the same people: pmm bench[/]")
 
@@ -261,48 +245,19 @@ def _precision(
     return Int8(calibration, target or "tensorrt", method, max_map_drop, layout)
 
 
-def _export(
-    checkpoint: Path,
-    onnx: Path,
-    form: Literal["uint8", "raw", "normalized"],
-    graph: Graph,
-    precision: Precision | None,
-    safetensors: bool,
-) -> list[Exported]:
-    try:
-        from pmm_edge.export import export_onnx, export_safetensors
-    except ModuleNotFoundError as error:
-        raise PmmError(
-            f"exporting needs {error.name}, which is not installed",
-            "pip install 'pmm-edge[train]'; an engine from a .onnx needs none of it: pmm export model.onnx --trt",
-        ) from error
-
-    with progress() as report:
-        exported = [export_onnx(checkpoint, onnx, form, graph, precision, report)]
-    if safetensors:
-        exported.append(export_safetensors(checkpoint, onnx.with_suffix(".safetensors")))
-    return exported
-
-
-def _build(onnx: Path, out: Path, settings: BuildSettings) -> BuiltEngine:
-    from pmm_edge.export.tensorrt import build_engine
-
-    with progress() as report:
-        return build_engine(onnx, out, settings, report)
-
-
-def _print_json(checkpoint: Path, exported: list[Exported], engine: BuiltEngine | None, bundles: list[Bundle]) -> None:
-    files = [{**asdict(item), "path": str(item.path)} for item in exported]
+def _print_json(checkpoint: Path, made: Made) -> None:
+    files = [{**asdict(item), "path": str(item.path)} for item in made.exported]
     printed: dict[str, object] = {"checkpoint": str(checkpoint), "exported": files}
-    if engine:
-        printed["engine"] = {"path": str(engine.path)} | json.loads(engine.manifest.to_json())
-    if bundles:
-        printed["bundles"] = {bundle.kind: str(bundle.folder) for bundle in bundles}
+    for name, engine in (("engine", made.engine), ("served_engine", made.served_engine)):
+        if engine:
+            printed[name] = {"path": str(engine.path)} | json.loads(engine.manifest.to_json())
+    if made.bundles:
+        printed["bundles"] = {bundle.kind: str(bundle.folder) for bundle in made.bundles}
     print_json(printed)
 
 
-def _print(exported: list[Exported], engine: BuiltEngine | None) -> None:
-    if exported:
+def _print(made: Made) -> None:
+    if made.exported:
         rows = [
             (
                 escape(item.path.name),
@@ -312,28 +267,35 @@ def _print(exported: list[Exported], engine: BuiltEngine | None) -> None:
                 f"{item.departure:.1e}",
                 f"{item.cosine_mean:.6f}",
             )
-            for item in exported
+            for item in made.exported
         ]
         columns = ("file", "MB", "precision", "input", "departure", "cosine")
-        print_table(f"exported to {escape(str(exported[0].path.parent))}", columns, rows)
-        for item in exported:
+        print_table(f"exported to {escape(str(made.exported[0].path.parent))}", columns, rows)
+        for item in made.exported:
             _print_precision(item)
-    if engine:
-        manifest = engine.manifest
-        layers = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
-        print_table(
-            f"built for {manifest.machine.gpu} with TensorRT {manifest.machine.tensorrt}",
-            ("file", "MB", "batch", "layers", "seconds"),
-            [
-                (
-                    escape(engine.path.name),
-                    f"{manifest.engine_size / 1e6:.1f}",
-                    str(manifest.settings.batch),
-                    layers,
-                    f"{manifest.build_seconds:.1f}",
-                )
-            ],
-        )
+    for engine in (made.engine, made.served_engine):
+        if engine:
+            _print_engine(engine)
+    for bundle in made.bundles:
+        note(f"{bundle.kind}: {escape(str(bundle.folder))} [dim](README.md there says what to do with it)[/]")
+
+
+def _print_engine(engine: BuiltEngine) -> None:
+    manifest = engine.manifest
+    layers = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
+    print_table(
+        f"built for {manifest.machine.gpu} with TensorRT {manifest.machine.tensorrt}",
+        ("file", "MB", "batch", "layers", "seconds"),
+        [
+            (
+                escape(engine.path.name),
+                f"{manifest.engine_size / 1e6:.1f}",
+                str(manifest.settings.batch),
+                layers,
+                f"{manifest.build_seconds:.1f}",
+            )
+        ],
+    )
 
 
 def _print_precision(item: Exported) -> None:
@@ -352,10 +314,3 @@ def _print_precision(item: Exported) -> None:
             for layer in item.layers
         ]
         print_table("what INT8 costs each layer", ("layer", "cosine lost", "of the work", "runs in"), rows)
-
-
-def _default_out(checkpoint: Path, form: str, precision: Precision | None) -> Path:
-    parts = ["model"] if form == "uint8" else ["model", form]
-    if precision:
-        parts.append("fp16" if isinstance(precision, Fp16) else f"int8-{precision.target}")
-    return checkpoint.parent / EXPORT_FOLDER / ("-".join(parts) + ".onnx")

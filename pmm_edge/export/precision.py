@@ -125,7 +125,7 @@ def _int8(
             notes.append(held.outcome)
         judged = cosines(opened(network).embed(calibration.judging), opened(parts.network).embed(calibration.judging))
         notes.append(f"mean cosine {judged.mean():.5f} on {len(judged)} crops that nothing was chosen on")
-    spec = replace(spec, precision="int8", precision_method="; ".join(notes))
+    spec = replace(spec, precision="int8", precision_method="; ".join(notes), target=target)
     finished_model = finished(parts.around(network), spec)
     return Reduced(finished_model, spec, calibration.judging, layers, calibration.warnings)
 

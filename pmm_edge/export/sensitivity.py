@@ -9,6 +9,7 @@ import onnx
 
 from pmm_edge.data.dataset import ReidDataset, problems
 from pmm_edge.errors import CheckFailedError
+from pmm_edge.export.options import KEPT_IN_FLOAT
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import evaluate
 from pmm_edge.runtime import Embedder, embed_files
@@ -89,7 +90,8 @@ def hold_map(
         LayerLoss(names[node], losses[node], costs[node] / total, number < least) for number, node in enumerate(order)
     ]
     kept = ", ".join(layer.layer for layer in layers if layer.in_float) or "none"
-    outcome = f"mAP {100 * base:.2f} to {100 * base - drop:.2f}, a drop of {max_drop:g} allowed; in float32: {kept}"
+    change = f"mAP {100 * base:.2f} to {100 * base - drop:.2f}, a drop of {max_drop:g} allowed"
+    outcome = f"{change}; {KEPT_IN_FLOAT}{kept}"
     return Held(network, layers, outcome)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pmm_edge.errors import PmmError
 
 OPTIMIZATION_LEVELS = range(6)
+MOST_GIB = 1 << 20
+"""More memory than any machine has; infinity and what no number of bytes can say lie above."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class BatchProfile:
         only = BatchProfile(static_batch, static_batch, static_batch)
         if text is not None and asked != only:
             raise PmmError(
-                f"--batch {asked} contradicts --static-batch {static_batch}", f"Leave one out, or give --batch {only}"
+                f"--batch {asked} contradicts the graph's static batch of {static_batch}",
+                f"Leave it out, or give --batch {only}",
             )
         return only
 
@@ -90,16 +94,25 @@ class BuildSettings:
     """Keep the timings of layers for the next build on the same GPU and TensorRT."""
 
     def __post_init__(self) -> None:
-        if self.workspace_gib is not None and self.workspace_gib <= 0:
+        if self.workspace_gib is not None and not 0 < self.workspace_gib <= MOST_GIB:  # NaN is neither
             raise PmmError(
-                f"a workspace of {self.workspace_gib:g} GiB is too small", "Give more than 0, or leave it out"
+                f"a workspace of {self.workspace_gib:g} GiB cannot be had",
+                "Give more than 0 and no more than the GPU has, or leave it out",
             )
         if self.optimization_level not in OPTIMIZATION_LEVELS:
             raise PmmError(f"optimization level {self.optimization_level} does not exist", "Give 0 to 5")
 
-    def command(self, onnx: Path) -> str:
-        """The `pmm` command that builds `onnx` with these settings."""
+    def command(self, onnx: Path, engine: Path | None = None, also: Sequence[str] = ()) -> str:
+        """The `pmm` command that builds `onnx` with these settings.
+
+        Args:
+            onnx: the file.
+            engine: what it writes; None for the default place, beside `onnx`.
+            also: further words, such as `--triton models`.
+        """
         words = ["pmm", "export", str(onnx), "--trt", "--batch", str(self.batch)]
+        if engine and engine != onnx.with_suffix(".engine"):
+            words += ["--out", str(engine)]
         if self.workspace_gib is not None:
             words += ["--workspace", f"{self.workspace_gib:g}"]
         if self.optimization_level != BuildSettings.optimization_level:
@@ -110,4 +123,4 @@ class BuildSettings:
             words.append("--version-compatible")
         if not self.timing_cache:
             words.append("--no-timing-cache")
-        return shlex.join(words)
+        return shlex.join([*words, *also])

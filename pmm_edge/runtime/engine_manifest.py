@@ -7,6 +7,7 @@ runs and is wrong about which network it is. The manifest answers both before Te
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class EngineManifest:
 
     spec: ModelSpec
     onnx: str
-    """Name of the ONNX file that it was built from."""
+    """Path of the ONNX file that it was built from, seen from the engine's folder: `model.onnx`, `../fp16/model.onnx`.
+    It is only ever named and hashed."""
     onnx_sha256: str
     engine_sha256: str
     engine_size: int
@@ -71,12 +73,13 @@ class EngineManifest:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError: it is something else.
+            ValueError, KeyError, TypeError: it is something else, or no relative path of an ONNX file.
             PmmError: the spec or the settings in it are of another version or out of range.
         """
         raw: dict[str, Any] = json.loads(text)
         if raw["schema"] != SCHEMA:
             raise ValueError(f"schema {raw['schema']} instead of {SCHEMA}")
+        _check_onnx_name(raw["onnx"])
         settings = raw["settings"] | {"batch": BatchProfile(**raw["settings"]["batch"])}
         return EngineManifest(
             **raw
@@ -87,6 +90,19 @@ class EngineManifest:
                 "precision": PrecisionCount(**raw["precision"]),
             }
         )
+
+
+def onnx_seen_from(engine: Path, onnx: Path) -> str:
+    """How a manifest names the ONNX file: relative, so that both may be moved or mounted elsewhere together."""
+    return Path(os.path.relpath(onnx.parent.resolve() / onnx.name, engine.parent.resolve())).as_posix()
+
+
+def onnx_of(manifest: EngineManifest, engine: Path) -> Path:
+    """Where the ONNX file of an engine lies, if it is still there."""
+    if "/" not in manifest.onnx:
+        return engine.with_name(manifest.onnx)
+    # Of a folder behind a symbolic link `..` is another than the one that the name shows.
+    return Path(os.path.normpath(engine.parent.resolve() / manifest.onnx))
 
 
 def manifest_path(engine: Path) -> Path:
@@ -114,7 +130,7 @@ def read_manifest(engine: Path) -> EngineManifest:
 
 
 def check_files(manifest: EngineManifest, engine: Path) -> None:
-    """Hold the engine, and the ONNX file where it lies beside it, against the manifest.
+    """Hold the engine, and the ONNX file where it is still there, against the manifest.
 
     Raises:
         ModelError: the engine is truncated or another, or the ONNX file has changed since.
@@ -124,7 +140,7 @@ def check_files(manifest: EngineManifest, engine: Path) -> None:
         raise _rebuild(manifest, engine, f"{engine} has {size} bytes instead of {manifest.engine_size}: truncated?")
     if sha256(engine) != manifest.engine_sha256:
         raise _rebuild(manifest, engine, f"{engine} is not the engine that {manifest_path(engine).name} describes")
-    onnx = engine.with_name(manifest.onnx)
+    onnx = onnx_of(manifest, engine)
     if onnx.is_file() and sha256(onnx) != manifest.onnx_sha256:
         raise _rebuild(manifest, engine, f"{onnx} has changed since {engine.name} was built from it")
 
@@ -170,4 +186,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _rebuild(manifest: EngineManifest, engine: Path, problem: str) -> ModelError:
-    return ModelError(problem, f"Build it again: {manifest.settings.command(engine.with_name(manifest.onnx))}")
+    return ModelError(problem, f"Build it again: {manifest.settings.command(onnx_of(manifest, engine), engine)}")
+
+
+def _check_onnx_name(name: object) -> None:
+    """A manifest may come from strangers: what it names is shown in one line, and hashed if it is a file."""
+    if not isinstance(name, str) or not name.isprintable() or not Path(name).name or Path(name).is_absolute():
+        raise ValueError(f"{name!r} is no relative path of a file")

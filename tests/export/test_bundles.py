@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnx as onnx_package
 import onnxruntime
 import pytest
 import yaml
@@ -19,10 +20,13 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import pmm_edge
 from pmm_edge.errors import ModelError, OutputError, PmmError
-from pmm_edge.export import export_onnx
+from pmm_edge.export import Graph, export_onnx
 from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
 from pmm_edge.export.bundles.deepstream import reid_section
-from pmm_edge.export.bundles.triton import model_config
+from pmm_edge.export.bundles.triton import model_config, model_name
+from pmm_edge.files import sha256
+from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
+from pmm_edge.runtime.engine_manifest import EngineManifest, Machine, PrecisionCount, manifest_path, onnx_seen_from
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 
@@ -143,16 +147,110 @@ def test_tritons_own_schema_reads_the_configuration(triton: Path, spec: ModelSpe
     assert ModelSpec.from_json(config.parameters[METADATA_KEY].string_value) == spec
 
 
-def test_an_engine_is_served_as_a_tensorrt_plan(tiny_onnx: Path, tmp_path: Path) -> None:
-    engine = tmp_path / "model.engine"
+def engine_of(onnx: Path, engine: Path, batch: BatchProfile = BatchProfile(1, 8, 32)) -> Path:
+    """What a build leaves, as far as it is looked at: a file, and the manifest that describes it."""
     engine.write_bytes(b"engine")
-    folder = triton_bundle(tiny_onnx, tmp_path / "repository", engine, (8, 32)).folder
+    manifest = EngineManifest(
+        spec=pmm_edge.load(onnx, "cpu").spec,
+        onnx=onnx_seen_from(engine, onnx),
+        onnx_sha256=sha256(onnx),
+        engine_sha256=sha256(engine),
+        engine_size=6,
+        machine=Machine("Orin", "8.7", "10.3.0", "12.6", "12.8"),
+        settings=BuildSettings(batch),
+        precision=PrecisionCount({}, {}),
+        build_seconds=1.0,
+    )
+    manifest_path(engine).write_text(manifest.to_json())
+    return engine
+
+
+def test_an_engine_is_served_as_a_tensorrt_plan(tiny_onnx: Path, tmp_path: Path) -> None:
+    engine = engine_of(tiny_onnx, tmp_path / "model.engine")
+    folder = triton_bundle(tiny_onnx, tmp_path / "repository", engine).folder
     config = parsed((folder / "config.pbtxt").read_text())
+    assert config.name == folder.name == "pmm_resnet18_trt"
     assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 32)
     assert list(config.dynamic_batching.preferred_batch_size) == [8, 32]
     assert [path.name for path in (folder / "1").iterdir()] == ["model.plan"]
-    with pytest.raises(PmmError, match=r"none\.engine does not exist"):
-        triton_bundle(tiny_onnx, tmp_path / "other", tmp_path / "none.engine")
+
+
+def test_an_engine_is_served_only_with_the_file_that_describes_it(
+    tiny_onnx: Path, raw_onnx: Path, tmp_path: Path
+) -> None:
+    def refuses(engine: Path, message: str) -> None:
+        with pytest.raises(PmmError, match=message):
+            triton_bundle(tiny_onnx, tmp_path / "repository", engine)
+
+    refuses(tmp_path / "none.engine", r"none\.engine does not exist")
+    refuses(
+        engine_of(raw_onnx, tmp_path / "raw.engine"), r"raw\.engine was not built from .*model\.onnx, .* Build it: pmm"
+    )
+    cut = engine_of(tiny_onnx, tmp_path / "cut.engine")
+    cut.write_bytes(b"engin")
+    refuses(cut, "truncated")
+    lone = engine_of(tiny_onnx, tmp_path / "lone.engine", BatchProfile(4, 8, 16))
+    refuses(lone, r"cannot answer a lone request in Triton\. Build it with --batch 1,8,16")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_names_tell_networks_apart(spec: ModelSpec) -> None:
+    int8 = replace(spec, precision="int8", target="tensorrt")
+    assert model_name(spec, as_engine=False) == "pmm_resnet18"
+    assert model_name(int8, as_engine=False) == "pmm_resnet18_int8"
+    assert model_name(int8, as_engine=True) == "pmm_resnet18_int8_trt"
+    assert model_name(replace(int8, target="cpu"), as_engine=False) == "pmm_resnet18_int8_cpu"
+
+
+def test_networks_of_one_repository(pmm: Callable, tiny_onnx: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    repository, fp16 = tmp_path / "models", tmp_path / "fp16.onnx"
+    for source in ((tiny_onnx,), (tiny_checkpoint, "--out", fp16, "--precision", "fp16")):
+        ended = pmm("export", *source, "--triton", repository)
+        assert ended.exit_code == 0, ended.stderr
+    ended = pmm("export", tiny_onnx, "--triton", repository, "--triton-name", "people.v2")
+    assert ended.exit_code == 0, ended.stderr
+    names = ["people.v2", "pmm_resnet18", "pmm_resnet18_fp16"]
+    assert sorted(path.name for path in repository.iterdir()) == names
+    assert [parsed((repository / name / "config.pbtxt").read_text()).name for name in names] == names
+    assert 'MODEL, HEIGHT, WIDTH, LARGEST_BATCH = "people.v2",' in (repository / "people.v2" / "client.py").read_text()
+
+
+def test_a_static_batch_is_no_network_for_a_server_or_a_tracker(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for bundle, form in ((triton_bundle, "uint8"), (deepstream_bundle, "raw")):
+        onnx = export_onnx(tiny_checkpoint, tmp_path / "a.onnx", form, Graph(static_batch=4)).path
+        with pytest.raises(ModelError, match=r"takes batches of 4 alone.*Export it without --static-batch"):
+            bundle(onnx, tmp_path / "folder")
+
+
+def relabelled(onnx: Path, out: Path, **changes: object) -> Path:
+    """The same graph with other claims in its spec."""
+    model = onnx_package.load(onnx)
+    (metadata,) = model.metadata_props
+    metadata.value = replace(ModelSpec.from_json(metadata.value), **changes).to_json()
+    onnx_package.save(model, out)
+    return out
+
+
+def test_int8_for_cpus_goes_nowhere_near_tensorrt(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
+    cpu = {"precision": "int8", "target": "cpu"}
+    raw, uint8 = (relabelled(onnx, tmp_path / onnx.name, **cpu) for onnx in (raw_onnx, tiny_onnx))
+    with pytest.raises(ModelError, match=r"is INT8 for CPUs.*Export it with --target tensorrt"):
+        deepstream_bundle(raw, tmp_path / "d")
+    with pytest.raises(ModelError, match="is INT8 for CPUs"):
+        triton_bundle(uint8, tmp_path / "t", engine_of(uint8, tmp_path / "x.engine"))
+    assert triton_bundle(uint8, tmp_path / "t").folder.name == "pmm_resnet18_int8_cpu"
+
+
+@pytest.mark.parametrize(("normalized", "said"), [(False, "are longer"), (True, "have it already, and this leaves")])
+def test_what_is_said_of_the_embeddings_length_holds(
+    normalized: bool, said: str, raw_onnx: Path, tmp_path: Path
+) -> None:
+    onnx = relabelled(raw_onnx, tmp_path / "a.onnx", normalized_output=normalized)
+    folder = deepstream_bundle(onnx, tmp_path / "tracker").folder
+    for name in ("README.md", "reid_section.yml", "config_tracker_NvDCF.yml"):
+        text = " ".join((folder / name).read_text().replace("#", "").split())
+        assert f"vectors of length 1; the network's {said}" in text, name
+    assert yaml.safe_load((folder / "config_tracker_NvDCF.yml").read_text())["ReID"]["addFeatureNormalization"] == 1
 
 
 def test_other_inputs_and_batches(spec: ModelSpec) -> None:

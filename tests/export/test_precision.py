@@ -69,7 +69,7 @@ def test_int8_is_close_on_crops_that_it_was_not_calibrated_on(int8: dict[str, Ex
     for target, exported in int8.items():
         assert exported.cosine_mean >= 0.99, target
         assert exported.size < 0.27 * tiny_export.size
-        assert exported.spec.precision == "int8"
+        assert (exported.spec.precision, exported.spec.target) == ("int8", target)
         assert f"Q/DQ for {target}; minmax calibration on 48 crops of people" in exported.spec.precision_method
         assert "on 12 crops that nothing was chosen on" in exported.spec.precision_method
         assert pmm_edge.load(exported.path, "cpu").spec == exported.spec

@@ -1,7 +1,7 @@
-"""The real Python bindings of TensorRT, on a machine without a GPU and without TensorRT.
+"""The real Python bindings of TensorRT and of CUDA, on a machine without a GPU and without TensorRT.
 
-Their wheels are small and hold the whole Python API; what they lack are TensorRT's shared libraries. Libraries of the
-same names with empty functions let them import, in a process of their own, and tell what they offer.
+Their wheels hold the whole Python API; what TensorRT's lack are its shared libraries. Libraries of the same names
+with empty functions let them import, in a process of their own, and tell what they offer. CUDA's import as they are.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ VERSIONS = {
     "10.13.0.35": "tensorrt-cu12-bindings",
     "11.4.0.106": "tensorrt-cu13-bindings",
 }
+CUDA_VERSIONS = {
+    "12.6.0": ("cuda-python", "cuda.cudart"),
+    "12.9.10": ("cuda-bindings", "cuda.bindings.runtime"),
+    "13.5.0": ("cuda-bindings", "cuda.bindings.runtime"),
+}
+"""The package, and the module with the runtime API: the oldest that is let in, what `<13` gives, and CUDA 13's."""
 LIBRARIES = ("nvinfer", "nvonnxparser", "nvinfer_plugin")
 EMPTY = """
 #define EMPTY(name) void *name(void) { return 0; }
@@ -30,29 +37,52 @@ EMPTY(createNvOnnxParserRefitter_INTERNAL) EMPTY(getNvOnnxParserVersion) EMPTY(i
 """
 Api = dict[str, dict[str, list[dict[str, bool]]]]
 """Class -> attribute -> its signatures, for a method."""
+CudaApi = dict[str, dict[str, int] | int | str]
+"""Name -> the numbers of an enumeration, a number, or the text that describes a function."""
 
 
 def installed(version: str) -> Path:
-    """A folder with a version's bindings and their empty libraries; made once."""
-    folder = CACHE / f"{version}-{sys.implementation.cache_tag}"
-    if folder.is_dir():
-        return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        wheel = f"{VERSIONS[version]}=={version}"
-        _run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{temporary}/made", wheel)
+    """A folder with a version's bindings of TensorRT and their empty libraries; made once."""
+
+    def add_libraries(temporary: str) -> None:
         source = Path(temporary, "empty.c")
         source.write_text(EMPTY)
         major = version.partition(".")[0]
         for library in LIBRARIES:
             _run("gcc", "-shared", "-fPIC", str(source), "-o", f"{temporary}/made/lib{library}.so.{major}")
+
+    return _made(version, ("--no-deps", f"{VERSIONS[version]}=={version}"), add_libraries)
+
+
+def installed_cuda(version: str) -> Path:
+    """A folder with a version's bindings of CUDA; made once."""
+    package, _ = CUDA_VERSIONS[version]
+    return _made(f"{package}-{version}", (f"{package}=={version}",), lambda temporary: None)
+
+
+def _made(name: str, packages: Sequence[str], finish: Callable[[str], None]) -> Path:
+    folder = CACHE / f"{name}-{sys.implementation.cache_tag}"
+    if folder.is_dir():
+        return folder
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        _run(sys.executable, "-m", "pip", "install", "--quiet", "--target", f"{temporary}/made", *packages)
+        finish(temporary)
         Path(temporary, "made").rename(folder)
     return folder
 
 
 def run_with(version: str, script: str) -> str:
     """What a script prints in a process where `tensorrt_bindings` is the real one of a version."""
-    folder = installed(version)
+    return _printed(installed(version), script)
+
+
+def run_with_cuda(version: str, script: str) -> str:
+    """What a script prints in a process where CUDA's Python API is that of a version."""
+    return _printed(installed_cuda(version), script)
+
+
+def _printed(folder: Path, script: str) -> str:
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": f"{folder}:{REPOSITORY}"}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -85,6 +115,29 @@ def api_of(version: str) -> Api:
     }
 
 
+CUDA_DUMP = """
+import importlib, json
+api = importlib.import_module({module!r})
+told = {{}}
+for name in dir(api):
+    value = getattr(api, name)
+    if name.startswith("cuda"):
+        if isinstance(value, type):
+            members = {{member: getattr(value, member) for member in dir(value) if member.startswith("cuda")}}
+            told[name] = {{member: int(number) for member, number in members.items()}}
+        else:
+            told[name] = int(value) if isinstance(value, int) else value.__doc__ or ""
+print(json.dumps({{"file": api.__file__, "names": told}}))
+"""
+
+
+def cuda_api_of(version: str) -> CudaApi:
+    """CUDA's runtime API in a version."""
+    told = json.loads(run_with_cuda(version, CUDA_DUMP.format(module=CUDA_VERSIONS[version][1])))
+    assert told["file"].startswith(str(installed_cuda(version)))
+    return told["names"]
+
+
 def signatures(name: str, doc: str) -> list[dict[str, bool]]:
     """Parameters, without self, of each overload that pybind11 documents: name -> whether it may be left out."""
     found = re.findall(rf"^(?:\d+\. )?{re.escape(name)}\((?!\*args)(.*)\) ->", doc, flags=re.MULTILINE)
@@ -113,7 +166,7 @@ def _run(*command: str) -> None:
         problem = [str(error)]
     if problem is None:
         return
-    reason = f"the real bindings of TensorRT cannot be made: {' '.join(command[:4])}: {' '.join(problem)}"
+    reason = f"the real bindings cannot be made: {' '.join(command[:4])}: {' '.join(problem)}"
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

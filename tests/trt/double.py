@@ -252,9 +252,6 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
         def set_shape(self, input, min, opt, max):
             self._shapes = {"name": input, "min": min, "opt": opt, "max": max}
 
-    class ITensor:
-        shape: tuple
-
     class IBuilderConfig:
         builder_optimization_level = 3
         profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
@@ -289,11 +286,7 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
             return self._cache
 
     class INetworkDefinition:
-        def get_input(self, index):
-            tensor = ITensor()
-            (found,) = onnxruntime.InferenceSession(self._onnx, providers=["CPUExecutionProvider"]).get_inputs()
-            tensor.shape = tuple(size if isinstance(size, int) else -1 for size in found.shape)
-            return tensor
+        pass
 
     class ParserError:
         def __init__(self, _node, _operator, _text):

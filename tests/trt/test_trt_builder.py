@@ -20,11 +20,11 @@ from pmm_edge.runtime.engine_manifest import read_manifest
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 
-def with_precision(onnx: Path, precision: str) -> Path:
+def with_precision(onnx: Path, precision: str, **others: str) -> Path:
     """Have the file's spec say that its graph has another precision."""
     model = onnx_package.load(onnx)
     (metadata,) = model.metadata_props
-    metadata.value = replace(ModelSpec.from_json(metadata.value), precision=precision).to_json()
+    metadata.value = replace(ModelSpec.from_json(metadata.value), precision=precision, **others).to_json()
     assert metadata.key == METADATA_KEY
     onnx_package.save(model, onnx)
     return onnx
@@ -84,13 +84,13 @@ def test_an_engine_without_the_precision_of_its_graph_is_not_written(
     precision: str, gpu: double.FakeGpu, onnx: Path
 ) -> None:
     with_precision(onnx, precision)
-    with pytest.raises(CheckFailedError, match=rf"is {precision.upper()}, but none of .* run in it \(1 FP32\)"):
+    with pytest.raises(CheckFailedError, match=rf"is {precision.upper()}, but 0 of .* 1 products run in it \(1 FP32;"):
         build_engine(onnx, onnx.with_suffix(".engine"))
     gpu.layers = ["names", "alone"]
-    with pytest.raises(CheckFailedError, match=r"2 unknown"):
+    with pytest.raises(CheckFailedError, match=r"0 of the engine's 2 layers run in it \(2 unknown"):
         build_engine(onnx, onnx.with_suffix(".engine"))
     gpu.layers = [*double.FP32_LAYERS, {"LayerType": "PointWiseV2", "Inputs": [{"DataType": precision}]}]
-    with pytest.raises(CheckFailedError, match=r"\(1 FP32\)"):  # a helper in it is not the network in it
+    with pytest.raises(CheckFailedError, match=r"\(1 FP32;"):  # a helper in it is not the network in it
         build_engine(onnx, onnx.with_suffix(".engine"))
     assert [path.name for path in onnx.parent.iterdir()] == ["model.onnx"]
 
@@ -99,6 +99,33 @@ def test_an_engine_in_the_precision_of_its_graph(gpu: double.FakeGpu, onnx: Path
     gpu.layers = [*double.FP16_LAYERS, *double.FP16_LAYERS, *double.FP32_LAYERS]
     built = build_engine(with_precision(onnx, "fp16"), onnx.with_suffix(".engine"))
     assert built.manifest.precision.layers == {"FP16": 2, "FP32": 1}
+
+
+def test_one_layer_in_the_precision_of_the_graph_is_not_enough(gpu: double.FakeGpu, onnx: Path) -> None:
+    with_precision(onnx, "fp16")
+    gpu.layers = [*double.FP32_LAYERS * 52, *double.FP16_LAYERS]
+    with pytest.raises(
+        CheckFailedError, match=r"is FP16, but 1 of the engine's 53 products run in it \(52 FP32, 1 FP16"
+    ):
+        build_engine(onnx, onnx.with_suffix(".engine"))
+    assert [path.name for path in onnx.parent.iterdir()] == ["model.onnx"]
+
+
+def test_layers_that_the_graph_keeps_in_float_are_not_missed(gpu: double.FakeGpu, onnx: Path) -> None:
+    int8 = [{"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Int8", "Count": 9}}]
+    gpu.layers = [*double.FP32_LAYERS * 3, *int8 * 2]
+    held = "Q/DQ for tensorrt; mAP 50.00 to 49.80, a drop of 0.5 allowed; in float32: "
+    with_precision(onnx, "int8", precision_method=held + "none; mean cosine 0.99")
+    with pytest.raises(CheckFailedError, match=r"but 2 of the engine's 5 products .* keeps 0 in float"):
+        build_engine(onnx, onnx.with_suffix(".engine"))
+    with_precision(onnx, "int8", precision_method=held + "conv1, layer1.0.conv1; mean cosine 0.99")
+    assert build_engine(onnx, onnx.with_suffix(".engine")).manifest.precision.products == {"FP32": 3, "INT8": 2}
+
+
+def test_int8_for_cpus_is_refused_before_tensorrt_is_asked_for(onnx: Path) -> None:
+    with_precision(onnx, "int8", target="cpu")
+    with pytest.raises(ModelError, match=r"model\.onnx is INT8 for CPUs: .*Export it with --target tensorrt"):
+        build_engine(onnx, onnx.with_suffix(".engine"))
 
 
 def test_parser_errors_name_the_node(gpu: double.FakeGpu, onnx: Path) -> None:
@@ -134,8 +161,9 @@ def test_profiles_and_settings_out_of_range() -> None:
         BatchProfile.parse("0,1,2")
     with pytest.raises(PmmError, match="optimization level 6 does not exist"):
         BuildSettings(optimization_level=6)
-    with pytest.raises(PmmError, match="workspace of 0 GiB"):
-        BuildSettings(workspace_gib=0)
+    for workspace, named in ((0, "0"), (-1, "-1"), (float("nan"), "nan"), (float("inf"), "inf"), (1e300, r"1e\+300")):
+        with pytest.raises(PmmError, match=f"workspace of {named} GiB cannot be had"):
+            BuildSettings(workspace_gib=workspace)
 
 
 def test_places_and_files_that_do_not_work(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:

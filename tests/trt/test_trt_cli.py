@@ -5,9 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import double
 import pytest
+from colour_network import colour_network
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from pmm_edge.errors import OutputError
 
 
 def test_checkpoint_to_engine(pmm: Callable, gpu: double.FakeGpu, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -70,11 +76,128 @@ def test_wrong_use(pmm: Callable, gpu: double.FakeGpu, onnx: Path) -> None:
         pmm, onnx, "--batch", "1,2,3", "--version-compatible"
     )
     contradiction = refused(pmm, onnx.with_name("best.pt"), "--trt", "--static-batch", "4", "--batch", "1,4,8")
-    assert contradiction.endswith("--batch 1,4,8 contradicts --static-batch 4. Leave one out, or give --batch 4,4,4")
+    assert contradiction.endswith("contradicts the graph's static batch of 4. Leave it out, or give --batch 4,4,4")
     assert "optimization level 9 does not exist" in refused(pmm, onnx, "--trt", "--optimization-level", "9")
+    for workspace in ("nan", "inf", "-inf"):
+        assert f"a workspace of {workspace} GiB cannot be had" in refused(pmm, onnx, "--trt", "--workspace", workspace)
     assert "has no weights for --safetensors" in refused(pmm, onnx, "--trt", "--safetensors")
     assert "does not exist" in refused(pmm, onnx.with_name("none.onnx"), "--trt")
     assert not onnx.with_suffix(".engine").exists()
+
+
+def test_an_exported_file_is_not_another(pmm: Callable, gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:
+    for option in (("--input", "raw"), ("--opset", "17"), ("--precision", "fp16")):
+        assert "is exported already: its graph, input (uint8) and precision stay" in refused(
+            pmm, onnx, "--trt", *option
+        )
+    other = onnx.with_name("other.onnx")
+    for bundle in (("--deepstream", tmp_path / "d"), ("--triton", tmp_path / "t"), ("--trt",)):
+        assert f"nothing would be written to {other}" in refused(pmm, onnx, "--out", other, *bundle)
+    assert "nothing would be" in refused(pmm, onnx, "--out", onnx.with_suffix(".engine"), "--triton", tmp_path / "t")
+    assert [path.name for path in onnx.parent.iterdir()] == ["model.onnx"]
+    assert pmm("export", onnx, "--trt", "--input", "uint8").exit_code == 0
+
+
+def test_the_batch_of_an_exported_file_is_the_engines(
+    pmm: Callable, gpu: double.FakeGpu, onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colour_network(onnx, batch=4)
+    assert "contradicts the graph's static batch of 4" in refused(pmm, onnx, "--trt", "--batch", "1,2,3")
+    ended = pmm("export", onnx, "--trt", "--json")
+    assert json.loads(ended.stdout)["engine"]["settings"]["batch"] == {"minimum": 4, "optimal": 4, "maximum": 4}
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    ended = pmm("export", onnx, "--trt", "--out", onnx.with_name("x.engine"))
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "run there: pmm export model.onnx --trt --batch 4,4,4 --out x.engine " in last
+    assert "--saveEngine=x.engine" in last
+    assert "--minShapes=images:4x96x64x3" in last
+
+
+def config_of(folder: Path) -> Any:
+    return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+
+
+@pytest.mark.parametrize("form", ["uint8", "raw"])
+def test_triton_serves_the_engine_of_the_input_that_clients_send(
+    form: str, pmm: Callable, gpu: double.FakeGpu, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    repository, out = tmp_path / "models", tmp_path / "a.onnx"
+    arguments = ("--out", out, "--input", form, "--trt", "--batch", "1,2,8", "--triton", repository, "--json")
+    ended = pmm("export", tiny_checkpoint, *arguments)
+    assert ended.exit_code == 0, ended.stderr
+    printed, folder = json.loads(ended.stdout), repository / "pmm_resnet18_trt"
+    assert printed["engine"]["spec"]["input"]["form"] == form
+    served = printed["engine" if form == "uint8" else "served_engine"]
+    assert served["spec"]["input"]["form"] == "uint8"
+    assert (folder / "1" / "model.plan").read_bytes() == Path(served["path"]).read_bytes()
+    config = config_of(folder)
+    assert (config.platform, config.input[0].data_type) == ("tensorrt_plan", model_config_pb2.TYPE_UINT8)
+    assert (config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)) == (8, [2, 8])
+
+
+def test_what_triton_and_deepstream_cannot_be_given_is_refused_first(
+    pmm: Callable, gpu: double.FakeGpu, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    triton, deepstream, out = ("--triton", tmp_path / "t"), ("--deepstream", tmp_path / "d"), tmp_path / "a.onnx"
+    to = (tiny_checkpoint, "--out", out)
+    lone = refused(pmm, *to, "--trt", "--batch", "4,8,16", *triton)
+    assert lone.endswith("cannot answer a lone request in Triton. Build it with --batch 1,8,16")
+    for bundle in (triton, deepstream):
+        said = refused(pmm, *to, "--static-batch", "4", *bundle)
+        assert "takes batches of 4 alone" in said
+        assert said.endswith("Export it without --static-batch")
+    int8 = ("--precision", "int8", "--target", "cpu", "--calibration", tmp_path)
+    for consumer in (("--trt",), deepstream, ("--trt", *triton)):
+        assert "is INT8 for CPUs" in refused(pmm, *to, *int8, *consumer)
+    full = tmp_path / "full"
+    (full / "pmm_resnet18").mkdir(parents=True)
+    (full / "pmm_resnet18" / "config.pbtxt").touch()
+    assert f"{full} exists and is not an empty folder" in refused(pmm, *to, "--deepstream", full)
+    taken = refused(pmm, *to, "--triton", full)
+    assert taken.endswith("is not an empty folder. Give the model another name with --triton-name")
+    assert "'a/b' is no name for a model" in refused(pmm, *to, "--triton", full, "--triton-name", "a/b")
+    assert "none is given. Add --triton DIR" in refused(pmm, *to, "--triton-name", "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_without_tensorrt_the_bundle_that_serves_the_engine_is_told(
+    pmm: Callable, onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    repository = tmp_path / "models"
+    ended = pmm("export", onnx, "--trt", "--triton", repository, "--triton-name", "people")
+    assert ended.exit_code == 1
+    *_, told, last = ended.stderr.strip().splitlines()
+    assert told == f"triton: {repository / 'people'} is not written"
+    assert f"pmm export model.onnx --trt --batch 1,16,64 --triton {repository} --triton-name people " in last
+    assert not repository.exists()
+
+
+def test_without_tensorrt_and_with_a_folder_that_is_taken_both_are_said(
+    pmm: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = colour_network(tmp_path / "export" / "raw.onnx", form="raw")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    said = refused(pmm, raw, "--trt", "--deepstream", tmp_path)
+    assert f"{tmp_path} exists and is not an empty folder" in said
+    assert "its engine cannot be built here: TensorRT is not installed" in said
+    assert "pmm export raw.onnx --trt --batch 1,16,64" in said
+
+
+def test_a_bundle_that_fails_does_not_hide_why_the_engine_is_missing(
+    pmm: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("cannot write tracker: No space left on device")
+
+    raw = colour_network(tmp_path / "export" / "raw.onnx", form="raw")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr("pmm_edge.export.carry_out.deepstream_bundle", full)
+    ended = pmm("export", raw, "--trt", "--deepstream", tmp_path / "tracker")
+    assert ended.exit_code == 2
+    first, last = ended.stderr.strip().splitlines()[-2:]
+    assert "its engine cannot be built here: TensorRT is not installed" in first
+    assert last == "error: cannot write tracker: No space left on device"
 
 
 def test_an_edge_box_builds_and_loads_without_torch(onnx: Path, tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ from typing import Any
 
 import double
 import pytest
-from bindings import REPOSITORY, VERSIONS, Api, api_of, run_with
+from bindings import (
+    CUDA_VERSIONS,
+    REPOSITORY,
+    VERSIONS,
+    Api,
+    CudaApi,
+    api_of,
+    cuda_api_of,
+    run_with,
+    run_with_cuda,
+)
 
 USERS = (
     *sorted((REPOSITORY / "pmm_edge/export/tensorrt").glob("*.py")),
@@ -161,39 +171,55 @@ print("held")
     assert run_with(version, script).strip() == "held"
 
 
+@pytest.fixture(scope="module", params=CUDA_VERSIONS)
+def cuda_api(request: pytest.FixtureRequest) -> CudaApi:
+    return cuda_api_of(request.param)
+
+
 def cuda_names(module: ModuleType) -> Iterator[tuple[str, Any]]:
     yield from ((name, value) for name, value in vars(module).items() if name.startswith("cuda"))
 
 
-def test_cuda_python_has_every_name() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+def test_every_cuda_name_in_the_sources_is_real(cuda_api: CudaApi) -> None:
+    used = set()
     for names in chains(CUDA_USER):
-        for position, name in enumerate(names):
-            if re.match("cuda[A-Z]", name):
-                holder = real
-                for part in names[position:]:
-                    holder = getattr(holder, part)
-                break
+        position = next((number for number, name in enumerate(names) if re.match("cuda[A-Z]", name)), None)
+        if position is not None:
+            used.add(tuple(names[position:]))
+    assert {("cudaGraphLaunch",), ("cudaError_t", "cudaSuccess")} <= used
+    for name, *members in used:
+        assert name in cuda_api, name
+        for member in members:
+            assert member in cuda_api[name], f"{name}.{member}"
 
 
-def test_the_double_of_cuda_python_is_true() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+def test_the_double_of_cuda_python_is_true(cuda_api: CudaApi) -> None:
     for name, value in cuda_names(double.cuda_runtime(double.FakeGpu())):
         if isinstance(value, int):
-            assert getattr(real, name) == value
+            assert cuda_api[name] == value
         elif isinstance(value, type):
             for member in value:
-                assert getattr(getattr(real, name), member.name) == member.value
+                assert cuda_api[name][member.name] == member.value
         else:
-            inside = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__)
+            inside = re.match(rf"{name}\((.*)\)", cuda_api[name])
             assert inside, name
             parameters = [part.partition(":")[0].split()[-1] for part in inside[1].split(",") if part.strip()]
             assert parameters == list(inspect.signature(value).parameters), name
 
 
-def test_cuda_python_without_a_gpu_answers_with_a_status() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    status, _ = real.cudaGetDeviceCount()
-    (named, name), (described_, text) = real.cudaGetErrorName(status), real.cudaGetErrorString(status)
-    assert named == described_ == real.cudaError_t.cudaSuccess
-    assert (name.decode()[:4], bool(text.decode())) == ("cuda", True)
+@pytest.mark.parametrize("version", CUDA_VERSIONS)
+def test_cuda_python_without_a_gpu_is_understood(version: str) -> None:
+    """Versions say in ways of their own that there is no driver, and which error a number is."""
+    script = """
+from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError, _import_runtime
+real = _import_runtime()
+print(real.__name__)
+try:
+    Cuda().release()
+    print("there is a GPU")
+except NotOnThisMachineError as error:
+    print(error.problem)
+"""
+    module, said = run_with_cuda(version, script).splitlines()
+    assert module == CUDA_VERSIONS[version][1]
+    assert re.match(r"there is a GPU|no GPU that CUDA can use \(cuda\w+: .|no NVIDIA driver \(.*libcuda", said), said

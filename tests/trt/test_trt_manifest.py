@@ -40,6 +40,40 @@ def test_engines_that_are_damaged_or_changed(built: BuiltEngine, onnx: Path) -> 
     assert pmm_edge.load(built.path).backend == "tensorrt"  # the engine needs no ONNX file beside it
 
 
+def test_an_engine_elsewhere_knows_its_onnx_file(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:
+    engine = build_engine(onnx, tmp_path / "elsewhere" / "x.engine").path
+    command = f"Build it again: pmm export {onnx} --trt --batch 1,16,64 --out {engine}"
+    refused_now(engine, "is not the engine that", command, engine, engine.read_bytes()[:-1] + b"?")
+    assert pmm_edge.load(engine).backend == "tensorrt"
+    refused_now(engine, r"export/model\.onnx has changed since x\.engine was built", command, onnx, b"another")
+    moved = tmp_path / "moved"
+    (tmp_path / "export").rename(moved)
+    assert pmm_edge.load(engine).backend == "tensorrt"  # where it is gone, nothing is held against it
+
+
+def refused_now(engine: Path, message: str, command: str, changed: Path, content: bytes) -> None:
+    """Loading is refused while a file has other content."""
+    before = changed.read_bytes()
+    changed.write_bytes(content)
+    refused(engine, message, command)
+    changed.write_bytes(before)
+
+
+def test_an_engine_behind_a_symbolic_link_finds_its_onnx_file(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    engine = build_engine(onnx, tmp_path / "link" / "model.engine").path
+    onnx.write_bytes(b"another")
+    refused(engine, f"{onnx} has changed since", f"--batch 1,16,64 --out {engine}")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "a\nb.onnx", "\u001b[31m.onnx", "", ".", 7, None])
+def test_a_manifest_names_its_onnx_file_and_nothing_else(name: object, built: BuiltEngine) -> None:
+    path = manifest_path(built.path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"onnx": name}))
+    refused(built.path, r"cannot be read \(ValueError: .* is no relative path of a file\)", "--batch 1,16,64")
+
+
 def test_missing_and_unreadable_manifests(built: BuiltEngine) -> None:
     path, default = manifest_path(built.path), f"pmm export {built.path.with_suffix('.onnx')} --trt --batch 1,16,64"
     written = path.read_text()

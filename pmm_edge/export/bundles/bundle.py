@@ -31,15 +31,29 @@ def fill(template: str, **values: object) -> str:
 
 
 def spec_of(onnx: Path, form: InputForm) -> ModelSpec:
-    """The spec of an exported model that runs and takes the input form that a bundle feeds.
+    """The spec of an exported model that runs and takes what a bundle feeds.
 
     Raises:
-        ModelError: the file is missing, truncated or not ours, or takes another form.
+        ModelError: the file is missing, truncated or not ours, takes another form, or only one batch size.
     """
-    spec = OnnxEmbedder(onnx, "cpu").spec
+    network = OnnxEmbedder(onnx, "cpu")
+    check_feeding(network.spec, network.profile.maximum if network.profile else None, onnx, form)
+    return network.spec
+
+
+def check_feeding(spec: ModelSpec, static_batch: int | None, onnx: Path, form: InputForm) -> None:
+    """Hold a network against what DeepStream and Triton feed it: one input form, and as many crops as there are.
+
+    Raises:
+        ModelError: it takes another form, or only one batch size.
+    """
     if spec.input.form != form:
         raise ModelError(
             f"{onnx} takes input of the form {spec.input.form}, the bundle feeds {form}",
             f"Export it with --input {form}",
         )
-    return spec
+    if static_batch is not None:
+        raise ModelError(
+            f"{onnx} takes batches of {static_batch} alone, and neither DeepStream nor Triton fills them up",
+            "Export it without --static-batch",
+        )

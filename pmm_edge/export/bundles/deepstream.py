@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pmm_edge.errors import ModelError
 from pmm_edge.export.bundles.bundle import Bundle, fill, spec_of
+from pmm_edge.export.tensorrt.builder import check_quantised_for_tensorrt
 from pmm_edge.files import folder_written_whole
 from pmm_edge.spec import InputForm, ModelSpec
 
@@ -22,6 +23,8 @@ NETWORK_MODES = {"fp32": 0, "fp16": 1, "int8": 2}
 _INPUT_ORDERS = {"NCHW": 0, "NHWC": 1}
 _COLOR_FORMATS = {"RGB": 0, "BGR": 1}
 _BATCH = 100
+_LENGTHS = {False: "are longer", True: "have it already, and this leaves them as they are"}
+"""What can be said of the embeddings beside vectors of length 1."""
 
 
 def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
@@ -32,10 +35,12 @@ def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
         folder: does not exist yet, or is empty.
 
     Raises:
-        ModelError: the file is missing, truncated or not ours, or has another input form.
+        ModelError: the file is missing, truncated or not ours, has another input form or a static batch, or is INT8 for
+            CPUs.
         OutputError: the folder has something in it or cannot be written.
     """
     spec = spec_of(onnx, FORM)
+    check_quantised_for_tensorrt(spec, onnx)
     section = reid_section(spec)
     with folder_written_whole(folder) as temporary:
         shutil.copyfile(onnx, temporary / MODEL)
@@ -50,6 +55,7 @@ def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
             size=spec.embedding_size,
             precision=spec.precision,
             batch=_BATCH,
+            length=_LENGTHS[spec.normalized_output],
         )
         (temporary / "README.md").write_text(readme, encoding="utf-8")
     return Bundle("deepstream", folder, spec)
@@ -77,4 +83,5 @@ def reid_section(spec: ModelSpec) -> str:
         input_order=_INPUT_ORDERS[spec.input.layout],
         color_format=_COLOR_FORMATS[spec.input.color],
         resize=spec.input.resize,
+        length=_LENGTHS[spec.normalized_output],
     )

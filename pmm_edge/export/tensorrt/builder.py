@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pmm_edge.errors import CheckFailedError, ModelError, PmmError
+from pmm_edge.export.options import KEPT_IN_FLOAT
 from pmm_edge.export.tensorrt import timing
 from pmm_edge.export.tensorrt.elsewhere import commands_for_target
 from pmm_edge.export.tensorrt.inspection import count_precision
@@ -19,14 +21,14 @@ from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.build_settings import BuildSettings
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
-from pmm_edge.runtime.engine_manifest import EngineManifest, PrecisionCount, manifest_path
+from pmm_edge.runtime.engine_manifest import EngineManifest, PrecisionCount, manifest_path, onnx_seen_from
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.runtime.tensorrt_library import error_logger, import_tensorrt, last_error, load_engine, this_machine
 from pmm_edge.spec import ModelSpec
 
 _GIB = 1 << 30
-_MUST_APPEAR = {"fp16": "FP16", "int8": "INT8"}
-"""The type that layers of an engine have at least in part where its graph has this precision."""
+_TYPES = {"fp16": "FP16", "int8": "INT8"}
+"""The type that most products of an engine have where its graph has this precision."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,11 @@ class BuiltEngine:
 
 
 def build_engine(
-    onnx_path: Path, out: Path, settings: BuildSettings = BuildSettings(), report: Report = silent
+    onnx_path: Path,
+    out: Path,
+    settings: BuildSettings = BuildSettings(),
+    report: Report = silent,
+    also: Sequence[str] = (),
 ) -> BuiltEngine:
     """Build a TensorRT engine for this machine's GPU, with its manifest beside it.
 
@@ -48,28 +54,63 @@ def build_engine(
     Args:
         onnx_path: of `pmm export`, with the spec in its metadata.
         out: a file that ends in `.engine`.
+        also: further words of the command that is told where the engine cannot be built here, such as
+            `--triton models`.
 
     Raises:
-        ModelError: the ONNX file is missing or not ours, or TensorRT cannot parse or build it.
+        ModelError: the ONNX file is missing, not ours or quantised for CPUs, or TensorRT cannot parse or build it.
+        PmmError: the graph has a static batch, and the profile is another.
         NotOnThisMachineError: TensorRT, cuda-python, the driver or the GPU is missing; says what to run elsewhere.
         GpuError: the GPU refuses.
-        CheckFailedError: the graph is FP16 or INT8, and no layer of the engine runs in it. Nothing is written then.
+        CheckFailedError: the graph is FP16 or INT8, and most of the engine's products do not run in it. Nothing is
+            written then.
         OutputError: `out` cannot be written.
     """
     if out.suffix != ".engine":
         raise PmmError(f"{out} does not end in .engine", f"Name it {out.with_suffix('.engine')}: loading goes by it")
-    spec = OnnxEmbedder(onnx_path, "cpu").spec
-    try:
-        trt, cuda = import_tensorrt(), Cuda()
-    except NotOnThisMachineError as error:
-        raise NotOnThisMachineError(
-            f"{onnx_path} is ready, its engine cannot be built here: {error}",
-            commands_for_target(onnx_path, out, spec, settings),
-        ) from error
+    exported = OnnxEmbedder(onnx_path, "cpu")
+    spec, only = exported.spec, exported.profile
+    check_quantised_for_tensorrt(spec, onnx_path)
+    if only and settings.batch != only:
+        raise PmmError(
+            f"{onnx_path} has a fixed batch of {only.maximum}, the batch profile is {settings.batch}",
+            f"Build it with --batch {only}",
+        )
+    trt, cuda = what_builds(onnx_path, out, spec, settings, also)
     try:
         return _build(trt, cuda, onnx_path, out, spec, settings, report)
     finally:
         cuda.release()
+
+
+def what_builds(
+    onnx_path: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
+) -> tuple[Any, Cuda]:
+    """TensorRT and this machine's GPU, which the caller releases.
+
+    Raises:
+        NotOnThisMachineError: one of them is missing; says what to run elsewhere.
+    """
+    try:
+        return import_tensorrt(), Cuda()
+    except NotOnThisMachineError as error:
+        raise NotOnThisMachineError(
+            f"{onnx_path} is ready, its engine cannot be built here: {error}",
+            commands_for_target(onnx_path, out, spec, settings, also),
+        ) from error
+
+
+def check_quantised_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
+    """Refuse what TensorRT does not parse, whoever calls it: we, DeepStream or Triton.
+
+    Raises:
+        ModelError: the graph is INT8 for CPUs.
+    """
+    if spec.target == "cpu":
+        raise ModelError(
+            f"{onnx_path} is INT8 for CPUs: its zero points are not 0, which TensorRT refuses",
+            "Export it with --target tensorrt",
+        )
 
 
 def _build(
@@ -84,7 +125,7 @@ def _build(
     _check_precision(spec, precision, out)
     manifest = EngineManifest(
         spec=spec,
-        onnx=onnx_path.name,
+        onnx=onnx_seen_from(out, onnx_path),
         onnx_sha256=onnx_sha256,
         engine_sha256=hashlib.sha256(plan).hexdigest(),
         engine_size=plan.nbytes,
@@ -112,7 +153,7 @@ def _serialized(
 ) -> Any:
     """The engine as TensorRT's buffer."""
     builder = trt.Builder(logger)
-    network = parsed_network(trt, builder, logger, onnx_path, settings.batch)
+    network = parsed_network(trt, builder, logger, onnx_path)
     config = _config(trt, builder, spec, settings)
     monitor = progress_monitor(trt, BuildProgress(name, report))
     config.progress_monitor = monitor
@@ -150,14 +191,24 @@ def _config(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings) ->
 
 
 def _check_precision(spec: ModelSpec, found: PrecisionCount, out: Path) -> None:
-    wanted = _MUST_APPEAR.get(spec.precision)
+    wanted = _TYPES.get(spec.precision)
     if wanted is None:
         return
-    # Copies into a type and back would look like it: where there are products, one of them must run in it.
+    # Copies into a type and back would look like it: where there are products, they must run in it.
     counted = found.products or found.layers
-    if not counted.get(wanted):
+    kept = _kept_in_float(spec)
+    number, meant = counted.get(wanted, 0), max(sum(counted.values()) - kept, 1)
+    if 2 * number <= meant:
         told = ", ".join(f"{number} {kind}" for kind, number in counted.items()) or "none"
         raise CheckFailedError(
-            f"{out} was not written: its graph is {wanted}, but none of the engine's layers run in it ({told})",
+            f"{out} was not written: its graph is {wanted}, but {number} of the engine's {sum(counted.values())}"
+            f" {'products' if found.products else 'layers'} run in it ({told}; the graph keeps {kept} in float)",
             "Another version of TensorRT may build it rightly",
         )
+
+
+def _kept_in_float(spec: ModelSpec) -> int:
+    """How many layers of an INT8 graph its sensitivity search left as they were."""
+    _, _, told = spec.precision_method.partition(KEPT_IN_FLOAT)
+    names = told.partition(";")[0]
+    return 0 if names in ("", "none") else len(names.split(", "))

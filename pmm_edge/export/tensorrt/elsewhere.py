@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from pmm_edge.runtime.build_settings import BuildSettings
@@ -10,9 +11,15 @@ from pmm_edge.runtime.embedder import INPUT
 from pmm_edge.spec import ModelSpec
 
 
-def commands_for_target(onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings) -> str:
-    """Say what builds the engine on the target: with `pmm`, or with `trtexec`, which writes no manifest."""
-    pmm = settings.command(Path(onnx.name))
+def commands_for_target(
+    onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
+) -> str:
+    """Say what builds the engine on the target: with `pmm`, or with `trtexec`, which writes no manifest.
+
+    Args:
+        also: further words for `pmm`; see `BuildSettings.command`.
+    """
+    pmm = settings.command(Path(onnx.name), Path(out.name), also)  # folders of this machine mean nothing there
     return f"Copy it to the target and run there: {pmm}   (or: {trtexec_command(onnx, out, spec, settings)})"
 
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pmm_edge.errors import ModelError, PmmError
-from pmm_edge.runtime.build_settings import BatchProfile
+from pmm_edge.errors import ModelError
 from pmm_edge.runtime.tensorrt_library import last_error
 
-_DYNAMIC = -1
 
-
-def parsed_network(trt: Any, builder: Any, logger: Any, onnx_path: Path, batch: BatchProfile) -> Any:
+def parsed_network(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> Any:
     """Parse an ONNX file into a strongly typed network.
 
     Raises:
         ModelError: TensorRT does not know what is in it.
-        PmmError: the graph has a fixed batch, and the profile is another.
     """
     # TensorRT 11 knows no other kind of network and ignores the flag; 10 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -27,12 +23,6 @@ def parsed_network(trt: Any, builder: Any, logger: Any, onnx_path: Path, batch: 
         raise ModelError(
             f"TensorRT {trt.__version__} cannot parse {onnx_path}: {'; '.join(problems) or last_error(logger)}",
             "A newer TensorRT may know the operator; pmm export writes none that 10.3 lacks",
-        )
-    fixed = network.get_input(0).shape[0]
-    if fixed not in (_DYNAMIC, batch.minimum) or (fixed != _DYNAMIC and batch.minimum != batch.maximum):
-        raise PmmError(
-            f"{onnx_path} has a fixed batch of {fixed}, the batch profile is {batch}",
-            f"Build it with --batch {fixed},{fixed},{fixed}",
         )
     return network
 
