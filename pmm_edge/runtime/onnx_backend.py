@@ -110,13 +110,14 @@ def _open(
         return _session(path, content, [_CPU]), "cpu", None
     providers: list[Any] = [(_CUDA, _cuda_options(index)), _CPU]
     profile = None
-    if kind == "tensorrt":
+    session, reason = None, _absent(_TENSORRT if kind == "tensorrt" else _CUDA)
+    if reason is None and kind == "tensorrt":
         profile = BatchProfile()
         digest = hashlib.sha256(content).hexdigest() if content else sha256(path)
         shape = _session(path, content, [_CPU]).get_inputs()[0].shape
-        options = tensorrt_options(index, digest, shape, profile)
-        providers.insert(0, (_TENSORRT, options))
-    session, reason = _on_gpu(path, content, providers)
+        providers.insert(0, (_TENSORRT, tensorrt_options(index, digest, shape, profile)))
+    if reason is None:
+        session, reason = _on_gpu(path, content, providers)
     if session:
         return session, f"cuda:{index}", profile
     on_cpu = _session(path, content, [_CPU])  # raises where it is the file that is wrong
@@ -134,13 +135,16 @@ def _open(
     return on_cpu, "cpu", None
 
 
+def _absent(provider: str) -> str | None:
+    """Why a provider of NVIDIA's is not worth asking for, None where it is."""
+    if provider not in onnxruntime.get_available_providers():
+        return f"it was built without the {provider}"
+    return None if cuda_may_work() else "there is no NVIDIA driver (libcuda.so.1)"
+
+
 def _on_gpu(path: Path, content: bytes | None, providers: list[Any]) -> tuple[onnxruntime.InferenceSession | None, str]:
     """A session that really took the first of the providers, or None and why not."""
     wanted: str = providers[0][0]
-    if wanted not in onnxruntime.get_available_providers():
-        return None, f"it was built without the {wanted}"
-    if not cuda_may_work():
-        return None, "there is no NVIDIA driver (libcuda.so.1), or it was built without CUDA"
     if wanted == _TENSORRT:
         with suppress(Exception):  # its wheels load their libraries, which are in no folder that is searched
             import_module("tensorrt")

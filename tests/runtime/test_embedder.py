@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 import pmm_edge
+from pmm_edge.data.crops import Crops
 from pmm_edge.errors import DataError
 from pmm_edge.export import Graph, export_onnx
 from pmm_edge.images import read_crop, resize_crop
 from pmm_edge.runtime import Embedder, embed_files
+from pmm_edge.runtime.crops import prepare_crops
 from pmm_edge.runtime.embedder import CHUNK
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 
@@ -153,6 +155,15 @@ def test_chunks_are_the_batches_that_the_model_takes(
         Image.fromarray(crop).save(path)
     np.testing.assert_array_equal(embed_files(embedder, paths), expected)
     assert ran == 2 * runs
+
+
+def test_training_and_runtime_read_the_same_pixels(onnx: Embedder, tiny_dataset: Path) -> None:
+    paths = sorted((tiny_dataset / "query").iterdir())
+    trained_on = Crops(paths, 96, 64).batch(np.arange(len(paths)))
+    decoded = [np.asarray(Image.open(path)) for path in paths]
+    assert decoded[0].shape == (128, 64, 3)
+    np.testing.assert_array_equal(prepare_crops(decoded, 96, 64), trained_on)
+    np.testing.assert_array_equal(embed_files(onnx, paths), onnx.embed_prepared(trained_on))
 
 
 def test_sixteen_bits_become_eight(tmp_path: Path) -> None:

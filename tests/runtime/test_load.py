@@ -62,7 +62,7 @@ def test_weights_that_are_not_those_of_the_spec(tiny_checkpoint: Path, tmp_path:
 
 def test_a_graph_that_is_not_what_its_spec_says(tiny_onnx: Path, tmp_path: Path) -> None:
     model = onnx.load(tiny_onnx)
-    (metadata,) = model.metadata_props
+    metadata = model.metadata_props[0]
     metadata.value = metadata.value.replace('"height": 96', '"height": 192')
     onnx.save(model, tmp_path / "other.onnx")
     refused(tmp_path / "other.onnx", "is not what its spec says")
