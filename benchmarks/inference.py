@@ -1,9 +1,9 @@
-"""Inference of PMM: PyTorch eager against what `pmm export` makes of the same weights, timed in turns.
+"""Inference of PMM: PyTorch eager, FP32 and INT8 (target cpu) of `pmm export` from the same weights, timed in turns.
 
     python benchmarks/inference.py [--backbone resnet50] [--batch 1,8] [--json]
 
-The weights are random: latency does not depend on them. From uint8 crops of 384×128 to embeddings, in one run;
-the ratio is what carries over to another machine.
+The weights are random, and INT8 is calibrated on a few synthetic pedestrians: latency depends on neither. From uint8
+crops of 384×128 to embeddings, in one run; the ratios are what carries over to another machine.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import numpy as np
 
 from pmm_edge.bench import measure_latency
 from pmm_edge.bench.environment import environment
-from pmm_edge.export import export_onnx
+from pmm_edge.data.synthetic import SyntheticConfig, cached_synthetic
+from pmm_edge.export import Int8, export_onnx
 from pmm_edge.model import Checkpoint, build_model, save_checkpoint
 from pmm_edge.runtime import load
 from pmm_edge.spec import InputSpec, ModelSpec
 
 HEIGHT, WIDTH = 384, 128
+FEW = SyntheticConfig(train_identities=8, test_identities=2, cameras=2, images=4)
+"""Enough to calibrate on."""
 
 
 def random_checkpoint(path: Path, backbone: str) -> Path:
@@ -51,26 +54,35 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = random_checkpoint(Path(folder) / "random.pt", arguments.backbone)
-        exported = export_onnx(checkpoint, Path(folder) / "model.onnx")
-        embedders = [load(checkpoint, "cpu"), load(exported.path, "cpu")]
+        int8 = Int8(cached_synthetic(FEW), "cpu", "minmax")
+        files = [
+            export_onnx(checkpoint, Path(folder) / f"{name}.onnx", precision=precision).path
+            for name, precision in (("fp32", None), ("int8", int8))
+        ]
+        embedders = [load(path, "cpu") for path in (checkpoint, *files)]
     crops = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), dtype=np.uint8)
     results = []
     for batch in map(int, arguments.batch.split(",")):
-        eager, onnx = measure_latency(embedders, [crops, crops], batch)
-        results.append({"eager": asdict(eager), "onnx": asdict(onnx), "ratio": onnx.median_ms / eager.median_ms})
+        eager, fp32, quantised = measure_latency(embedders, [crops] * len(embedders), batch)
+        results.append(
+            {
+                **{name: asdict(found) for name, found in (("eager", eager), ("fp32", fp32), ("int8", quantised))},
+                "fp32_of_eager": fp32.median_ms / eager.median_ms,
+                "int8_of_fp32": quantised.median_ms / fp32.median_ms,
+            }
+        )
 
     if arguments.json:
         print(json.dumps({"environment": environment(), "backbone": arguments.backbone, "results": results}, indent=2))
         return
     print("; ".join(f"{name} {value}" for name, value in environment().items()))
-    print(f"PMM {arguments.backbone} {HEIGHT}x{WIDTH}, FP32, CPU, median of interleaved runs (p90)")
-    print("batch   PyTorch eager ms     ONNX Runtime ms   ratio")
+    print(f"PMM {arguments.backbone} {HEIGHT}x{WIDTH}, CPU, median ms of interleaved runs (p90)")
+    print("batch       PyTorch eager           ONNX FP32       ONNX INT8 cpu   FP32/eager   INT8/FP32")
     for result in results:
-        eager, onnx = result["eager"], result["onnx"]
-        print(
-            f"{eager['batch']:5d}   {eager['median_ms']:7.1f} ({eager['p90_ms']:7.1f})"
-            f"   {onnx['median_ms']:7.1f} ({onnx['p90_ms']:7.1f})   {result['ratio']:5.2f}"
-        )
+        own = [result[name] for name in ("eager", "fp32", "int8")]
+        timed = [f"{latency['median_ms']:8.1f} ({latency['p90_ms']:7.1f})" for latency in own]
+        ratios = f"{result['fp32_of_eager']:10.2f}  {result['int8_of_fp32']:10.2f}"
+        print(f"{result['eager']['batch']:5d}  {'  '.join(timed)}   {ratios}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ class OutputError(PmmError):
     """A place where results cannot be written."""
 
 
+class PmmWarning(UserWarning):
+    """What is not as the user would expect, and does not stop the work. The command line prints it as one line."""
+
+
 class CheckFailedError(PmmError):
     """Everything ran, and the answer is no: a parity gate failed, an export departs from its source."""
 

@@ -15,8 +15,15 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")
+"""How Pillow opens a grey PNG of 16 bits; which of them is a matter of its version."""
+
+
 def resize_crop(crop: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """Resize to (height, width, 3) uint8 RGB with Pillow's antialiased bilinear filter."""
+    """Resize to (height, width, 3) uint8 RGB with Pillow's antialiased bilinear filter. 16 bits become 8."""
+    if crop.mode in _SIXTEEN_BITS:
+        # Pillow's own conversion cuts at 255: nearly all of such an image would be white.
+        crop = Image.fromarray(np.rint(np.asarray(crop).clip(0, 65535) / 257).astype(np.uint8))
     if crop.mode != "RGB":
         crop = crop.convert("RGB")
     if crop.size != (width, height):

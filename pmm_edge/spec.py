@@ -7,9 +7,10 @@ every engine. The runtimes and the bench derive preprocessing from it, so nothin
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pmm_edge.errors import ModelError
 
@@ -122,6 +123,7 @@ class ModelSpec:
             if raw.get("retrieval"):
                 raw["retrieval"] = _build(RetrievalFigures, raw["retrieval"])
             spec: ModelSpec = _build(ModelSpec, raw, block_size=tuple)
+            _check_choices(spec)
             _check_sizes(spec)
             return spec
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -150,6 +152,22 @@ def other_version(what: str, found: int, read: int, writer: str | None = None) -
         f" {'newer' if newer else 'older'}",
         remedy,
     )
+
+
+def _check_choices(spec: ModelSpec) -> None:
+    """Refuse what no version of this schema writes: another form of input would be fed as if it were normalised."""
+    for name, value, kind in (
+        ("input form", spec.input.form, InputForm),
+        ("architecture", spec.architecture, Method),
+        ("mix", spec.mix, Mix),
+    ):
+        if value not in get_args(kind):
+            raise ValueError(f"{name} {value!r} is none of {', '.join(get_args(kind))}")
+    for name, values in (("mean", spec.input.mean), ("std", spec.input.std)):
+        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name} {values} is not three numbers")
+    if min(spec.input.std) <= 0:
+        raise ValueError(f"std {spec.input.std} is not above 0")
 
 
 def _check_sizes(spec: ModelSpec) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -16,12 +17,12 @@ from pmm_edge.cli.doctor import doctor
 from pmm_edge.cli.embed import embed
 from pmm_edge.cli.eval import evaluate
 from pmm_edge.cli.export import export
-from pmm_edge.cli.render import err
+from pmm_edge.cli.render import err, note
 from pmm_edge.cli.synth import synth
 from pmm_edge.cli.train import train
 from pmm_edge.cli.verify import verify
 from pmm_edge.cli.visualize import visualize
-from pmm_edge.errors import PmmError
+from pmm_edge.errors import PmmError, PmmWarning
 
 app = typer.Typer(
     name="pmm",
@@ -67,7 +68,9 @@ app.command()(doctor)
 def main() -> None:
     """Run `pmm`. A user's error is one line on standard error, a traceback only with `--debug`."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except PmmError as error:
         _end(error, str(error), error.exit_code)
     except OSError as error:
@@ -78,6 +81,15 @@ def main() -> None:
             raise
         remedy = "Training and export need the extra: pip install 'pmm-edge[train]'"
         _end(error, f"this command needs {error.name}, which is not installed. {remedy}", 2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **_: Any) -> None:
+    """Our own warnings are a note, without the line of our source; others are shown as Python does."""
+    if issubclass(category, PmmWarning):
+        note(f"[yellow]warning:[/] {escape(str(message))}")
+    else:
+        filename, line = where[:2]
+        sys.stderr.write(warnings.formatwarning(message, category, filename, line))
 
 
 def _end(error: Exception, text: str, exit_code: int) -> NoReturn:

@@ -32,9 +32,18 @@ def embed(
         typer.Option("--output", "-o", metavar="FILE.npz|.parquet", help="File to write; Parquet needs pyarrow."),
     ] = Path("embeddings.npz"),
     layout: Annotated[str | None, typer.Option(help="The data set's layout, where it is not recognised.")] = None,
-    batch: Annotated[int, typer.Option(help="Images that go through the network at once.")] = 64,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Images that are embedded at once; by default 64, or what an engine's or a static batch's size wants."
+        ),
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where the engine can use one.")
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:N, of a .onnx also tensorrt or tensorrt:N; by default a GPU where the engine"
+            " can use one."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and skipped as JSON.")] = False,
 ) -> None:

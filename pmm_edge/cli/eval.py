@@ -46,7 +46,11 @@ def evaluate(
         typer.Option(metavar="FILE.npz", help="Save the embeddings with identities, cameras and file names."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where the engine can use one.")
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:N, of a .onnx also tensorrt or tensorrt:N; by default a GPU where the engine"
+            " can use one."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, as fractions.")] = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 _HOME_OF = {
     "Exported": "pmm_edge.export.exporter",
+    "export_forms": "pmm_edge.export.exporter",
     "export_onnx": "pmm_edge.export.exporter",
     "export_safetensors": "pmm_edge.export.exporter",
     "Fp16": "pmm_edge.export.options",
@@ -17,6 +18,7 @@ _HOME_OF = {
 
 if TYPE_CHECKING:
     from pmm_edge.export.exporter import Exported as Exported
+    from pmm_edge.export.exporter import export_forms as export_forms
     from pmm_edge.export.exporter import export_onnx as export_onnx
     from pmm_edge.export.exporter import export_safetensors as export_safetensors
     from pmm_edge.export.options import Fp16 as Fp16
@@ -24,7 +26,16 @@ if TYPE_CHECKING:
     from pmm_edge.export.options import Int8 as Int8
     from pmm_edge.export.strip import inference_network as inference_network
 
-__all__ = ["Exported", "Fp16", "Graph", "Int8", "export_onnx", "export_safetensors", "inference_network"]
+__all__ = [
+    "Exported",
+    "Fp16",
+    "Graph",
+    "Int8",
+    "export_forms",
+    "export_onnx",
+    "export_safetensors",
+    "inference_network",
+]
 
 
 def __getattr__(name: str) -> object:

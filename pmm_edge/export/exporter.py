@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import save
 from pmm_edge import __version__
 from pmm_edge.data.dataset import ReidDataset, read
 from pmm_edge.errors import CheckFailedError, DataError, PmmError
+from pmm_edge.export.manifest import METADATA_KEY as MANIFEST_KEY
+from pmm_edge.export.manifest import graph_manifest
 from pmm_edge.export.onnx_graph import finished, onnx_graph
 from pmm_edge.export.options import Graph, Precision
 from pmm_edge.export.precision import Reduced, reduced
@@ -36,7 +39,7 @@ LEAST_COSINE = {"fp16": 0.999, "int8": 0.95}
 """Of an export in a lower precision, below which it is no export of this network: of FP16 any image, of INT8 the mean.
 `pmm bench` asks for more."""
 
-_STEPS = ("reading the checkpoint", "tracing and writing the graph", "running it against the checkpoint")
+_STEPS = ("reading the checkpoint", "tracing and writing the graph", "running it against the checkpoint", "done")
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,55 @@ def export_onnx(
         CheckFailedError: the export's embeddings depart from the checkpoint's, the checkpoint gives NaN, or a
             precision cannot be reached.
     """
-    _check_name(out, ".onnx")
-    graph = graph or Graph()
+    (exported,) = export_forms(checkpoint_path, {form: out}, graph, precision, report)
+    return exported
 
-    def step(number: int) -> None:
-        report(f"exporting {out.name}", number, len(_STEPS), (*_STEPS, "done")[number])
 
-    step(0)
+def export_forms(
+    checkpoint_path: Path,
+    outs: Mapping[InputForm, Path],
+    graph: Graph | None = None,
+    precision: Precision | None = None,
+    report: Report = silent,
+) -> list[Exported]:
+    """Write a checkpoint as an ONNX file for each of several input forms, with one network in all of them.
+
+    A lower precision is calibrated, and searched for, once: the files differ in their preprocessing alone.
+
+    Args:
+        outs: the file of each form, that ends in `.onnx`.
+
+    The others, and what is raised: as of `export_onnx`.
+    """
+    for out in outs.values():
+        _check_name(out, ".onnx")
+    report(f"exporting {next(iter(outs.values())).name}", 0, len(_STEPS) - 1, _STEPS[0])
     checkpoint = load_checkpoint(checkpoint_path)
     reference = TorchEmbedder(checkpoint.network(), checkpoint.spec, checkpoint_path, "cpu")
-    spec = _exported_spec(checkpoint, checkpoint_path, ("torch", "onnx", "onnxscript"))
+    made: Reduced | None = None
+    exported = []
+    for form, out in outs.items():
+        one, made = _export_form(checkpoint, reference, out, form, graph or Graph(), precision, made, report)
+        exported.append(one)
+    return exported
+
+
+def _export_form(
+    checkpoint: Checkpoint,
+    reference: TorchEmbedder,
+    out: Path,
+    form: InputForm,
+    graph: Graph,
+    precision: Precision | None,
+    made: Reduced | None,
+    report: Report,
+) -> tuple[Exported, Reduced | None]:
+    """One file, and the network in the lower precision, if any, for the forms that follow."""
+
+    def step(number: int) -> None:
+        report(f"exporting {out.name}", number, len(_STEPS) - 1, _STEPS[number])
+
+    spec = _exported_spec(checkpoint, reference.path, ("torch", "onnx", "onnxscript"))
     spec = replace(
         spec,
         input=replace(spec.input, form=form),
@@ -101,26 +143,27 @@ def export_onnx(
     with written_whole(out) as temporary:
         step(1)
         network = inference_network(checkpoint.network(), spec.input, graph.normalize_output)
-        model = onnx_graph(network, spec, graph.opset)
-        lower: Reduced | None = None
+        model = unreduced = onnx_graph(network, spec, graph.opset)
         if precision:
             spec = replace(spec, tools={**spec.tools, "onnxruntime": onnxruntime_version})
-            lower = reduced(model, spec, precision, _judging_data(checkpoint_path), report)
-            model, spec = lower.model, lower.spec
-        temporary.write_bytes(finished(model, spec, graph.static_batch).SerializeToString())
+            made = reduced(model, spec, precision, _judging_data(reference.path), report, made)
+            model, spec = made.model, made.spec
+        metadata = {MANIFEST_KEY: graph_manifest(model, unreduced)}
+        temporary.write_bytes(finished(model, spec, graph.static_batch, metadata).SerializeToString())
         step(2)
         candidate = OnnxEmbedder(temporary, "cpu")
-        images = lower.images if lower and lower.images is not None else _random_images(spec.input)
+        images = made.images if made and made.images is not None else _random_images(spec.input)
         closeness = _check(reference, candidate, images, out)
     step(3)
-    return Exported(
+    exported = Exported(
         out,
         spec,
         out.stat().st_size,
         *closeness,
-        layers=lower.layers if lower else [],
-        warnings=lower.warnings if lower else [],
+        layers=made.layers if made else [],
+        warnings=made.warnings if made else [],
     )
+    return exported, made
 
 
 def export_safetensors(checkpoint_path: Path, out: Path) -> Exported:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import onnx
 import torch
@@ -45,12 +46,14 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = OPSET) -> onnx.
     return finished(model, spec)
 
 
-def finished(model: onnx.ModelProto, spec: ModelSpec, static_batch: int | None = None) -> onnx.ModelProto:
-    """Sign a model, give it its spec and its batch, and check it; it is changed in place."""
+def finished(
+    model: onnx.ModelProto, spec: ModelSpec, static_batch: int | None = None, metadata: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
+    """Sign a model, give it its spec, other metadata and its batch, and check it; it is changed in place."""
     model.producer_name, model.producer_version = "pmm-edge", __version__
     model.graph.name, model.graph.doc_string = "pmm-edge", ""
     model.ClearField("metadata_props")
-    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
+    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json(), **(metadata or {})})
     if static_batch is not None:
         model.graph.ClearField("value_info")  # of the dynamic batch
         for value in (*model.graph.input, *model.graph.output):

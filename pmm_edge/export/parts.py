@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import compose, utils
@@ -24,12 +24,20 @@ class Parts:
 
     def around(self, network: onnx.ModelProto) -> onnx.ModelProto:
         """The whole graph with another network in the middle, which has the same input and output."""
-        joined = onnx.ModelProto()
-        joined.CopyFrom(network)
+        joined = _copy(network)
         ONNXModel(joined).topological_sort()  # what changes a network appends its new nodes
         if self.before:
             joined = _join(self.before, joined)
         return _join(joined, self.behind) if self.behind else joined
+
+    def around_other(self, network: onnx.ModelProto) -> onnx.ModelProto:
+        """The same with a network that was cut out of a graph with another input form: names there are others."""
+        network, before = _copy(network), None
+        if self.before:
+            before = compose.add_prefix(self.before, "input.")
+            _rename_input(before, INPUT)
+        _rename_input(network, before.graph.output[0].name if before else INPUT)
+        return replace(self, before=before).around(network)
 
 
 def parts_of(model: onnx.ModelProto) -> Parts:
@@ -75,8 +83,25 @@ def _product(numbers: list[int]) -> int:
     return product
 
 
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _rename_input(model: onnx.ModelProto, name: str) -> None:
+    (entry,) = model.graph.input
+    for node in model.graph.node:
+        node.input[:] = [name if read == entry.name else read for read in node.input]
+    entry.name = name
+
+
 def _join(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
     (output,), (entry,) = first.graph.output, second.graph.input
     for part in (first, second):
         part.graph.ClearField("value_info")  # both know the value at the cut, which merging refuses
-    return compose.merge_models(first, second, io_map=[(output.name, entry.name)])
+    joined = compose.merge_models(first, second, io_map=[(output.name, entry.name)])
+    versions = {entry.domain: entry.version for entry in joined.opset_import}  # merging lists those of either
+    del joined.opset_import[:]
+    joined.opset_import.extend(onnx.helper.make_opsetid(*entry) for entry in versions.items())
+    return joined

@@ -34,6 +34,8 @@ class Reduced:
     """A model in a lower precision."""
 
     model: onnx.ModelProto
+    network: onnx.ModelProto
+    """Its part between preprocessing and normalisation, the only one in the lower precision (`Parts.network`)."""
     spec: ModelSpec
     """With `precision` and how it was reached."""
     images: Pixels | None
@@ -49,6 +51,7 @@ def reduced(
     precision: Precision,
     judged_on: ReidDataset | None = None,
     report: Report = silent,
+    made: Reduced | None = None,
 ) -> Reduced:
     """Put a model of `onnx_graph` in a lower precision; the one given is left as it is.
 
@@ -57,11 +60,16 @@ def reduced(
         spec: of it.
         precision: which, and how.
         judged_on: the data set that will judge it; calibration images that are in its query or gallery are told.
+        made: what this gave for the same network with another input form: its network is taken, nothing calibrated.
 
     Raises:
         DataError: the calibration data cannot be used.
         CheckFailedError: a value is larger than float16 holds; no choice of layers holds the mAP that was asked for.
     """
+    if made:
+        parts = _parts(model, spec, precision)
+        spec = replace(spec, precision=made.spec.precision, precision_method=made.spec.precision_method)
+        return replace(made, model=finished(parts.around_other(made.network), spec), spec=spec)
     if isinstance(precision, Fp16):
         return _fp16(model, spec, precision, judged_on, report)
     return _int8(model, spec, precision, judged_on, report)
@@ -70,7 +78,11 @@ def reduced(
 def _fp16(
     model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, judged_on: ReidDataset | None, report: Report
 ) -> Reduced:
-    parts, checked, images, warnings = parts_of(model), "values not checked on images", None, []
+    parts, checked, images = _parts(model, spec, precision), "values not checked on images", None
+    warnings = [
+        f"nothing was checked on images, for there is no data set: a value above {LARGEST:.0f} would become infinite in"
+        " float16. Name a data set with --calibration"
+    ]
     network = cast_to_fp16(parts.network)
     if precision.calibration:
         calibration = read_calibration(precision.calibration, spec.input, precision.layout, judged_on)
@@ -79,15 +91,13 @@ def _fp16(
         largest = check_range(ranges, parts.network)
         checked = f"largest value {largest:.4g} of {LARGEST:.0f} on {len(images)} crops of {calibration.dataset.name}"
     spec = replace(spec, precision="fp16", precision_method=f"weights and values cast to float16; {checked}")
-    return Reduced(finished(parts.around(network), spec), spec, images, [], warnings)
+    return Reduced(finished(parts.around(network), spec), network, spec, images, [], warnings)
 
 
 def _int8(
     model: onnx.ModelProto, spec: ModelSpec, precision: Int8, judged_on: ReidDataset | None, report: Report
 ) -> Reduced:
-    parts, target = parts_of(model), precision.target
-    if target == "cpu" and parts.before and spec.input.form == "uint8":
-        parts = replace(parts, before=row_preprocessing(parts.before, spec.input))
+    parts, target = _parts(model, spec, precision), precision.target
     calibration = read_calibration(precision.calibration, spec.input, precision.layout, judged_on)
     layers: list[LayerLoss] = []
     with _opener(parts, spec) as opened:
@@ -127,7 +137,14 @@ def _int8(
         notes.append(f"mean cosine {judged.mean():.5f} on {len(judged)} crops that nothing was chosen on")
     spec = replace(spec, precision="int8", precision_method="; ".join(notes), target=target)
     finished_model = finished(parts.around(network), spec)
-    return Reduced(finished_model, spec, calibration.judging, layers, calibration.warnings)
+    return Reduced(finished_model, network, spec, calibration.judging, layers, calibration.warnings)
+
+
+def _parts(model: onnx.ModelProto, spec: ModelSpec, precision: Precision) -> Parts:
+    """A model's parts, with the preprocessing that suits the precision."""
+    parts = parts_of(model)
+    rows = isinstance(precision, Int8) and precision.target == "cpu" and spec.input.form == "uint8"
+    return replace(parts, before=row_preprocessing(parts.before, spec.input)) if rows and parts.before else parts
 
 
 @contextmanager

@@ -91,6 +91,8 @@ def hold_map(
     ]
     kept = ", ".join(layer.layer for layer in layers if layer.in_float) or "none"
     change = f"mAP {100 * base:.2f} to {100 * base - drop:.2f}, a drop of {max_drop:g} allowed"
+    if not layers:
+        change += ", which INT8 throughout holds: no search was needed"
     outcome = f"{change}; {KEPT_IN_FLOAT}{kept}"
     return Held(network, layers, outcome)
 

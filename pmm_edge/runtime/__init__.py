@@ -19,8 +19,10 @@ def load(path: str | Path, device: str | None = None, require_certificate: bool 
     Args:
         path: `.onnx` runs in ONNX Runtime, an `.engine` in TensorRT; a checkpoint `.pt` or weights `.safetensors`
             run in PyTorch.
-        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where the engine can use one, else the CPU. The
-            embedder's `device` says which it became.
+        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where the engine can use one, else the CPU, with a
+            `PmmWarning` where there is a GPU and ONNX Runtime cannot use it. The embedder's `device` says which it
+            became. Of a `.onnx` also `tensorrt` or `tensorrt:N`: ONNX Runtime's TensorRT provider, never taken by
+            itself, as its first run builds for minutes.
         require_certificate: refuse a model that no `pmm bench` certified as it is now, before anything of it runs.
 
     Raises:

@@ -61,7 +61,7 @@ class Batcher:
             crop: (H, W, 3) uint8 RGB of any size.
 
         Returns:
-            (D,) float32, not normalised.
+            (D,) float32, of length 1 where `embedder.spec.normalized_output`.
 
         Raises:
             DataError: a crop without pixels, grey, with an alpha channel, or of another type than uint8; the crops

@@ -103,6 +103,20 @@ class Cuda:
         """Wait until all that was enqueued is done."""
         self._checked(self._api.cudaStreamSynchronize(self._stream), "running on the GPU")
 
+    def event(self) -> Any:
+        """What `record` puts on the stream and `wait` waits for."""
+        event = self._checked(self._api.cudaEventCreate(), "creating an event")
+        self._freed_by.append(lambda: self._api.cudaEventDestroy(event))
+        return event
+
+    def record(self, event: Any) -> None:
+        """Enqueue an event behind what is enqueued already."""
+        self._checked(self._api.cudaEventRecord(event, self._stream), "marking a place on the stream")
+
+    def wait(self, event: Any) -> None:
+        """Wait until all that was enqueued before an event is done; what came behind it goes on."""
+        self._checked(self._api.cudaEventSynchronize(event), "running on the GPU")
+
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """Record what `enqueue` enqueues as a CUDA graph; what is returned enqueues all of it in one call."""
         # Other threads may go on calling CUDA while this one records.
@@ -130,11 +144,11 @@ class Cuda:
             Time between an event right before and one right behind it on the stream; resolution 0.5 µs.
         """
         if self._events is None:
-            self._events = self._event(), self._event()
+            self._events = self.event(), self.event()
         before, behind = self._events
-        self._checked(self._api.cudaEventRecord(before, self._stream), "timing on the GPU")
+        self.record(before)
         enqueue()
-        self._checked(self._api.cudaEventRecord(behind, self._stream), "timing on the GPU")
+        self.record(behind)
         self.synchronize()
         return float(self._checked(self._api.cudaEventElapsedTime(before, behind), "timing on the GPU"))
 
@@ -142,11 +156,6 @@ class Cuda:
         """Give back the stream, events, graphs and memory. A GPU that fails here has failed before, and said so."""
         while self._freed_by:
             self._freed_by.pop()()
-
-    def _event(self) -> Any:
-        event = self._checked(self._api.cudaEventCreate(), "creating an event")
-        self._freed_by.append(lambda: self._api.cudaEventDestroy(event))
-        return event
 
     def _count(self) -> int:
         try:
@@ -164,10 +173,12 @@ class Cuda:
         """The value of a call, whose first item is its status."""
         status, *values = result
         if status != self._api.cudaError_t.cudaSuccess:
-            raise GpuError(
-                f"CUDA failed while {doing} ({self._says(status)})",
-                "Is the GPU's memory full? nvidia-smi or tegrastats shows it",
+            remedy = (
+                "Start the program again; should that not help, nvidia-smi or dmesg tells of the GPU and its driver"
             )
+            if status == self._api.cudaError_t.cudaErrorMemoryAllocation:
+                remedy = "Is the GPU's memory full? nvidia-smi or tegrastats shows it"
+            raise GpuError(f"CUDA failed while {doing} ({self._says(status)})", remedy)
         return values[0] if values else None
 
     def _says(self, status: Any) -> str:

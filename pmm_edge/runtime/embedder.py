@@ -20,7 +20,7 @@ INPUT, OUTPUT = "images", "embeddings"
 """Names of an exported graph's input and output."""
 
 CHUNK = 64
-"""Crops that go through the network at once, so that memory does not grow with the number of crops."""
+"""Crops that go through a network of any batch size at once, so that memory does not grow with their number."""
 
 
 class Embedder(ABC):
@@ -31,7 +31,7 @@ class Embedder(ABC):
     Attributes:
         spec: what the network is and what it is fed.
         path: the file it was loaded from.
-        backend: `torch`, `onnxruntime` or `tensorrt`.
+        backend: `torch`, `onnxruntime`, `onnxruntime-tensorrt` (its TensorRT provider) or `tensorrt`.
         device: where it really runs: `cpu` or `cuda:N`.
         profile: the batch sizes that the engine takes; None where it takes any. Callers may give any: more goes
             through in chunks, fewer are padded.
@@ -52,6 +52,17 @@ class Embedder(ABC):
         self.backend = backend
         self.device = device
 
+    @property
+    def chunk(self) -> int:
+        """Crops that are prepared and embedded at once.
+
+        Whole batches of the profile's maximum, so that only the last one of all is padded; two at least, so that an
+        engine can be fed the next one while it works. Its memory is that of its largest batch anyway.
+        """
+        if self.profile is None:
+            return CHUNK
+        return self.profile.maximum * max(2, CHUNK // self.profile.maximum)
+
     def embed(self, crops: Sequence[Pixels] | Pixels) -> Embeddings:
         """Embed crops of people.
 
@@ -60,17 +71,18 @@ class Embedder(ABC):
                 pass `crop[:, :, ::-1]`.
 
         Returns:
-            (N, D) float32, not normalised; (0, D) for no crops.
+            (N, D) float32, of length 1 where `spec.normalized_output`, else as the network gives them; (0, D) for no
+            crops.
 
         Raises:
             DataError: a crop without pixels, grey, with an alpha channel, or of another type than uint8.
         """
         if isinstance(crops, np.ndarray) and crops.ndim == 3:
             raise DataError(f"one array of shape {crops.shape} is no list of crops", "Pass [crop]")
-        size = self.spec.input
+        size, chunk = self.spec.input, self.chunk
         embeddings = [
-            self.embed_prepared(prepare_crops(crops[start : start + CHUNK], size.height, size.width, start))
-            for start in range(0, len(crops), CHUNK)
+            self.embed_prepared(prepare_crops(crops[start : start + chunk], size.height, size.width, start))
+            for start in range(0, len(crops), chunk)
         ]
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.spec.embedding_size), np.float32)
 
@@ -110,13 +122,21 @@ class Embedder(ABC):
         return None
 
 
-def parse_device(device: str) -> tuple[str, int]:
+def parse_device(device: str, tensorrt: bool = False) -> tuple[str, int]:
     """`cpu`, `cuda` or `cuda:1` as a kind and an index.
+
+    Args:
+        device: the name.
+        tensorrt: take `tensorrt` and `tensorrt:1` as well, which ONNX Runtime alone knows.
 
     Raises:
         ModelError: the name is none of these.
     """
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or not (index.isdecimal() or device == kind):
-        raise ModelError(f"device '{device}' is unknown", "Choose cpu, cuda, or cuda:N for the GPU with number N")
+    kinds = ("cpu", "cuda", "tensorrt") if tensorrt else ("cpu", "cuda")
+    if kind not in kinds or not (index.isdecimal() or device == kind):
+        also = "; tensorrt runs .onnx files alone" if kind == "tensorrt" else ""
+        raise ModelError(
+            f"device '{device}' is unknown", f"Choose cpu, cuda, or cuda:N for the GPU with number N{also}"
+        )
     return kind, int(index or 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pmm_edge.errors import OutputError, PmmError
-from pmm_edge.files import written_whole
+from pmm_edge.files import check_output, written_whole
 from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.runtime.image_list import Labels
 from pmm_edge.spec import METADATA_KEY, ModelSpec
@@ -20,18 +20,17 @@ def check_embedding_file(path: Path) -> None:
     """Refuse a file that `save_embeddings` could not write, before anything is embedded.
 
     Raises:
-        OutputError: the name ends in none of `SUFFIXES`, or is a folder's.
+        OutputError: the name ends in none of `SUFFIXES` or is a folder's, or its folder cannot be made or written.
         PmmError: it is a Parquet file and pyarrow is not installed.
     """
     if path.suffix not in SUFFIXES:
         raise OutputError(f"cannot write {path}: its name must end in {' or '.join(SUFFIXES)}", "Name such a file")
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder", "Choose another name")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise PmmError(
             f"writing {path} needs pyarrow, which is not installed",
             "pip install 'pmm-edge[parquet]', or name a .npz file",
         )
+    check_output(path, SUFFIXES)
 
 
 def save_embeddings(

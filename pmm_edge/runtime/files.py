@@ -38,11 +38,13 @@ class EmbeddedFiles:
     """Of `seconds`, what the network took; the rest is decoding that it had to wait for."""
 
 
-def embed_files(embedder: Embedder, paths: Sequence[Path], batch: int = 64, report: Report = silent) -> Embeddings:
+def embed_files(
+    embedder: Embedder, paths: Sequence[Path], batch: int | None = None, report: Report = silent
+) -> Embeddings:
     """Embed image files in their order.
 
     Args:
-        batch: images that go through the network at once.
+        batch: images that are embedded at once; None for `embedder.chunk`.
         report: told after each batch how many images are done.
 
     Returns:
@@ -56,12 +58,12 @@ def embed_files(embedder: Embedder, paths: Sequence[Path], batch: int = 64, repo
 
 
 def embed_readable_files(
-    embedder: Embedder, paths: Sequence[Path], batch: int = 64, report: Report = silent
+    embedder: Embedder, paths: Sequence[Path], batch: int | None = None, report: Report = silent
 ) -> EmbeddedFiles:
     """Embed the image files that can be read, in their order, and say which cannot.
 
     Args:
-        batch: images that go through the network at once.
+        batch: images that are embedded at once; None for `embedder.chunk`.
         report: told after each batch how many images are done.
 
     Raises:
@@ -70,7 +72,10 @@ def embed_readable_files(
     return _embed(embedder, paths, batch, report, skip_bad=True)
 
 
-def _embed(embedder: Embedder, paths: Sequence[Path], batch: int, report: Report, skip_bad: bool) -> EmbeddedFiles:
+def _embed(
+    embedder: Embedder, paths: Sequence[Path], batch: int | None, report: Report, skip_bad: bool
+) -> EmbeddedFiles:
+    batch = embedder.chunk if batch is None else batch
     if batch < 1:
         raise PmmError(f"a batch of {batch} images cannot be embedded", "Choose 1 or more")
     embeddings = np.empty((len(paths), embedder.spec.embedding_size), np.float32)

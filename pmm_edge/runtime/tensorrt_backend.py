@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError
 from pmm_edge.runtime.crops import Pixels, network_input
@@ -19,11 +22,22 @@ from pmm_edge.runtime.tensorrt_library import error_logger, import_tensorrt, las
 from pmm_edge.spec import InputSpec
 
 
+@dataclass(frozen=True, eq=False)
+class _Buffer:
+    """Page-locked memory for the largest batch, in and out."""
+
+    images: NDArray[Any]
+    embeddings: Embeddings
+    done: Any
+    """The event behind the copy of the embeddings."""
+
+
 class TensorRTEmbedder(Embedder):
     """An engine with its manifest, run on the GPU that it was built for.
 
     Any number of crops: they go through in chunks of the profile's maximum, and fewer than its minimum are padded.
-    For each batch size the copies and all layers are one CUDA graph, recorded when that size first comes.
+    For each batch size all layers are one CUDA graph, recorded when that size first comes. Of several chunks the next
+    one is prepared while the GPU works on the one before it.
 
     Thread-safe: threads take turns, for all share one stream and its buffers. What runs beside the GPU is the
     preparation of other threads' crops.
@@ -62,16 +76,28 @@ class TensorRTEmbedder(Embedder):
         self._batch, self.cuda_graphs = manifest.settings.batch, cuda_graphs
         self.profile = self._batch
         self._lock = threading.Lock()
-        self._runs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._runs: dict[int, Callable[[], None]] = {}
         self._take_memory(self.spec.input, self._batch.maximum)
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
         embeddings = np.empty((len(images), self.spec.embedding_size), np.float32)
+        starts = range(0, len(images), self._batch.maximum)
         with self._lock:
             self._cuda.use()
-            for start in range(0, len(images), self._batch.maximum):
-                chunk = images[start : start + self._batch.maximum]
-                embeddings[start : start + len(chunk)] = self._embed_chunk(chunk)
+            try:
+                working: tuple[_Buffer, Embeddings] | None = None
+                for number, start in enumerate(starts):
+                    chunk = images[start : start + self._batch.maximum]
+                    # The chunk before the last one is done: its buffer is free, while the GPU works on the last one.
+                    buffer = self._buffers[number % len(self._buffers)]
+                    self._enqueue(chunk, buffer)
+                    self._collect(working)
+                    working = buffer, embeddings[start : start + len(chunk)]
+                self._collect(working)
+            except BaseException:
+                with suppress(GpuError):  # the call after this one must not find work of this one in its buffers
+                    self._cuda.synchronize()
+                raise
         return embeddings
 
     def gpu_milliseconds(self, images: Pixels) -> float:
@@ -82,50 +108,58 @@ class TensorRTEmbedder(Embedder):
                 for start in range(0, len(images), self._batch.maximum)
             )
 
-    def _embed_chunk(self, images: Pixels) -> Embeddings:
-        """Embed at most the profile's maximum; the result is valid until the next call."""
+    def _enqueue(self, images: Pixels, buffer: _Buffer) -> None:
+        """Prepare at most the profile's maximum, and let the GPU begin."""
         batch = max(len(images), self._batch.minimum)
-        self._host_images[: len(images)] = network_input(images, self.spec.input)
-        self._host_images[len(images) : batch] = 0  # padding: a row of a batch does not see the others
-        self._run(batch)()
-        self._cuda.synchronize()
-        return self._host_embeddings[: len(images)]
+        buffer.images[: len(images)] = network_input(images, self.spec.input)
+        buffer.images[len(images) : batch] = 0  # padding: a row of a batch does not see the others
+        self._cuda.copy_in(self._images, buffer.images[:batch])
+        self._layers(batch)()
+        self._cuda.copy_out(buffer.embeddings[:batch], self._embeddings)
+        self._cuda.record(buffer.done)
+
+    def _collect(self, working: tuple[_Buffer, Embeddings] | None) -> None:
+        """Wait for a chunk, and take its embeddings out of its buffer."""
+        if working:
+            buffer, embeddings = working
+            self._cuda.wait(buffer.done)
+            embeddings[:] = buffer.embeddings[: len(embeddings)]
 
     def _chunk_milliseconds(self, images: Pixels) -> float:
-        self._embed_chunk(images)  # copies them in: what is timed computes on the images themselves
-        return self._cuda.milliseconds(self._run(max(len(images), self._batch.minimum), copies=False))
+        buffer = self._buffers[0]
+        self._enqueue(images, buffer)  # copies them in: what is timed computes on the images themselves
+        self._cuda.wait(buffer.done)
+        return self._cuda.milliseconds(self._layers(max(len(images), self._batch.minimum)))
 
-    def _run(self, batch: int, copies: bool = True) -> Callable[[], None]:
-        """What runs a batch of this size, prepared when it is first asked for."""
-        if (batch, copies) not in self._runs:
-            self._runs[batch, copies] = self._prepare(batch, copies)
-        return self._runs[batch, copies]
+    def _layers(self, batch: int) -> Callable[[], None]:
+        """What enqueues all layers for a batch of this size, prepared when it is first asked for."""
+        if batch not in self._runs:
+            self._runs[batch] = self._prepare(batch)
+        return self._runs[batch]
 
     def _take_memory(self, size: InputSpec, batch: int) -> None:
-        """Buffers for the largest batch, and the scratch memory that all contexts share."""
+        """Two buffers for the largest batch, and the scratch memory that all contexts share."""
         cuda = self._cuda
-        self._host_images = cuda.pinned(size.shape(batch), size.dtype)
-        self._host_embeddings = cuda.pinned((batch, self.spec.embedding_size), np.float32)
-        self._images = cuda.device_memory(self._host_images.nbytes)
-        self._embeddings = cuda.device_memory(self._host_embeddings.nbytes)
+        outputs = (batch, self.spec.embedding_size)
+        self._buffers = [
+            _Buffer(cuda.pinned(size.shape(batch), size.dtype), cuda.pinned(outputs, np.float32), cuda.event())
+            for _ in range(2)
+        ]
+        self._images = cuda.device_memory(self._buffers[0].images.nbytes)
+        self._embeddings = cuda.device_memory(self._buffers[0].embeddings.nbytes)
         self._scratch_size: int = self._engine.device_memory_size_v2
         self._scratch = cuda.device_memory(self._scratch_size)
 
-    def _prepare(self, batch: int, copies: bool) -> Callable[[], None]:
-        """What runs a batch from the host's images to the host's embeddings; without `copies`, the layers alone."""
+    def _prepare(self, batch: int) -> Callable[[], None]:
+        """What enqueues the layers, from the images to the embeddings on the GPU."""
         context = self._context(batch)
-        images, embeddings = self._host_images[:batch], self._host_embeddings[:batch]
 
         def enqueue() -> None:
-            if copies:
-                self._cuda.copy_in(self._images, images)
             if not context.execute_async_v3(self._cuda.stream):
                 raise GpuError(
                     f"TensorRT cannot run {self.path} at batch {batch}{last_error(self._logger)}",
                     "Is the GPU's memory full? nvidia-smi or tegrastats shows it",
                 )
-            if copies:
-                self._cuda.copy_out(embeddings, self._embeddings)
 
         if not self.cuda_graphs:
             return enqueue

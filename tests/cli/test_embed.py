@@ -84,6 +84,16 @@ def test_bad_values(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_embedded(
+    pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("pmm_edge.runtime.load", None)
+    ended = pmm("embed", tiny_onnx, tiny_dataset, "-o", tmp_path / "file" / "x.npz")
+    assert ended.exit_code == 2
+    assert f"cannot write {tmp_path / 'file' / 'x.npz'}: {tmp_path / 'file'} is a file" in ended.stderr
+
+
 def test_an_edge_box_embeds_with_the_base_dependencies_alone(
     tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,10 @@
 """Every method's graph holds the least that its network needs, at every opset, and what options ask of it."""
 
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +16,7 @@ from torch import nn
 import pmm_edge
 from pmm_edge.errors import PmmError
 from pmm_edge.export import Exported, Graph, export_onnx
+from pmm_edge.export.manifest import METADATA_KEY
 from pmm_edge.export.parts import layers_of, multiply_adds, parts_of
 from pmm_edge.model import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from pmm_edge.spec import ModelSpec
@@ -64,8 +68,31 @@ def test_a_graph_is_the_analytic_minimum(method: str, tiny_checkpoint: Path, tmp
     assert sum(multiply_adds(parts_of(model).network).values()) == work
     held = sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.data_type == 1)
     assert held == parameters + 6  # a scale and a shift of each colour
+    manifest = manifest_of(exported.path)
+    assert (manifest["multiply_adds"], manifest["parameters"]) == (work, parameters)
     actual, expected = (pmm_edge.load(path, "cpu").embed(CROPS) for path in (exported.path, checkpoint))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    (manifest,) = (entry.value for entry in onnx.load(path).metadata_props if entry.key == METADATA_KEY)
+    return json.loads(manifest)
+
+
+def test_every_precision_says_what_its_graph_holds(tiny_onnx: Path, fp16: Exported, int8: dict[str, Exported]) -> None:
+    plain = manifest_of(tiny_onnx)
+    assert (plain["opset"], plain["nodes"]["Conv"]) == (18, 23)
+    for exported, largest in ((fp16, "float16"), (int8["cpu"], "int8")):
+        manifest = manifest_of(exported.path)
+        assert manifest["nodes"] == Counter(node.op_type for node in onnx.load(exported.path).graph.node)
+        assert (manifest["multiply_adds"], manifest["parameters"]) == (plain["multiply_adds"], plain["parameters"])
+        assert max(manifest["weight_bytes"], key=manifest["weight_bytes"].__getitem__) == largest
+        assert sum(manifest["weight_bytes"].values()) <= exported.size
+
+
+def test_the_same_checkpoint_gives_the_same_file(tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    again = export_onnx(tiny_checkpoint, tmp_path / "again.onnx").path
+    assert again.read_bytes() == tiny_onnx.read_bytes()
 
 
 def test_parts_join_to_the_whole(tiny_onnx: Path) -> None:

@@ -16,12 +16,14 @@ from people import write_people
 import pmm_edge
 from pmm_edge.data.dataset import read
 from pmm_edge.errors import CheckFailedError, DataError, PmmError
-from pmm_edge.export import Exported, Fp16, Graph, Int8, export_onnx
-from pmm_edge.export.calibration import read_calibration, value_ranges
+from pmm_edge.export import Exported, Fp16, Graph, Int8, export_forms, export_onnx
+from pmm_edge.export.calibration import Ranges, read_calibration, value_ranges
+from pmm_edge.export.int8 import calibrated_operators, quantize
 from pmm_edge.export.parts import layers_of, parts_of
 from pmm_edge.export.rows import row_preprocessing
 from pmm_edge.export.sensitivity import hold_map
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
+from pmm_edge.retrieval.distances import cosines
 from pmm_edge.spec import InputSpec
 
 
@@ -152,10 +154,52 @@ def test_a_lower_precision_with_every_graph_option(tiny_checkpoint: Path, people
         model = onnx.load(exported.path)
         assert model.opset_import[0].version == opset
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
-    assert (
-        "values not checked on images"
-        in export_onnx(tiny_checkpoint, tmp_path / "unchecked.onnx", precision=Fp16()).spec.precision_method
-    )
+
+
+def test_fp16_that_was_not_checked_on_images_is_warned_of(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    exported = export_onnx(tiny_checkpoint, tmp_path / "unchecked.onnx", precision=Fp16())
+    (warning,) = exported.warnings
+    assert "nothing was checked on images" in warning
+    assert "values not checked on images" in exported.spec.precision_method
+
+
+def test_every_precision_names_its_opset_once(tiny_onnx: Path, fp16: Exported, int8: dict[str, Exported]) -> None:
+    for path in (tiny_onnx, fp16.path, *(exported.path for exported in int8.values())):
+        imported = [(entry.domain, entry.version) for entry in onnx.load(path).opset_import]
+        assert imported == [("", 18)], path
+
+
+def test_forms_share_one_network_that_was_calibrated_once(
+    tiny_checkpoint: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated = []
+
+    def counted(*arguments: object, **options: object) -> Ranges:
+        calibrated.append(arguments)
+        return value_ranges(*arguments, **options)
+
+    monkeypatch.setattr("pmm_edge.export.precision.value_ranges", counted)
+    crops = np.random.default_rng(3).integers(0, 256, (5, 96, 64, 3), dtype=np.uint8)
+    for number, forms in enumerate((("uint8", "raw", "normalized"), ("normalized", "uint8"))):
+        outs = {form: tmp_path / f"{number}-{form}.onnx" for form in forms}
+        graph = Graph(normalize_output=bool(number))
+        exports = export_forms(tiny_checkpoint, outs, graph, Int8(people, "cpu", "minmax"))
+        assert len(calibrated) == number + 1
+        assert [item.spec.input.form for item in exports] == list(forms)
+        assert {item.spec.precision_method for item in exports} == {exports[0].spec.precision_method}
+        first, *others = (int8_weights(item.path) for item in exports)
+        assert len(first) == 25
+        assert all(other == first for other in others)
+        base, *rest = (pmm_edge.load(item.path, "cpu").embed(crops) for item in exports)
+        for embeddings in rest:
+            assert cosines(base, embeddings).min() > 0.9999  # what rounds to the next of 256 steps
+    kinds = [node.op_type for node in onnx.load(outs["uint8"]).graph.node]
+    assert kinds[:3] == ["Reshape", "Cast", "Mul"]  # whole rows, as when it is exported alone
+
+
+def int8_weights(path: Path) -> dict[str, bytes]:
+    tensors = onnx.load(path).graph.initializer
+    return {tensor.name: tensor.raw_data for tensor in tensors if tensor.name.endswith(".weight_quantized")}
 
 
 def test_the_method_that_loses_least_is_taken(
@@ -178,12 +222,62 @@ def test_ranges_are_those_of_the_values(tiny_onnx: Path, people: Path) -> None:
 
 
 def test_a_sensitivity_search_keeps_the_layers_that_lose_most_in_float(
-    tiny_checkpoint: Path, people: Path, tmp_path: Path
+    tiny_checkpoint: Path,
+    tiny_onnx: Path,
+    int8: dict[str, Exported],
+    people: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The mAP of so few images does not see INT8: the mean cosine to float32 stands for it."""
+    crops = read_calibration(people, InputSpec(96, 64)).judging
+    float32 = pmm_edge.load(tiny_onnx, "cpu").embed(crops)
+
+    def closeness(embedder: pmm_edge.runtime.Embedder, *_: object) -> float:
+        return float(cosines(float32, embedder.embed(crops)).mean())
+
+    monkeypatch.setattr("pmm_edge.export.precision.mean_average_precision", closeness)
+    plain = 100 * (1 - closeness(pmm_edge.load(int8["tensorrt"].path, "cpu")))
+    asked = Int8(people, "tensorrt", "minmax", max_map_drop=plain / 2)
+    exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=asked)
+    assert 100 * (1 - closeness(pmm_edge.load(exported.path, "cpu"))) <= plain / 2
+    losses = [layer.loss for layer in exported.layers]
+    assert len(losses) == 25
+    assert losses == sorted(losses, reverse=True)
+    assert sum(layer.cost for layer in exported.layers) == pytest.approx(1)
+    kept = [layer.layer for layer in exported.layers if layer.in_float]
+    assert kept == [layer.layer for layer in exported.layers[: len(kept)]]
+    assert 1 <= len(kept) < 25
+    assert f"in float32: {', '.join(kept)};" in exported.spec.precision_method
+    floats = {tensor.name for tensor in onnx.load(exported.path).graph.initializer if len(tensor.dims) > 1}
+    in_float = {name.removesuffix(".weight") for name in floats if name.endswith(".weight")}
+    assert {name.partition(".")[2] for name in in_float} == set(kept)
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_layers_are_quantised_as_asked(target: str, tiny_onnx: Path, people: Path) -> None:
+    network = parts_of(onnx.load(tiny_onnx)).network
+    crops = read_calibration(people, InputSpec(96, 64)).crops[:8]
+    ranges = value_ranges(
+        network, crops, InputSpec(96, 64), "minmax", target == "tensorrt", calibrated_operators(target)
+    )
+    nodes = list(layers_of(network))
+
+    def in_int8(model: onnx.ModelProto) -> list[str]:
+        maker = {name: node for node in model.graph.node for name in node.output}
+        layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+        return [node.name for node in layers if node.input[1] in maker]
+
+    assert in_int8(quantize(network, ranges, target)) == nodes
+    assert in_int8(quantize(network, ranges, target, in_float=nodes[3:5])) == nodes[:3] + nodes[5:]
+    assert in_int8(quantize(network, ranges, target, only=nodes[3:4])) == nodes[3:4]
+
+
+def test_a_search_that_is_not_needed_says_what_int8_loses(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
     precision = Int8(people, "cpu", "minmax", max_map_drop=100)
     exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=precision)
     assert exported.layers == []  # all of INT8 holds: nothing had to be searched
-    assert "in float32: none" in exported.spec.precision_method
+    assert "which INT8 throughout holds: no search was needed; in float32: none" in exported.spec.precision_method
 
 
 def test_the_search_ends_at_the_fewest_layers(tiny_onnx: Path) -> None:

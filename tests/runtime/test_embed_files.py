@@ -137,7 +137,7 @@ def test_files_that_cannot_be_written(onnx: Embedder, tmp_path: Path, monkeypatc
     with pytest.raises(OutputError, match=r"must end in \.npz or \.parquet"):
         save_embeddings(tmp_path / "e.csv", onnx.spec, ["a"], one)
     (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(OutputError, match="it is a folder"):
+    with pytest.raises(OutputError, match="is a folder"):
         save_embeddings(tmp_path / "folder.npz", onnx.spec, ["a"], one)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(PmmError, match=r"needs pyarrow.*pmm-edge\[parquet\]"):

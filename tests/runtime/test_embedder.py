@@ -9,9 +9,14 @@ import pytest
 from PIL import Image
 
 import pmm_edge
+from pmm_edge.data.crops import Crops
 from pmm_edge.errors import DataError
+from pmm_edge.export import Graph, export_onnx
+from pmm_edge.images import read_crop, resize_crop
 from pmm_edge.runtime import Embedder, embed_files
+from pmm_edge.runtime.crops import prepare_crops
 from pmm_edge.runtime.embedder import CHUNK
+from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +131,48 @@ def test_importing_the_runtime_loads_no_engine() -> None:
     script = "import sys, pmm_edge.runtime; print([name for name in ('torch', 'onnxruntime') if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("batch", "count", "runs"), [(5, 12, [5, 5, 5]), (80, 80, [80])])
+def test_chunks_are_the_batches_that_the_model_takes(
+    batch: int, count: int, runs: list[int], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", graph=Graph(static_batch=batch))
+    embedder = OnnxEmbedder(exported.path, "cpu")
+    ran = []
+
+    def run(fed: np.ndarray) -> np.ndarray:
+        ran.append(len(fed))
+        return np.repeat(fed[:, 0, 0, :1].astype(np.float32), 1536, axis=1)
+
+    monkeypatch.setattr(embedder, "_run", run)
+    small = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+    expected = small[:, 0, 0, :1].repeat(1536, axis=1)
+    np.testing.assert_array_equal(embedder.embed(list(small)), expected)
+    assert ran == runs  # at 64 crops a time, 80 would be 160
+    paths = [tmp_path / f"{number}.png" for number in range(count)]
+    for path, crop in zip(paths, small, strict=True):
+        Image.fromarray(crop).save(path)
+    np.testing.assert_array_equal(embed_files(embedder, paths), expected)
+    assert ran == 2 * runs
+
+
+def test_training_and_runtime_read_the_same_pixels(onnx: Embedder, tiny_dataset: Path) -> None:
+    paths = sorted((tiny_dataset / "query").iterdir())
+    trained_on = Crops(paths, 96, 64).batch(np.arange(len(paths)))
+    decoded = [np.asarray(Image.open(path)) for path in paths]
+    assert decoded[0].shape == (128, 64, 3)
+    np.testing.assert_array_equal(prepare_crops(decoded, 96, 64), trained_on)
+    np.testing.assert_array_equal(embed_files(onnx, paths), onnx.embed_prepared(trained_on))
+
+
+def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
+    values = np.linspace(2000, 60000, 96 * 64).astype(np.uint16).reshape(96, 64)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as image:
+        assert image.mode.startswith("I")
+    crop = read_crop(tmp_path / "deep.png", 96, 64)
+    np.testing.assert_array_equal(crop, np.rint(values / 257)[..., None].repeat(3, axis=2))
+    assert (crop.min(), crop.max()) == (8, 233)
+    for deep in (values.astype(">u2"), values.astype(np.int32)):
+        np.testing.assert_array_equal(resize_crop(Image.fromarray(deep), 96, 64), crop)

@@ -62,7 +62,7 @@ def test_weights_that_are_not_those_of_the_spec(tiny_checkpoint: Path, tmp_path:
 
 def test_a_graph_that_is_not_what_its_spec_says(tiny_onnx: Path, tmp_path: Path) -> None:
     model = onnx.load(tiny_onnx)
-    (metadata,) = model.metadata_props
+    metadata = model.metadata_props[0]
     metadata.value = metadata.value.replace('"height": 96', '"height": 192')
     onnx.save(model, tmp_path / "other.onnx")
     refused(tmp_path / "other.onnx", "is not what its spec says")
@@ -111,3 +111,40 @@ def test_devices(tiny_onnx: Path, tiny_checkpoint: Path) -> None:
         refused(path, "device 'tpu' is unknown. Choose cpu, cuda", device="tpu")
         refused(path, "device cuda:97 cannot be used", device="cuda:97")
         assert pmm_edge.load(path, "cpu").device == "cpu"
+    refused(tiny_onnx, "device tensorrt:97 cannot be used by onnxruntime .*: .*pmm export --trt", device="tensorrt:97")
+    refused(tiny_checkpoint, "device 'tensorrt' is unknown.*runs .onnx files alone", device="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"opset": 27}, r"has opset 27, onnxruntime [\d.]+ reads \d+ at most\. .* --opset 17, or install a newer"),
+        ({"ir": 99}, r"has ONNX format \(IR\) 99, onnxruntime [\d.]+ reads \d+ at most\. .* or install a newer"),
+    ],
+)
+def test_files_that_are_too_new_for_the_runtime(
+    change: dict[str, int], said: str, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(tiny_onnx)
+    model.opset_import[0].version = change.get("opset", 18)
+    model.ir_version = change.get("ir", model.ir_version)
+    onnx.save(model, tmp_path / "new.onnx")
+    refused(tmp_path / "new.onnx", rf"new\.onnx {said} onnxruntime$")
+
+
+def test_an_input_the_spec_cannot_mean(tiny_onnx: Path, tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    spec = json.loads(model.metadata_props[0].value)
+    for entry, value, said in (
+        ("form", "RAW", "input form 'RAW' is none of uint8, raw, normalized"),
+        ("mean", [0.5, 0.5], "mean .* is not three numbers"),
+        ("std", [0.2, float("nan"), 0.2], "std .* is not three numbers"),
+        ("std", [0.2, 0.2, 0], "std .* is not above 0"),
+    ):
+        model.metadata_props[0].value = json.dumps(spec | {"input": spec["input"] | {entry: value}})
+        onnx.save(model, tmp_path / "wrong.onnx")
+        refused(tmp_path / "wrong.onnx", rf"the spec of .*wrong\.onnx cannot be read \(ValueError: {said}")
+    for entry in ("architecture", "mix"):
+        model.metadata_props[0].value = json.dumps(spec | {entry: "osnet"})
+        onnx.save(model, tmp_path / "wrong.onnx")
+        refused(tmp_path / "wrong.onnx", f"{entry} 'osnet' is none of")

@@ -145,7 +145,14 @@ def cuda_runtime(gpu: FakeGpu) -> ModuleType:
     def cudaEventDestroy(event):
         return (status("cudaEventDestroy"),)
 
+    def cudaEventSynchronize(event):
+        while event[0] is None and gpu.queue:
+            gpu.queue.pop(0)()
+        return (status("cudaEventSynchronize"),)
+
     def cudaEventRecord(event, stream):
+        event[0] = None
+
         def record():
             event[0] = gpu.clock
 

@@ -14,10 +14,11 @@ from colour_network import colour_network
 import pmm_edge
 from pmm_edge.errors import ModelError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
+from pmm_edge.runtime import tensorrt_backend
 from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
 from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
-from pmm_edge.spec import InputForm
+from pmm_edge.spec import InputForm, InputSpec
 
 _RANDOM = np.random.default_rng(0)
 CROPS = [np.full((120, 50, 3), colour, np.uint8) for colour in _RANDOM.integers(0, 256, (11, 3))]
@@ -38,6 +39,14 @@ def test_any_number_of_crops(count: int, cuda_graphs: bool, built: BuiltEngine, 
     embedder = TensorRTEmbedder(built.path, cuda_graphs=cuda_graphs)
     for _ in range(2):  # recorded, then replayed
         close(embedder.embed(CROPS[:count]), expected[:count])
+
+
+def test_an_engine_is_fed_batches_of_its_maximum(gpu: double.FakeGpu, onnx: Path) -> None:
+    built = build_engine(onnx, onnx.with_suffix(".engine"), BuildSettings(BatchProfile(1, 80, 80)))
+    embedder, expected = pmm_edge.load(built.path), pmm_edge.load(onnx, "cpu")
+    crops = 16 * CROPS  # 176
+    close(embedder.embed(crops), expected.embed(crops))
+    assert gpu.calls["cudaGraphLaunch"] == 3
 
 
 def test_embedders_say_what_they_are(built: BuiltEngine) -> None:
@@ -72,7 +81,7 @@ def test_gpu_time_is_that_of_the_layers_alone(cuda_graphs: bool, built: BuiltEng
         assert embedder.gpu_milliseconds(images) == 100  # 4, 4, and 1 padded to 2
     del embedder
     gc.collect()
-    assert gpu.calls["cudaEventDestroy"] == gpu.calls["cudaEventCreate"] == 2
+    assert gpu.calls["cudaEventDestroy"] == gpu.calls["cudaEventCreate"] == 4  # two for the time, one for each buffer
 
 
 def test_timing_leaves_the_embeddings_as_they_were(built: BuiltEngine, expected: np.ndarray) -> None:
@@ -126,6 +135,7 @@ def test_memory_goes_back_with_the_embedder(built: BuiltEngine, gpu: double.Fake
         "cudaDriverGetVersion",
         "cudaEventCreate",
         "cudaEventRecord",
+        "cudaEventSynchronize",
         "cudaEventElapsedTime",
     ],
 )
@@ -136,6 +146,57 @@ def test_every_status_is_checked(call: str, built: BuiltEngine, gpu: double.Fake
         embedder.embed(CROPS)
         embedder.gpu_milliseconds(np.zeros((2, 96, 64, 3), np.uint8))
     assert "\n" not in str(caught.value)
+
+
+def test_only_a_lack_of_memory_is_called_one(built: BuiltEngine, gpu: double.FakeGpu) -> None:
+    embedder = pmm_edge.load(built.path)
+    for status, remedy in ((2, "memory full"), (35, "Start the program again")):
+        gpu.fails["cudaSetDevice"] = status
+        with pytest.raises(GpuError) as caught:
+            embedder.embed(CROPS[:2])
+        assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_the_next_chunk_is_prepared_while_the_gpu_works(
+    cuda_graphs: bool,
+    built: BuiltEngine,
+    gpu: double.FakeGpu,
+    expected: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embedder = TensorRTEmbedder(built.path, cuda_graphs=cuda_graphs)
+    embedder.embed(CROPS)  # records what is to be recorded
+    waiting = []
+
+    def told(images: np.ndarray, spec: InputSpec) -> np.ndarray:
+        waiting.append(len(gpu.queue))
+        return images
+
+    monkeypatch.setattr(tensorrt_backend, "network_input", told)
+    close(embedder.embed(CROPS), expected)  # 4, 4 and 3, in one call
+    copies_layers_and_event = 4
+    assert waiting == [0, copies_layers_and_event, copies_layers_and_event]
+
+
+def test_work_of_a_call_that_failed_is_waited_for(
+    built: BuiltEngine, gpu: double.FakeGpu, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = pmm_edge.load(built.path)
+    embedder.embed(CROPS)
+    prepare, fed = tensorrt_backend.network_input, []
+
+    def interrupted(images: np.ndarray, spec: InputSpec) -> np.ndarray:
+        fed.append(images)
+        if len(fed) == 2:
+            raise KeyboardInterrupt
+        return prepare(images, spec)
+
+    monkeypatch.setattr(tensorrt_backend, "network_input", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedder.embed(CROPS)
+    assert not gpu.queue
+    close(embedder.embed(CROPS), expected)
 
 
 def test_what_tensorrt_refuses(built: BuiltEngine, gpu: double.FakeGpu) -> None:
@@ -155,7 +216,9 @@ def test_a_capture_that_fails_leaves_the_stream_usable(
     embedder = pmm_edge.load(built.path)
     context = sys.modules["tensorrt"].IExecutionContext
     execute = context.execute_async_v3
-    monkeypatch.setattr(context, "execute_async_v3", lambda self, handle: not gpu.recording and execute(self, handle))
+    monkeypatch.setattr(
+        context, "execute_async_v3", lambda self, handle: gpu.recording is None and execute(self, handle)
+    )
     with pytest.raises(GpuError, match="cannot run"):
         embedder.embed(CROPS[:2])
     assert gpu.recording is None
