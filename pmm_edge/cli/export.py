@@ -271,8 +271,7 @@ def _print(made: Made) -> None:
         ]
         columns = ("file", "MB", "precision", "input", "departure", "cosine")
         print_table(f"exported to {escape(str(made.exported[0].path.parent))}", columns, rows)
-        for item in made.exported:
-            _print_precision(item)
+        _print_precision(made.exported[0])  # the other forms hold the same network
     for engine in (made.engine, made.served_engine):
         if engine:
             _print_engine(engine)

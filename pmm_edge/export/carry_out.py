@@ -62,13 +62,12 @@ def carry_out(asked: Asked, plan: Plan, report: Report = silent) -> Made:
 def _export(asked: Asked, plan: Plan, report: Report) -> list[Exported]:
     """Write the file of each input form, and the weights beside the first."""
     try:
-        from pmm_edge.export.exporter import export_onnx, export_safetensors
+        from pmm_edge.export.exporter import export_forms, export_safetensors
     except ModuleNotFoundError as error:
         raise without(error) from error
 
-    exported = []
-    for number, (form, path) in enumerate(plan.onnx.items()):
-        exported.append(export_onnx(asked.source, path, form, asked.graph, asked.precision, report))
-        if asked.safetensors and number == 0:
-            exported.append(export_safetensors(asked.source, path.with_suffix(".safetensors")))
+    exported = export_forms(asked.source, plan.onnx, asked.graph, asked.precision, report)
+    if asked.safetensors:
+        first = next(iter(plan.onnx.values()))
+        exported.insert(1, export_safetensors(asked.source, first.with_suffix(".safetensors")))
     return exported

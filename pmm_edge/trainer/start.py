@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pmm_edge
+from pmm_edge.data.checks import not_trained_on
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.files import remove_unfinished, written_whole
@@ -33,7 +34,7 @@ from pmm_edge.trainer.feed import check_shards
 from pmm_edge.trainer.journal import METRICS
 from pmm_edge.trainer.loop import BAD_BATCH, Run, TrainResult
 from pmm_edge.trainer.position import Position, restore_position
-from pmm_edge.trainer.presets import read_config
+from pmm_edge.trainer.presets import read_run_config
 from pmm_edge.trainer.setup import chosen_machine, fingerprint, init_from, new_network
 
 _WRITTEN = (ABOUT, CONFIG, METRICS, LAST, BEST, BAD_BATCH, "epoch-*.pt")
@@ -65,6 +66,9 @@ def train(
     """
     with joined(config.device) as world, ExitStack() as held:
         dataset = scan(data, layout)
+        if world.leads:
+            for finding in not_trained_on(dataset.train):
+                warn(finding.text)
         check_shards(config, dataset.train.identities, world)
         chosen_machine(config, world)  # refused before a folder is made
         network = _started(config, dataset, world, warn)
@@ -98,12 +102,10 @@ def resume(
         DataError: the data set is not there, or has changed since.
         OutputError: another process trains in the folder, or it cannot be written.
     """
-    about = about_run(folder)
     if never_began(folder):
         raise ModelError(f"the run of {folder} never began", f"Train into it: pmm train --out {folder}")
-    if about is None or not (folder / CONFIG).exists():
-        raise ModelError(f"{folder} is no run folder", "Name one that pmm train made, such as runs/<time>-quick")
-    config = read_config(folder / CONFIG)
+    config, about = read_run_config(folder), about_run(folder)
+    assert about is not None  # read_run_config has seen to it
     with joined(config.device) as world, ExitStack() as held:
         if world.leads:
             held.enter_context(alone_in(folder))

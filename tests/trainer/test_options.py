@@ -110,6 +110,15 @@ def test_an_unreadable_image_is_passed_over_with_a_warning_and_named_in_the_log(
     assert f"warning: cannot read image {bad}" in (run.folder / "log.txt").read_text()
 
 
+def test_images_numbered_zero_are_left_out_with_a_warning(data, tmp_path):
+    for image in (data / "bounding_box_train").glob("0001_*"):
+        image.rename(image.with_name(image.name.replace("0001", "0000", 1)))
+    said = []
+    run = train(replace(CONFIG, epochs=1, batch=8), data, out=tmp_path / "run", warn=said.append)
+    assert load_checkpoint(run.folder / "best.pt").spec.num_classes == 3
+    assert [text.split(",")[0] for text in said] == ["train: 3 images numbered 0 left out of training"]
+
+
 def test_too_many_unreadable_images_stop_the_run(data, tmp_path):
     for bad in sorted((data / "bounding_box_train").iterdir())[3:5]:
         bad.write_bytes(b"")
