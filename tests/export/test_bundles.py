@@ -225,7 +225,7 @@ def test_a_static_batch_is_no_network_for_a_server_or_a_tracker(tiny_checkpoint:
 def relabelled(onnx: Path, out: Path, **changes: object) -> Path:
     """The same graph with other claims in its spec."""
     model = onnx_package.load(onnx)
-    (metadata,) = model.metadata_props
+    metadata = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     metadata.value = replace(ModelSpec.from_json(metadata.value), **changes).to_json()
     onnx_package.save(model, out)
     return out
