@@ -138,10 +138,16 @@ def test_milliseconds_have_the_digits_that_say_something(value: float, text: str
 
 def test_the_verdict_says_what_was_measured(tmp_path: Path) -> None:
     report = passing_report(tmp_path)
+    assert verdict(report).sentence == (
+        "All 3 models hold their gates against best.pt: mAP moves by at most 0.29 points, at most 40 of 458 first"
+        " hits change."
+    )
     one = replace(report, models=report.models[:1])
-    assert verdict(one).sentence == "model.onnx retrieves the same people as best.pt."
-    unjudged = replace(one, reference=replace(one.reference, retrieval=None))
-    assert verdict(unjudged).sentence == "model.onnx gives the same embeddings as best.pt."
+    assert verdict(one).sentence == (
+        "model.onnx holds its gates against best.pt: mAP moves by 0.00 points, 0 of 458 first hits change."
+    )
+    unjudged = replace(report, models=[replace(model, retrieval_change=None) for model in report.models[:2]])
+    assert verdict(unjudged).sentence == "All 2 models hold their gates against best.pt: least cosine 0.999987."
     fails = replace(report, reference=replace(report.reference, failures=["gives NaN for 3 of 9 images"]))
     assert verdict(fails).sentence == "The reference best.pt fails: gives NaN for 3 of 9 images."
     assert verdict(replace(report, complete=False)).state == "partial"
