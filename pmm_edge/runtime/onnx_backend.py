@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -14,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError
+from pmm_edge.machine import usable_cores
 from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.runtime.embedder import INPUT as INPUT
@@ -43,6 +45,8 @@ class OnnxEmbedder(Embedder):
         self._session, used = _open(path, content, device)
         super().__init__(_spec(self._session, path), path, "onnxruntime", used)
         batch = self._session.get_inputs()[0].shape[0]
+        # Asked of the session, as a device is: what was really set.
+        self.threads = self._session.get_session_options().intra_op_num_threads or None
         self._only_batch = batch if isinstance(batch, int) else None
         if self._only_batch:
             self.profile = BatchProfile(self._only_batch, self._only_batch, self._only_batch)
@@ -101,6 +105,7 @@ def _open(path: Path, content: bytes | None, device: str | None) -> tuple[onnxru
 def _session(path: Path, content: bytes | None, providers: list[Any]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
+    options.intra_op_num_threads = _threads()
     try:
         with _quiet():
             return onnxruntime.InferenceSession(content or path, options, providers=providers)
@@ -110,6 +115,15 @@ def _session(path: Path, content: bytes | None, providers: list[Any]) -> onnxrun
             f"onnxruntime {onnxruntime.__version__} cannot load {path} ({str(error).splitlines()[0]})",
             "Is it truncated? Export it again with pmm export",
         ) from error
+
+
+def _threads() -> int:
+    """How many a session takes; 0 leaves it to ONNX Runtime, which counts the machine's cores and not the usable ones.
+
+    In a container, or behind `taskset`, threads beyond the cores that may be used wait for each other.
+    """
+    usable = usable_cores()
+    return max(1, int(usable)) if usable < (os.cpu_count() or 1) else 0
 
 
 def _spec(session: onnxruntime.InferenceSession, path: Path) -> ModelSpec:
