@@ -59,10 +59,11 @@ def main() -> None:
         eager, onnx = measure_latency(embedders, [crops, crops], batch)
         results.append({"eager": asdict(eager), "onnx": asdict(onnx), "ratio": onnx.median_ms / eager.median_ms})
 
+    where = environment(embedders)
     if arguments.json:
-        print(json.dumps({"environment": environment(), "backbone": arguments.backbone, "results": results}, indent=2))
+        print(json.dumps({"environment": where, "backbone": arguments.backbone, "results": results}, indent=2))
         return
-    print("; ".join(f"{name} {value}" for name, value in environment().items()))
+    print("; ".join(f"{name} {value}" for name, value in where.items()))
     print(f"PMM {arguments.backbone} {HEIGHT}x{WIDTH}, FP32, CPU, median of interleaved runs (p90)")
     print("batch   PyTorch eager ms     ONNX Runtime ms   ratio")
     for result in results:
