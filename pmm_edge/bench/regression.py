@@ -11,6 +11,7 @@ from pmm_edge.bench.findings import Finding, Pair, accuracy, ratios, sizes, time
 from pmm_edge.bench.machines import ONLY_RATIOS, machine_notes, ratios_hold, runs_with, same_machine, same_measure
 from pmm_edge.bench.read import read_report
 from pmm_edge.bench.tables import Table
+from pmm_edge.files import with_tilde
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     if not now.complete:
         broken.append(f"{new} is of a bench that was interrupted: what it lacks is not known to be well")
     if not same_data:
-        notes.append(f"accuracy is not compared: the images differ ({before.data} and {now.data})")
+        notes.append(
+            f"accuracy is not compared: the images differ ({with_tilde(before.data)} and {with_tilde(now.data)})"
+        )
     elif not same_reference:
         notes.append(
             "mAP, Rank-1 and mINP are compared as each model's less its own reference's, the references' not at all:"
