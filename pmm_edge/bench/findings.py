@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pmm_edge.bench import noise
@@ -101,13 +101,12 @@ def times(name: str, pair: Pair) -> Iterator[Finding]:
 
 
 def _p90(name: str, figure: str, old: Latency, new: Latency) -> Finding:
-    """Timings that the bench itself calls noisy have no tail that could be compared."""
+    """Timings that the bench itself calls noisy show no change of their tail."""
+    found = _share(name, figure, old.p90_ms, new.p90_ms, noise.p90_noise(old, new))
     variation = max(old.variation, new.variation)
-    if variation <= MOST_VARIATION:
-        return _share(name, figure, old.p90_ms, new.p90_ms, noise.p90_noise(old, new))
-    change = f"x{new.p90_ms / old.p90_ms:.2f}" if old.p90_ms > 0 else "–"
-    varies = f"varies by {100 * variation:.0f} %"
-    return Finding(name, figure, _short(old.p90_ms), _short(new.p90_ms), change, varies, "unknown")
+    if found.way == "same" or variation <= MOST_VARIATION:
+        return found
+    return replace(found, noise=f"varies by {100 * variation:.0f} %", way="unknown")
 
 
 def ratios(name: str, pair: Pair) -> Iterator[Finding]:

@@ -166,9 +166,9 @@ def _not_measured(name: str, pair: Pair) -> list[str]:
 
 
 def _noisy(name: str, timed: list[Finding]) -> list[str]:
-    """Tails of timings that vary too much to be compared: no regression, but not to be overlooked."""
+    """Tails that moved, of timings that vary too much to say so: no regression, but not to be overlooked."""
     tails = [f"{found.figure} {found.old} -> {found.new}" for found in timed if found.noise.startswith("varies")]
-    return [f"{name}: not compared, for the timings are noisy: {'; '.join(tails)}"] if tails else []
+    return [f"{name}: moved, in timings too noisy to judge it: {'; '.join(tails)}"] if tails else []
 
 
 def _drift(before: BenchReport, now: BenchReport) -> list[str]:
