@@ -72,10 +72,11 @@ def main() -> None:
             }
         )
 
+    where = environment(embedders)
     if arguments.json:
-        print(json.dumps({"environment": environment(), "backbone": arguments.backbone, "results": results}, indent=2))
+        print(json.dumps({"environment": where, "backbone": arguments.backbone, "results": results}, indent=2))
         return
-    print("; ".join(f"{name} {value}" for name, value in environment().items()))
+    print("; ".join(f"{name} {value}" for name, value in where.items()))
     print(f"PMM {arguments.backbone} {HEIGHT}x{WIDTH}, CPU, median ms of interleaved runs (p90)")
     print("batch       PyTorch eager           ONNX FP32       ONNX INT8 cpu   FP32/eager   INT8/FP32")
     for result in results:

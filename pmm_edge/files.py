@@ -24,6 +24,15 @@ def cache_folder() -> Path:
     return Path(cache).expanduser() / "pmm-edge"
 
 
+def with_tilde(text: str) -> str:
+    """Text to be shown to others: the user's home folder, which names them, is `~` wherever a path begins with it."""
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # a user without one
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text) if len(home) > 1 else text
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 

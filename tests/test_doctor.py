@@ -206,6 +206,7 @@ def test_bench_draws_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_that_is_shown_names_a_folder_of_somebody() -> None:
     home = Path.home()
     assert shareable(f"cannot open {home}/.venv/lib/x.so: no") == "cannot open ~/.venv/lib/x.so: no"
+    assert shareable(f"nothing in {home}.") == "nothing in ~."
     assert shareable("/opt/alice/venv/lib/x.so: undefined\n symbol") == "…/x.so: undefined symbol"
     assert shareable("see https://example.com/a/b and ~/a/b") == "see https://example.com/a/b and ~/a/b"
     diagnosis = examine()

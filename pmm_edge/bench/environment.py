@@ -6,58 +6,74 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pmm_edge.bench.clocks import clock_range, jetson_gpu
+from pmm_edge.bench.figures import Clocks, Latency
 from pmm_edge.bench.nvml import Gpu, open_gpu
 from pmm_edge.bench.quiet import MachineState
-from pmm_edge.machine import CPUFREQ, clocks_are_locked, cores, governors, processor, text_of
+from pmm_edge.machine import clocks_are_locked, cores, governors, processor, text_of
+from pmm_edge.runtime import Embedder
 
 _PACKAGES = ("pmm-edge", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt")
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def environment(root: Path = Path("/"), device: str = "cuda", before: MachineState | None = None) -> dict[str, str]:
+def environment(
+    embedders: Sequence[Embedder] = (),
+    before: MachineState | None = None,
+    latencies: Sequence[Latency] = (),
+    root: Path = Path("/"),
+) -> dict[str, str]:
     """The machine, its settings and the versions; what it does not have or does not tell is left out.
 
     Args:
-        root: of the file system whose `proc` and `sys` are read.
-        device: whose GPU is described, where there is one.
+        embedders: what was measured: their threads are told, and the first GPU that one of them runs on.
         before: the machine before the measurement, whose load is told: afterwards it is the measurement's own.
+        latencies: what was timed, whose clocks are told: afterwards they are those of a machine at rest.
+        root: of the file system whose `proc` and `sys` are read.
     """
+    device = next((one.device for one in embedders if one.device.startswith("cuda")), "cpu")
     gpu = open_gpu(device)
     found = {
         "processor": processor(root),
         "board": text_of(root / "proc/device-tree/model"),
         "cores": cores(root),
-        "threads": _threads(),
+        "threads": _threads(embedders),
         "load": f"{before.load:.2f}" if before and before.load is not None else "",
-        "cpu clocks": _cpu_clocks(root),
+        "cpu clocks": _cpu_clocks(root, _range([one.cpu_clocks for one in latencies])),
         "power mode": _power_mode(),
         "jetson": text_of(root / "etc/nv_tegra_release").partition(", GCID")[0].lstrip("# "),
         "gpu": _gpu(gpu),
-        "gpu clocks": _gpu_clocks(root, gpu),
+        "gpu clocks": _gpu_clocks(root, gpu, _range([one.gpu_clocks for one in latencies])) if device != "cpu" else "",
         "system": platform.platform(),
         "python": platform.python_version(),
     }
     return {name: value for name, value in found.items() if value} | _versions()
 
 
-def _threads() -> str:
-    """What decides on the engines' threads; by default they take one for each core."""
+def _threads(embedders: Sequence[Embedder]) -> str:
+    """What the user set, and what each engine has; one that decides by itself is left out where none is set."""
     told = [f"{name}={os.environ[name]}" for name in _THREAD_SETTINGS if name in os.environ]
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        told.append(f"torch {torch.get_num_threads()}")
-    return ", ".join([*told, "onnxruntime: one for each core"])
+    engines = {one.backend: one.threads for one in embedders}
+    told += [f"{backend} {threads}" for backend, threads in engines.items() if threads]
+    by_default = [backend for backend, threads in engines.items() if not threads and backend != "tensorrt"]
+    return ", ".join([*told, *(f"{backend} by default" for backend in by_default)])
 
 
-def _cpu_clocks(root: Path) -> str:
-    now = [int(text) for file in root.glob(f"{CPUFREQ}/scaling_cur_freq") if (text := text_of(file)).isdecimal()]
-    if not now:
+def _range(clocks: Sequence[Clocks | None]) -> str:
+    """`1410 to 1755`, one number where it never moved, nothing where nobody told."""
+    told = [clock for clock in clocks if clock]
+    whole = clock_range([*(one.least_mhz for one in told), *(one.most_mhz for one in told)])
+    if whole is None:
         return ""
-    parts = [f"{min(now) // 1000} to {max(now) // 1000} MHz"]
+    return str(whole.most_mhz) if whole.least_mhz == whole.most_mhz else f"{whole.least_mhz} to {whole.most_mhz}"
+
+
+def _cpu_clocks(root: Path, timed: str) -> str:
+    parts = [f"{timed} MHz"] if timed else []
     if found := governors(root):
         parts.append(f"governor {', '.join(sorted(found))}")
     if clocks_are_locked(root):
@@ -86,18 +102,15 @@ def _gpu(gpu: Gpu | None) -> str:
     return f"{gpu.name}, driver {gpu.driver}" if gpu.driver else gpu.name
 
 
-def _gpu_clocks(root: Path, gpu: Gpu | None) -> str:
-    if gpu and gpu.clocks_mhz:
-        now, most = gpu.clocks_mhz
-        return f"{now} of {most} MHz"
-    # A Jetson's: 17000000.gpu, .ga10b or .gv11b by JetPack and module.
-    for folder in sorted(root.glob("sys/class/devfreq/*")):
-        if folder.name.rpartition(".")[2] in ("gpu", "ga10b", "gv11b", "gp10b", "gm20b"):
-            now_, least, most_ = (text_of(folder / name) for name in ("cur_freq", "min_freq", "max_freq"))
-            if now_.isdecimal() and most_.isdecimal():
-                locked = ", locked" if least == most_ else ""
-                return f"{int(now_) // 10**6} of {int(most_) // 10**6} MHz{locked}"
-    return ""
+def _gpu_clocks(root: Path, gpu: Gpu | None, timed: str) -> str:
+    most, locked = gpu.most_mhz if gpu else None, ""
+    if not gpu and (board := jetson_gpu(root)):
+        least, told = (text_of(board / name) for name in ("min_freq", "max_freq"))
+        most = int(told) // 10**6 if told.isdecimal() else None
+        locked = ", locked" if told and least == told else ""
+    if most is None:
+        return f"{timed} MHz" if timed else ""
+    return f"{timed} of {most} MHz{locked}" if timed else f"at most {most} MHz{locked}"
 
 
 def _versions() -> dict[str, str]:

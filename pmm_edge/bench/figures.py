@@ -131,6 +131,14 @@ class Departure:
 
 
 @dataclass(frozen=True)
+class Clocks:
+    """The range of a clock, asked at the end of each turn while the device was still hot."""
+
+    least_mhz: int
+    most_mhz: int
+
+
+@dataclass(frozen=True)
 class Latency:
     """Wall-clock time of one batch."""
 
@@ -153,6 +161,12 @@ class Latency:
     ratio_high: float
     gpu_ms: float | None = None
     """Median time between CUDA events around a TensorRT engine; None for other engines."""
+    cpu_clocks: Clocks | None = None
+    """Of the fastest core; None where the system does not tell, as in most virtual machines."""
+    gpu_clocks: Clocks | None = None
+    """None where it ran on the CPU, or nobody tells."""
+    slowed_by: list[str] = field(default_factory=list)
+    """What kept the GPU's clocks down at the end of any turn, to be read after `slowed down by`."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pmm_edge.bench.clocks import clock_range, clock_reader
 from pmm_edge.bench.figures import Latency, Scope
 from pmm_edge.bench.turns import Clock, Times, Work, time_in_turns
 from pmm_edge.errors import PmmError
@@ -46,7 +47,11 @@ def measure_latency(
     """
     batches = [np.resize(crops, (batch, *crops.shape[1:])) for crops in images]
     works = [
-        Work(partial(embedder.embed_prepared, crops), partial(embedder.gpu_milliseconds, crops))
+        Work(
+            partial(embedder.embed_prepared, crops),
+            partial(embedder.gpu_milliseconds, crops),
+            clock_reader(embedder.device),
+        )
         for embedder, crops in zip(embedders, batches, strict=True)
     ]
     times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch}", clock)
@@ -81,7 +86,10 @@ def measure_end_to_end(
     if not paths:
         raise PmmError("there are no images to time from file to embedding", "Name at least one")
     files = [paths[number % len(paths)] for number in range(batch)]
-    works = [Work(partial(embed_files, embedder, files, batch)) for embedder in embedders]
+    works = [
+        Work(partial(embed_files, embedder, files, batch), reading=clock_reader(embedder.device))
+        for embedder in embedders
+    ]
     times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch} from files", clock)
     return _latencies(embedders, times, batch, "end to end")
 
@@ -146,6 +154,9 @@ def _latencies(embedders: Sequence[Embedder], times: Sequence[Times], batch: int
                 ratio_low=low,
                 ratio_high=high,
                 gpu_ms=float(np.median(taken.gpu_ms)) if taken.gpu_ms else None,
+                cpu_clocks=clock_range(reading.cpu_mhz for reading in taken.readings),
+                gpu_clocks=clock_range(reading.gpu_mhz for reading in taken.readings),
+                slowed_by=list(dict.fromkeys(why for reading in taken.readings for why in reading.slowed_by)),
             )
         )
     return found

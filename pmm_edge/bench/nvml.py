@@ -85,12 +85,16 @@ class Gpu:
         return memory.used / 2**20 if self._ask("nvmlDeviceGetMemoryInfo_v2", ctypes.byref(memory)) else None
 
     @property
-    def clocks_mhz(self) -> tuple[int, int] | None:
-        """Of the multiprocessors: now, and at most."""
-        now, most = c_uint(), c_uint()
-        told = self._ask("nvmlDeviceGetClockInfo", CLOCK_SM, ctypes.byref(now))
-        told = self._ask("nvmlDeviceGetMaxClockInfo", CLOCK_SM, ctypes.byref(most)) and told
-        return (now.value, most.value) if told else None
+    def clock_mhz(self) -> int | None:
+        """Of the multiprocessors, at this moment."""
+        clock = c_uint()
+        return clock.value if self._ask("nvmlDeviceGetClockInfo", CLOCK_SM, ctypes.byref(clock)) else None
+
+    @property
+    def most_mhz(self) -> int | None:
+        """The highest clock that the multiprocessors can have."""
+        clock = c_uint()
+        return clock.value if self._ask("nvmlDeviceGetMaxClockInfo", CLOCK_SM, ctypes.byref(clock)) else None
 
     @property
     def slowed_by(self) -> list[str]:

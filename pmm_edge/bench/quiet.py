@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 
 from pmm_edge.bench.figures import Latency
-from pmm_edge.bench.nvml import open_gpu
 from pmm_edge.machine import clocks_are_locked, governors, is_jetson, text_of, usable_cores
 
 MOST_VARIATION = 0.15
@@ -52,20 +51,19 @@ def _load(root: Path) -> float | None:
 
 
 def machine_warnings(
-    latencies: Sequence[Latency], before: MachineState | None = None, device: str = "cpu", root: Path = Path("/")
+    latencies: Sequence[Latency], before: MachineState | None = None, root: Path = Path("/")
 ) -> list[str]:
     """What makes timings less worth, each in a sentence that says what to do.
 
     Args:
         latencies: all that were measured.
-        before: what `machine_state` gave before them; without it neither load nor throttling is judged.
-        device: that they were measured on.
+        before: what `machine_state` gave before them; without it neither the load nor the CPU's throttling is judged.
         root: of the file system whose `proc` and `sys` are read.
     """
     found = [
         _load_warning(before) if before else None,
         _variation_warning(latencies, root),
-        _throttling_warning(before, device, root) if before else None,
+        _throttling_warning(latencies, before, root),
     ]
     return [warning for warning in found if warning]
 
@@ -100,14 +98,12 @@ def _how_to_quieten(root: Path) -> str:
     return "end other work, of neighbours as well where it is a virtual machine,"
 
 
-def _throttling_warning(before: MachineState, device: str, root: Path) -> str | None:
+def _throttling_warning(latencies: Sequence[Latency], before: MachineState | None, root: Path) -> str | None:
     reasons = []
     now = _throttled(root)
-    if now is not None and before.throttled is not None and now > before.throttled:
+    if now is not None and before and before.throttled is not None and now > before.throttled:
         reasons.append(f"{now - before.throttled} times by heat or current")
-    gpu = open_gpu(device)
-    if gpu:
-        reasons += [f"the GPU by {reason}" for reason in gpu.slowed_by]
+    reasons += dict.fromkeys(f"the GPU by {reason}" for found in latencies for reason in found.slowed_by)
     if not reasons:
         return None
     return (

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from pmm_edge.bench.figures import BenchReport, ModelReport
 from pmm_edge.bench.findings import Finding, Pair, accuracy, ratios, sizes, times
+from pmm_edge.bench.machines import ONLY_RATIOS, machine_notes, ratios_hold, runs_with, same_machine, same_measure
 from pmm_edge.bench.read import read_report
 from pmm_edge.bench.tables import Table
-
-_MACHINE = ("processor", "board", "cores", "threads", "gpu", "power mode")
-"""Entries of the environment that make times comparable; versions are what a comparison is about."""
+from pmm_edge.files import with_tilde
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     """Compare two `bench.json`, models matched by file name and precision.
 
     Accuracy is compared on the same images only, with another reference as the model's less its own reference's.
-    Times are compared as they are on the same machine, on another one through the ratio to the reference.
+    Times are compared as they are on the same machine, on another one through the ratio to the same reference.
     `pmm_edge.bench.noise` says what counts as noise.
 
     Raises:
@@ -49,23 +48,21 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     """
     before, now = read_report(old), read_report(new)
     same_data = before.data_sha256 == now.data_sha256
-    same_machine = _machine(before) == _machine(now)
+    here = same_machine(before, now)
     same_reference = before.reference.sha256 == now.reference.sha256
     broken, notes = _unmatched(before, now)
     if not now.complete:
         broken.append(f"{new} is of a bench that was interrupted: what it lacks is not known to be well")
     if not same_data:
-        notes.append(f"accuracy is not compared: the images differ ({before.data} and {now.data})")
+        notes.append(
+            f"accuracy is not compared: the images differ ({with_tilde(before.data)} and {with_tilde(now.data)})"
+        )
     elif not same_reference:
         notes.append(
             "mAP, Rank-1 and mINP are compared as each model's less its own reference's, the references' not at all:"
             " the references differ"
         )
-    if not same_machine:
-        notes.append(
-            f"times are compared through the ratio to the reference, memory and energy not at all: the machines differ"
-            f" ({_words(before)}; {_words(now)})"
-        )
+    notes += machine_notes(before, now)
     findings: list[Finding] = []
     for pair in _matched(before, now):
         name = _name(pair[1])
@@ -73,13 +70,20 @@ def compare_reports(old: Path, new: Path) -> Comparison:
             broken += [f"{name} passed and fails now: {failure}" for failure in pair[1].failures]
         if pair[0].failures and not pair[1].failures:
             notes.append(f"{name} failed and passes now")
-        if (where := [f"{model.backend} on {model.device}" for model in pair]) and where[0] != where[1]:
-            notes.append(f"{name} ran with {where[0]}, now with {where[1]}")
+        if (before_with := runs_with(pair[0])) != (now_with := runs_with(pair[1])):
+            notes.append(f"{name} ran with {before_with}, now with {now_with}")
         findings += accuracy(name, pair, same_reference) if same_data else []
-        findings += times(name, pair) if same_machine else ratios(name, pair)
-        findings += sizes(name, pair, same_machine)
-        notes += _not_measured(name, pair)
-    return Comparison(str(old), str(new), findings, broken, notes + _drift(before, now, same_machine))
+        if here:
+            timed = list(times(name, pair))
+            notes += _noisy(name, timed)
+        elif ratios_hold(pair, before, now):
+            timed = list(ratios(name, pair))
+        else:
+            timed = []
+            notes += [f"{name}: its times are not compared: {ONLY_RATIOS}"] if same_measure(before, now) else []
+        findings += [*timed, *sizes(name, pair, here)]
+        notes += [*_loosened(name, pair), *_not_measured(name, pair)]
+    return Comparison(str(old), str(new), findings, broken, notes + (_drift(before, now) if here else []))
 
 
 def comparison_table(comparison: Comparison, everything: bool = False) -> Table:
@@ -132,6 +136,19 @@ def _unmatched(before: BenchReport, now: BenchReport) -> tuple[list[str], list[s
     return gone, added
 
 
+def _loosened(name: str, pair: Pair) -> list[str]:
+    """Gates that ask for less than before: what passes now may not have passed then."""
+    old, new = pair[0].gates, pair[1].gates
+    asked = (
+        ("least cosine", old.min_cosine, new.min_cosine, old.min_cosine > new.min_cosine),
+        ("mean cosine", old.min_mean_cosine, new.min_mean_cosine, old.min_mean_cosine > new.min_mean_cosine),
+        ("loss of mAP", old.max_map_drop, new.max_map_drop, old.max_map_drop < new.max_map_drop),
+    )
+    changes = [f"{words} {before:g} -> {now:g}" for words, before, now, looser in asked if looser]
+    loosened = f"{name}: its gates were loosened ({', '.join(changes)}); cosines are compared by the stricter ones"
+    return [loosened] if changes and pair[1].parity else []
+
+
 def _not_measured(name: str, pair: Pair) -> list[str]:
     """What the old report has and the new one lacks: no regression, but not to be overlooked."""
     old, new = pair
@@ -148,26 +165,24 @@ def _not_measured(name: str, pair: Pair) -> list[str]:
     return [f"{name}: measured before and not now: {', '.join(lost)}"] if lost else []
 
 
-def _drift(before: BenchReport, now: BenchReport, same_machine: bool) -> list[str]:
+def _noisy(name: str, timed: list[Finding]) -> list[str]:
+    """Tails that moved, of timings that vary too much to say so: no regression, but not to be overlooked."""
+    tails = [f"{found.figure} {found.old} -> {found.new}" for found in timed if found.noise.startswith("varies")]
+    return [f"{name}: moved, in timings too noisy to judge it: {'; '.join(tails)}"] if tails else []
+
+
+def _drift(before: BenchReport, now: BenchReport) -> list[str]:
     """Where the reference itself became slower or faster, the machine may have: that is said beside the times."""
-    if not same_machine or before.reference.sha256 != now.reference.sha256:
+    if before.reference.sha256 != now.reference.sha256:
         return []
-    moved = [found for found in times("", (before.reference, now.reference)) if found.figure.startswith("batch")]
+    timed = times("", (before.reference, now.reference))
+    moved = [found for found in timed if found.figure.startswith("batch") and found.figure.endswith(", ms")]
     return [
         f"the unchanged reference takes {found.change} at {found.figure.removesuffix(', ms')}: its engine or the"
         " machine changed, not the models alone"
         for found in moved
         if found.way in ("worse", "better")
     ]
-
-
-def _machine(report: BenchReport) -> dict[str, str]:
-    # A new driver is no other machine, but what a comparison may be about.
-    return {key: report.environment[key].partition(", driver")[0] for key in _MACHINE if key in report.environment}
-
-
-def _words(report: BenchReport) -> str:
-    return ", ".join(f"{key} {value}" for key, value in _machine(report).items()) or "unknown"
 
 
 def _name(model: ModelReport) -> str:

@@ -1,4 +1,4 @@
-"""What a model's departures do to retrieval, and whether so few queries can tell it from chance."""
+"""What a model's departures do to retrieval, and whether so few queries can show that it holds its gate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.bench.figures import Change, FirstHit, RetrievalChange
+from pmm_edge.bench.figures import Change, FirstHit, Gates, RetrievalChange
 from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.retrieval import RetrievalResult
 
@@ -68,13 +68,31 @@ def first_hits(reference: RetrievalResult, candidate: RetrievalResult, dataset: 
     return sorted(hits, key=lambda one: int(one.model_right) - int(one.reference_right))
 
 
-def few_queries(changes: Sequence[RetrievalChange]) -> str | None:
-    """A warning where the queries cannot tell a change of a point of mAP from chance; None where they can."""
-    widest = max((change.mAP.high - change.mAP.low for change in changes), default=0.0)
-    if 100 * widest / 2 <= 1:
+def few_queries(changes: Sequence[RetrievalChange], gates: Sequence[Gates] = ()) -> str | None:
+    """A warning where a model holds its gate on mAP and the queries do not show that it would on others.
+
+    Args:
+        changes: of each model, all on the same queries.
+        gates: those that each model had to hold; the usual ones where none are given.
+
+    Returns:
+        What was shown and what not; None where each interval of a model that passes lies within what its gate allows.
+    """
+    allowed = [one.max_map_drop for one in gates] or [Gates().max_map_drop] * len(changes)
+    unsure = [
+        (-100 * change.mAP.low, most)
+        for change, most in zip(changes, allowed, strict=True)
+        if -100 * change.mAP.difference <= most < -100 * change.mAP.low
+    ]
+    if not unsure:
         return None
+    loss, most = max(unsure, key=lambda one: one[0] - one[1])
+    whose = (
+        f"mAP of {len(unsure)} of {len(changes)} models holds its gate" if len(changes) > 1 else "mAP holds its gate"
+    )
     return (
-        f"{changes[0].queries:,} queries tell a change of mAP to ±{50 * widest:.1f} points only: judge on more of them"
+        f"{whose} on these {changes[0].queries:,} queries, which are too few to show that it would on others: the loss"
+        f" may be as large as {loss:.2f} points (95 % interval) where {most:g} are allowed; judge on more queries"
     )
 
 

@@ -28,7 +28,7 @@ def measure_speed(run: Run, report: Report) -> None:
             _latencies(run, report)
     finally:
         timed = [latency for subject in run.sound for latency in subject.latency]
-        run.warnings += machine_warnings(timed, run.before, run.base.embedder.device)
+        run.warnings += machine_warnings(timed, run.before)
     batch = max(run.options.batches)
     for number, subject in enumerate(run.sound):
         report("start, memory, energy", number, len(run.sound), subject.name)

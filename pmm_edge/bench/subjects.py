@@ -161,7 +161,9 @@ class Run:
             data=str(self.images.source),
             data_sha256=self.data_sha256,
             images=len(self.images.paths),
-            environment=environment(device=self.base.embedder.device, before=self.before),
+            environment=environment(
+                [one.embedder for one in self.all], self.before, [t for s in self.all for t in s.latency]
+            ),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             complete=self.complete,
             warnings=self.warnings,

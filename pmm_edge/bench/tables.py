@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pmm_edge.bench.figures import BenchReport, Change, Closeness, Latency, ModelReport, Scope
 from pmm_edge.bench.verdict import named
+from pmm_edge.files import with_tilde
 
 NONE = "–"
 """In a cell: not measured."""
@@ -74,7 +75,7 @@ def parity_table(report: BenchReport) -> Table:
         for name, model in named(report)
     ]
     columns = ("model", "cosine\nmin", "cosine\n1 %", "cosine\nmean", "largest\nrelative", "result")
-    return Table(f"parity on {report.images:,} images of {report.data}", columns, rows)
+    return Table(f"parity on {report.images:,} images of {with_tilde(report.data)}", columns, rows)
 
 
 def stage_table(report: BenchReport) -> Table | None:
@@ -191,7 +192,7 @@ def cost_table(report: BenchReport) -> Table | None:
 
 def environment_table(report: BenchReport) -> Table:
     """What was measured on, and when."""
-    rows = [*report.environment.items(), ("data", report.data), ("data SHA-256", report.data_sha256)]
+    rows = [*report.environment.items(), ("data", with_tilde(report.data)), ("data SHA-256", report.data_sha256)]
     rows.append(("measured", report.created))
     return Table("environment", ("what", "value"), rows)
 

@@ -14,6 +14,7 @@ from itertools import count
 
 import numpy as np
 
+from pmm_edge.bench.clocks import Reading
 from pmm_edge.progress import Report, silent
 
 Clock = Callable[[], float]
@@ -38,6 +39,8 @@ class Work:
     run: Callable[[], object]
     gpu_milliseconds: Callable[[], float | None] = lambda: None
     """Asked once at the end of each turn."""
+    reading: Callable[[], Reading] = Reading
+    """Of the clocks, before that."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Times:
     turns: list[list[float]] = field(default_factory=list)
     """Seconds of each run, turn by turn; a turn in which it had nothing left to do is empty."""
     gpu_ms: list[float] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+    """Of the clocks, at the end of each turn."""
 
     @property
     def seconds(self) -> list[float]:
@@ -121,6 +126,7 @@ def _window(run: Callable[[], object], clock: Clock) -> list[float]:
 def _take_turn(work: Work, taken: Times, runs: int, clock: Clock) -> None:
     work.run()
     taken.turns[-1].extend(_timed(work.run, clock) for _ in range(runs))
+    taken.readings.append(work.reading())
     on_gpu = work.gpu_milliseconds()
     if on_gpu is not None:
         taken.gpu_ms.append(on_gpu)

@@ -23,7 +23,7 @@ def verdict(report: BenchReport) -> Verdict:
     if not report.complete:
         return Verdict("partial", f"Interrupted: {_so_far(report)}.")
     if not report.failures:
-        return Verdict("passes", f"{_all_models(report)} {_same(report)} {Path(report.reference.path).name}.")
+        return Verdict("passes", f"{_all_models(report)} against {Path(report.reference.path).name}{_shown(report)}.")
     return Verdict("fails", f"{_failing(report)}.")
 
 
@@ -38,16 +38,20 @@ def named(report: BenchReport) -> list[tuple[str, ModelReport]]:
 
 def _all_models(report: BenchReport) -> str:
     if len(report.models) == 1:
-        return Path(report.models[0].path).name
-    return f"All {len(report.models)} models"
+        return f"{Path(report.models[0].path).name} holds its gates"
+    return f"All {len(report.models)} models hold their gates"
 
 
-def _same(report: BenchReport) -> str:
-    """What holds of them: all that was measured, no more."""
-    one = len(report.models) == 1
-    if report.reference.retrieval is None:
-        return "gives the same embeddings as" if one else "give the same embeddings as"
-    return "retrieves the same people as" if one else "retrieve the same people as"
+def _shown(report: BenchReport) -> str:
+    """What they were seen to do, in the figure that says most, of the model that moved most."""
+    changes = [model.retrieval_change for model in report.models if model.retrieval_change]
+    cosines = [model.parity.whole.cosine_min for model in report.models if model.parity]
+    if changes:
+        moved = 100 * max(abs(change.mAP.difference) for change in changes)
+        hits = max(len(change.first_hits) for change in changes)
+        most = "at most " if len(changes) > 1 else ""
+        return f": mAP moves by {most}{moved:.2f} points, {most}{hits:,} of {changes[0].queries:,} first hits change"
+    return f": least cosine {min(cosines):.6f}" if cosines else ""
 
 
 def _failing(report: BenchReport) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+
+from pmm_edge.files import with_tilde
 
 _FOLDERS = re.compile(r"(?<![\w~.:/…])/(?:[^\s:;,'\"()|/]+/)+")
 """The folders of an absolute path, but not of a URL."""
@@ -31,7 +32,4 @@ class Section:
 
 def shareable(text: str) -> str:
     """Text in one line, to be shown to others: the home folder is `~`, of other paths only the file's name stays."""
-    home = str(Path.home())
-    if len(home) > 1:
-        text = re.sub(re.escape(home) + r"(?=/|\W|$)", "~", text)
-    return " ".join(_FOLDERS.sub("…/", text).split())
+    return " ".join(_FOLDERS.sub("…/", with_tilde(text)).split())

@@ -36,10 +36,12 @@ class Embedder(ABC):
         profile: the batch sizes that the engine takes; None where it takes any. Callers may give any: more goes
             through in chunks, fewer are padded.
         cuda_graphs: a batch is one CUDA graph, launched whole.
+        threads: that compute on the CPU, as the engine was told; None where it decides by itself.
     """
 
     profile: BatchProfile | None = None
     cuda_graphs = False
+    threads: int | None = None
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
         if (spec.input.color, spec.input.resize) != ("RGB", "bilinear"):

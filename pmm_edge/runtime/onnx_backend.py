@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError, PmmWarning
 from pmm_edge.files import cache_folder, sha256
+from pmm_edge.machine import usable_cores
 from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.runtime.embedder import INPUT as INPUT
@@ -60,6 +62,8 @@ class OnnxEmbedder(Embedder):
         batch = self._session.get_inputs()[0].shape[0]
         if isinstance(batch, int):
             self.profile = BatchProfile(batch, batch, batch)
+        # Asked of the session, as a device is: what was really set.
+        self.threads = self._session.get_session_options().intra_op_num_threads or None
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
         return self._embed(network_input(images, self.spec.input))
@@ -173,6 +177,7 @@ def _does_not_load(provider: str) -> str | None:
 def _session(path: Path, content: bytes | None, providers: list[Any]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
+    options.intra_op_num_threads = _threads()
     try:
         with _quiet():
             # Where a provider fails, now or later, ONNX Runtime would print that and go on with the next one.
@@ -197,6 +202,15 @@ def _said(error: BaseException | None) -> str:
     """ONNX Runtime's message without the place in its source, which may be longer than what it says."""
     lines = _PLACE.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else "it does not say why"
+
+
+def _threads() -> int:
+    """How many a session takes; 0 leaves it to ONNX Runtime, which counts the machine's cores and not the usable ones.
+
+    In a container, or behind `taskset`, threads beyond the cores that may be used wait for each other.
+    """
+    usable = usable_cores()
+    return max(1, int(usable)) if usable < (os.cpu_count() or 1) else 0
 
 
 def _spec(session: onnxruntime.InferenceSession, path: Path) -> ModelSpec:

@@ -52,6 +52,7 @@ class TorchEmbedder(Embedder):
     def __init__(self, network: nn.Module, spec: ModelSpec, path: Path, device: str | None = None) -> None:
         target = torch_device(device)
         super().__init__(spec, path, "torch", str(target))
+        self.threads = torch.get_num_threads()
         self._target = target
         self._preprocess = Preprocess(replace(spec.input, form="uint8")).to(target)
         self.network = network.to(target).eval()

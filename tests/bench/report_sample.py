@@ -15,6 +15,7 @@ from PIL import Image
 from pmm_edge.bench.figures import (
     BenchReport,
     Change,
+    Clocks,
     Closeness,
     ColdStart,
     Compute,
@@ -158,6 +159,7 @@ def _latency(batch: int, scope: Scope, median: float, ratio: float) -> Latency:
         ratio=ratio,
         ratio_low=ratio - spread,
         ratio_high=ratio + spread,
+        cpu_clocks=Clocks(3100, 3400),
     )
 
 

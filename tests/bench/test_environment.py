@@ -7,8 +7,11 @@ import pytest
 
 from pmm_edge.bench import environment as module
 from pmm_edge.bench.environment import environment
+from pmm_edge.bench.figures import Clocks, Latency
 from pmm_edge.bench.quiet import machine_state
 from pmm_edge.machine import clocks_are_locked, usable_cores
+from pmm_edge.runtime import Embedder
+from pmm_edge.spec import InputSpec, ModelSpec
 
 
 def write(path: Path, content: object) -> None:
@@ -23,6 +26,20 @@ def cpufreq(root: Path, core: int, governor: str, now: int, least: int, most: in
         write(folder / f"scaling_{name}_freq", value)
 
 
+class Engine(Embedder):
+    """What runs where, with how many threads; no network."""
+
+    def __init__(self, device: str, backend: str = "onnxruntime", threads: int | None = None) -> None:
+        super().__init__(ModelSpec("pmm", "resnet18", 4, InputSpec(4, 2), 3, {}, 1), Path("model"), backend, device)
+        self.threads = threads
+
+    embed_prepared = None
+
+
+def timed(cpu: Clocks | None = None, gpu: Clocks | None = None) -> Latency:
+    return Latency(1, "model", False, 50, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, cpu_clocks=cpu, gpu_clocks=gpu)
+
+
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -30,7 +47,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_machine() -> None:
-    found = environment(before=machine_state())
+    found = environment([Engine("cpu")], machine_state())
     assert {"processor", "cores", "threads", "load", "system", "python", "numpy", "pillow"} <= found.keys()
     assert all(found.values())
     assert all("\n" not in value for value in found.values())
@@ -49,25 +66,28 @@ def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: N
     write(tool, "#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\necho 0")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    found = environment(tmp_path)
+    found = environment([Engine("cuda:0")], None, [timed(Clocks(1728, 1984), Clocks(612, 918))], tmp_path)
     assert found["board"] == "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
     assert found["jetson"] == "R36 (release), REVISION: 4.3"
     assert found["cores"] == "8, 6 of them usable"
-    assert found["cpu clocks"] == "1984 to 1984 MHz, governor schedutil, locked"
-    assert found["gpu clocks"] == "918 of 918 MHz, locked"
+    assert found["cpu clocks"] == "1728 to 1984 MHz, governor schedutil, locked"
+    assert found["gpu clocks"] == "612 to 918 of 918 MHz, locked"
     assert found["power mode"] == "MAXN_SUPER (0)"
 
 
-def test_clocks_that_move(tmp_path: Path) -> None:
-    cpufreq(tmp_path, 0, "performance", 3400000, 800000, 3500000)
-    cpufreq(tmp_path, 1, "powersave", 1200000, 800000, 3500000)
-    assert environment(tmp_path)["cpu clocks"] == "1200 to 3400 MHz, governor performance, powersave"
+def test_clocks_are_those_of_the_timings_and_not_of_a_machine_at_rest(tmp_path: Path) -> None:
+    cpufreq(tmp_path, 0, "performance", 800000, 800000, 3500000)
+    cpufreq(tmp_path, 1, "powersave", 800000, 800000, 3500000)
+    latencies = [timed(Clocks(3100, 3400)), timed(Clocks(2900, 3300)), timed()]
+    told = environment(latencies=latencies, root=tmp_path)["cpu clocks"]
+    assert told == "2900 to 3400 MHz, governor performance, powersave"
+    assert environment(latencies=[timed()], root=tmp_path)["cpu clocks"] == "governor performance, powersave"
     assert not clocks_are_locked(tmp_path)
 
 
 def test_a_processor_by_name(tmp_path: Path) -> None:
     write(tmp_path / "proc/cpuinfo", "processor\t: 0\nmodel name\t: AMD EPYC\nprocessor\t: 1\nmodel name\t: AMD EPYC")
-    assert environment(tmp_path)["processor"] == "AMD EPYC"
+    assert environment(root=tmp_path)["processor"] == "AMD EPYC"
 
 
 @pytest.mark.parametrize(
@@ -90,15 +110,22 @@ def test_cores_that_may_be_used(
     assert usable_cores(tmp_path) == cores
 
 
-def test_settings_of_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_that_were_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module._THREAD_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert "OMP_NUM_THREADS=3" in environment()["threads"]
+    engines = [Engine("cpu", "torch", 3), Engine("cpu", threads=2), Engine("cuda:0", "tensorrt")]
+    assert environment(engines)["threads"] == "OMP_NUM_THREADS=3, torch 3, onnxruntime 2"
+    assert environment([Engine("cpu")])["threads"] == "OMP_NUM_THREADS=3, onnxruntime by default"
 
 
-def test_a_gpu_is_named_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_that_of_any_model_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gpu:
-        name, driver, clocks_mhz = "NVIDIA H100", "580.65.06", (1410, 1980)
+        name, driver, most_mhz = "NVIDIA H100", "580.65.06", 1980
 
-    monkeypatch.setattr(module, "open_gpu", lambda device: Gpu())
-    found = environment()
-    assert (found["gpu"], found["gpu clocks"]) == ("NVIDIA H100, driver 580.65.06", "1410 of 1980 MHz")
+    monkeypatch.setattr(module, "open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
+    engines = [Engine("cpu", "torch"), Engine("cuda:1"), Engine("cuda:0")]
+    found = environment(engines, latencies=[timed(), timed(gpu=Clocks(1410, 1755))])
+    assert (found["gpu"], found["gpu clocks"]) == ("NVIDIA H100, driver 580.65.06", "1410 to 1755 of 1980 MHz")
+    assert environment(engines)["gpu clocks"] == "at most 1980 MHz"
+    assert "gpu" not in environment(engines[:1])

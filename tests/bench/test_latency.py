@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmm_edge.bench.figures import Latency
+from pmm_edge.bench import latency
+from pmm_edge.bench.clocks import Reading
+from pmm_edge.bench.figures import Clocks, Latency
 from pmm_edge.bench.latency import measure_end_to_end, measure_latency, ratio_interval, without_cuda_graphs
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.runtime import Embedder, load
@@ -51,6 +53,25 @@ def test_figures_are_those_of_the_runs() -> None:
     assert found.images_per_second == pytest.approx(80)
     assert (found.ratio, found.ratio_low, found.ratio_high) == (1, 1, 1)
     assert found.gpu_ms == 7
+
+
+def test_clocks_and_what_kept_them_down_are_those_of_all_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = [
+        Reading(3400, 1755),
+        Reading(3100, 1410, ("its power limit",)),
+        Reading(3300, 1600, ("its temperature",)),
+    ]
+    asked = []
+
+    def reader(device: str) -> Callable[[], Reading]:
+        asked.append(device)
+        return lambda: readings.pop() if readings else Reading(3200, 1500, ("its temperature",))
+
+    monkeypatch.setattr(latency, "clock_reader", reader)
+    (found,) = measured(lambda run: 0.1)
+    assert (found.cpu_clocks, found.gpu_clocks) == (Clocks(3100, 3400), Clocks(1410, 1755))
+    assert found.slowed_by == ["its temperature", "its power limit"]
+    assert asked == ["cpu"]
 
 
 def test_tails_and_variation() -> None:

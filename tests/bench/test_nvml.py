@@ -118,7 +118,7 @@ def test_a_gpu_that_tells_all(library: Callable[..., Path]) -> None:
     first, second = gpu.joules, gpu.joules
     assert (first, second) == (6.5, 8.0)
     assert gpu.used_mib == 3072
-    assert gpu.clocks_mhz == (1410, 1980)
+    assert (gpu.clock_mhz, gpu.most_mhz) == (1410, 1980)
     assert gpu.slowed_by == ["its power limit", "its temperature"]
 
 
@@ -126,7 +126,7 @@ def test_a_gpu_that_tells_little(library: Callable[..., Path]) -> None:
     gpu = opened(library("-DPART"))
     assert gpu
     assert gpu.name == "NVIDIA H100"
-    assert (gpu.joules, gpu.used_mib, gpu.clocks_mhz, gpu.slowed_by) == (None, None, None, [])
+    assert (gpu.joules, gpu.used_mib, gpu.clock_mhz, gpu.most_mhz, gpu.slowed_by) == (None, None, None, None, [])
 
 
 def test_no_gpu(library: Callable[..., Path]) -> None:

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import pytest
-
-from pmm_edge.bench import quiet
 from pmm_edge.bench.figures import Latency, Scope
 from pmm_edge.bench.quiet import MachineState, machine_state, machine_warnings
 
 
-def latency(variation: float, batch: int = 1, scope: Scope = "model") -> Latency:
-    return Latency(batch, scope, False, 50, 1.0, 1.0, 1.0, variation, 1.0, 1.0, 1.0, 1.0)
+def latency(variation: float, batch: int = 1, scope: Scope = "model", slowed_by: str = "") -> Latency:
+    why = [slowed_by] if slowed_by else []
+    return Latency(batch, scope, False, 50, 1.0, 1.0, 1.0, variation, 1.0, 1.0, 1.0, 1.0, slowed_by=why)
 
 
 def write(path: Path, content: object) -> None:
@@ -52,7 +50,7 @@ def test_a_busy_machine(tmp_path: Path) -> None:
     assert not machine_warnings([latency(0.02)], MachineState(None, 2, None), root=tmp_path)
 
 
-def test_a_machine_that_slows_itself_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_slows_itself_down(tmp_path: Path) -> None:
     write(tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", 3)
     write(tmp_path / "sys/class/hwmon/hwmon2/oc1_event_cnt", 1)
     before = machine_state(tmp_path)
@@ -60,13 +58,9 @@ def test_a_machine_that_slows_itself_down(tmp_path: Path, monkeypatch: pytest.Mo
     before = MachineState(0.0, before.cores, before.throttled)
     assert machine_warnings([latency(0.02)], before, root=tmp_path) == []
     write(tmp_path / "sys/class/hwmon/hwmon2/oc1_event_cnt", 3)
-
-    class Gpu:
-        slowed_by = ("its temperature",)
-
-    monkeypatch.setattr(quiet, "open_gpu", lambda device: Gpu() if device == "cuda:0" else None)
-    (told,) = machine_warnings([latency(0.02)], before, "cuda:0", tmp_path)
-    assert "(2 times by heat or current, the GPU by its temperature); cool it" in told
+    hot = [latency(0.02, slowed_by="its temperature"), latency(0.02), latency(0.02, 8, slowed_by="its power limit")]
+    (told,) = machine_warnings([*hot, *hot], before, root=tmp_path)
+    assert "(2 times by heat or current, the GPU by its temperature, the GPU by its power limit); cool it" in told
 
 
 def test_the_load_is_what_others_want_now(tmp_path: Path) -> None:

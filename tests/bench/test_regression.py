@@ -68,11 +68,11 @@ def test_a_report_beside_itself_has_neither_better_nor_worse(report: BenchReport
 def test_a_slower_model_is_a_regression_beyond_5_percent(report: BenchReport, tmp_path: Path) -> None:
     assert compared(report, with_model(report, 0, slower(1.04)), tmp_path).regressions == []
     worse = compared(report, with_model(report, 0, slower(1.3)), tmp_path)
-    assert len(worse.regressions) == len(report.models[0].latency)
+    assert len(worse.regressions) == 2 * len(report.models[0].latency)  # the median and p90
     assert "model.onnx: batch 1, ms became worse: 7.49 -> 9.74 (x1.30, noise ± 5 %)" in worse.regressions
     better = compared(report, with_model(report, 0, slower(0.7)), tmp_path)
     assert better.regressions == []
-    assert len(better.improvements) == len(report.models[0].latency)
+    assert len(better.improvements) == 2 * len(report.models[0].latency)
 
 
 def test_a_restless_measurement_allows_more(report: BenchReport, tmp_path: Path) -> None:
@@ -113,6 +113,90 @@ def test_another_driver_is_the_same_machine_and_another_gpu_is_not(report: Bench
 
     assert compared(on("H100, driver 570"), on("H100, driver 580"), tmp_path).notes == []
     assert compared(on("H100, driver 570"), on("H200, driver 570"), tmp_path).notes != []
+
+
+def test_the_same_machine_whatever_engines_were_loaded(report: BenchReport, tmp_path: Path) -> None:
+    def threads(told: str) -> BenchReport:
+        return replace(report, environment={**report.environment, "threads": told})
+
+    with_torch = threads("OMP_NUM_THREADS=2, torch 2, onnxruntime: one for each core")
+    without = threads("OMP_NUM_THREADS=2, onnxruntime 2")
+    assert compared(with_torch, without, tmp_path).notes == []
+    told = compared(with_torch, threads("OMP_NUM_THREADS=1, torch 1"), tmp_path).notes
+    assert "threads OMP_NUM_THREADS=2; " in told[0]
+
+
+def test_a_bench_that_used_no_gpu_is_of_no_other_machine(report: BenchReport, tmp_path: Path) -> None:
+    on_gpu = replace(report, environment={**report.environment, "gpu": "H100, driver 570"})
+    assert compared(report, on_gpu, tmp_path).notes == []
+
+
+def elsewhere(report: BenchReport) -> BenchReport:
+    return replace(report, environment={"processor": "ARM", "cores": "6"})
+
+
+@pytest.mark.parametrize("entry", [{"sha256": "b" * 64}, {"backend": "onnxruntime"}, {"device": "cuda:0"}])
+def test_ratios_to_different_references_are_not_compared(
+    entry: dict[str, str], report: BenchReport, tmp_path: Path
+) -> None:
+    other = with_model(elsewhere(report), 0, slower(2.5))
+    assert compared(report, other, tmp_path).regressions
+    found = compared(report, replace(other, reference=replace(other.reference, **entry)), tmp_path)
+    assert found.regressions == []
+    assert not any("ratio" in finding.figure for finding in found.findings)
+    (note,) = [note for note in found.notes if "not compared" in note and "machines differ" in note]
+    assert "no ratio to the same reference (best.pt with torch on cpu; best.pt with " in note
+
+
+def test_a_model_on_another_device_has_no_ratio_that_carries_over(report: BenchReport, tmp_path: Path) -> None:
+    def on_gpu(model: ModelReport) -> ModelReport:
+        return replace(model, device="cuda:0")
+
+    slow = with_model(elsewhere(report), 0, slower(2.5))
+    for old, new in ((report, with_model(slow, 0, on_gpu)), [with_model(one, 0, on_gpu) for one in (report, slow)]):
+        found = compared(old, new, tmp_path)
+        assert found.regressions == []
+        assert any(note.startswith("model.onnx: its times are not compared") for note in found.notes)
+        assert any(finding.model == "model-fp16.onnx" and "ratio" in finding.figure for finding in found.findings)
+
+
+def with_tail(report: BenchReport, p90: float, p99: float, variation: float = 0.06) -> BenchReport:
+    """The first model's tails, as factors of its medians."""
+
+    def change(model: ModelReport) -> ModelReport:
+        tails = [
+            replace(own, p90_ms=p90 * own.median_ms, p99_ms=p99 * own.median_ms, variation=variation)
+            for own in model.latency
+        ]
+        return replace(model, latency=tails)
+
+    return with_model(report, 0, change)
+
+
+def test_a_tail_that_grew_is_a_regression_though_the_median_stayed(report: BenchReport, tmp_path: Path) -> None:
+    quiet = with_tail(report, 1.05, 1.1)
+    assert compared(quiet, with_tail(report, 1.12, 1.2), tmp_path).regressions == []  # below 10 %
+    sentences = compared(quiet, with_tail(report, 1.3, 1.4), tmp_path).regressions
+    assert len(sentences) == len(report.models[0].latency)
+    assert sentences[0] == "model.onnx: batch 1, p90 ms became worse: 7.87 -> 9.74 (x1.24, noise ± 10 %)"
+
+
+def test_a_slow_turn_more_or_less_is_noise(report: BenchReport, tmp_path: Path) -> None:
+    # Less than a tenth of the runs are slow in one bench, and p99 shows them; more than a tenth in the other.
+    assert compared(with_tail(report, 1.02, 1.4), with_tail(report, 1.38, 1.4), tmp_path).regressions == []
+    # Both vary by 14 %: together ± 20 %.
+    old, new = with_tail(report, 1.05, 1.1, 0.14), with_tail(report, 1.25, 1.3, 0.14)
+    assert compared(old, new, tmp_path).regressions == []
+
+
+def test_the_tails_of_noisy_timings_are_named_and_not_judged(report: BenchReport, tmp_path: Path) -> None:
+    found = compared(with_tail(report, 1.05, 1.1), with_tail(report, 2.2, 2.4, 0.35), tmp_path)
+    assert found.regressions == []
+    (note,) = found.notes
+    assert note.startswith("model.onnx: moved, in timings too noisy to judge it: batch 1, p90 ms 7.87 -> 16.5; batch 8")
+    assert {finding.way for finding in found.findings if "p90" in finding.figure} == {"same", "unknown"}
+    noisy = with_tail(report, 2.2, 2.4, 0.35)
+    assert compared(noisy, noisy, tmp_path).notes == []
 
 
 def test_a_slower_reference_is_said_beside_the_times(report: BenchReport, tmp_path: Path) -> None:
@@ -182,6 +266,26 @@ def test_cosine_is_worse_where_it_comes_near_its_gate(report: BenchReport, tmp_p
     assert compared(report, with_model(report, 0, departed(9e-6)), tmp_path).regressions == []  # of 1e-4 allowed
     (sentence,) = compared(report, with_model(report, 0, departed(5e-5)), tmp_path).regressions
     assert "least cosine became worse" in sentence
+
+
+def test_a_loosened_gate_hides_nothing(report: BenchReport, tmp_path: Path) -> None:
+    def loose(model: ModelReport) -> ModelReport:
+        assert model.parity is not None
+        whole = replace(model.parity.whole, cosine_min=0.95, cosine_mean=0.96)
+        gates = replace(model.gates, min_cosine=0.1, max_map_drop=3.0)
+        return replace(model, gates=gates, parity=replace(model.parity, whole=whole))
+
+    found = compared(report, with_model(report, 0, loose), tmp_path)
+    assert [sentence.split(" became")[0] for sentence in found.regressions] == [
+        "model.onnx: least cosine",
+        "model.onnx: mean cosine",
+    ]
+    assert found.notes == [
+        "model.onnx: its gates were loosened (least cosine 0.9999 -> 0.1, loss of mAP 0.1 -> 3); cosines are compared"
+        " by the stricter ones"
+    ]
+    tightened = compared(with_model(report, 0, loose), report, tmp_path)
+    assert (tightened.regressions, tightened.notes) == ([], [])
 
 
 def test_a_gate_that_fails_now_and_a_model_that_is_gone(report: BenchReport, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pmm_edge.bench import AskedGates, BenchReport, Options, bench
 from pmm_edge.bench.certificate import write_certificates
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export import Graph, export_onnx
+from pmm_edge.runtime import Embedder, load
 
 
 def run(models: list[Path], reference: Path, data: Path, **options: object) -> BenchReport:
@@ -41,6 +42,24 @@ def test_all_that_is_known_is_in_the_report(
     saved = json.loads((tmp_path / "bench.json").read_text())
     assert saved["passed"] is True
     assert saved["data_sha256"] == report.data_sha256
+
+
+def test_the_gpu_of_any_model_is_told_though_the_reference_runs_on_the_cpu(
+    tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gpu:
+        name, driver, most_mhz = "NVIDIA H100", "580.65.06", 1980
+
+    def loaded(path: Path, device: str | None) -> Embedder:
+        embedder = load(path, "cpu")
+        embedder.device = "cuda:1" if path.name == "engine.onnx" else "cpu"
+        return embedder
+
+    engine = Path(shutil.copy(tiny_onnx, tmp_path / "engine.onnx"))
+    monkeypatch.setattr("pmm_edge.bench.run.load", loaded)
+    monkeypatch.setattr("pmm_edge.bench.environment.open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
+    report = run([tiny_onnx, engine], tiny_onnx, tiny_dataset, limit=2)
+    assert report.environment["gpu"] == "NVIDIA H100, driver 580.65.06"
 
 
 def test_the_datas_hash_is_that_of_names_and_contents(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:

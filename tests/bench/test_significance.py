@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pmm_edge.bench.figures import Change, Gates, RetrievalChange
 from pmm_edge.bench.significance import few_queries, paired_changes, retrieval_change
 from pmm_edge.data.dataset import ReidDataset, Split
 from pmm_edge.retrieval import evaluate_distances
@@ -59,5 +60,31 @@ def test_first_hits_that_became_wrong_come_first_and_queries_without_a_match_do_
     assert change.rank1.difference == pytest.approx(-0.5)
     assert change.mAP.difference == pytest.approx(now.mAP - before.mAP)
     assert change.mINP.difference == pytest.approx(now.mINP - before.mINP)
-    assert "2 queries tell a change of mAP to ±" in str(few_queries([change]))
-    assert few_queries([retrieval_change(before, before, dataset())]) is None
+
+
+def change(points: float, half: float) -> RetrievalChange:
+    """Of mAP, with an interval of so many points to both sides."""
+    own = Change(*(value / 100 for value in (points, points - half, points + half)))
+    return RetrievalChange(own, own, own, 458, [])
+
+
+def test_a_pass_whose_interval_reaches_below_its_gate_is_named() -> None:
+    assert few_queries([change(-0.05, 0.38)], [Gates(max_map_drop=0.1)]) == (
+        "mAP holds its gate on these 458 queries, which are too few to show that it would on others: the loss may be as"
+        " large as 0.43 points (95 % interval) where 0.1 are allowed; judge on more queries"
+    )
+    assert few_queries([change(-0.05, 0.38)]) is not None  # of 0.1, the usual gate
+    assert few_queries([change(-0.05, 0.38)], [Gates(max_map_drop=0.5)]) is None
+    assert few_queries([change(0.6, 0.65)], [Gates(max_map_drop=0.1)]) is None  # -0.05 at worst
+    assert few_queries([change(0, 0)], [Gates(max_map_drop=0.0)]) is None
+
+
+def test_each_model_is_held_against_its_own_gate() -> None:
+    gates = [Gates(max_map_drop=most) for most in (0.1, 0.5, 0.5, 0.1)]
+    told = few_queries([change(-0.02, 0.2), change(-0.4, 0.3), change(-0.1, 0.3), change(-2, 1)], gates)
+    assert "mAP of 2 of 4 models holds its gate on these 458 queries" in str(told)
+    assert "as large as 0.70 points (95 % interval) where 0.5 are allowed" in str(told)
+
+
+def test_a_model_that_fails_its_gate_needs_no_warning() -> None:
+    assert few_queries([change(-2, 3)], [Gates(max_map_drop=0.5)]) is None

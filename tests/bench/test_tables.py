@@ -8,10 +8,13 @@ from report_sample import passing_report, sample_report
 from rich.cells import cell_len
 
 from pmm_edge.bench.figures import Invariant
+from pmm_edge.bench.html.page import html
+from pmm_edge.bench.markdown import markdown
 from pmm_edge.bench.tables import (
     NONE,
     Table,
     cost_table,
+    environment_table,
     invariant_table,
     latency_table,
     milliseconds,
@@ -56,6 +59,17 @@ def test_parity_and_retrieval_are_told_for_each_model(tmp_path: Path) -> None:
     assert stages is not None
     assert stages.columns == ("model", "I", "II", "III")
     assert stages.rows[1][1].startswith("0.999987\n")
+
+
+def test_a_folder_below_the_users_home_does_not_name_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    report = replace(sample_report(tmp_path), data="/home/alice/data/market1501")
+    assert parity_table(report).title == "parity on 2,450 images of ~/data/market1501"
+    assert ("data", "~/data/market1501") in environment_table(report).rows
+    assert "alice" not in markdown(report) + html(report)
+    assert report.to_json()["data"] == "/home/alice/data/market1501"
+    elsewhere = replace(report, data="/home/alice-2/data")
+    assert parity_table(elsewhere).title.endswith(" of /home/alice-2/data")
 
 
 def test_a_model_that_nothing_was_compared_of_does_not_pass(tmp_path: Path) -> None:
@@ -138,10 +152,16 @@ def test_milliseconds_have_the_digits_that_say_something(value: float, text: str
 
 def test_the_verdict_says_what_was_measured(tmp_path: Path) -> None:
     report = passing_report(tmp_path)
+    assert verdict(report).sentence == (
+        "All 3 models hold their gates against best.pt: mAP moves by at most 0.29 points, at most 40 of 458 first"
+        " hits change."
+    )
     one = replace(report, models=report.models[:1])
-    assert verdict(one).sentence == "model.onnx retrieves the same people as best.pt."
-    unjudged = replace(one, reference=replace(one.reference, retrieval=None))
-    assert verdict(unjudged).sentence == "model.onnx gives the same embeddings as best.pt."
+    assert verdict(one).sentence == (
+        "model.onnx holds its gates against best.pt: mAP moves by 0.00 points, 0 of 458 first hits change."
+    )
+    unjudged = replace(report, models=[replace(model, retrieval_change=None) for model in report.models[:2]])
+    assert verdict(unjudged).sentence == "All 2 models hold their gates against best.pt: least cosine 0.999987."
     fails = replace(report, reference=replace(report.reference, failures=["gives NaN for 3 of 9 images"]))
     assert verdict(fails).sentence == "The reference best.pt fails: gives NaN for 3 of 9 images."
     assert verdict(replace(report, complete=False)).state == "partial"

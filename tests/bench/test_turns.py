@@ -4,6 +4,7 @@ from itertools import groupby
 
 import pytest
 
+from pmm_edge.bench.clocks import Reading
 from pmm_edge.bench.turns import Times, Work, time_in_turns, warm_up
 
 
@@ -120,3 +121,24 @@ def test_gpu_time_is_asked_once_a_turn() -> None:
     work = machine.work("a", 0.5)
     (times,) = timed(machine, Work(work.run, lambda: 3.0))
     assert times.gpu_ms == [3.0] * 10
+
+
+def test_clocks_are_read_at_the_end_of_each_turn_while_the_device_is_hot() -> None:
+    machine = Machine()
+    work = machine.work("a", 0.5)
+
+    def reading() -> Reading:
+        machine.now += 100  # is not timed
+        machine.calls.append("clocks")
+        return Reading(gpu_mhz=len(machine.calls))
+
+    def on_gpu() -> float:
+        machine.calls.append("events")
+        return 3.0
+
+    (times,) = timed(machine, Work(work.run, on_gpu, reading))
+    assert times.seconds == pytest.approx([0.5] * 50)
+    turns = machine.calls[-8 * len(times.turns) :]
+    assert turns == [*["a"] * 6, "clocks", "events"] * 10
+    assert len(times.readings) == 10
+    assert len({reading.gpu_mhz for reading in times.readings}) == 10

@@ -72,6 +72,18 @@ def test_a_model_of_a_run_is_compared_with_its_best(pmm: Callable, run: Path, tm
     assert "no regression" in again.stderr
 
 
+def test_a_batch_size_that_is_named_twice_is_timed_once(pmm: Callable, run: Path) -> None:
+    ended = pmm("bench", "--device", "cpu", "--batch", "2,1,2,1,1", "--limit", 4)
+    assert ended.exit_code == 0, ended.stderr
+    timed = json.loads((run / "bench.json").read_text())["models"][0]["latency"]
+    assert [(one["scope"], one["batch"]) for one in timed] == [
+        ("model", 1),
+        ("model", 2),
+        ("end to end", 1),
+        ("end to end", 2),
+    ]
+
+
 def test_a_failed_gate_is_exit_code_1_and_written_down(pmm: Callable, run: Path, tiny_onnx: Path) -> None:
     model = onnx.load(tiny_onnx)
     scale = next(node for node in model.graph.node if node.op_type == "Mul").input[1]
