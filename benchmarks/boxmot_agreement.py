@@ -48,7 +48,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="an export with --input normalized")
     parser.add_argument("images", type=Path, help="a folder or data set")
-    parser.add_argument("--images", dest="count", type=int, default=200, help="how many, spread evenly")
+    parser.add_argument(
+        "--images",
+        dest="count",
+        type=int,
+        default=200,
+        help="how many: every k-th, or the first where there are fewer than twice as many",
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 

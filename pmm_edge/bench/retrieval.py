@@ -140,6 +140,7 @@ class _Mirrored(Embedder):
 
     def __init__(self, embedder: Embedder) -> None:
         super().__init__(embedder.spec, embedder.path, embedder.backend, embedder.device)
+        self.profile = embedder.profile
         self._embedder = embedder
 
     def embed_prepared(self, images: Pixels) -> Embeddings:

@@ -49,7 +49,11 @@ def bench(
         typer.Option(help="Embed only this many images, spread evenly; retrieval needs all of them and is left out."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where the engine can use one.")
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:N, of .onnx files also tensorrt or tensorrt:N; by default a GPU where the engine can"
+            " use one."
+        ),
     ] = None,
     explain: Annotated[
         bool,

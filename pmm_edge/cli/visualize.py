@@ -64,7 +64,11 @@ def visualize(
     ] = None,
     layout: Annotated[str | None, typer.Option(help="The data set's layout, where it is not recognised.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where the engine can use one.")
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:N, of .onnx files also tensorrt or tensorrt:N; by default a GPU where the engine can"
+            " use one."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the files and the overlap as JSON.")] = False,
 ) -> None:

@@ -17,7 +17,7 @@ from pmm_edge.errors import ModelError
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.runtime.cuda import Cuda, GpuError
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
-from pmm_edge.runtime.engine_manifest import check_files, check_machine, read_manifest
+from pmm_edge.runtime.engine_manifest import check_files, check_machine, onnx_of, read_manifest
 from pmm_edge.runtime.tensorrt_library import error_logger, import_tensorrt, last_error, load_engine, this_machine
 from pmm_edge.spec import InputSpec
 
@@ -63,7 +63,8 @@ class TensorRTEmbedder(Embedder):
         kind, index = parse_device(device or "cuda")
         if kind != "cuda":
             raise ModelError(
-                f"{path} cannot run on the device {device}", f"Load {manifest.onnx} there; TensorRT runs on GPUs alone"
+                f"{path} cannot run on the device {device}",
+                f"Load {onnx_of(manifest, path)} there; TensorRT runs on GPUs alone",
             )
         trt = import_tensorrt()
         self._cuda = Cuda(index)

@@ -353,7 +353,7 @@ def test_a_layout_that_must_be_named(pmm: Callable, tiny_checkpoint: Path, peopl
     both = tmp_path / "CUHK03-NP"
     for crops in ("detected", "labeled"):
         shutil.copytree(people, both / crops)
-    wanted = ("export", tiny_checkpoint, "--precision", "fp16", "--calibration", both, "--out", "model.onnx")
+    wanted = ("export", tiny_checkpoint, "--precision", "fp16", "--calibration", both, "--out", tmp_path / "model.onnx")
     ended = pmm(*wanted)
     assert ended.exit_code == 2
     assert "labeled" in ended.stderr.splitlines()[-1]
