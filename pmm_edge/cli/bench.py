@@ -51,8 +51,8 @@ def bench(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cpu, cuda or cuda:N, of .onnx files also tensorrt or tensorrt:N; by default a GPU where the engine can"
-            " use one."
+            help="cpu, cuda or cuda:N, of .onnx files also tensorrt or tensorrt:N; by default a GPU where the engine"
+            " can use one."
         ),
     ] = None,
     explain: Annotated[

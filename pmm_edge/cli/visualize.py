@@ -66,8 +66,8 @@ def visualize(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cpu, cuda or cuda:N, of .onnx files also tensorrt or tensorrt:N; by default a GPU where the engine can"
-            " use one."
+            help="cpu, cuda or cuda:N, of .onnx files also tensorrt or tensorrt:N; by default a GPU where the engine"
+            " can use one."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the files and the overlap as JSON.")] = False,
