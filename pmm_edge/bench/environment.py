@@ -59,7 +59,7 @@ def _threads(embedders: Sequence[Embedder]) -> str:
     told = [f"{name}={os.environ[name]}" for name in _THREAD_SETTINGS if name in os.environ]
     engines = {one.backend: one.threads for one in embedders}
     told += [f"{backend} {threads}" for backend, threads in engines.items() if threads]
-    by_default = [backend for backend, threads in engines.items() if not threads and backend != "tensorrt"]
+    by_default = [backend for backend, threads in engines.items() if not threads and not backend.endswith("tensorrt")]
     return ", ".join([*told, *(f"{backend} by default" for backend in by_default)])
 
 

@@ -132,7 +132,8 @@ def _parity(departure: float) -> Parity:
     whole = Closeness(
         float(cosines[0]), float(cosines[1]), float(cosines.mean()), 10 * departure, departure, "query/worst.jpg"
     )
-    return Parity(2450, whole, {"I": whole, "II": whole, "III": whole}, [float(cosine) for cosine in cosines])
+    quantiles = [float(cosine) for cosine in cosines]
+    return Parity(2450, whole, {"I": whole, "II": whole, "III": whole}, quantiles, 1.0, 1.0)
 
 
 def _latencies(first: float, ratio: float) -> list[Latency]:

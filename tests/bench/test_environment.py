@@ -115,6 +115,7 @@ def test_threads_are_those_that_were_set(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     engines = [Engine("cpu", "torch", 3), Engine("cpu", threads=2), Engine("cuda:0", "tensorrt")]
+    engines.append(Engine("cuda:0", "onnxruntime-tensorrt"))
     assert environment(engines)["threads"] == "OMP_NUM_THREADS=3, torch 3, onnxruntime 2"
     assert environment([Engine("cpu")])["threads"] == "OMP_NUM_THREADS=3, onnxruntime by default"
 
