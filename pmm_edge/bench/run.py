@@ -133,7 +133,8 @@ def _judge(run: Run, report: Report) -> None:
             _compare(model, run)
     report("comparing with the reference", len(run.others), len(run.others))
     changes = [model.change for model in run.others if model.change]
-    if changes and (warning := few_queries(changes)):
+    gates = [model.gates for model in run.others if model.change]
+    if changes and (warning := few_queries(changes, gates)):
         run.warnings.append(warning)
 
 
