@@ -76,7 +76,7 @@ def onnxruntime_providers() -> dict[str, Any]:
     """For each provider that ONNX Runtime lists, None where a session really computes with it, else why not."""
     import onnxruntime
 
-    from pmm_edge.runtime.onnx_backend import cuda_may_work
+    from pmm_edge.runtime.onnx_session import cuda_may_work
 
     listed = onnxruntime.get_available_providers()
     nvidia = "CUDAExecutionProvider" in listed and cuda_may_work()

@@ -12,7 +12,7 @@ import pytest
 import pmm_edge
 from pmm_edge.errors import ModelError, PmmWarning
 from pmm_edge.export import Graph, export_onnx
-from pmm_edge.runtime import onnx_backend
+from pmm_edge.runtime import onnx_session
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CROPS = np.random.default_rng(0).integers(0, 256, (67, 96, 64, 3), dtype=np.uint8)
@@ -39,8 +39,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., As
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-        monkeypatch.setattr(onnx_backend, "cuda_may_work", lambda: True)
-        monkeypatch.setattr(onnx_backend, "_does_not_load", lambda provider: "libcublas.so.13: cannot open")
+        monkeypatch.setattr(onnx_session, "cuda_may_work", lambda: True)
+        monkeypatch.setattr(onnx_session, "_does_not_load", lambda provider: "libcublas.so.13: cannot open")
         monkeypatch.setenv("PMM_HOME", str(tmp_path / "home"))
         return asked
 
@@ -112,7 +112,7 @@ def test_each_network_has_engines_of_its_own(machine: Callable[..., Asked], tiny
     other = tmp_path / tiny_onnx.name
     other.write_bytes(tiny_onnx.read_bytes() + b"\0")
     first, again, changed = (
-        onnx_backend.tensorrt_options(0, onnx_backend.sha256(path), ["batch", 96, 64, 3], onnx_backend.BatchProfile())
+        onnx_session.tensorrt_options(0, onnx_session.sha256(path), ["batch", 96, 64, 3], onnx_session.BatchProfile())
         for path in (tiny_onnx, tiny_onnx, other)
     )
     assert not asked
@@ -133,13 +133,13 @@ def test_this_onnxruntime_knows_the_options(monkeypatch: pytest.MonkeyPatch, tmp
     if not library.is_file():
         pytest.skip("this onnxruntime has no TensorRT provider")
     monkeypatch.setenv("PMM_HOME", str(tmp_path))
-    options = onnx_backend.tensorrt_options(0, "digest", ["batch", 96, 64, 3], onnx_backend.BatchProfile())
+    options = onnx_session.tensorrt_options(0, "digest", ["batch", 96, 64, 3], onnx_session.BatchProfile())
     content = library.read_bytes()
     assert [name for name in options if name.encode() + b"\0" not in content] == []
 
 
 def test_why_a_library_does_not_load() -> None:
     library = Path(onnxruntime.__file__).with_name("capi") / "libonnxruntime_providers_tensorrt.so"
-    said = onnx_backend._does_not_load(TENSORRT)
+    said = onnx_session._does_not_load(TENSORRT)
     assert said is None or (library.is_file() and ".so" in said)
-    assert onnx_backend._does_not_load("NoSuchExecutionProvider") is None
+    assert onnx_session._does_not_load("NoSuchExecutionProvider") is None
