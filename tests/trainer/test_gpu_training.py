@@ -1,0 +1,66 @@
+"""Training on a real GPU: `pytest -m gpu tests/trainer`. The same steps run on a CPU in the other tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmm_edge.model import build_model
+from pmm_edge.trainer.config import TrainConfig
+from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.start import train
+from pmm_edge.trainer.step import Shard, Trainee, prepare, train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"),
+]
+CONFIG = replace(PRESETS["quick"], height=96, width=64, batch=8)
+
+
+def trainee_of(config: TrainConfig, dtype: torch.dtype) -> tuple[Trainee, list[Shard]]:
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    network = build_model(config.method, num_classes=2, backbone="resnet18", height=96, width=64, mix=config.mix)
+    crops = torch.randint(0, 256, (8, 96, 64, 3), dtype=torch.uint8).to(device)
+    pids = (torch.arange(8) // 4).to(device)
+    return prepare(network, config, device, dtype), [Shard(crops, pids, seed=0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mix", ["a-hard-mix", "cutout", "cutmix", "a-cutmix", "dropblock", "none"])
+def test_a_step_in_each_type_is_finite_and_moves_the_weights(mix: str, dtype: torch.dtype) -> None:
+    config = replace(CONFIG, mix=mix)
+    trainee, shards = trainee_of(config, dtype)
+    before = trainee.network.stage1.classifier.weight.clone()
+    # In float16 the first steps are skipped, until the loss is scaled so that no gradient overflows.
+    losses = [train_step(trainee, shards, config)[0].item() for _ in range(12)]
+    assert all(0 < loss < 200 for loss in losses)
+    assert not torch.equal(before, trainee.network.stage1.classifier.weight)
+
+
+def test_a_step_never_waits_for_the_gpu() -> None:
+    trainee, shards = trainee_of(CONFIG, torch.bfloat16)
+    for _ in range(2):
+        train_step(trainee, shards, CONFIG)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(trainee, shards, CONFIG)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_compiled_backbone_gives_the_same_loss() -> None:
+    losses = []
+    for config in (CONFIG, replace(CONFIG, compile=True)):
+        trainee, shards = trainee_of(config, torch.float32)
+        losses.append(train_step(trainee, shards, config)[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_whole_run(tiny_dataset: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=2, evaluate_every=1, device="cuda", backbone_weights="none", erase_size=16)
+    result = train(config, tiny_dataset, out=tmp_path / "run")
+    assert result.finished
+    assert (tmp_path / "run" / "best.pt").is_file()
