@@ -16,6 +16,7 @@ import pmm_edge
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.model import ReidNetwork, build_model
+from pmm_edge.model.backbone import begin_bottlenecks_as_identities
 from pmm_edge.model.build import load_pretrained
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
@@ -65,7 +66,9 @@ def new_network(config: TrainConfig, num_classes: int, given: Mapping[str, Tenso
             mix_blocks=config.mix_blocks,
             block_size=config.block_size,
         )
-    if weights != "none" and not _fills_backbone(given or {}, network):
+    if weights == "none":
+        begin_bottlenecks_as_identities(network.backbone)
+    elif not _fills_backbone(given or {}, network):
         load_pretrained(network, config.backbone, weights)
     return network
 
