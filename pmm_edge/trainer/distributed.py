@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -131,6 +132,9 @@ def joined(device: str) -> Iterator[World]:
         ) from error
     finally:
         dist.destroy_process_group()
+        # Gloo's threads end with the last that holds the group, which is in a cycle with the model; one that still
+        # lets go of a tensor while the interpreter ends would abort the process.
+        gc.collect()
 
 
 def _told_by_torchrun() -> World:

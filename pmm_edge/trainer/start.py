@@ -12,7 +12,7 @@ from pmm_edge.data.checks import not_trained_on
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.files import remove_unfinished, written_whole
-from pmm_edge.model import ReidNetwork, load_checkpoint
+from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint
 from pmm_edge.model.checkpoint import any_weights
 from pmm_edge.progress import Report, silent
 from pmm_edge.runs import (
@@ -132,8 +132,11 @@ def resume(
             )
         _remember(dataset, about, folder, world)
         dataset = replace(dataset, name=str(checkpoint.spec.dataset))  # which may be that of a folder it has left
-        run = Run(config, dataset, folder, checkpoint.network(), world, report, warn)
-        return run.go(restore_position(run.trainee, checkpoint))
+        return _gone_on(Run(config, dataset, folder, checkpoint.network(), world, report, warn), checkpoint)
+
+
+def _gone_on(run: Run, checkpoint: Checkpoint) -> TrainResult:
+    return run.go(restore_position(run.trainee, checkpoint))
 
 
 def _dataset_of(about: AboutRun, data: Path | None, folder: Path) -> ReidDataset:

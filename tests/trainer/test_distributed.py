@@ -16,6 +16,22 @@ FLAGS = [
 # fmt: on
 
 
+LISTS_THREADS_AT_ITS_END = """
+import atexit, os, pathlib
+
+from pmm_edge.cli import main
+
+
+def list_threads():
+    threads = [(task / "comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
+    pathlib.Path(os.environ["LISTS"], os.environ["RANK"]).write_text("".join(threads))
+
+
+atexit.register(list_threads)
+main()
+"""
+
+
 def run(command: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
@@ -48,3 +64,13 @@ def test_only_the_first_process_writes_and_reports(together):
     assert {"best.pt", "last.pt", "config.toml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5
     assert done.stdout.count("best epoch") == 1
+
+
+def test_no_thread_of_gloo_is_left_to_meet_the_end_of_the_interpreter(together, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(LISTS_THREADS_AT_ITS_END)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script]
+    done = run([*launch, "train", "--resume", together[0]], LISTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert "gloo" not in (tmp_path / rank).read_text()
