@@ -15,7 +15,7 @@ from pmm_edge.errors import PmmError
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.batcher import Batcher
 from pmm_edge.runtime.crops import Pixels
-from pmm_edge.runtime.embedder import CHUNK, Embedder
+from pmm_edge.runtime.embedder import Embedder
 
 SECONDS = 3.0
 WARM_UP_SECONDS = 3.0
@@ -36,7 +36,7 @@ def measure_stream(
     crops: Sequence[Pixels] | Pixels,
     clients: int,
     seconds: float = SECONDS,
-    largest_batch: int = CHUNK,
+    largest_batch: int | None = None,
     report: Report = silent,
 ) -> Stream:
     """Let clients send single crops, each the next one as soon as it has the embedding of the one before.
@@ -48,7 +48,7 @@ def measure_stream(
         crops: (H, W, 3) uint8 RGB of any size, at least one; the clients take them in turn.
         clients: threads.
         seconds: that are counted.
-        largest_batch: of the crops that wait.
+        largest_batch: of the crops that wait; see `Batcher`.
 
     Raises:
         PmmError: there is no client or no crop; or what the embedder raised for a crop.
@@ -59,11 +59,11 @@ def measure_stream(
             "Choose one client, one crop or more",
         )
     what = f"streaming from {clients} clients"
-    report(what, 0, 100, "warming up")
-    _warm_up(embedder, crops, min(clients, largest_batch))
     seen = [_Client() for _ in range(clients)]
     stop = threading.Event()
     with Batcher(embedder, largest_batch) as batcher:
+        report(what, 0, 100, "warming up")
+        _warm_up(embedder, crops, min(clients, batcher.largest_batch))
         threads = [
             threading.Thread(target=_send, args=(batcher, crops, number, client, stop), name=f"client {number}")
             for number, client in enumerate(seen)

@@ -45,7 +45,7 @@ class Options:
     """
 
     batches: tuple[int, ...] = (1, 8)
-    """Sizes to time, and to hold against a batch of one."""
+    """Sizes to time, and to hold against a batch of one, in their order; one that is named twice counts once."""
     gates: AskedGates = field(default_factory=AskedGates)
     limit: int | None = None
     """Compare this many images, spread evenly; retrieval is judged on all images or not at all."""
@@ -65,6 +65,7 @@ class Options:
             raise PmmError("batch sizes must be 1 or more", "Choose such as --batch 1,8")
         if self.clients is not None and self.clients < 1:
             raise PmmError(f"{self.clients} clients send nothing", "Choose 1 or more, such as --concurrency 8")
+        object.__setattr__(self, "batches", tuple(dict.fromkeys(self.batches)))
 
 
 class Subject:

@@ -260,8 +260,7 @@ def _exports_beside(reference: Path) -> list[Path]:
 
 
 def _batch_sizes(text: str) -> list[int]:
-    """Each once, in their order: what is named twice takes no more time."""
     try:
-        return list(dict.fromkeys(int(size) for size in text.split(",")))
+        return [int(size) for size in text.split(",")]
     except ValueError as error:
         raise PmmError(f"'{text}' is no list of batch sizes", "Write such as --batch 1,8") from error

@@ -29,20 +29,24 @@ class Batcher:
 
     Args:
         embedder: what embeds.
-        largest_batch: crops that go through the network at once.
+        largest_batch: crops that go through the network at once; by default the most that the engine takes, 64 of one
+            that takes any.
         delay: seconds that a crop may wait for others to come; more throughput under a load that comes unevenly.
 
     Raises:
         PmmError: `largest_batch` is less than 1, or `delay` less than 0.
     """
 
-    def __init__(self, embedder: Embedder, largest_batch: int = CHUNK, delay: float = 0.0) -> None:
+    def __init__(self, embedder: Embedder, largest_batch: int | None = None, delay: float = 0.0) -> None:
+        if largest_batch is None:
+            largest_batch = embedder.profile.maximum if embedder.profile else CHUNK
         if largest_batch < 1 or delay < 0:
             raise PmmError(
                 f"batches of {largest_batch} crops after {delay} s cannot be made",
                 "Choose a batch of 1 or more, and a delay of 0 or more",
             )
         self.embedder = embedder
+        self.largest_batch = largest_batch
         self.sizes: Counter[int] = Counter()
         """How many batches of which size went through the network."""
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.images import read_crop
+from pmm_edge.machine import threads
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder, Embeddings
@@ -114,7 +114,7 @@ def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iter
             return error
 
     pending: deque[list[Future[Pixels | DataError]]] = deque()
-    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
     try:
         for start in range(0, len(paths), batch):
             pending.append([pool.submit(read, path) for path in paths[start : start + batch]])

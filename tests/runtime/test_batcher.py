@@ -13,6 +13,7 @@ import pytest
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.batcher import Batcher
+from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.spec import InputSpec, ModelSpec
 
 
@@ -75,6 +76,20 @@ def test_what_waits_is_the_next_batch(embedder: MeanColour) -> None:
         assert [done.result(10)[0] for done in (first, *others)] == [0, 1, 2, 3, 4, 5]
     assert embedder.batches == [1, 4, 1]
     assert batcher.sizes == {1: 2, 4: 1}
+
+
+def test_a_batch_is_as_large_as_the_engine_takes(embedder: MeanColour) -> None:
+    assert Batcher(embedder).largest_batch == 64
+    embedder.profile = BatchProfile(1, 2, 3)
+    embedder.gate.clear()
+    with Batcher(embedder) as batcher, ThreadPoolExecutor(5) as pool:
+        first = pool.submit(batcher.embed, crop(0))
+        until(lambda: embedder.batches == [1])
+        others = [pool.submit(batcher.embed, crop(value)) for value in range(1, 5)]
+        waiting(batcher, 4)
+        embedder.gate.set()
+        assert [done.result(10)[0] for done in (first, *others)] == [0, 1, 2, 3, 4]
+    assert embedder.batches == [1, 3, 1]
 
 
 def test_a_delay_gathers_what_comes_soon(embedder: MeanColour) -> None:

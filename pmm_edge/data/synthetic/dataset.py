@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -26,6 +25,7 @@ from pmm_edge.data.synthetic.person import MAX_GROUP, make_person
 from pmm_edge.data.synthetic.scene import background, occlude, shadow
 from pmm_edge.errors import PmmError
 from pmm_edge.files import folder_written_whole
+from pmm_edge.machine import threads
 from pmm_edge.progress import Report, silent
 
 VERSION = 1
@@ -264,7 +264,7 @@ def make_synthetic(
             (temporary / name).mkdir()
         done = 0
         # Closed before the folder is removed: on an error no process may still write into it.
-        with closing(_write_all(config, shots, temporary, workers or _processors())) as chunks:
+        with closing(_write_all(config, shots, temporary, workers or threads())) as chunks:
             for written in chunks:
                 done += written
                 report("drawing", done, len(shots))
@@ -302,7 +302,3 @@ def _write_chunk(config: SyntheticConfig, folder: Path, shots: list[Shot]) -> in
     for shot in shots:
         (folder / shot.folder / shot.name).write_bytes(render(config, shot))
     return len(shots)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
