@@ -54,7 +54,7 @@ def quantize(
     Args:
         network: from normalised images to embeddings (`Parts.network`).
         ranges: of its values (`value_ranges`), calibrated for `target`.
-        in_float: names of the nodes that stay in float32.
+        in_float: names of the layers that stay in float32, and with them what follows them up to the next layer.
         only: names of the only nodes to quantise; empty for all.
     """
     copy = onnx.shape_inference.infer_shapes(network)
@@ -68,7 +68,7 @@ def quantize(
             CalibrationMethod.MinMax, {name: (np.float32(a), np.float32(b)) for name, (a, b) in ranges.items()}
         ),
         list(only),
-        list(in_float),
+        [*in_float, *_followers(copy, in_float)],
         _OPERATORS[target],
         {"WeightSymmetric": True, **_OPTIONS[target]},
     )
@@ -81,6 +81,25 @@ def quantize(
         return quantizer.quantize_model()
     finally:
         logging.root.setLevel(before)
+
+
+def _followers(network: onnx.ModelProto, in_float: Collection[str]) -> list[str]:
+    """The nodes between layers whose values come from a layer in float32: in INT8 they would undo what it is there for.
+
+    An addition follows its convolutions alone. Through the branch that skips it would pass float32 on to all blocks
+    behind it.
+    """
+    maker = {name: node for node in network.graph.node for name in node.output}
+    followers: list[str] = []
+    for node in network.graph.node:  # each behind what makes its inputs
+        if node.op_type in _LAYERS:
+            continue
+        makers = [maker[name] for name in node.input if name in maker]
+        if node.op_type == "Add":
+            makers = [made for made in makers if made.op_type in _LAYERS]
+        if any(made.name in in_float or made.name in followers for made in makers):
+            followers.append(node.name)
+    return followers
 
 
 def _skipping_branches(network: onnx.ModelProto, in_float: Collection[str], only: Collection[str]) -> Iterator[str]:

@@ -271,6 +271,26 @@ def test_layers_are_quantised_as_asked(target: str, tiny_onnx: Path, people: Pat
     assert in_int8(quantize(network, ranges, target)) == nodes
     assert in_int8(quantize(network, ranges, target, in_float=nodes[3:5])) == nodes[:3] + nodes[5:]
     assert in_int8(quantize(network, ranges, target, only=nodes[3:4])) == nodes[3:4]
+    in_float = quantize(network, ranges, target, in_float=nodes)
+    assert [node.op_type for node in in_float.graph.node] == [node.op_type for node in network.graph.node]
+
+
+def test_what_follows_a_layer_in_float_is_in_float_up_to_the_next_layer(tiny_onnx: Path, people: Path) -> None:
+    network = parts_of(onnx.load(tiny_onnx)).network
+    crops = read_calibration(people, InputSpec(96, 64)).crops[:8]
+    ranges = value_ranges(network, crops, InputSpec(96, 64), "minmax", False, calibrated_operators("cpu"))
+
+    def additions_in_float(in_float: list[str]) -> list[bool]:
+        graph = quantize(network, ranges, "cpu", in_float).graph
+        maker = {name: node.op_type for node in graph.node for name in node.output}
+        adds = [node for node in graph.node if node.op_type == "Add"]
+        return [not all(maker[name] == "DequantizeLinear" for name in add.input) for add in adds]
+
+    convolutions = [node.name for node in network.graph.node if node.op_type == "Conv"]
+    assert not any(additions_in_float([]))
+    second_of_its_block = convolutions[2]
+    # Its own addition; the next one, whose skipping branch comes from it, has a convolution in INT8.
+    assert additions_in_float([second_of_its_block])[:2] == [True, False]
 
 
 def test_a_search_that_is_not_needed_says_what_int8_loses(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
