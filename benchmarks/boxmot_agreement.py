@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from boxmot.reid.backends.onnx_backend import ONNXBackend
 from machine import machine
 from PIL import Image
 
@@ -57,6 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    from boxmot.reid.backends.onnx_backend import ONNXBackend  # not installed with this project
 
     embedder = load(arguments.model, "cpu")
     if embedder.spec.input.form != "normalized":

@@ -1,7 +1,7 @@
 """FP32, FP16 and INT8 of one network beside PyTorch eager: latency in turns, cosine, mAP and size, in one run.
 
     python benchmarks/precision.py                                  PMM ResNet-50 384×128 with random weights
-    python benchmarks/precision.py --run runs/20261122-1742-quick   a trained network, on its run's data set
+    python benchmarks/precision.py --run runs/20261122-174200-quick   a trained network, on its run's data set
 
 Latency does not depend on the weights; closeness and mAP mean something only for a trained network. Calibration
 reads the training split. The cosines are over query and gallery, which nothing was tuned on. Calibrating a ResNet-50

@@ -23,7 +23,7 @@ def doctor(
     commands: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[COMMAND]...",
+            metavar="COMMAND",
             help="Commands that must work here: train, export, trt (that is export --trt), bench, embed, eval,"
             " visualize, verify, data, synth.",
         ),

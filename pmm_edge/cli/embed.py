@@ -52,6 +52,9 @@ def embed(
     Images that cannot be read are named and skipped; exit code 1, and no file, where none can be read. Rows are in
     the order of the sorted paths, of the list, or of query, gallery and train.
 
+    A .npz holds the arrays embeddings, paths, spec (JSON), and of a data set pids, camids and split; a .parquet the
+    columns path, embedding, pid, camid and split, with the spec in its metadata.
+
     [dim]pmm embed model.onnx crops/ -o embeddings.npz[/]
 
     [dim]pmm embed model.onnx market1501 -o market.parquet[/]

@@ -21,7 +21,9 @@ _WHY_MAP_50 = (
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A checkpoint, or a .onnx or .safetensors file of pmm export.")],
+    model: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a .onnx, .engine or .safetensors file of pmm export.")
+    ],
     data: Annotated[Path, typer.Argument(help="A data set's folder; pmm data says what it holds.")],
     layout: Annotated[str | None, typer.Option(help="The data set's layout, where it is not recognised.")] = None,
     rerank: Annotated[

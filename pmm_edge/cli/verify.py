@@ -20,7 +20,7 @@ _COLUMNS = ("model", "certified", "cosine min", "mAP", "ms, batch")
 
 
 def verify(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Models that pmm bench has proven.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Models that pmm bench has proven.")],
     data: Annotated[
         Path | None, typer.Option(help="A data set: its query and gallery must be those of the certificate.")
     ] = None,
