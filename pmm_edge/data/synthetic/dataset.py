@@ -251,7 +251,7 @@ def make_synthetic(
     """Write a synthetic data set in the layout of Market-1501 and return `folder`.
 
     `synthetic.json` beside the images says what they were made from. The bytes depend on the configuration
-    alone, not on `workers`, the number of processes (default: one for each processor). Interrupted or failed,
+    alone, not on `workers`, the number of processes (default: one for each usable core). Interrupted or failed,
     nothing is left under `folder`.
 
     Raises:
