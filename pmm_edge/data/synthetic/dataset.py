@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from PIL import ImageDraw
 
+from pmm_edge.data.layouts.market import GALLERY, QUERY, TRAIN
 from pmm_edge.data.synthetic.camera import Camera, encode, expose, make_camera
 from pmm_edge.data.synthetic.canvas import Pose, View
 from pmm_edge.data.synthetic.figure import draw_person
@@ -30,7 +31,6 @@ from pmm_edge.progress import Report, silent
 
 VERSION = 1
 """Of the generator: the same version, configuration and seed give the same bytes."""
-TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
 SEQUENCES = 6
 FRAMES_APART = 12
 CHUNK = 64
