@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from pmm_edge.data.layouts import ANY_MARKET, Record, find
 from pmm_edge.errors import DataError
 
-JUNK_PID = -1
-"""Boxes that show nobody in particular; they count neither as right nor as wrong."""
 DISTRACTOR_PID = 0
 """Boxes of nobody in the query set; they stay in the gallery as wrong answers."""
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from pmm_edge.data.dataset import DISTRACTOR_PID, JUNK_PID, read, scan
+from pmm_edge.data.dataset import DISTRACTOR_PID, read, scan
 from pmm_edge.errors import DataError
+from pmm_edge.retrieval.protocol import JUNK_PID
 
 NAMES = {
     "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0002_c2s1_000500_01.jpg", "0007_c1s1_000100_01.jpg"],
