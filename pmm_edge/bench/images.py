@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmm_edge.data.dataset import ReidDataset, read
+from pmm_edge.data.dataset import ReidDataset, queries_with_match, read
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.runtime.image_list import find_images, is_dataset
 
@@ -46,26 +46,17 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
         why = f"{source} is no data set with identities: parity without retrieval"
         return BenchImages(source, source if source.is_dir() else source.parent, _spread(paths, limit), None, why)
     dataset = read(source, layout)
-    _check_matches(dataset)
+    if not len(queries_with_match(dataset)):  # before anything is measured
+        raise DataError(
+            f"no query of {dataset.root} has a match in its gallery from another camera",
+            "Put its images back together, or name one of its folders for parity without retrieval",
+        )
     everything = [*dataset.query.paths, *dataset.gallery.paths]
     paths = _spread(everything, limit)
     if len(paths) < len(everything):
         why = f"{len(paths):,} of {len(everything):,} images: retrieval is judged on all of them or not at all"
         return BenchImages(source, dataset.root, paths, None, why)
     return BenchImages(source, dataset.root, paths, dataset, None)
-
-
-def _check_matches(dataset: ReidDataset) -> None:
-    """Refuse, before anything is measured, a data set that cannot judge retrieval."""
-    cameras: dict[int, set[int]] = {}
-    for pid, camera in zip(dataset.gallery.pids.tolist(), dataset.gallery.camids.tolist(), strict=True):
-        cameras.setdefault(pid, set()).add(camera)
-    queries = zip(dataset.query.pids.tolist(), dataset.query.camids.tolist(), strict=True)
-    if not any(cameras.get(pid, set()) - {camera} for pid, camera in queries):
-        raise DataError(
-            f"no query of {dataset.root} has a match in its gallery from another camera",
-            "Put its images back together, or name one of its folders for parity without retrieval",
-        )
 
 
 def _spread(paths: Sequence[Path], limit: int | None) -> list[Path]:

@@ -140,15 +140,6 @@ def draw_rankings(rankings: Sequence[Ranking], name: str) -> Image.Image:
     )
 
 
-def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
-    """Indices of the queries that have a right answer: an image in the gallery from another camera."""
-    query, gallery = dataset.query, dataset.gallery
-    if (gallery.pids == JUNK_PID).all():
-        return np.empty(0, np.intp)
-    labels = checked_labels(query.pids, gallery.pids, query.camids, gallery.camids, (len(query), len(gallery)))
-    return np.flatnonzero([len(labels.matches_and_left_out(number)[0]) > 0 for number in range(len(query))])
-
-
 def part(split: Split, indices: Sequence[int] | NDArray[np.intp]) -> Split:
     """Some images of a split."""
     rows = np.asarray(indices, dtype=np.intp)
