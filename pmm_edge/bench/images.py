@@ -34,7 +34,7 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
         layout: of the data set, where it is not recognised by itself.
 
     Raises:
-        DataError: nothing is there, or no query of the data set has a match in its gallery.
+        DataError: nothing is there, a layout is named for a list, or no query of the data set has a match.
         PmmError: a limit below 1.
     """
     if limit is not None and limit < 1:
@@ -42,7 +42,7 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
     if not source.exists():
         raise DataError(f"{source} does not exist", "Name a data set or a folder of crops")
     if not source.is_dir() or not (layout or is_dataset(source)):
-        paths = find_images(source).paths
+        paths = find_images(source, layout).paths
         why = f"{source} is no data set with identities: parity without retrieval"
         return BenchImages(source, source if source.is_dir() else source.parent, _spread(paths, limit), None, why)
     dataset = read(source, layout)

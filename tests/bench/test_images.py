@@ -49,6 +49,14 @@ def test_query_and_gallery_that_share_junk_alone_are_refused(tiny_dataset: Path,
         bench_images(root)
 
 
+def test_a_layout_of_a_list_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "list.txt"
+    lines.write_text("\n".join(str(path) for path in (tiny_dataset / "query").iterdir()))
+    assert len(bench_images(lines).paths) == 12
+    with pytest.raises(DataError, match=r"list\.txt is no folder, so it is in no layout\. Leave --layout out"):
+        bench_images(lines, layout="market1501")
+
+
 def test_nothing_to_compare_on(tmp_path: Path, tiny_dataset: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         bench_images(tmp_path / "none")
