@@ -49,7 +49,7 @@ def synth(
     ] = _DEFAULT.junk,
     seed: Annotated[int, typer.Option(help="The same seed draws the same bytes.")] = _DEFAULT.seed,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that draw; by default one for each processor.", min=1)
+        int | None, typer.Option(help="Processes that draw; by default one for each usable core.", min=1)
     ] = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Also write a contact sheet here (.jpg or .png): people × cameras.")
