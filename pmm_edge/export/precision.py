@@ -68,7 +68,10 @@ def reduced(
     """
     if made:
         parts = _parts(model, spec, precision)
-        spec = replace(spec, precision=made.spec.precision, precision_method=made.spec.precision_method)
+        reached = made.spec
+        spec = replace(
+            spec, precision=reached.precision, precision_method=reached.precision_method, target=reached.target
+        )
         return replace(made, model=finished(parts.around_other(made.network), spec), spec=spec)
     if isinstance(precision, Fp16):
         return _fp16(model, spec, precision, judged_on, report)
