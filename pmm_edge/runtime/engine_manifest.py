@@ -117,9 +117,10 @@ def read_manifest(engine: Path) -> EngineManifest:
         ModelError: the engine or its manifest is missing, or the manifest cannot be read.
     """
     onnx = engine.with_suffix(".onnx")
-    rebuild = f"Build it again: {BuildSettings().command(onnx)}"
+    command = BuildSettings().command(onnx)
     if not engine.is_file():
-        raise ModelError(f"{engine} does not exist", rebuild.replace("again", "here"))
+        raise ModelError(f"{engine} does not exist", f"Build it here: {command}")
+    rebuild = f"Build it again: {command}"
     path = manifest_path(engine)
     try:
         return EngineManifest.from_json(path.read_text(encoding="utf-8"))

@@ -86,6 +86,13 @@ def test_missing_and_unreadable_manifests(built: BuiltEngine) -> None:
     refused(built.path, r"model\.engine does not exist", default)
 
 
+def test_the_command_for_a_missing_engine_names_its_folder_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "once again"
+    refused(
+        folder / "a.engine", "does not exist", f"Build it here: pmm export '{folder}/a.onnx' --trt --batch 1,16,64"
+    )
+
+
 def test_other_machines(built: BuiltEngine, install: Callable[..., double.FakeGpu]) -> None:
     install(tensorrt="10.13.0.35")
     refused(built.path, r"built with TensorRT 10\.3\.0, this is TensorRT 10\.13\.0\.35", rebuild(built.path))
