@@ -16,20 +16,32 @@ from tempfile import TemporaryFile
 from pmm_edge.errors import OutputError
 
 
+def home_folder() -> Path | None:
+    """The user's home folder; None for a user without one, as containers run with a foreign number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def cache_folder() -> Path:
-    """The folder for what can be made again: `PMM_HOME`, else `pmm-edge` in the user's cache folder."""
-    if home := os.environ.get("PMM_HOME"):
-        return Path(home).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "pmm-edge"
+    """The folder for what can be made again: `PMM_HOME`, else `pmm-edge` in the user's cache folder.
+
+    Raises:
+        OutputError: the folder is in the user's home folder, and there is none.
+    """
+    chosen = os.environ.get("PMM_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/pmm-edge"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise OutputError(
+            f"{chosen} is nowhere: this user has no home folder", "Set PMM_HOME to the whole path of a folder"
+        ) from error
 
 
 def with_tilde(text: str) -> str:
     """Text to be shown to others: the user's home folder, which names them, is `~` wherever a path begins with it."""
-    try:
-        home = str(Path.home())
-    except RuntimeError:  # a user without one
-        return text
+    home = str(home_folder() or "")
     return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text) if len(home) > 1 else text
 
 
