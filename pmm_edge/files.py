@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -62,7 +63,18 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
     """
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}", "Name such a file")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Make a file beside `path`, and the folders that it takes, and remove them again.
+
+    Raises:
+        OutputError: that cannot be done, or `path` is a folder.
+    """
+    made: list[Path] = []
     try:
+        made = list(takewhile(lambda parent: not parent.exists(), path.absolute().parents))
         there = next(parent for parent in path.absolute().parents if parent.exists())
         if not there.is_dir() or path.is_dir():
             blocker, kind = (path, "folder") if path.is_dir() else (there, "file")
@@ -72,6 +84,10 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
             pass
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", "Choose a folder that is writable") from error
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it was not made, or somebody uses it by now
+                folder.rmdir()
 
 
 @contextmanager

@@ -72,7 +72,6 @@ def _export(asked: Asked, plan: Plan, report: Report) -> list[Exported]:
         raise without(error) from error
 
     exported = export_forms(asked.source, plan.onnx, asked.graph, asked.precision, report)
-    if asked.safetensors:
-        first = next(iter(plan.onnx.values()))
-        exported.insert(1, export_safetensors(asked.source, first.with_suffix(".safetensors")))
+    if plan.safetensors:
+        exported.insert(1, export_safetensors(asked.source, plan.safetensors))
     return exported

@@ -345,7 +345,7 @@ def test_a_bundle_that_fails_does_not_keep_the_other_from_being_written(
 
     monkeypatch.setattr("pmm_edge.export.carry_out.deepstream_bundle", full)
     forms = {"uint8": tiny_onnx, "raw": raw_onnx}
-    plan = Plan(forms, to_export=False, engines=(), deepstream=tmp_path / "d", triton=tmp_path / "models" / "people")
+    plan = Plan(forms, False, None, (), deepstream=tmp_path / "d", triton=tmp_path / "models" / "people")
     made = carry_out(Asked(tiny_onnx), plan)
     assert [bundle.folder for bundle in made.bundles] == [tmp_path / "models" / "people"]
     assert [str(failure) for failure in made.failures] == ["cannot write tracker: No space left on device"]
