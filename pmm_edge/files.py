@@ -7,12 +7,13 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from pmm_edge.errors import OutputError
 
@@ -94,6 +95,8 @@ def check_place(path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
 
+    Every OSError of the block counts as one of `path`: only what writes and checks it belongs there.
+
     Killed at any moment, the final name holds either the old file or the new one, never a part of it.
 
     Raises:
@@ -157,6 +160,26 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a folder that is gone after the block, for what only this program reads.
+
+    Every OSError of the block counts as one of this folder: only what writes and reads there belongs in it.
+
+    Raises:
+        OutputError: it cannot be made or written, or the disk is full.
+    """
+    try:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        place = f" in {tempfile.tempdir}" if tempfile.tempdir else ""  # nothing where no folder can be had
+        raise OutputError(
+            f"cannot write temporary files{place}: {error.strerror or error}",
+            "Set TMPDIR to a folder that is writable and has space left",
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from people import write_people
 
 import pmm_edge
 from pmm_edge.data.dataset import read
-from pmm_edge.errors import CheckFailedError, DataError, PmmError
+from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
 from pmm_edge.export import Exported, Fp16, Graph, Int8, export_forms, export_onnx
 from pmm_edge.export.calibration import Ranges, read_calibration, value_ranges
 from pmm_edge.export.int8 import calibrated_operators, quantize
@@ -65,7 +65,7 @@ def test_fp16_that_would_overflow_is_not_written(tiny_checkpoint: Path, people: 
     save_checkpoint(tmp_path / "large.pt", Checkpoint(checkpoint.spec, weights))
     with pytest.raises(CheckFailedError, match=r"node_conv2d_5 \(Conv\) has a value of .* float16 holds 65504"):
         export_onnx(tmp_path / "large.pt", tmp_path / "out" / "model.onnx", precision=Fp16(people))
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_int8_is_close_on_crops_that_it_was_not_calibrated_on(int8: dict[str, Exported], tiny_export: Exported) -> None:
@@ -352,7 +352,27 @@ def test_bad_calibration_data(tiny_checkpoint: Path, people: Path, tmp_path: Pat
         assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match="has 60 training images"):
         export_onnx(tiny_checkpoint, out, precision=Fp16(few))
-    assert not list(out.parent.iterdir())
+    assert not out.parent.exists()
+
+
+def test_temporary_files_that_cannot_be_written_are_no_fault_of_the_model_file(
+    tiny_checkpoint: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc/full")
+    with pytest.raises(OutputError) as caught:
+        export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=Fp16(people))
+    assert str(caught.value) == (
+        "cannot write temporary files in /proc/full: No such file or directory."
+        " Set TMPDIR to a folder that is writable and has space left"
+    )
+
+
+def test_a_broken_link_among_the_judges_is_no_calibration_image(people: Path, tmp_path: Path) -> None:
+    judges, other = (shutil.copytree(people, tmp_path / name) for name in ("judges", "other"))
+    image = next((judges / "bounding_box_test").iterdir())
+    image.unlink()
+    image.symlink_to(tmp_path / "gone.png")
+    assert read_calibration(other, InputSpec(96, 64), judged_on=read(judges)).warnings == []
 
 
 def test_people_of_the_test_split_are_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
