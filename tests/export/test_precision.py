@@ -22,7 +22,7 @@ from pmm_edge.export.calibration import Ranges, read_calibration, value_ranges
 from pmm_edge.export.int8 import calibrated_operators, quantize
 from pmm_edge.export.parts import layers_of, parts_of
 from pmm_edge.export.rows import row_preprocessing
-from pmm_edge.export.sensitivity import hold_map
+from pmm_edge.export.sensitivity import hold_map, mean_average_precision
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.spec import InputSpec
@@ -337,6 +337,13 @@ def test_the_search_ends_at_the_fewest_layers(tiny_onnx: Path) -> None:
     assert outcome.endswith("in float32: none")
     with pytest.raises(CheckFailedError, match="even with 5 layers in float32"):
         search(-1)
+
+
+def test_the_map_of_a_search_does_not_wait_for_junk(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    embedder = pmm_edge.load(tiny_onnx, "cpu")
+    with_junk = shutil.copytree(tiny_dataset, tmp_path / "junk")
+    (with_junk / "bounding_box_test" / "-1_c1s1_000000_00.jpg").write_text("whoever opens it fails")
+    assert mean_average_precision(embedder, read(with_junk)) == mean_average_precision(embedder, read(tiny_dataset))
 
 
 def test_bad_calibration_data(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
