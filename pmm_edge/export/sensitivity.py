@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from pmm_edge.data.dataset import JUNK_PID, ReidDataset, problems
+from pmm_edge.data.dataset import ReidDataset, problems
 from pmm_edge.errors import CheckFailedError
 from pmm_edge.export.options import KEPT_IN_FLOAT
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import evaluate
+from pmm_edge.retrieval.protocol import JUNK_PID
 from pmm_edge.runtime import Embedder, embed_files
 
 
