@@ -35,7 +35,7 @@ def measure_speed(run: Run, report: Report) -> None:
         with _or_warning(run):
             subject.compute = compute_of(subject.embedder.spec, subject.latency, subject.embedder.device)
         with _or_warning(run):
-            subject.cold_start = measure_cold_start(subject.embedder.path, subject.embedder.device, batch)
+            subject.cold_start = measure_cold_start(subject.embedder.path, subject.embedder.loads_with, batch)
         with _or_warning(run):
             subject.energy = measure_energy(subject.embedder, run.crops(subject, run.first_rows(batch)))
     report("start, memory, energy", len(run.sound), len(run.sound))
