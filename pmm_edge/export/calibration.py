@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.export.options import Method
 from pmm_edge.files import sha256
-from pmm_edge.images import read_crop
+from pmm_edge.images import evenly, read_crops
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.spec import InputSpec
@@ -92,8 +91,7 @@ def read_calibration(
             f"{root} has {len(paths)} training images, calibration needs {MIN_IMAGES} or more",
             "Name another data set with --calibration",
         )
-    with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-        crops = np.stack(list(pool.map(lambda path: read_crop(path, spec.height, spec.width), paths)))
+    crops = read_crops(paths, spec.height, spec.width)
     # In the order of the identities: each part sees nearly all of them.
     place = np.arange(len(crops)) % _CYCLE
     choosing, judging = place == _CHOOSES, place == _JUDGES
@@ -168,8 +166,7 @@ class _Once(CalibrationDataReader):
 def _spread(split: Split, count: int) -> list[Path]:
     """Images at even distances, in the order of the identities."""
     order = [int(index) for index in np.argsort(split.pids, kind="stable") if split.pids[index] >= DISTRACTOR_PID]
-    count = min(count, len(order))
-    return [split.paths[order[number * len(order) // count]] for number in range(count)]
+    return [split.paths[order[at]] for at in evenly(len(order), count)]
 
 
 def _wrong_people(dataset: ReidDataset, paths: Sequence[Path], judged_on: ReidDataset | None) -> list[str]:
