@@ -109,15 +109,6 @@ def judge(embedded: Embedded, rerank: bool = False, report: Report = silent) -> 
     return rows
 
 
-def evaluate_model(embedder: Embedder, dataset: ReidDataset, report: Report = silent) -> RetrievalResult:
-    """Embed the queries and the gallery, and judge the ranking under the Market-1501 protocol.
-
-    Raises:
-        DataError: an image cannot be read, or the embeddings hold NaN or infinity.
-    """
-    return judge(embed_dataset(embedder, dataset, report=report), report=report)[0].result
-
-
 def evaluate_embeddings(
     embeddings: Embeddings, dataset: ReidDataset, rerank: bool = False, report: Report = silent
 ) -> RetrievalResult:

@@ -64,7 +64,7 @@ class Calibration:
 
 
 def read_calibration(
-    root: Path, spec: InputSpec, layout: str | None = None, judged_on: ReidDataset | None = None, images: int = IMAGES
+    root: Path, spec: InputSpec, layout: str | None = None, judged_on: ReidDataset | None = None
 ) -> Calibration:
     """Read crops, spread over the identities of a data set's training split, in three parts that share no image.
 
@@ -73,7 +73,6 @@ def read_calibration(
         spec: of the network's input.
         layout: the data set's, where it is not recognised.
         judged_on: the data set whose query and gallery will judge the network, where it may be another one.
-        images: how many crops to read.
 
     Raises:
         DataError: `root` is no data set, has too few training images, or one cannot be read.
@@ -85,7 +84,7 @@ def read_calibration(
             f"--calibration {root} cannot be used: {error.problem}",
             "Name a data set's own folder; its training images calibrate",
         ) from error
-    paths = _spread(dataset.train, images)
+    paths = _spread(dataset.train, IMAGES)
     if len(paths) < MIN_IMAGES:
         raise DataError(
             f"{root} has {len(paths)} training images, calibration needs {MIN_IMAGES} or more",
