@@ -7,29 +7,43 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from pmm_edge.errors import OutputError
 
 
+def home_folder() -> Path | None:
+    """The user's home folder; None for a user without one, as containers run with a foreign number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def cache_folder() -> Path:
-    """The folder for what can be made again: `PMM_HOME`, else `pmm-edge` in the user's cache folder."""
-    if home := os.environ.get("PMM_HOME"):
-        return Path(home).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "pmm-edge"
+    """The folder for what can be made again: `PMM_HOME`, else `pmm-edge` in the user's cache folder.
+
+    Raises:
+        OutputError: the folder is in the user's home folder, and there is none.
+    """
+    chosen = os.environ.get("PMM_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/pmm-edge"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise OutputError(
+            f"{chosen} is nowhere: this user has no home folder", "Set PMM_HOME to the whole path of a folder"
+        ) from error
 
 
 def with_tilde(text: str) -> str:
     """Text to be shown to others: the user's home folder, which names them, is `~` wherever a path begins with it."""
-    try:
-        home = str(Path.home())
-    except RuntimeError:  # a user without one
-        return text
+    home = str(home_folder() or "")
     return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text) if len(home) > 1 else text
 
 
@@ -50,7 +64,18 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
     """
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}", "Name such a file")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Make a file beside `path`, and the folders that it takes, and remove them again.
+
+    Raises:
+        OutputError: that cannot be done, or `path` is a folder.
+    """
+    made: list[Path] = []
     try:
+        made = list(takewhile(lambda parent: not parent.exists(), path.absolute().parents))
         there = next(parent for parent in path.absolute().parents if parent.exists())
         if not there.is_dir() or path.is_dir():
             blocker, kind = (path, "folder") if path.is_dir() else (there, "file")
@@ -60,11 +85,17 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
             pass
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", "Choose a folder that is writable") from error
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it was not made, or somebody uses it by now
+                folder.rmdir()
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
+
+    Every OSError of the block counts as one of `path`: only what writes and checks it belongs there.
 
     Killed at any moment, the final name holds either the old file or the new one, never a part of it.
 
@@ -129,6 +160,26 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a folder that is gone after the block, for what only this program reads.
+
+    Every OSError of the block counts as one of this folder: only what writes and reads there belongs in it.
+
+    Raises:
+        OutputError: it cannot be made or written, or the disk is full.
+    """
+    try:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        place = f" in {tempfile.tempdir}" if tempfile.tempdir else ""  # nothing where no folder can be had
+        raise OutputError(
+            f"cannot write temporary files{place}: {error.strerror or error}",
+            "Set TMPDIR to a folder that is writable and has space left",
+        ) from error
 
 
 def sha256(path: Path) -> str:

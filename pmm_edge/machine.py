@@ -34,8 +34,8 @@ def usable_cores(root: Path = Path("/")) -> float:
 
 
 def threads(processes: int = 1) -> int:
-    """How many keep the usable cores busy where so many processes run as many each; one at least."""
-    return max(1, round(usable_cores() / processes))
+    """How many the usable cores have room for where so many processes run as many each; one at least."""
+    return max(1, int(usable_cores() / processes))
 
 
 def governors(root: Path = Path("/")) -> set[str]:

@@ -21,7 +21,6 @@ RUNS = Path("runs")
 CONFIG = "config.toml"
 BEST = "best.pt"
 LAST = "last.pt"
-CONFIG = "config.toml"
 EXPORT_FOLDER = "export"
 ABOUT = "run.json"
 
@@ -38,6 +37,10 @@ class AboutRun:
     layout: str | None = None
     """The layout that was named for the data set, where one was."""
 
+    def to_json(self) -> str:
+        """The text of `run.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
 
 def new_run_path(name: str) -> Path:
     """Where a run goes that is not told where: `runs/<time>-<name>/`."""
@@ -50,14 +53,13 @@ def new_run_folder(about: AboutRun, folder: Path) -> Path:
     Raises:
         OutputError: it cannot be made, or is another run's.
     """
-    text = json.dumps(asdict(about), indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if never_began(folder):
-            (folder / ABOUT).write_text(text, encoding="utf-8")
+            (folder / ABOUT).write_text(about.to_json(), encoding="utf-8")
             return folder
         with (folder / ABOUT).open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(about.to_json())
     except FileExistsError as error:
         raise OutputError(
             f"{folder} is taken by another run or file", "Go on with that run with --resume, or choose another --out"
@@ -79,7 +81,7 @@ def write_about_run(folder: Path, about: AboutRun) -> None:
         OutputError: the file cannot be written; the one before it is still there.
     """
     with written_whole(folder / ABOUT) as temporary:
-        temporary.write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(about.to_json(), encoding="utf-8")
 
 
 def about_run(folder: Path) -> AboutRun | None:

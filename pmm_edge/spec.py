@@ -128,7 +128,7 @@ class ModelSpec:
             _check_choices(spec)
             _check_sizes(spec)
             return spec
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(
                 f"the spec of {source} cannot be read ({type(error).__name__}: {error})",
                 "Export the model again with this version",

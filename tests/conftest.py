@@ -1,5 +1,6 @@
 """Small stand-ins that tests of several parts share: a network, and a data set on disk."""
 
+import pwd
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,6 +80,18 @@ def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def tiny_onnx(tiny_export: Exported) -> Path:
     return tiny_export.path
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whose number no list of users has, as containers are often run."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "PMM_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
 class Outcome(NamedTuple):

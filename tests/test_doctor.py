@@ -108,6 +108,18 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert "GiB free" in found.value
 
 
+def test_a_user_without_a_home_folder(homeless: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cache() -> Finding:
+        (found,) = [finding for finding in machine(tmp_path).findings if finding.name == "cache folder"]
+        return found
+
+    assert cache().value == "~/.cache/pmm-edge is nowhere: this user has no home folder"
+    assert cache().good is False
+    assert cache().remedy == "Set PMM_HOME to the whole path of a folder"
+    monkeypatch.setenv("PMM_HOME", str(tmp_path))
+    assert cache().value.startswith("the folder that is set, ")
+
+
 def test_the_model_made_by_hand_is_one() -> None:
     onnx.checker.check_model(onnx.load_from_string(probes.addition()), full_check=True)
     session = onnxruntime.InferenceSession(probes.addition(), providers=["CPUExecutionProvider"])

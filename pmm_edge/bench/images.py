@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmm_edge.data.dataset import ReidDataset, read
+from pmm_edge.data.dataset import ReidDataset, queries_with_match, read
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.images import evenly
 from pmm_edge.runtime.image_list import find_images, is_dataset
@@ -35,7 +35,7 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
         layout: of the data set, where it is not recognised by itself.
 
     Raises:
-        DataError: nothing is there, or no query of the data set has a match in its gallery.
+        DataError: nothing is there, a layout is named for a list, or no query of the data set has a match.
         PmmError: a limit below 1.
     """
     if limit is not None and limit < 1:
@@ -43,30 +43,21 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
     if not source.exists():
         raise DataError(f"{source} does not exist", "Name a data set or a folder of crops")
     if not source.is_dir() or not (layout or is_dataset(source)):
-        paths = find_images(source).paths
+        paths = find_images(source, layout).paths
         why = f"{source} is no data set with identities: parity without retrieval"
         return BenchImages(source, source if source.is_dir() else source.parent, _spread(paths, limit), None, why)
     dataset = read(source, layout)
-    _check_matches(dataset)
+    if not len(queries_with_match(dataset)):  # before anything is measured
+        raise DataError(
+            f"no query of {dataset.root} has a match in its gallery from another camera",
+            "Put its images back together, or name one of its folders for parity without retrieval",
+        )
     everything = [*dataset.query.paths, *dataset.gallery.paths]
     paths = _spread(everything, limit)
     if len(paths) < len(everything):
         why = f"{len(paths):,} of {len(everything):,} images: retrieval is judged on all of them or not at all"
         return BenchImages(source, dataset.root, paths, None, why)
     return BenchImages(source, dataset.root, paths, dataset, None)
-
-
-def _check_matches(dataset: ReidDataset) -> None:
-    """Refuse, before anything is measured, a data set that cannot judge retrieval."""
-    cameras: dict[int, set[int]] = {}
-    for pid, camera in zip(dataset.gallery.pids.tolist(), dataset.gallery.camids.tolist(), strict=True):
-        cameras.setdefault(pid, set()).add(camera)
-    queries = zip(dataset.query.pids.tolist(), dataset.query.camids.tolist(), strict=True)
-    if not any(cameras.get(pid, set()) - {camera} for pid, camera in queries):
-        raise DataError(
-            f"no query of {dataset.root} has a match in its gallery from another camera",
-            "Put its images back together, or name one of its folders for parity without retrieval",
-        )
 
 
 def _spread(paths: Sequence[Path], limit: int | None) -> list[Path]:

@@ -9,9 +9,10 @@ from PIL import Image
 
 from pmm_edge.bench.html import Picture
 from pmm_edge.bench.subjects import Run
+from pmm_edge.data.dataset import queries_with_match
 from pmm_edge.errors import PmmError
 from pmm_edge.images import evenly
-from pmm_edge.pictures.galleries import draw_rankings, part, queries_with_match, ranked
+from pmm_edge.pictures.galleries import draw_rankings, part, ranked
 from pmm_edge.pictures.unsuitable import UnsuitableError
 from pmm_edge.progress import Report, silent
 

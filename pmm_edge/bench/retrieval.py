@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.data.dataset import JUNK_PID, ReidDataset, Split
+from pmm_edge.data.dataset import ReidDataset, Split
 from pmm_edge.files import written_whole
 from pmm_edge.progress import Report, about, silent
 from pmm_edge.retrieval import RetrievalResult, evaluate
+from pmm_edge.retrieval.protocol import JUNK_PID
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embeddings

@@ -22,7 +22,7 @@ from pmm_edge.bench.quiet import machine_state
 from pmm_edge.bench.retrieval import evaluate_embeddings
 from pmm_edge.bench.significance import few_queries, retrieval_change
 from pmm_edge.bench.speed import measure_speed
-from pmm_edge.bench.subjects import Options, Run, Subject, figures_of
+from pmm_edge.bench.subjects import Options, Run, Subject
 from pmm_edge.data.fingerprint import data_sha256
 from pmm_edge.errors import ModelError
 from pmm_edge.images import evenly
@@ -162,7 +162,7 @@ def _compare(model: Subject, run: Run) -> None:
         model.failures.append(length)
     if expected_found and found and images.dataset:
         change = retrieval_change(expected_found, found, images.dataset)
-        model.change = replace(change, reference=figures_of(expected_found))
+        model.change = replace(change, reference=expected_found.figures())
         if drop := map_failure(expected_found.mAP, found.mAP, model.change, model.gates):
             model.failures.append(drop)
 

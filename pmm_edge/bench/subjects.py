@@ -93,7 +93,7 @@ class Subject:
 
     @property
     def retrieval(self) -> RetrievalFigures | None:
-        return figures_of(self.found) if self.found else None
+        return self.found.figures() if self.found else None
 
     def report(self) -> ModelReport:
         model = self.embedder
@@ -120,11 +120,6 @@ class Subject:
             compute=self.compute,
             energy=self.energy,
         )
-
-
-def figures_of(found: RetrievalResult) -> RetrievalFigures:
-    """The four figures that are told of a retrieval."""
-    return RetrievalFigures(found.rank(1), found.mAP, found.mINP, found.mAP_at_50)
 
 
 class Run:

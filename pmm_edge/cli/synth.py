@@ -12,8 +12,7 @@ from rich.markup import escape
 
 from pmm_edge.cli.render import note, print_json, print_table, progress
 from pmm_edge.data.synthetic import SyntheticConfig, contact_sheet, count_images, make_synthetic
-from pmm_edge.errors import OutputError
-from pmm_edge.files import written_whole
+from pmm_edge.files import check_output, written_whole
 
 SHEET_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 _DEFAULT = SyntheticConfig()
@@ -49,7 +48,7 @@ def synth(
     ] = _DEFAULT.junk,
     seed: Annotated[int, typer.Option(help="The same seed draws the same bytes.")] = _DEFAULT.seed,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that draw; by default one for each processor.", min=1)
+        int | None, typer.Option(help="Processes that draw; by default one for each usable core.", min=1)
     ] = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Also write a contact sheet here (.jpg or .png): people × cameras.")
@@ -78,8 +77,8 @@ def synth(
         distractors=distractors,
         junk=junk,
     )
-    if sheet and sheet.suffix.lower() not in SHEET_FORMATS:
-        raise OutputError(f"cannot write {sheet} as an image", "Name a .jpg or .png file")
+    if sheet:
+        check_output(sheet, [*SHEET_FORMATS])
     start = time.perf_counter()
     with progress() as report:
         make_synthetic(out, config, workers=workers, report=report)

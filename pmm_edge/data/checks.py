@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pmm_edge.data.dataset import DISTRACTOR_PID, JUNK_PID, ReidDataset, Split, problems
+from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, problems, queries_with_match
 from pmm_edge.data.layouts import KNOWN_SETS, Expected, KnownSet
 from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
 from pmm_edge.progress import Report, silent
+from pmm_edge.retrieval.protocol import JUNK_PID
 
 _CHUNK = 256
 _PIDS_NAMED = 5
@@ -149,14 +150,12 @@ def _train_and_test_overlap(dataset: ReidDataset) -> Iterator[Finding]:
 
 
 def _queries_without_match(dataset: ReidDataset) -> Iterator[Finding]:
-    gallery, query = _cameras_by_pid(dataset.gallery), dataset.query
-    pairs = zip(query.pids.tolist(), query.camids.tolist(), strict=True)
-    alone = [pid for pid, camid in pairs if not gallery.get(pid, set()) - {camid}]
-    if alone:
-        people = sorted(set(alone))
+    alone = np.delete(dataset.query.pids, queries_with_match(dataset))
+    if len(alone):
+        people = np.unique(alone).tolist()
         yield Finding(
             "query-without-match",
-            f"{len(alone):,} of {len(query):,} queries, of {_people(len(people))} ({_named(people)}), without a"
+            f"{len(alone):,} of {len(dataset.query):,} queries, of {_people(len(people))} ({_named(people)}), without a"
             " gallery image from another camera: they are left out of the figures",
         )
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from pmm_edge.data.layouts import ANY_MARKET, Record, find
 from pmm_edge.errors import DataError
+from pmm_edge.retrieval.protocol import JUNK_PID, checked_labels
 
-JUNK_PID = -1
-"""Boxes that show nobody in particular; they count neither as right nor as wrong."""
 DISTRACTOR_PID = 0
 """Boxes of nobody in the query set; they stay in the gallery as wrong answers."""
 
@@ -105,14 +104,23 @@ def problems(dataset: ReidDataset) -> list[DataError]:
                 "Re-identification is judged across cameras: two or more are needed",
             )
         )
-    if not np.isin(query.pids, gallery.pids).any():
+    elif not len(queries_with_match(dataset)):
         found.append(
             DataError(
-                f"no identity in {root}'s query is in its gallery",
+                f"no query of {root} has a match in its gallery from another camera",
                 "Query and gallery must show the same people; put their images back together",
             )
         )
     return found
+
+
+def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
+    """Indices of the queries that evaluation counts: their gallery shows the same person from another camera."""
+    query, gallery = dataset.query, dataset.gallery
+    if (gallery.pids == JUNK_PID).all():
+        return np.empty(0, np.intp)
+    labels = checked_labels(query.pids, gallery.pids, query.camids, gallery.camids, (len(query), len(gallery)))
+    return np.flatnonzero([len(labels.matches_and_left_out(number)[0]) > 0 for number in range(len(query))])
 
 
 def _split(records: Sequence[Record]) -> Split:

@@ -11,8 +11,8 @@ def identity_batches(
 ) -> list[NDArray[np.int64]]:
     """One epoch: every identity once, with `images` of its images, `identities` of them in a batch.
 
-    An identity with fewer images gives some of them twice. The last batch holds the identities that are left; it
-    is dropped where that is a single one, which has no negative.
+    An identity with fewer images gives some of them more than once. The last batch holds the identities that are
+    left; it is dropped where that is a single one, which has no negative.
 
     Args:
         pids: (N,) identity of each training image.

@@ -106,7 +106,7 @@ def _onnxruntime_problem(found: dict[str, Any]) -> str | None:
 def _ready(command: str, engines: list[_Engine]) -> Readiness:
     onnx, torch, trt = engines
     missing, limits, remedies = _absent(command), list[str](), list[str]()
-    if command == "export" and onnx.problem:
+    if command in ("export", "trt") and onnx.problem:  # every engine is built from a file that ONNX Runtime has read
         missing[onnx.problem] = onnx.remedy
     if command == "export" and (absent := [module for module in _EXPORT if not importable(module)]):
         limits.append(f"only --triton and --deepstream of a .onnx file ({', '.join(absent)} not installed)")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pmm_edge.doctor.findings import Finding, Section, shareable
 from pmm_edge.doctor.packages import version_of
-from pmm_edge.files import cache_folder
+from pmm_edge.errors import OutputError
+from pmm_edge.files import cache_folder, home_folder
 from pmm_edge.machine import cores, processor, text_of
 
 _LITTLE_DISK_GIB = 2.0
@@ -70,8 +71,11 @@ def _memory(root: Path) -> str:
 
 
 def _disk() -> Finding:
-    folder = cache_folder().absolute()
-    shown = shareable(str(folder)) if folder.is_relative_to(Path.home()) else "the folder that is set"
+    try:
+        folder, home = cache_folder().absolute(), home_folder()
+    except OutputError as error:
+        return Finding("cache folder", shareable(error.problem), False, error.remedy)
+    shown = shareable(str(folder)) if home and folder.is_relative_to(home) else "the folder that is set"
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         free = shutil.disk_usage(there).free / 2**30

@@ -76,10 +76,12 @@ def onnxruntime_providers() -> dict[str, Any]:
     """For each provider that ONNX Runtime lists, None where a session really computes with it, else why not."""
     import onnxruntime
 
-    from pmm_edge.runtime.onnx_session import cuda_may_work
+    from pmm_edge.runtime.onnx_session import driver_is_there, load_cuda_libraries
 
     listed = onnxruntime.get_available_providers()
-    nvidia = "CUDAExecutionProvider" in listed and cuda_may_work()
+    nvidia = "CUDAExecutionProvider" in listed and driver_is_there()
+    if nvidia:
+        load_cuda_libraries()
     providers: dict[str, str | None] = {}
     for provider in listed:
         needs_driver = provider.startswith(("CUDA", "Tensorrt", "NvTensorRt"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pmm_edge.errors import PmmError
@@ -46,15 +48,18 @@ def carry_out(asked: Asked, plan: Plan, report: Report = silent) -> Made:
         except PmmError as failure:
             failures.append(failure)
             engines.append(None)
-    try:
-        if plan.deepstream:
-            bundles.append(deepstream_bundle(plan.onnx["raw"], plan.deepstream))
-        served = next((built for engine, built in zip(plan.engines, engines, strict=True) if engine.served), None)
-        if plan.triton and (served or not plan.engines):
-            path = served.path if served else None
-            bundles.append(triton_bundle(plan.onnx["uint8"], plan.triton.parent, path, plan.triton.name))
-    except PmmError as failure:
-        failures.append(failure)
+    to_write: list[Callable[[], Bundle]] = []
+    if plan.deepstream:
+        to_write.append(partial(deepstream_bundle, plan.onnx["raw"], plan.deepstream))
+    served = next((built for engine, built in zip(plan.engines, engines, strict=True) if engine.served), None)
+    if plan.triton and (served or not plan.engines):
+        path = served.path if served else None
+        to_write.append(partial(triton_bundle, plan.onnx["uint8"], plan.triton.parent, path, plan.triton.name))
+    for write in to_write:
+        try:
+            bundles.append(write())
+        except PmmError as failure:
+            failures.append(failure)
     main, other = (*engines, None, None)[:2]
     return Made(exported, main, other, bundles, failures)
 
@@ -67,7 +72,6 @@ def _export(asked: Asked, plan: Plan, report: Report) -> list[Exported]:
         raise without(error) from error
 
     exported = export_forms(asked.source, plan.onnx, asked.graph, asked.precision, report)
-    if asked.safetensors:
-        first = next(iter(plan.onnx.values()))
-        exported.insert(1, export_safetensors(asked.source, first.with_suffix(".safetensors")))
+    if plan.safetensors:
+        exported.insert(1, export_safetensors(asked.source, plan.safetensors))
     return exported

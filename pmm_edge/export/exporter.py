@@ -21,7 +21,7 @@ from pmm_edge.export.options import Graph, Precision
 from pmm_edge.export.precision import Reduced, reduced
 from pmm_edge.export.sensitivity import LayerLoss
 from pmm_edge.export.strip import inference_network
-from pmm_edge.files import sha256, written_whole
+from pmm_edge.files import check_place, sha256, written_whole
 from pmm_edge.model import Checkpoint, load_checkpoint
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import cosines, unit_length
@@ -107,6 +107,7 @@ def export_forms(
     """
     for out in outs.values():
         _check_name(out, ".onnx")
+        check_place(out)  # a plan has done so; this is for whoever calls without one
     report(f"exporting {next(iter(outs.values())).name}", 0, len(_STEPS) - 1, _STEPS[0])
     checkpoint = load_checkpoint(checkpoint_path)
     reference = TorchEmbedder(checkpoint.network(), checkpoint.spec, checkpoint_path, "cpu")
@@ -140,16 +141,17 @@ def _export_form(
         normalized_output=graph.normalize_output,
         tools={**spec.tools, "opset": str(graph.opset)},
     )
-    with written_whole(out) as temporary:
-        step(1)
-        network = inference_network(checkpoint.network(), spec.input, graph.normalize_output)
-        model = unreduced = onnx_graph(network, spec, graph.opset)
-        if precision:
-            spec = replace(spec, tools={**spec.tools, "onnxruntime": onnxruntime_version})
-            made = reduced(model, spec, precision, _judging_data(reference.path), report, made)
-            model, spec = made.model, made.spec
-        metadata = {MANIFEST_KEY: graph_manifest(model, unreduced)}
-        temporary.write_bytes(finished(model, spec, graph.static_batch, metadata).SerializeToString())
+    step(1)
+    network = inference_network(checkpoint.network(), spec.input, graph.normalize_output)
+    model = unreduced = onnx_graph(network, spec, graph.opset)
+    if precision:
+        spec = replace(spec, tools={**spec.tools, "onnxruntime": onnxruntime_version})
+        made = reduced(model, spec, precision, _judging_data(reference.path), report, made)
+        model, spec = made.model, made.spec
+    metadata = {MANIFEST_KEY: graph_manifest(model, unreduced)}
+    content = finished(model, spec, graph.static_batch, metadata).SerializeToString()
+    with written_whole(out) as temporary:  # nothing else in here: it takes every failure of a file for one of `out`
+        temporary.write_bytes(content)
         step(2)
         candidate = OnnxEmbedder(temporary, "cpu")
         images = made.images if made and made.images is not None else _random_images(spec.input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import onnx
@@ -30,23 +31,16 @@ def graph_manifest(model: onnx.ModelProto, unreduced: onnx.ModelProto) -> str:
     sizes: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         kind = tensor_dtype_to_np_dtype(tensor.data_type)
-        sizes[kind.name] += _count(tensor) * kind.itemsize
+        sizes[kind.name] += math.prod(tensor.dims) * kind.itemsize
     described = {
         "schema": SCHEMA,
         "opset": next(entry.version for entry in model.opset_import if entry.domain == ""),
         "ir_version": model.ir_version,
         "nodes": Counter(node.op_type for node in model.graph.node),
         "parameters": sum(
-            _count(tensor) for tensor in network.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+            math.prod(tensor.dims) for tensor in network.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
         ),
         "multiply_adds": sum(multiply_adds(network).values()),
         "weight_bytes": sizes,
     }
     return json.dumps(described, sort_keys=True)
-
-
-def _count(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for side in tensor.dims:
-        count *= side
-    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import onnx
@@ -71,16 +72,9 @@ def multiply_adds(network: onnx.ModelProto) -> dict[str, int]:
     counts = {}
     for node in network.graph.node:
         if node.op_type in ("Conv", "Gemm"):
-            positions = _product(shapes[node.output[0]][2:])
-            counts[node.name] = _product(weights[node.input[1]]) * positions
+            positions = math.prod(shapes[node.output[0]][2:])
+            counts[node.name] = math.prod(weights[node.input[1]]) * positions
     return counts
-
-
-def _product(numbers: list[int]) -> int:
-    product = 1
-    for number in numbers:
-        product *= number
-    return product
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:

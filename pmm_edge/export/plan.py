@@ -14,7 +14,7 @@ from pmm_edge.export.bundles import deepstream, triton
 from pmm_edge.export.bundles.bundle import check_feeding
 from pmm_edge.export.options import Fp16, Graph, Int8, Precision
 from pmm_edge.export.tensorrt.builder import check_quantised_for_tensorrt, what_builds
-from pmm_edge.files import check_new_folder
+from pmm_edge.files import check_new_folder, check_place
 from pmm_edge.runs import EXPORT_FOLDER
 from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 from pmm_edge.runtime.cuda import NotOnThisMachineError
@@ -64,6 +64,8 @@ class Plan:
     """A file for each input form that something needs, the one that was asked for first."""
     to_export: bool
     """The files are still to be made, from a checkpoint."""
+    safetensors: Path | None
+    """The weights beside the first file."""
     engines: tuple[PlannedEngine, ...]
     deepstream: Path | None
     triton: Path | None
@@ -75,7 +77,7 @@ def planned(asked: Asked) -> Plan:
 
     Raises:
         ModelError: the source cannot be used, or what it gives is nothing that TensorRT, DeepStream or Triton take.
-        OutputError: a bundle's folder has something in it.
+        OutputError: a file cannot be written where it is meant to be, or a bundle's folder has something in it.
         PmmError: options that contradict each other, or torch is missing where a checkpoint is read.
     """
     consumed = asked.settings or asked.deepstream or asked.triton
@@ -87,7 +89,9 @@ def planned(asked: Asked) -> Plan:
     forms += ["uint8"] if asked.triton and "uint8" not in forms else []
     onnx = {form: _name(asked, form, main=number == 0) for number, form in enumerate(forms)}
     if not consumed:
-        return Plan(onnx, True, (), None, None)
+        plan = Plan(onnx, True, _safetensors(asked, onnx), (), None, None)
+        _check_places(plan)
+        return plan
     settings = _settings(asked, asked.graph.static_batch)
     return _checked(asked, onnx, settings, _spec_to_be(asked), asked.graph.static_batch)
 
@@ -151,18 +155,35 @@ def _checked(
         name = asked.triton_name or triton.model_name(spec, settings is not None)
         model_folder = asked.triton / triton.checked_name(name)
     engines = _engines(asked, onnx, settings) if settings else ()
-    plan = Plan(onnx, asked.source != path, engines, asked.deepstream, model_folder)
+    plan = Plan(onnx, asked.source != path, _safetensors(asked, onnx), engines, asked.deepstream, model_folder)
     try:
-        if plan.deepstream:
-            check_new_folder(plan.deepstream)
-        if plan.triton:
-            check_new_folder(plan.triton, triton.TAKEN)
+        _check_places(plan)
     except OutputError as error:
         if plan.to_export or not plan.engines:
             raise
         _tell_what_is_missing(plan.engines[0], spec, error)
         raise
     return plan
+
+
+def _safetensors(asked: Asked, onnx: dict[InputForm, Path]) -> Path | None:
+    return next(iter(onnx.values())).with_suffix(".safetensors") if asked.safetensors else None
+
+
+def _check_places(plan: Plan) -> None:
+    """Refuse what could not be written in the end.
+
+    Raises:
+        OutputError: a file's folder cannot be written, or a bundle's has something in it.
+    """
+    files = [*plan.onnx.values()] if plan.to_export else []
+    files += [plan.safetensors] if plan.safetensors else []
+    for path in (*files, *(engine.path for engine in plan.engines)):
+        check_place(path)
+    if plan.deepstream:
+        check_new_folder(plan.deepstream)
+    if plan.triton:
+        check_new_folder(plan.triton, triton.TAKEN)
 
 
 def _engines(asked: Asked, onnx: dict[InputForm, Path], settings: BuildSettings) -> tuple[PlannedEngine, ...]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
 
@@ -19,6 +17,7 @@ from pmm_edge.export.options import Fp16, Int8, Precision
 from pmm_edge.export.parts import Parts, layers_of, multiply_adds, parts_of
 from pmm_edge.export.rows import row_preprocessing
 from pmm_edge.export.sensitivity import LayerLoss, hold_map, mean_average_precision
+from pmm_edge.files import temporary_folder
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime.crops import Pixels
@@ -68,7 +67,10 @@ def reduced(
     """
     if made:
         parts = _parts(model, spec, precision)
-        spec = replace(spec, precision=made.spec.precision, precision_method=made.spec.precision_method)
+        reached = made.spec
+        spec = replace(
+            spec, precision=reached.precision, precision_method=reached.precision_method, target=reached.target
+        )
         return replace(made, model=finished(parts.around_other(made.network), spec), spec=spec)
     if isinstance(precision, Fp16):
         return _fp16(model, spec, precision, judged_on, report)
@@ -151,8 +153,8 @@ def _parts(model: onnx.ModelProto, spec: ModelSpec, precision: Precision) -> Par
 
 @contextmanager
 def _opener(parts: Parts, spec: ModelSpec) -> Iterator[Open]:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "candidate.onnx"
+    with temporary_folder() as folder:
+        path = folder / "candidate.onnx"
 
         def opened(network: onnx.ModelProto) -> OnnxEmbedder:
             path.write_bytes(finished(parts.around(network), spec).SerializeToString())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from pmm_edge.data.dataset import ReidDataset, problems
@@ -12,6 +13,7 @@ from pmm_edge.errors import CheckFailedError
 from pmm_edge.export.options import KEPT_IN_FLOAT
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import evaluate
+from pmm_edge.retrieval.protocol import JUNK_PID
 from pmm_edge.runtime import Embedder, embed_files
 
 
@@ -105,10 +107,11 @@ def mean_average_precision(embedder: Embedder, dataset: ReidDataset, report: Rep
     """
     for problem in problems(dataset):
         raise problem
-    query, gallery = dataset.query, dataset.gallery
-    embeddings = embed_files(embedder, [*query.paths, *gallery.paths], report=report)
-    count = len(query)
-    return evaluate(embeddings[:count], embeddings[count:], query.pids, gallery.pids, query.camids, gallery.camids).mAP
+    query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
+    kept = np.flatnonzero(gallery.pids != JUNK_PID)  # junk counts for nothing: it is not embedded either
+    embeddings = embed_files(embedder, [*query.paths, *(gallery.paths[index] for index in kept)], report=report)
+    pids, camids = gallery.pids[kept], gallery.camids[kept]
+    return evaluate(embeddings[:count], embeddings[count:], query.pids, pids, query.camids, camids).mAP
 
 
 def _least(holds: Callable[[int], bool], most: int) -> int:

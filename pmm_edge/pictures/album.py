@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pmm_edge.data.dataset import ReidDataset, read
+from pmm_edge.data.dataset import ReidDataset, queries_with_match, read
 from pmm_edge.errors import DataError, OutputError, PmmError
 from pmm_edge.files import written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, evenly
-from pmm_edge.pictures.galleries import TOP, gallery_grid, queries_with_match
+from pmm_edge.pictures.galleries import TOP, gallery_grid
 from pmm_edge.pictures.overlap import Overlap, overlap
 from pmm_edge.pictures.unsuitable import UnsuitableError
 from pmm_edge.progress import Report, silent

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pmm_edge.data.dataset import DISTRACTOR_PID, JUNK_PID, ReidDataset, Split
+from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
 from pmm_edge.images import read_crop
 from pmm_edge.pictures.grid import Cell, grid
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import euclidean_distances, evaluate_distances
-from pmm_edge.retrieval.protocol import checked_labels
+from pmm_edge.retrieval.protocol import JUNK_PID, checked_labels
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import Embeddings
 
@@ -138,15 +138,6 @@ def draw_rankings(rankings: Sequence[Ranking], name: str) -> Image.Image:
         ],
         wide_before=[1],
     )
-
-
-def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
-    """Indices of the queries that have a right answer: an image in the gallery from another camera."""
-    query, gallery = dataset.query, dataset.gallery
-    if (gallery.pids == JUNK_PID).all():
-        return np.empty(0, np.intp)
-    labels = checked_labels(query.pids, gallery.pids, query.camids, gallery.camids, (len(query), len(gallery)))
-    return np.flatnonzero([len(labels.matches_and_left_out(number)[0]) > 0 for number in range(len(query))])
 
 
 def part(split: Split, indices: Sequence[int] | NDArray[np.intp]) -> Split:

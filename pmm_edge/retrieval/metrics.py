@@ -12,6 +12,7 @@ from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import checked_pair, distance_blocks
 from pmm_edge.retrieval.protocol import Ranks, add_ranks, checked_labels, empty_ranks
 from pmm_edge.retrieval.reranking import rerank_distances
+from pmm_edge.spec import RetrievalFigures
 
 PAPER_CUTOFF = 50
 """The paper's released evaluation cuts rankings here before it computes the average precision."""
@@ -49,6 +50,10 @@ class RetrievalResult:
         if not 1 <= k <= len(self.cmc):
             raise DataError(f"Rank-{k} is not in 1..{len(self.cmc)}", "Evaluate with a larger max_rank")
         return float(self.cmc[k - 1])
+
+    def figures(self) -> RetrievalFigures:
+        """The four figures that a spec carries and reports tell."""
+        return RetrievalFigures(self.rank(1), self.mAP, self.mINP, self.mAP_at_50)
 
 
 def evaluate(

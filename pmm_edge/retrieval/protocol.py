@@ -12,7 +12,7 @@ from pmm_edge.errors import DataError
 from pmm_edge.retrieval.distances import describe_not_finite
 
 JUNK_PID = -1
-"""Market-1501 marks detections that are neither a person nor a clean distractor so; they are dropped."""
+"""Market-1501 marks so what shows neither a person nor a clean distractor: neither right nor wrong, it is dropped."""
 
 _SORT_FROM = 64
 """Above this many matches one sort of the row is cheaper than two passes over the row for each match."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pmm_edge.errors import OutputError, PmmError
+from pmm_edge.errors import PmmError
 from pmm_edge.files import check_output, written_whole
 from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.runtime.image_list import Labels
@@ -23,14 +23,12 @@ def check_embedding_file(path: Path) -> None:
         OutputError: the name ends in none of `SUFFIXES` or is a folder's, or its folder cannot be made or written.
         PmmError: it is a Parquet file and pyarrow is not installed.
     """
-    if path.suffix not in SUFFIXES:
-        raise OutputError(f"cannot write {path}: its name must end in {' or '.join(SUFFIXES)}", "Name such a file")
-    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+    check_output(path, SUFFIXES)
+    if _is_parquet(path) and find_spec("pyarrow") is None:
         raise PmmError(
             f"writing {path} needs pyarrow, which is not installed",
             "pip install 'pmm-edge[parquet]', or name a .npz file",
         )
-    check_output(path, SUFFIXES)
 
 
 def save_embeddings(
@@ -53,9 +51,13 @@ def save_embeddings(
         PmmError: it is a Parquet file and pyarrow is not installed.
     """
     check_embedding_file(path)
-    write = _write_parquet if path.suffix == ".parquet" else _write_npz
+    write = _write_parquet if _is_parquet(path) else _write_npz
     with written_whole(path) as temporary:
         write(temporary, spec, names, embeddings, labels)
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
 
 
 def _write_npz(path: Path, spec: ModelSpec, names: list[str], embeddings: Embeddings, labels: Labels | None) -> None:

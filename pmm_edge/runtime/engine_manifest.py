@@ -10,11 +10,11 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pmm_edge.errors import ModelError
 from pmm_edge.files import sha256
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
+from pmm_edge.runtime.build_settings import BuildSettings
+from pmm_edge.runtime.strict import parse_object, strictly
 from pmm_edge.spec import ModelSpec
 
 SCHEMA = 1
@@ -73,23 +73,16 @@ class EngineManifest:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError: it is something else, or no relative path of an ONNX file.
+            ValueError: it is something else, or names no relative path of an ONNX file.
             PmmError: the spec or the settings in it are of another version or out of range.
         """
-        raw: dict[str, Any] = json.loads(text)
-        if raw["schema"] != SCHEMA:
-            raise ValueError(f"schema {raw['schema']} instead of {SCHEMA}")
-        _check_onnx_name(raw["onnx"])
-        settings = raw["settings"] | {"batch": BatchProfile(**raw["settings"]["batch"])}
-        return EngineManifest(
-            **raw
-            | {
-                "spec": ModelSpec.from_json(json.dumps(raw["spec"])),
-                "machine": Machine(**raw["machine"]),
-                "settings": BuildSettings(**settings),
-                "precision": PrecisionCount(**raw["precision"]),
-            }
-        )
+        content = parse_object(text)
+        if (found := content.get("schema")) != SCHEMA:
+            raise ValueError(f"schema {found if isinstance(found, int) else 'unknown'} instead of {SCHEMA}")
+        manifest: EngineManifest = strictly(EngineManifest, content)
+        if not Path(manifest.onnx).name or Path(manifest.onnx).is_absolute():
+            raise ValueError(f"{manifest.onnx!r} is no relative path of a file")
+        return manifest
 
 
 def onnx_seen_from(engine: Path, onnx: Path) -> str:
@@ -117,15 +110,16 @@ def read_manifest(engine: Path) -> EngineManifest:
         ModelError: the engine or its manifest is missing, or the manifest cannot be read.
     """
     onnx = engine.with_suffix(".onnx")
-    rebuild = f"Build it again: {BuildSettings().command(onnx)}"
+    command = BuildSettings().command(onnx)
     if not engine.is_file():
-        raise ModelError(f"{engine} does not exist", rebuild.replace("again", "here"))
+        raise ModelError(f"{engine} does not exist", f"Build it here: {command}")
+    rebuild = f"Build it again: {command}"
     path = manifest_path(engine)
     try:
         return EngineManifest.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{engine} has no {path.name} beside it: nothing says what it is", rebuild) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({type(error).__name__}: {error})", rebuild) from error
 
 
@@ -178,18 +172,13 @@ def _tensorrt_fits(manifest: EngineManifest, here: Machine) -> bool:
         return here.tensorrt == built
     # NVIDIA's rule: version-compatible engines run with later versions, and those of 10 with 11 as well.
     (old, new) = (_numbers(built), _numbers(here.tensorrt))
-    return old <= new and new[0] - old[0] <= 1
+    return bool(old) and old <= new and new[0] - old[0] <= 1
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+    """The numbers of `10.13.0.35`; none of a text that is no version, as a stranger's manifest may hold."""
+    return tuple(int(part) for part in version.split(".") if part.isdecimal() and len(part) < 10)
 
 
 def _rebuild(manifest: EngineManifest, engine: Path, problem: str) -> ModelError:
     return ModelError(problem, f"Build it again: {manifest.settings.command(onnx_of(manifest, engine), engine)}")
-
-
-def _check_onnx_name(name: object) -> None:
-    """A manifest may come from strangers: what it names is shown in one line, and hashed if it is a file."""
-    if not isinstance(name, str) or not name.isprintable() or not Path(name).name or Path(name).is_absolute():
-        raise ValueError(f"{name!r} is no relative path of a file")

@@ -18,7 +18,7 @@ import onnxruntime
 
 from pmm_edge.errors import ModelError, PmmWarning
 from pmm_edge.files import cache_folder, sha256
-from pmm_edge.machine import usable_cores
+from pmm_edge.machine import threads
 from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.embedder import INPUT, parse_device
 
@@ -46,7 +46,7 @@ def open_session(
         ModelError: the file cannot be loaded, or `device` cannot be used.
     """
     kind, index = parse_device(device, tensorrt=True) if device else ("cuda", 0)
-    if kind == "cpu" or (device is None and not cuda_may_work()):
+    if kind == "cpu" or (device is None and not driver_is_there()):
         return _session(path, content, [_CPU]), "cpu", None
     providers: list[Any] = [(_CUDA, _cuda_options(index)), _CPU]
     profile = None
@@ -79,12 +79,13 @@ def _absent(provider: str) -> str | None:
     """Why a provider of NVIDIA's is not worth asking for, None where it is."""
     if provider not in onnxruntime.get_available_providers():
         return f"it was built without the {provider}"
-    return None if cuda_may_work() else "there is no NVIDIA driver (libcuda.so.1)"
+    return None if driver_is_there() else "there is no NVIDIA driver (libcuda.so.1)"
 
 
 def _on_gpu(path: Path, content: bytes | None, providers: list[Any]) -> tuple[onnxruntime.InferenceSession | None, str]:
     """A session that really took the first of the providers, or None and why not."""
     wanted: str = providers[0][0]
+    load_cuda_libraries()
     if wanted == TENSORRT:
         with suppress(Exception):  # its wheels load their libraries, which are in no folder that is searched
             import_module("tensorrt")
@@ -145,22 +146,24 @@ def _threads() -> int:
 
     In a container, or behind `taskset`, threads beyond the cores that may be used wait for each other.
     """
-    usable = usable_cores()
-    return max(1, int(usable)) if usable < (os.cpu_count() or 1) else 0
+    granted = threads()
+    return granted if granted < (os.cpu_count() or 1) else 0
 
 
-def cuda_may_work() -> bool:
-    """Whether asking for CUDA is worth it; where it is, its libraries are loaded as far as they are found."""
-    if _CUDA not in onnxruntime.get_available_providers():
-        return False
+def driver_is_there() -> bool:
+    """Whether there is an NVIDIA driver; where there is none, gigabytes of libraries need not be loaded to find out."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False  # no NVIDIA driver: spare loading gigabytes of libraries to find that out
-    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21; finds the libraries that torch's wheels bring
+        return False
+    return True
+
+
+def load_cuda_libraries() -> None:
+    """Load CUDA's libraries as far as they are found, those that torch's wheels bring among them."""
+    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
         with redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
-    return True
 
 
 def _cuda_options(index: int) -> dict[str, str]:

@@ -77,7 +77,9 @@ class TensorRTEmbedder(Embedder):
         self._batch, self.cuda_graphs = manifest.settings.batch, cuda_graphs
         self.profile = self._batch
         self._lock = threading.Lock()
-        self._runs: dict[int, Callable[[], None]] = {}
+        self._contexts: dict[int, Any] = {}
+        """By batch size; a CUDA graph needs the one it was recorded from."""
+        self._graphs: dict[int, Callable[[], None]] = {}
         self._take_memory(self.spec.input, self._batch.maximum)
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
@@ -115,7 +117,7 @@ class TensorRTEmbedder(Embedder):
         buffer.images[: len(images)] = network_input(images, self.spec.input)
         buffer.images[len(images) : batch] = 0  # padding: a row of a batch does not see the others
         self._cuda.copy_in(self._images, buffer.images[:batch])
-        self._layers(batch)()
+        self._enqueue_layers(batch)
         self._cuda.copy_out(buffer.embeddings[:batch], self._embeddings)
         self._cuda.record(buffer.done)
 
@@ -130,13 +132,29 @@ class TensorRTEmbedder(Embedder):
         buffer = self._buffers[0]
         self._enqueue(images, buffer)  # copies them in: what is timed computes on the images themselves
         self._cuda.wait(buffer.done)
-        return self._cuda.milliseconds(self._layers(max(len(images), self._batch.minimum)))
+        return self._cuda.milliseconds(lambda: self._enqueue_layers(max(len(images), self._batch.minimum)))
 
-    def _layers(self, batch: int) -> Callable[[], None]:
-        """What enqueues all layers for a batch of this size, prepared when it is first asked for."""
-        if batch not in self._runs:
-            self._runs[batch] = self._prepare(batch)
-        return self._runs[batch]
+    def _enqueue_layers(self, batch: int) -> None:
+        """From the images to the embeddings on the GPU; a batch size is prepared when it is first asked for."""
+        if batch not in self._contexts:
+            context = self._context(batch)
+            if self.cuda_graphs:
+                # The first run after a change of shape does work of its own, which cannot be captured.
+                self._execute(context, batch)
+                self._cuda.synchronize()
+                self._graphs[batch] = self._cuda.capture(lambda: self._execute(context, batch))
+            self._contexts[batch] = context
+        if self.cuda_graphs:
+            self._graphs[batch]()
+        else:
+            self._execute(self._contexts[batch], batch)
+
+    def _execute(self, context: Any, batch: int) -> None:
+        if not context.execute_async_v3(self._cuda.stream):
+            raise GpuError(
+                f"TensorRT cannot run {self.path} at batch {batch}{last_error(self._logger)}",
+                "Is the GPU's memory full? nvidia-smi or tegrastats shows it",
+            )
 
     def _take_memory(self, size: InputSpec, batch: int) -> None:
         """Two buffers for the largest batch, and the scratch memory that all contexts share."""
@@ -151,26 +169,8 @@ class TensorRTEmbedder(Embedder):
         self._scratch_size: int = self._engine.device_memory_size_v2
         self._scratch = cuda.device_memory(self._scratch_size)
 
-    def _prepare(self, batch: int) -> Callable[[], None]:
-        """What enqueues the layers, from the images to the embeddings on the GPU."""
-        context = self._context(batch)
-
-        def enqueue() -> None:
-            if not context.execute_async_v3(self._cuda.stream):
-                raise GpuError(
-                    f"TensorRT cannot run {self.path} at batch {batch}{last_error(self._logger)}",
-                    "Is the GPU's memory full? nvidia-smi or tegrastats shows it",
-                )
-
-        if not self.cuda_graphs:
-            return enqueue
-        # The first run after a change of shape does work of its own, which cannot be captured.
-        enqueue()
-        self._cuda.synchronize()
-        return self._cuda.capture(enqueue)
-
     def _context(self, batch: int) -> Any:
-        """A context for one batch size: a CUDA graph is valid while the context it was recorded from stays as it was.
+        """A context for one batch size: a CUDA graph is valid while the context it was recorded from lives and stays.
 
         Contexts run one after another on one stream, so that they can share their scratch memory.
         """

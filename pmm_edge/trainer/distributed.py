@@ -104,8 +104,8 @@ def joined(device: str) -> Iterator[World]:
         device: what a run asks for: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        PmmError: this process's device is not there, all would share one GPU, another process has stopped, or the
-            environment is not that of `torchrun`.
+        PmmError: this process's device is not there, all would share one GPU, another process has stopped or
+            cannot be joined, or the environment is not that of `torchrun`.
     """
     world = _told_by_torchrun()
     if world.size == 1:
@@ -118,8 +118,7 @@ def joined(device: str) -> Iterator[World]:
     own = choose_device(device, world.local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    # Both, so that flags travel between CPUs also where gradients travel between GPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    _join(world, own)
     try:
         yield world
     except RuntimeError as error:
@@ -137,6 +136,19 @@ def joined(device: str) -> Iterator[World]:
         gc.collect()
 
 
+def _join(world: World, own: torch.device) -> None:
+    try:
+        # Both, so that flags travel between CPUs also where gradients travel between GPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise PmmError(
+            f"cannot join {world.size} processes at {place}: {why}",
+            "Start them with torchrun (--standalone finds a free port); one that has stopped has said why",
+        ) from error
+
+
 def _told_by_torchrun() -> World:
     """What the environment says; a world of one where it says nothing."""
     told = {
@@ -148,6 +160,8 @@ def _told_by_torchrun() -> World:
         size, rank, local_rank = (int(told[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         int(told["MASTER_PORT"])
+        if not told["MASTER_ADDR"]:
+            raise ValueError
     except ValueError as error:
         said = ", ".join(f"{name} is {value or 'not set'}" for name, value in told.items())
         raise PmmError(

@@ -72,9 +72,10 @@ class Feed:
             config.images_per_identity,
             np.random.default_rng([config.seed, epoch]),
         )
-        # What is left at the end of an epoch is taken where it, too, makes equal shards of two identities or more.
+        # Of what is left at the end of an epoch, as many identities are taken as make equal shards of two or more; so
+        # an epoch of less than one batch has a step, too, as `check_shards` has seen to.
         unit = self._count * config.images_per_identity
-        return [batch for batch in batches if len(batch) % unit == 0 and len(batch) >= 2 * unit]
+        return [batch[: len(batch) // unit * unit] for batch in batches if len(batch) >= 2 * unit]
 
     def seeds(self, epoch: int, step: int) -> list[int]:
         """Of all shards of a step."""

@@ -29,7 +29,7 @@ from pmm_edge.trainer.journal import Journal
 from pmm_edge.trainer.meter import Meter
 from pmm_edge.trainer.position import Position, save_position
 from pmm_edge.trainer.schedule import learning_rate
-from pmm_edge.trainer.setup import chosen_machine, fingerprint, model_spec, retrieval_figures
+from pmm_edge.trainer.setup import chosen_machine, fingerprint, model_spec
 from pmm_edge.trainer.step import prepare, train_step
 
 BAD_BATCH = "bad_batch.pt"
@@ -227,7 +227,7 @@ class Run:
         result = self.evaluation.judge(self.trainee.judged, stop)
         if result is None:
             return None
-        figures = retrieval_figures(result)
+        figures = result.figures()
         self._record("evaluate", position.epoch, {**asdict(figures), "rank5": result.rank(5)})
         return figures
 

@@ -52,7 +52,7 @@ def save_position(
     spec = model_spec(config, dataset, trainee.network, None)
     save_checkpoint(folder / LAST, Checkpoint(spec, trainee.network.state_dict(), training))
     if config.keep > 1 and position.step == 0:
-        _keep_epoch(folder, position.epoch, config.keep)
+        keep_epoch(folder, position.epoch, config.keep)
 
 
 def restore_position(trainee: Trainee, checkpoint: Checkpoint) -> Position:
@@ -66,12 +66,13 @@ def restore_position(trainee: Trainee, checkpoint: Checkpoint) -> Position:
     return Position(state["epoch"], state["step"], best, before, state["judged"], state["stale"])
 
 
-def _keep_epoch(folder: Path, epoch: int, keep: int) -> None:
+def keep_epoch(folder: Path, epoch: int, keep: int) -> None:
     """Keep this epoch's checkpoint beside `last.pt`, and drop the oldest."""
     with written_whole(folder / f"epoch-{epoch:04d}.pt") as kept:
         try:
             kept.hardlink_to(folder / LAST)  # a second name for the same file
         except OSError:  # where files cannot have two
             shutil.copyfile(folder / LAST, kept)
-    for old in sorted(folder.glob("epoch-*.pt"))[:-keep]:
-        old.unlink()
+    by_epoch = {int(path.stem[6:]): path for path in folder.glob("epoch-*.pt") if path.stem[6:].isdecimal()}
+    for old in sorted(by_epoch)[:-keep]:  # by number: as text epoch-10000 stands before epoch-9999
+        by_epoch[old].unlink()

@@ -18,7 +18,6 @@ from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.model import ReidNetwork, build_model
 from pmm_edge.model.backbone import begin_bottlenecks_as_identities
 from pmm_edge.model.build import load_pretrained
-from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import choose_device, choose_precision
@@ -140,11 +139,6 @@ def model_spec(
         retrieval=figures,
         tools={"pmm-edge": pmm_edge.__version__, "torch": torch.__version__},
     )
-
-
-def retrieval_figures(result: RetrievalResult) -> RetrievalFigures:
-    """The figures that a spec carries."""
-    return RetrievalFigures(result.rank(1), result.mAP, result.mINP, result.mAP_at_50)
 
 
 def fingerprint(dataset: ReidDataset) -> str:

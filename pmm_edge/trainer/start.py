@@ -91,7 +91,9 @@ def resume(
     report: Report = silent,
     warn: Callable[[str], None] = lambda text: None,
 ) -> TrainResult:
-    """Go on with an interrupted run, exactly as if it had not stopped.
+    """Go on with an interrupted run; on a CPU its weights become, bit for bit, those of a run that did not stop.
+
+    In `metrics.jsonl` the line of the epoch that it stopped in averages the steps after the stop alone.
 
     Args:
         folder: the run's.

@@ -40,6 +40,23 @@ def test_no_query_with_a_match_is_refused(tiny_dataset: Path, tmp_path: Path) ->
         bench_images(root)
 
 
+def test_query_and_gallery_that_share_junk_alone_are_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(tiny_dataset, tmp_path / "data")
+    for path in (root / "query").iterdir():
+        path.rename(path.with_name(f"-1{path.name[4:]}"))
+    shutil.copytree(root / "query", root / "bounding_box_test", dirs_exist_ok=True)
+    with pytest.raises(DataError, match=r"no query of .* has a match in its gallery from another camera"):
+        bench_images(root)
+
+
+def test_a_layout_of_a_list_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "list.txt"
+    lines.write_text("\n".join(str(path) for path in (tiny_dataset / "query").iterdir()))
+    assert len(bench_images(lines).paths) == 12
+    with pytest.raises(DataError, match=r"list\.txt is no folder, so it is in no layout\. Leave --layout out"):
+        bench_images(lines, layout="market1501")
+
+
 def test_nothing_to_compare_on(tmp_path: Path, tiny_dataset: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         bench_images(tmp_path / "none")

@@ -37,7 +37,7 @@ def test_splits_that_cannot_judge_are_still_shown(pmm, data):
         path.rename(path.with_name("9" + path.name))
     result = pmm("data", data)
     assert result.exit_code == 0
-    assert "query is in its gallery" in result.stdout and "12 of 12 queries" in result.stdout
+    assert "has a match in its gallery" in result.stdout and "12 of 12 queries" in result.stdout
 
 
 def test_verify_names_unreadable_files(pmm, data):

@@ -61,3 +61,18 @@ def test_places_that_cannot_be_written(pmm: Callable, tiny_checkpoint: Path, tmp
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "model.onnx"
     assert f"cannot write {out}" in refused(pmm, tiny_checkpoint, "--out", out)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".engine"])
+def test_places_are_tried_before_minutes_of_work(
+    suffix: str, pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def minutes(*_: object) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("pmm_edge.export.exporter.export_forms", minutes)
+    (tmp_path / f"model{suffix}").mkdir()
+    said = refused(pmm, tiny_checkpoint, "--out", tmp_path / "model.onnx", "--safetensors", "--trt")
+    assert f"cannot write {tmp_path}/model{suffix}: {tmp_path}/model{suffix} is a folder" in said
+    assert "cannot write /proc/model.onnx" in refused(pmm, tiny_checkpoint, "--out", "/proc/model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == [f"model{suffix}"]

@@ -37,7 +37,8 @@ def test_table_and_contact_sheet(tmp_path: Path) -> None:
     [
         (["--cameras", "1"], "cameras is 1. Choose 2 to 9"),
         (["--images", "99"], "images is 99. Choose 2 to 32"),
-        (["--sheet", "sheet.docx"], "Name a .jpg or .png file"),
+        (["--sheet", "sheet.docx"], "cannot write sheet.docx: its name must end in .jpg or .jpeg or .png"),
+        (["--sheet", "/proc/none/sheet.jpg"], "cannot write /proc/none/sheet.jpg"),
     ],
 )
 def test_a_bad_value_is_one_line_and_exit_code_2(

@@ -309,7 +309,7 @@ def test_query_and_gallery_of_different_people_are_a_warning(tmp_path):
     root = MAKERS["market layout"](tmp_path)
     (root / "query" / "0003_c1s1_000200_00.jpg").rename(root / "query" / "0099_c1s1_000200_00.jpg")
     assert kinds(read(root))[0] == "unusable"
-    assert "no identity" in texts(read(root))
+    assert "no query of" in texts(read(root))
 
 
 def test_unreadable_files_are_found(tiny_dataset, tmp_path):

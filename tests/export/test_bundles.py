@@ -24,6 +24,8 @@ from pmm_edge.export import Graph, export_onnx
 from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
 from pmm_edge.export.bundles.deepstream import reid_section
 from pmm_edge.export.bundles.triton import model_config, model_name
+from pmm_edge.export.carry_out import carry_out
+from pmm_edge.export.plan import Asked, Plan
 from pmm_edge.files import sha256
 from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 from pmm_edge.runtime.engine_manifest import EngineManifest, Machine, PrecisionCount, manifest_path, onnx_seen_from
@@ -333,6 +335,20 @@ def test_pmm_export_writes_both(pmm: Callable, tiny_checkpoint: Path, tmp_path: 
     ended = pmm("export", out, "--deepstream", tmp_path / "again")
     assert ended.exit_code == 2
     assert "Export it with --input raw" in ended.stderr
+
+
+def test_a_bundle_that_fails_does_not_keep_the_other_from_being_written(
+    tiny_onnx: Path, raw_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("cannot write tracker: No space left on device")
+
+    monkeypatch.setattr("pmm_edge.export.carry_out.deepstream_bundle", full)
+    forms = {"uint8": tiny_onnx, "raw": raw_onnx}
+    plan = Plan(forms, False, None, (), deepstream=tmp_path / "d", triton=tmp_path / "models" / "people")
+    made = carry_out(Asked(tiny_onnx), plan)
+    assert [bundle.folder for bundle in made.bundles] == [tmp_path / "models" / "people"]
+    assert [str(failure) for failure in made.failures] == ["cannot write tracker: No space left on device"]
 
 
 def test_a_bundle_from_an_exported_file_needs_no_torch(raw_onnx: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from people import write_people
 
 import pmm_edge
 from pmm_edge.data.dataset import read
-from pmm_edge.errors import CheckFailedError, DataError, PmmError
+from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
 from pmm_edge.export import Exported, Fp16, Graph, Int8, export_forms, export_onnx
 from pmm_edge.export.calibration import Ranges, read_calibration, value_ranges
 from pmm_edge.export.int8 import calibrated_operators, quantize
 from pmm_edge.export.parts import layers_of, parts_of
 from pmm_edge.export.rows import row_preprocessing
-from pmm_edge.export.sensitivity import hold_map
+from pmm_edge.export.sensitivity import hold_map, mean_average_precision
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.spec import InputSpec
@@ -64,7 +65,7 @@ def test_fp16_that_would_overflow_is_not_written(tiny_checkpoint: Path, people: 
     save_checkpoint(tmp_path / "large.pt", Checkpoint(checkpoint.spec, weights))
     with pytest.raises(CheckFailedError, match=r"node_conv2d_5 \(Conv\) has a value of .* float16 holds 65504"):
         export_onnx(tmp_path / "large.pt", tmp_path / "out" / "model.onnx", precision=Fp16(people))
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_int8_is_close_on_crops_that_it_was_not_calibrated_on(int8: dict[str, Exported], tiny_export: Exported) -> None:
@@ -186,7 +187,9 @@ def test_forms_share_one_network_that_was_calibrated_once(
         exports = export_forms(tiny_checkpoint, outs, graph, Int8(people, "cpu", "minmax"))
         assert len(calibrated) == number + 1
         assert [item.spec.input.form for item in exports] == list(forms)
-        assert {item.spec.precision_method for item in exports} == {exports[0].spec.precision_method}
+        assert exports[0].spec.target == "cpu"
+        for item in exports:
+            assert pmm_edge.load(item.path, "cpu").spec == replace(exports[0].spec, input=item.spec.input)
         first, *others = (int8_weights(item.path) for item in exports)
         assert len(first) == 25
         assert all(other == first for other in others)
@@ -336,6 +339,13 @@ def test_the_search_ends_at_the_fewest_layers(tiny_onnx: Path) -> None:
         search(-1)
 
 
+def test_the_map_of_a_search_does_not_wait_for_junk(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    embedder = pmm_edge.load(tiny_onnx, "cpu")
+    with_junk = shutil.copytree(tiny_dataset, tmp_path / "junk")
+    (with_junk / "bounding_box_test" / "-1_c1s1_000000_00.jpg").write_text("whoever opens it fails")
+    assert mean_average_precision(embedder, read(with_junk)) == mean_average_precision(embedder, read(tiny_dataset))
+
+
 def test_bad_calibration_data(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "model.onnx"
     few = write_people(tmp_path / "few", train=60)
@@ -349,7 +359,27 @@ def test_bad_calibration_data(tiny_checkpoint: Path, people: Path, tmp_path: Pat
         assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match="has 60 training images"):
         export_onnx(tiny_checkpoint, out, precision=Fp16(few))
-    assert not list(out.parent.iterdir())
+    assert not out.parent.exists()
+
+
+def test_temporary_files_that_cannot_be_written_are_no_fault_of_the_model_file(
+    tiny_checkpoint: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc/full")
+    with pytest.raises(OutputError) as caught:
+        export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=Fp16(people))
+    assert str(caught.value) == (
+        "cannot write temporary files in /proc/full: No such file or directory."
+        " Set TMPDIR to a folder that is writable and has space left"
+    )
+
+
+def test_a_broken_link_among_the_judges_is_no_calibration_image(people: Path, tmp_path: Path) -> None:
+    judges, other = (shutil.copytree(people, tmp_path / name) for name in ("judges", "other"))
+    image = next((judges / "bounding_box_test").iterdir())
+    image.unlink()
+    image.symlink_to(tmp_path / "gone.png")
+    assert read_calibration(other, InputSpec(96, 64), judged_on=read(judges)).warnings == []
 
 
 def test_people_of_the_test_split_are_told(tiny_checkpoint: Path, tmp_path: Path) -> None:

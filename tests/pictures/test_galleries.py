@@ -7,7 +7,7 @@ import pytest
 
 import pmm_edge
 from pmm_edge.data.dataset import Split, read
-from pmm_edge.pictures.galleries import draw_rankings, gallery_grid, queries_with_match, ranked
+from pmm_edge.pictures.galleries import draw_rankings, gallery_grid, ranked
 from pmm_edge.retrieval import euclidean_distances, evaluate
 
 
@@ -49,23 +49,6 @@ def test_as_many_hits_as_asked_for_and_as_there_are(features: tuple[np.ndarray, 
     few = Split(gallery.paths[:5], np.array([1, 1, 2, 3, 4]), np.array([1, 2, 3, 1, 2]))
     one = Split(query.paths[:1], np.array([1]), np.array([1]))
     assert len(ranked(features[0][:1], features[1][:5], one, few, top=10)[0].hits) == 4  # its own camera's left out
-
-
-def test_only_queries_with_a_right_answer_can_be_drawn(tiny_dataset: Path) -> None:
-    from dataclasses import replace
-
-    dataset = read(tiny_dataset)
-    assert queries_with_match(dataset).tolist() == list(range(12))
-    gallery = dataset.gallery
-    alone = replace(
-        gallery,
-        camids=np.where(gallery.pids == 102, 1, gallery.camids),
-        pids=np.where(gallery.pids == 103, -1, gallery.pids),
-    )
-    left = queries_with_match(replace(dataset, gallery=alone))
-    assert left.tolist() == [0, 1, 2, 4, 5, 9, 10, 11]
-    junk = replace(gallery, pids=np.full(12, -1))
-    assert not len(queries_with_match(replace(dataset, gallery=junk)))
 
 
 def test_any_embedder_is_drawn(tiny_onnx: Path, tiny_dataset: Path) -> None:

@@ -132,6 +132,19 @@ def test_files_that_are_too_new_for_the_runtime(
     refused(tmp_path / "new.onnx", rf"new\.onnx {said} onnxruntime$")
 
 
+def test_a_spec_that_breaks_what_reads_it(tiny_onnx: Path, tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    written = model.metadata_props[0].value
+    for old, new, said in (
+        ('"dataset": null', f'"dataset": {"[" * 100_000}{"]" * 100_000}', "RecursionError: "),
+        ('"schema": 1', '"schema": Infinity', "OverflowError: "),
+    ):
+        assert old in written
+        model.metadata_props[0].value = written.replace(old, new)
+        onnx.save(model, tmp_path / "wrong.onnx")
+        refused(tmp_path / "wrong.onnx", rf"the spec of .*wrong\.onnx cannot be read \({said}")
+
+
 def test_an_input_the_spec_cannot_mean(tiny_onnx: Path, tmp_path: Path) -> None:
     model = onnx.load(tiny_onnx)
     spec = json.loads(model.metadata_props[0].value)

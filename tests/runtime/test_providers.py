@@ -39,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., As
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-        monkeypatch.setattr(onnx_session, "cuda_may_work", lambda: True)
+        monkeypatch.setattr(onnx_session, "driver_is_there", lambda: True)
         monkeypatch.setattr(onnx_session, "_does_not_load", lambda provider: "libcublas.so.13: cannot open")
         monkeypatch.setenv("PMM_HOME", str(tmp_path / "home"))
         return asked
@@ -65,6 +65,19 @@ def test_a_gpu_that_cannot_be_used_is_told(machine: Callable[..., Asked], tiny_o
     assert len(told) == 1
     with pytest.raises(ModelError, match=r"device cuda:1 cannot be used by onnxruntime .*: libcublas\.so\.13"):
         pmm_edge.load(tiny_onnx, "cuda:1")
+
+
+def test_a_build_without_cuda_is_told_where_there_is_a_gpu(
+    machine: Callable[..., Asked], tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    with pytest.warns(PmmWarning, match="runs on the CPU: it was built without the CUDAExecutionProvider"):
+        assert pmm_edge.load(tiny_onnx).device == "cpu"
+    monkeypatch.setattr(onnx_session, "driver_is_there", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pmm_edge.load(tiny_onnx).device == "cpu"
 
 
 def test_the_command_line_tells_it_in_one_line(

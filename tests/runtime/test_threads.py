@@ -15,7 +15,7 @@ def test_onnx_runtime_is_told_of_cores_that_may_not_be_used(
     usable: float, threads: int | None, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr("pmm_edge.runtime.onnx_session.usable_cores", lambda: usable)
+    monkeypatch.setattr("pmm_edge.machine.usable_cores", lambda: usable)
     assert pmm_edge.load(tiny_onnx, "cpu").threads == threads
 
 

@@ -11,6 +11,7 @@ import torch
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
 from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.retrieval import evaluate_distances
+from pmm_edge.trainer.position import keep_epoch
 from pmm_edge.trainer.presets import PRESETS
 from pmm_edge.trainer.start import resume, train
 
@@ -73,6 +74,14 @@ def test_the_last_checkpoints_are_kept(data, tmp_path):
     run = train(replace(CONFIG, epochs=4, keep=2), data, out=tmp_path / "run")
     assert {path.name for path in run.folder.glob("*.pt")} == {"best.pt", "epoch-0003.pt", "epoch-0004.pt", "last.pt"}
     assert load_checkpoint(run.folder / "epoch-0003.pt").training["epoch"] == 3
+
+
+def test_the_oldest_checkpoints_are_dropped_by_their_epoch_and_no_other_file(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    (tmp_path / "epoch-mine.pt").touch()
+    for epoch in range(9998, 10_002):
+        keep_epoch(tmp_path, epoch, keep=2)
+    assert {path.name for path in tmp_path.glob("epoch-*")} == {"epoch-10000.pt", "epoch-10001.pt", "epoch-mine.pt"}
 
 
 def test_starting_from_a_checkpoint_reports_what_was_taken(data, tmp_path, tiny_checkpoint):

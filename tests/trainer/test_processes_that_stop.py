@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -19,6 +20,7 @@ FLAGS = [
     "--precision", "fp32",
 ]
 # fmt: on
+TOLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 AS_IS = "from pmm_edge.cli import main; main()"
 ONE_CANNOT_READ = """
 import os
@@ -128,16 +130,27 @@ def test_a_second_training_in_a_folder_is_refused_by_the_first_process_alone(bot
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two"),
     ],
 )
 def test_half_of_what_torchrun_sets_is_one_line(monkeypatch, environment, named):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in TOLD:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(PmmError, match=rf"{named}.*unset WORLD_SIZE"), joined("cpu"):
         pass
+
+
+def test_a_port_that_others_listen_on_is_one_line(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for name, value in zip(TOLD, ("2", "0", "0", "127.0.0.1", port), strict=True):
+            monkeypatch.setenv(name, value)
+        said = rf"cannot join 2 processes at 127.0.0.1:{port}: .*address already in use.*torchrun"
+        with pytest.raises(PmmError, match=said), joined("cpu"):
+            pass
 
 
 def test_each_line_is_said_once_and_always_where_nobody_can_be_asked(store, monkeypatch):

@@ -2,14 +2,15 @@
 """Stand-ins for TensorRT and cuda-python that run an engine's ONNX file in ONNX Runtime.
 
 They are as strict as the real ones where a mistake would show only on a GPU: work waits until the stream is
-synchronized, a shape cannot be captured before it has run, a context must not change under its graph, scratch memory
-must be given. Every public name here is one of the real packages' (test_trt_contract.py holds them against each
-other); what only tests need begins with an underscore or lies in FakeGpu.
+synchronized, a shape cannot be captured before it has run, a context must live and must not change under its graph,
+scratch memory must be given. Every public name here is one of the real packages' (test_trt_contract.py holds them
+against each other); what only tests need begins with an underscore or lies in FakeGpu.
 """
 
 import ctypes
 import json
 import struct
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
@@ -412,8 +413,14 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
                     ILogger.Severity.ERROR, gpu.says or "no scratch memory, or capturing too early"
                 )
                 return False
-            self._has_run, shape = True, self._shape
-            gpu.enqueue(lambda: self._run(shape))
+            self._has_run, shape, context = True, self._shape, weakref.ref(self)
+
+            def run():
+                alive = context()
+                assert alive, "the context was destroyed before its work was done, or under its CUDA graph"
+                alive._run(shape)
+
+            gpu.enqueue(run)
             return True
 
         def _run(self, shape):

@@ -219,6 +219,13 @@ def test_a_cache_folder_that_cannot_be_written_costs_nothing_but_time(
     assert build_engine(onnx, onnx.with_suffix(".engine")).path.exists()
 
 
+def test_a_user_without_a_home_folder_loses_nothing_but_time(
+    gpu: double.FakeGpu, onnx: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("homeless")  # after the GPU, which comes with a cache folder
+    assert build_engine(onnx, onnx.with_suffix(".engine")).path.exists()
+
+
 def test_gpu_memory_is_given_back(built: BuiltEngine, gpu: double.FakeGpu) -> None:
     assert not gpu.memory
     assert gpu.calls["cudaStreamDestroy"] == gpu.calls["cudaStreamCreateWithFlags"] == 1

@@ -24,6 +24,12 @@ def test_a_machine_that_has_it(gpu: double.FakeGpu) -> None:
     assert gpu.calls["cudaStreamDestroy"] == 1
 
 
+def test_an_engine_is_built_from_a_file_that_onnx_runtime_has_read(gpu: double.FakeGpu) -> None:
+    (ready,) = [item for item in readiness({"error": "ImportError: broken"}, tensorrt()) if item.command == "trt"]
+    assert ready.words == "cannot work: onnxruntime: ImportError: broken"
+    assert ready.remedies == ["pip install -U pmm-edge"]
+
+
 def test_a_machine_without_a_gpu(gpu: double.FakeGpu) -> None:
     gpu.fails["cudaGetDeviceCount"] = 35
     found = tensorrt()

@@ -67,11 +67,61 @@ def test_an_engine_behind_a_symbolic_link_finds_its_onnx_file(gpu: double.FakeGp
     refused(engine, f"{onnx} has changed since", f"--batch 1,16,64 --out {engine}")
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "a\nb.onnx", "\u001b[31m.onnx", "", ".", 7, None])
-def test_a_manifest_names_its_onnx_file_and_nothing_else(name: object, built: BuiltEngine) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("/etc/passwd", "'/etc/passwd' is no relative path of a file"),
+        ("", "'' is no relative path of a file"),
+        (".", "'.' is no relative path of a file"),
+        ("a\nb.onnx", "it holds characters that a terminal would obey"),
+        ("\u001b[31m.onnx", "it holds characters that a terminal would obey"),
+        (7, "onnx is not what it must be"),
+        (None, "onnx is not what it must be"),
+    ],
+)
+def test_a_manifest_names_its_onnx_file_and_nothing_else(name: object, said: str, built: BuiltEngine) -> None:
     path = manifest_path(built.path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"onnx": name}))
-    refused(built.path, r"cannot be read \(ValueError: .* is no relative path of a file\)", "--batch 1,16,64")
+    refused(built.path, rf"cannot be read \(ValueError: {said}\)", "--batch 1,16,64")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        (("machine", "tensorrt"), 10.3, "ValueError: tensorrt is not what it must be"),
+        (("machine", "gpu"), None, "ValueError: gpu is not what it must be"),
+        (("settings", "version_compatible"), "yes", "ValueError: version_compatible is not what it must be"),
+        (("settings", "batch"), [1, 2, 3], "ValueError: batch is not what it must be"),
+        (("engine_size",), "many", "ValueError: engine_size is not what it must be"),
+        (("precision", "layers"), {"FP32": "all"}, "ValueError: layers.FP32 is not what it must be"),
+    ],
+)
+def test_entries_of_another_type(entry: tuple[str, ...], value: object, said: str, built: BuiltEngine) -> None:
+    path = manifest_path(built.path)
+    *groups, name = entry
+    content = group = json.loads(path.read_text())
+    for inner in groups:
+        group = group[inner]
+    group[name] = value
+    path.write_text(json.dumps(content))
+    refused(built.path, rf"model\.manifest\.json cannot be read \({said}\)", "--batch 1,16,64")
+
+
+def test_a_manifest_that_is_nested_too_deeply(built: BuiltEngine) -> None:
+    path = manifest_path(built.path)
+    path.write_text(path.read_text().replace('"dataset": null', f'"dataset": {"[" * 100_000}{"]" * 100_000}'))
+    refused(built.path, r"cannot be read \(ValueError: it is nested too deeply\)", "--batch 1,16,64")
+
+
+@pytest.mark.parametrize("version", ["", "unknown", "9" * 5000])
+def test_a_version_compatible_engine_of_no_version(version: str, gpu: double.FakeGpu, onnx: Path) -> None:
+    settings = BuildSettings(BatchProfile(1, 1, 2), version_compatible=True)
+    engine = build_engine(onnx, onnx.with_suffix(".engine"), settings).path
+    path = manifest_path(engine)
+    content = json.loads(path.read_text())
+    content["machine"]["tensorrt"] = version
+    path.write_text(json.dumps(content))
+    refused(engine, "this is TensorRT 10.3.0", "--batch 1,1,2 --version-compatible")
 
 
 def test_missing_and_unreadable_manifests(built: BuiltEngine) -> None:
@@ -84,6 +134,11 @@ def test_missing_and_unreadable_manifests(built: BuiltEngine) -> None:
     refused(built.path, r"model\.engine has no model\.manifest\.json beside it", default)
     built.path.unlink()
     refused(built.path, r"model\.engine does not exist", default)
+
+
+def test_the_command_for_a_missing_engine_names_its_folder_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "once again"
+    refused(folder / "a.engine", "does not exist", f"Build it here: pmm export '{folder}/a.onnx' --trt --batch 1,16,64")
 
 
 def test_other_machines(built: BuiltEngine, install: Callable[..., double.FakeGpu]) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from PIL import ImageDraw
 
+from pmm_edge.data.layouts.market import GALLERY, QUERY, TRAIN
 from pmm_edge.data.synthetic.camera import Camera, encode, expose, make_camera
 from pmm_edge.data.synthetic.canvas import Pose, View
 from pmm_edge.data.synthetic.figure import draw_person
@@ -30,7 +31,6 @@ from pmm_edge.progress import Report, silent
 
 VERSION = 1
 """Of the generator: the same version, configuration and seed give the same bytes."""
-TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
 SEQUENCES = 6
 FRAMES_APART = 12
 CHUNK = 64
@@ -251,7 +251,7 @@ def make_synthetic(
     """Write a synthetic data set in the layout of Market-1501 and return `folder`.
 
     `synthetic.json` beside the images says what they were made from. The bytes depend on the configuration
-    alone, not on `workers`, the number of processes (default: one for each processor). Interrupted or failed,
+    alone, not on `workers`, the number of processes (default: one for each usable core). Interrupted or failed,
     nothing is left under `folder`.
 
     Raises:

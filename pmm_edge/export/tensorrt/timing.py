@@ -14,10 +14,13 @@ from pmm_edge.files import cache_folder, written_whole
 _DIGEST = hashlib.sha256().digest_size
 
 
-def cache_file(tensorrt: str, gpu: str) -> Path:
-    """Where the timings of this TensorRT on this GPU are kept: they hold for no other."""
+def cache_file(tensorrt: str, gpu: str) -> Path | None:
+    """Where the timings of this TensorRT on this GPU are kept: they hold for no other. None without a cache folder."""
     key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{tensorrt} {gpu}").strip("-")
-    return cache_folder() / "tensorrt" / f"{key}.timing"
+    try:
+        return cache_folder() / "tensorrt" / f"{key}.timing"
+    except OutputError:  # as of one that cannot be written: it costs time
+        return None
 
 
 def attach(config: Any, file: Path) -> None:
