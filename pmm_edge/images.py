@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pmm_edge.errors import DataError
+from pmm_edge.machine import threads
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 """What a file may hold, whatever its name says: Pillow reads formats that run other programs, such as EPS."""
@@ -43,3 +46,19 @@ def read_crop(path: Path, height: int, width: int) -> NDArray[np.uint8]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)
         raise DataError(f"cannot read image {path}: {reason}", "Replace the file or remove it") from error
+
+
+def read_crops(paths: Sequence[Path], height: int, width: int) -> NDArray[np.uint8]:
+    """Decode image files, at least one, to (N, height, width, 3) uint8 RGB, on threads.
+
+    Raises:
+        DataError: a file is missing, truncated or no image; of several such the first.
+    """
+    with ThreadPoolExecutor(min(threads(), len(paths)), thread_name_prefix="decode") as pool:
+        return np.stack(list(pool.map(lambda path: read_crop(path, height, width), paths)))
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of 0..count - 1, ascending and at even distances, so that they show different people."""
+    kept = min(count, most)
+    return [number * count // kept for number in range(kept)]

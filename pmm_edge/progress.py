@@ -13,3 +13,12 @@ class Report(Protocol):
 
 def silent(what: str, done: int, total: int, detail: str = "") -> None:
     """Show nothing."""
+
+
+def about(addition: str, report: Report) -> Report:
+    """Report the same work several times, each under a name of its own."""
+
+    def told(what: str, done: int, total: int, detail: str = "") -> None:
+        report(f"{what}, {addition}", done, total, detail)
+
+    return told

@@ -92,15 +92,15 @@ def about_run(folder: Path) -> AboutRun | None:
         return None
 
 
-def newest_run(runs: Path = RUNS) -> Path:
+def newest_run() -> Path:
     """The run with the newest best checkpoint.
 
     Raises:
         ModelError: there is none.
     """
-    found = sorted(runs.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
+    found = sorted(RUNS.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ModelError(f"no run with a {BEST} in {runs.resolve()}", "Run pmm train first, or name a checkpoint")
+        raise ModelError(f"no run with a {BEST} in {RUNS.resolve()}", "Run pmm train first, or name a checkpoint")
     return found[-1].parent
 
 

@@ -18,6 +18,8 @@ SCHEMA = 1
 METADATA_KEY = "pmm_edge.spec"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FLOAT16_MAX = 65504.0
+"""What a network of precision fp16 can hold between its nodes."""
 
 InputForm = Literal["uint8", "raw", "normalized"]
 Method = Literal["pmm", "bdb", "baseline"]

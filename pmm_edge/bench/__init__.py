@@ -4,7 +4,7 @@ from pmm_edge.bench.figures import BenchReport, Gates, Latency, ModelReport, Par
 from pmm_edge.bench.gates import AskedGates
 from pmm_edge.bench.latency import measure_latency
 from pmm_edge.bench.parity import compare
-from pmm_edge.bench.retrieval import evaluate_embeddings, evaluate_model
+from pmm_edge.bench.retrieval import evaluate_embeddings
 from pmm_edge.bench.run import bench
 from pmm_edge.bench.subjects import Options
 
@@ -19,6 +19,5 @@ __all__ = [
     "bench",
     "compare",
     "evaluate_embeddings",
-    "evaluate_model",
     "measure_latency",
 ]

@@ -48,7 +48,7 @@ def measure_cold_start(path: Path, device: str | None, batch: int, timeout: floa
 
     Args:
         path: what `pmm_edge.load` loads.
-        device: `cpu`, `cuda` or `cuda:N`; None as in `pmm_edge.load`.
+        device: as of `pmm_edge.load`.
         batch: crops whose memory is measured.
         timeout: seconds after which the process is killed.
 

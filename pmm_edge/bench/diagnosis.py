@@ -17,7 +17,7 @@ from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embeddings
-from pmm_edge.spec import InputSpec, ModelSpec
+from pmm_edge.spec import FLOAT16_MAX, InputSpec, ModelSpec
 
 IMAGES = 16
 """How many images a mistake is tried on."""
@@ -101,7 +101,7 @@ def overflow(spec: ModelSpec, embeddings: Embeddings) -> str | None:
     """Name what makes NaN or infinity of FP16 where the reference has none; None for anything else."""
     if spec.precision != "fp16" or np.isfinite(embeddings).all():
         return None
-    return f"values are larger than float16 holds ({np.finfo(np.float16).max:.0f})"
+    return f"values are larger than float16 holds ({FLOAT16_MAX:.0f})"
 
 
 def _mistaken_outputs(right: Embeddings, spec: ModelSpec) -> Iterator[tuple[str, Embeddings]]:

@@ -20,7 +20,7 @@ from pmm_edge.errors import ModelError
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.runtime.embedder import INPUT
-from pmm_edge.spec import InputSpec, ModelSpec
+from pmm_edge.spec import FLOAT16_MAX, InputSpec, ModelSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -33,7 +33,6 @@ TIMES = 5
 _PASSED_ON = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
 """Operators whose output is their input in another type."""
 _PRODUCTS = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
-_FLOAT16_LARGEST = 65504.0
 
 _Value = NDArray[Any]
 
@@ -259,8 +258,8 @@ def _words(point: _Point, own: _Graph, right: _Graph, gradual: bool) -> str:
     if not np.isfinite(ours).all():
         why = ": it gives NaN or infinity"
         largest = float(np.abs(theirs).max(initial=0))
-        if ours.dtype == np.float16 and largest > _FLOAT16_LARGEST:
-            why += f", the reference's values reach {largest:.4g} there and float16 holds {_FLOAT16_LARGEST:.0f}"
+        if ours.dtype == np.float16 and largest > FLOAT16_MAX:
+            why += f", the reference's values reach {largest:.4g} there and float16 holds {FLOAT16_MAX:.0f}"
     elif node.op_type == "DequantizeLinear":
         why = (
             f": 8 bits hold {_span(ours)} there, the reference's values are {_span(theirs)}; calibrate with real crops"

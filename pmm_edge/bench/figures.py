@@ -17,6 +17,8 @@ from pmm_edge.files import written_whole
 from pmm_edge.spec import RetrievalFigures
 
 SCHEMA = 1
+QUANTILES = 101
+"""Of cosines: the least, the 1st to the 99th percentile, the largest."""
 
 InvariantName = Literal["finite", "distinct", "unit length", "repeatable", "equal rows", "batch size", "neighbours"]
 Scope = Literal["model", "end to end"]
@@ -61,7 +63,7 @@ class Parity:
     stages: dict[str, Closeness]
     """By the stage's name in the spec; its slice of the embedding alone."""
     cosine_quantiles: list[float]
-    """101 of the whole embedding's cosines: the least, the 1st to the 99th percentile, the largest."""
+    """`QUANTILES` of the whole embedding's cosines."""
     shortest: float | None = None
     """Least length of an image's embedding over its reference's; rows of zeros or not finite are left out."""
     longest: float | None = None

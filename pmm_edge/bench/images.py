@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pmm_edge.data.dataset import ReidDataset, queries_with_match, read
 from pmm_edge.errors import DataError, PmmError
+from pmm_edge.images import evenly
 from pmm_edge.runtime.image_list import find_images, is_dataset
 
 
@@ -60,6 +61,4 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
 
 
 def _spread(paths: Sequence[Path], limit: int | None) -> list[Path]:
-    if limit is None or limit >= len(paths):
-        return list(paths)
-    return [paths[number * len(paths) // limit] for number in range(limit)]
+    return list(paths) if limit is None else [paths[row] for row in evenly(len(paths), limit)]

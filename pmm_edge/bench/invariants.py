@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pmm_edge.bench.figures import Invariant, InvariantName
 from pmm_edge.bench.parity import relative_differences
+from pmm_edge.images import evenly
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import finite_rows
 from pmm_edge.runtime import Embedder
@@ -95,11 +96,6 @@ def batch_sizes(embedder: Embedder, batches: Sequence[int]) -> list[int]:
         own = {profile.minimum, profile.optimal, profile.maximum}
         sizes = {size for size in sizes if profile.minimum <= size <= profile.maximum} | own
     return sorted(sizes)
-
-
-def spread_probes(paths: Sequence[Path], count: int = PROBES) -> list[int]:
-    """Which images to hold the invariants on: evenly over all, so that they show different people."""
-    return sorted({number * len(paths) // count for number in range(count)})
 
 
 class _Judge:
@@ -207,7 +203,7 @@ def _distinct(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:
         return Invariant("distinct", False, f"all zeros for {zero.sum():,} of {len(paths):,} images, first for {first}")
     if len(paths) > 1 and (embeddings == embeddings[0]).all():
         return Invariant("distinct", False, f"one and the same embedding for all {len(paths):,} images")
-    probes = spread_probes(paths)
+    probes = evenly(len(paths), PROBES)
     for one, other in combinations(probes, 2):
         if (embeddings[one] == embeddings[other]).all() and paths[one].read_bytes() != paths[other].read_bytes():
             return Invariant("distinct", False, f"one and the same embedding for {paths[one]} and {paths[other]}")

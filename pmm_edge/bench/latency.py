@@ -65,7 +65,6 @@ def measure_end_to_end(
     min_runs: int = MIN_RUNS,
     min_seconds: float = MIN_SECONDS,
     report: Report = silent,
-    clock: Clock = time.perf_counter,
 ) -> list[Latency]:
     """Time embedders on one batch of image files: decode and resize on threads, copy, infer, copy back.
 
@@ -90,7 +89,7 @@ def measure_end_to_end(
         Work(partial(embed_files, embedder, files, batch), reading=clock_reader(embedder.device))
         for embedder in embedders
     ]
-    times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch} from files", clock)
+    times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch} from files")
     return _latencies(embedders, times, batch, "end to end")
 
 

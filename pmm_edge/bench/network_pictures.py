@@ -8,10 +8,10 @@ from pathlib import Path
 from PIL import Image
 
 from pmm_edge.bench.html import Picture
-from pmm_edge.bench.invariants import spread_probes
 from pmm_edge.bench.subjects import Run
 from pmm_edge.data.dataset import queries_with_match
 from pmm_edge.errors import PmmError
+from pmm_edge.images import evenly
 from pmm_edge.pictures.galleries import draw_rankings, part, ranked
 from pmm_edge.pictures.unsuitable import UnsuitableError
 from pmm_edge.progress import Report, silent
@@ -64,7 +64,7 @@ def _attention(run: Run) -> Image.Image:
     from pmm_edge.pictures.cams import cam_grid
 
     paths = run.images.paths
-    return cam_grid(path, [paths[row] for row in spread_probes(paths, IMAGES)], device=run.options.device)
+    return cam_grid(path, [paths[row] for row in evenly(len(paths), IMAGES)], device=run.options.device)
 
 
 def _rankings(run: Run) -> Image.Image:
@@ -72,7 +72,7 @@ def _rankings(run: Run) -> Image.Image:
     if dataset is None or embeddings is None:
         raise UnsuitableError(f"{run.images.source} has no identities to rank")
     answered = queries_with_match(dataset)
-    chosen = answered[[number * len(answered) // QUERIES for number in range(min(QUERIES, len(answered)))]]
+    chosen = answered[evenly(len(answered), QUERIES)]
     gallery = embeddings[len(dataset.query) :]
     rankings = ranked(embeddings[chosen], gallery, part(dataset.query, chosen), dataset.gallery, HITS)
     return draw_rankings(rankings, f"{run.base.name}, {dataset.name}")

@@ -112,13 +112,13 @@ def open_gpu(device: str, nvml: str = "libnvidia-ml.so.1", cuda: str = "libcuda.
     """The GPU that CUDA calls `cuda:N`: NVML counts in another order, and knows nothing of CUDA_VISIBLE_DEVICES.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, `cuda` or `cuda:N`; `tensorrt:N`, ONNX Runtime's provider, is on the GPU of the same number.
         nvml, cuda: the libraries.
 
     Returns:
         None for the CPU, without a driver, and for a GPU that NVML does not know.
     """
-    kind, index = parse_device(device)
+    kind, index = parse_device(device, tensorrt=True)
     if kind == "cpu":
         return None
     try:

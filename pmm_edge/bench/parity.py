@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.bench.figures import Closeness, Parity
+from pmm_edge.bench.figures import QUANTILES, Closeness, Parity
 from pmm_edge.retrieval.distances import cosines, finite_rows
 from pmm_edge.runtime.embedder import Embeddings
-
-QUANTILES = 101
-"""The least cosine, the 1st to the 99th percentile, the largest."""
 
 
 def compare(

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from pmm_edge.bench.figures import SCHEMA, BenchReport, ModelReport
+from pmm_edge.bench.figures import QUANTILES, SCHEMA, BenchReport, ModelReport
 from pmm_edge.errors import DataError
 
-QUANTILES = 101
 _LARGEST_FILE = 256 * 2**20
 _REMEDY = "Write it again with pmm bench"
 

@@ -86,16 +86,14 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     return Comparison(str(old), str(new), findings, broken, notes + (_drift(before, now) if here else []))
 
 
-def comparison_table(comparison: Comparison, everything: bool = False) -> Table:
-    """What changed beyond noise, or with `everything` all that was compared; worse first."""
-    order = {"worse": 0, "better": 1, "same": 2, "unknown": 3}
-    shown = [finding for finding in comparison.findings if everything or finding.way in ("worse", "better")]
-    rows: list[tuple[str, ...]] = [
+def comparison_table(comparison: Comparison) -> Table:
+    """What changed beyond noise; worse first."""
+    shown = [finding for way in ("worse", "better") for finding in comparison.findings if finding.way == way]
+    rows = [
         (f"{found.model}: {found.figure}", found.old, found.new, f"{found.change}\n{found.noise}", found.way)
-        for found in sorted(shown, key=lambda found: order[found.way])
+        for found in shown
     ]
-    counts = len(comparison.findings), len(shown)
-    title = f"{counts[0]} figures compared, {counts[1]} changed beyond noise" if not everything else "all figures"
+    title = f"{len(comparison.findings)} figures compared, {len(shown)} changed beyond noise"
     return Table(title, ("model and figure", "old", "new", "change\nnoise", "became"), rows)
 
 

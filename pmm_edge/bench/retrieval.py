@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pmm_edge.data.dataset import ReidDataset, Split
 from pmm_edge.files import written_whole
-from pmm_edge.progress import Report, silent
+from pmm_edge.progress import Report, about, silent
 from pmm_edge.retrieval import RetrievalResult, evaluate
 from pmm_edge.retrieval.protocol import JUNK_PID
 from pmm_edge.runtime import Embedder, embed_files
@@ -85,7 +85,7 @@ def embed_dataset(embedder: Embedder, dataset: ReidDataset, flip: bool = False, 
     plain = embed_files(embedder, paths, report=report)
     if not flip:
         return Embedded(dataset, plain)
-    mean = embed_files(_Mirrored(embedder), paths, report=_about("mirrored", report))
+    mean = embed_files(_Mirrored(embedder), paths, report=about("mirrored", report))
     mean += plain
     mean /= 2
     return Embedded(dataset, plain, mean)
@@ -104,19 +104,10 @@ def judge(embedded: Embedded, rerank: bool = False, report: Report = silent) -> 
     for reranked in (False, True) if rerank else (False,):
         for flip, embeddings in ((False, embedded.plain), (True, embedded.flip)):
             if embeddings is not None:
-                told = _about(_name(flip, rerank=False), report)
+                told = about(_name(flip, rerank=False), report)
                 result = evaluate_embeddings(embeddings, embedded.dataset, rerank=reranked, report=told)
                 rows.append(Row(flip, reranked, result))
     return rows
-
-
-def evaluate_model(embedder: Embedder, dataset: ReidDataset, report: Report = silent) -> RetrievalResult:
-    """Embed the queries and the gallery, and judge the ranking under the Market-1501 protocol.
-
-    Raises:
-        DataError: an image cannot be read, or the embeddings hold NaN or infinity.
-    """
-    return judge(embed_dataset(embedder, dataset, report=report), report=report)[0].result
 
 
 def evaluate_embeddings(
@@ -156,12 +147,3 @@ def _without_junk(gallery: Split) -> Split:
 
 def _name(flip: bool, rerank: bool) -> str:
     return " + ".join(["flip"] * flip + ["re-ranking"] * rerank) or "plain"
-
-
-def _about(addition: str, report: Report) -> Report:
-    """Report the same work several times, each under a name of its own."""
-
-    def told(what: str, done: int, total: int, detail: str = "") -> None:
-        report(f"{what}, {addition}", done, total, detail)
-
-    return told

@@ -16,7 +16,7 @@ from pmm_edge.bench.explain import first_departure
 from pmm_edge.bench.figures import BenchReport
 from pmm_edge.bench.gates import cosine_failures, length_failure, map_failure
 from pmm_edge.bench.images import bench_images
-from pmm_edge.bench.invariants import breaches, fault_of, held_in_batches, spread_probes
+from pmm_edge.bench.invariants import PROBES, breaches, fault_of, held_in_batches
 from pmm_edge.bench.parity import compare
 from pmm_edge.bench.quiet import machine_state
 from pmm_edge.bench.retrieval import evaluate_embeddings
@@ -25,6 +25,7 @@ from pmm_edge.bench.speed import measure_speed
 from pmm_edge.bench.subjects import Options, Run, Subject
 from pmm_edge.data.fingerprint import data_sha256
 from pmm_edge.errors import ModelError
+from pmm_edge.images import evenly
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.distances import unit_length
@@ -100,7 +101,7 @@ def _hold_claims(run: Run, report: Report) -> None:
 
 def _hold_invariants(run: Run, report: Report) -> None:
     paths = run.images.paths
-    rows = spread_probes(paths)
+    rows = evenly(len(paths), PROBES)
     probes = [paths[row] for row in rows]
     for subject in run.sound:
         assert subject.embeddings is not None
@@ -192,7 +193,7 @@ def _cause(run: Run, model: Subject, report: Report) -> str | None:
     assert model.embeddings is not None and base.embeddings is not None
     if any(not invariant.held for invariant in model.invariants):  # a broken engine: what it is fed explains nothing
         return overflow(spec, model.embeddings)
-    rows = spread_probes(run.images.paths, DIAGNOSED)
+    rows = evenly(len(run.images.paths), DIAGNOSED)
     right, candidate = base.embeddings[rows], model.embeddings[rows]
     found = likely_cause(base.embedder, right, candidate, spec, run.crops(base, rows), report)
     return found or _other_checkpoint(model, base)

@@ -13,7 +13,7 @@ from pmm_edge.bench.quiet import machine_warnings
 from pmm_edge.bench.stream import measure_stream
 from pmm_edge.bench.subjects import Run, Subject
 from pmm_edge.errors import PmmError
-from pmm_edge.progress import Report
+from pmm_edge.progress import Report, about
 
 
 def measure_speed(run: Run, report: Report) -> None:
@@ -35,7 +35,7 @@ def measure_speed(run: Run, report: Report) -> None:
         with _or_warning(run):
             subject.compute = compute_of(subject.embedder.spec, subject.latency, subject.embedder.device)
         with _or_warning(run):
-            subject.cold_start = measure_cold_start(subject.embedder.path, subject.embedder.device, batch)
+            subject.cold_start = measure_cold_start(subject.embedder.path, subject.embedder.loads_with, batch)
         with _or_warning(run):
             subject.energy = measure_energy(subject.embedder, run.crops(subject, run.first_rows(batch)))
     report("start, memory, energy", len(run.sound), len(run.sound))
@@ -75,11 +75,4 @@ def _latencies(run: Run, report: Report) -> None:
 
 def _stream(run: Run, subject: Subject, clients: int, report: Report) -> None:
     crops = run.crops(subject, run.first_rows(clients))
-    subject.stream = measure_stream(subject.embedder, crops, clients, report=_about(subject, report))
-
-
-def _about(subject: Subject, report: Report) -> Report:
-    def told(what: str, done: int, total: int, detail: str = "") -> None:
-        report(f"{what} {subject.name}", done, total, detail)
-
-    return told
+    subject.stream = measure_stream(subject.embedder, crops, clients, report=about(subject.name, report))

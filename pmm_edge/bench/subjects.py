@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
-import numpy as np
-
 from pmm_edge.bench.environment import environment
 from pmm_edge.bench.figures import (
     BenchReport,
@@ -28,7 +26,7 @@ from pmm_edge.bench.images import BenchImages
 from pmm_edge.bench.quiet import MachineState
 from pmm_edge.errors import PmmError
 from pmm_edge.files import sha256
-from pmm_edge.images import read_crop
+from pmm_edge.images import read_crops
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.crops import Pixels
@@ -144,7 +142,7 @@ class Run:
     def crops(self, subject: Subject, rows: Sequence[int]) -> Pixels:
         """Some of the images at a model's size, (N, height, width, 3) uint8."""
         size = subject.embedder.spec.input
-        return np.stack([read_crop(self.images.paths[row], size.height, size.width) for row in rows])
+        return read_crops([self.images.paths[row] for row in rows], size.height, size.width)
 
     def first_rows(self, count: int) -> range:
         """The first images, at most so many."""

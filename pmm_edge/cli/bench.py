@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, print_json, print_table, progress
+from pmm_edge.cli.render import INTERRUPTED, note, print_json, print_table, progress
 from pmm_edge.errors import CheckFailedError, ModelError, PmmError
 from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, newest_run, run_of
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pmm_edge.bench.tables import Table
 
 _MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
-_INTERRUPTED = 130
-"""What shells give for a program that Ctrl-C ended."""
 _GATES, _SPEED, _COMPARE = "What a model must hold", "What is timed", "Two benches"
 
 
@@ -155,7 +153,7 @@ def bench(
             pictures = network_pictures(measured, report) if found.complete else []
     except KeyboardInterrupt:
         note("[yellow]interrupted[/] before anything was measured that could be kept")
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     written = _written(found, out, pictures)
     if as_json:
         print_json(found.to_json())
@@ -208,7 +206,7 @@ def _end(found: BenchReport, out: Path, written: Sequence[Path]) -> None:
     if not found.complete:
         failed = f"; failed so far: {'; '.join(found.failures)}" if found.failures else ""
         note(f"[yellow]interrupted[/]: what was measured by now is in {escape(str(out))}{escape(failed)}")
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
     if found.failures:
         raise CheckFailedError("parity failed: " + "; ".join(found.failures), f"All figures are in {out}")
     note(f"[green]parity holds[/]: {_gates(found)}")

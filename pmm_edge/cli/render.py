@@ -14,6 +14,8 @@ from rich.table import Table
 
 from pmm_edge.progress import Report
 
+INTERRUPTED = 130
+"""The exit code that shells give for a program that Ctrl-C ended."""
 _PIPED_WIDTH = None if sys.stdout.isatty() else 160  # nothing is cut in a file or a log
 
 # `:x:` in a path is no emoji, in either.

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, percent, print_json, print_plain, print_table, progress
+from pmm_edge.cli.render import INTERRUPTED, note, percent, print_json, print_plain, print_table, progress
 from pmm_edge.errors import PmmError
 
 if TYPE_CHECKING:
     from pmm_edge.trainer.loop import TrainResult
 
-INTERRUPTED = 130
-"""The exit code of a program that Ctrl-C stopped."""
 METHOD, COURSE, MACHINE = "Method", "Course of the training", "Machine"
 
 

@@ -106,15 +106,11 @@ def count(split: Split) -> SplitCounts:
     return SplitCounts(split.identities, split.cameras, len(split) - junk, distractors, junk)
 
 
-def unreadable(paths: Sequence[Path], *, workers: int | None = None, report: Report = silent) -> list[BadImage]:
-    """Decode every image, as training will, and say which cannot be read.
-
-    Args:
-        paths: image files.
-        workers: threads; one for each usable core by default. Pillow decodes without the interpreter's lock.
-    """
+def unreadable(paths: Sequence[Path], *, report: Report = silent) -> list[BadImage]:
+    """Decode every image, as training will, and say which cannot be read."""
     bad: list[BadImage] = []
-    with ThreadPoolExecutor(workers or threads(), thread_name_prefix="verify") as pool:
+    # Pillow decodes without the interpreter's lock.
+    with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:
         # In chunks, so that Ctrl-C has little to wait for and MSMT17 does not queue 126,441 futures.
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]

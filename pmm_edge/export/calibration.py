@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.export.options import Method
 from pmm_edge.files import sha256, temporary_folder
-from pmm_edge.images import read_crop
+from pmm_edge.images import evenly, read_crops
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.spec import InputSpec
@@ -64,7 +63,7 @@ class Calibration:
 
 
 def read_calibration(
-    root: Path, spec: InputSpec, layout: str | None = None, judged_on: ReidDataset | None = None, images: int = IMAGES
+    root: Path, spec: InputSpec, layout: str | None = None, judged_on: ReidDataset | None = None
 ) -> Calibration:
     """Read crops, spread over the identities of a data set's training split, in three parts that share no image.
 
@@ -73,7 +72,6 @@ def read_calibration(
         spec: of the network's input.
         layout: the data set's, where it is not recognised.
         judged_on: the data set whose query and gallery will judge the network, where it may be another one.
-        images: how many crops to read.
 
     Raises:
         DataError: `root` is no data set, has too few training images, or one cannot be read.
@@ -85,14 +83,13 @@ def read_calibration(
             f"--calibration {root} cannot be used: {error.problem}",
             "Name a data set's own folder; its training images calibrate",
         ) from error
-    paths = _spread(dataset.train, images)
+    paths = _spread(dataset.train, IMAGES)
     if len(paths) < MIN_IMAGES:
         raise DataError(
             f"{root} has {len(paths)} training images, calibration needs {MIN_IMAGES} or more",
             "Name another data set with --calibration",
         )
-    with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-        crops = np.stack(list(pool.map(lambda path: read_crop(path, spec.height, spec.width), paths)))
+    crops = read_crops(paths, spec.height, spec.width)
     # In the order of the identities: each part sees nearly all of them.
     place = np.arange(len(crops)) % _CYCLE
     choosing, judging = place == _CHOOSES, place == _JUDGES
@@ -167,8 +164,7 @@ class _Once(CalibrationDataReader):
 def _spread(split: Split, count: int) -> list[Path]:
     """Images at even distances, in the order of the identities."""
     order = [int(index) for index in np.argsort(split.pids, kind="stable") if split.pids[index] >= DISTRACTOR_PID]
-    count = min(count, len(order))
-    return [split.paths[order[number * len(order) // count]] for number in range(count)]
+    return [split.paths[order[at]] for at in evenly(len(order), count)]
 
 
 def _wrong_people(dataset: ReidDataset, paths: Sequence[Path], judged_on: ReidDataset | None) -> list[str]:

@@ -9,9 +9,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from pmm_edge.errors import CheckFailedError
 from pmm_edge.export.calibration import Ranges
-
-LARGEST = float(np.finfo(np.float16).max)
-"""65504, what float16 holds."""
+from pmm_edge.spec import FLOAT16_MAX
 
 
 def cast_to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
@@ -45,8 +43,8 @@ def check_range(ranges: Ranges, network: onnx.ModelProto) -> float:
 
 
 def _check(name: str, size: float, what: str) -> None:
-    if not size <= LARGEST:
+    if not size <= FLOAT16_MAX:
         raise CheckFailedError(
-            f"{name} has a {what} of {size:.4g}, float16 holds {LARGEST:.0f}",
+            f"{name} has a {what} of {size:.4g}, float16 holds {FLOAT16_MAX:.0f}",
             "Export FP32 or INT8, or train with more weight decay",
         )

@@ -10,7 +10,7 @@ import onnx
 
 from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.export.calibration import METHODS, read_calibration, value_ranges
-from pmm_edge.export.fp16 import LARGEST, cast_to_fp16, check_range
+from pmm_edge.export.fp16 import cast_to_fp16, check_range
 from pmm_edge.export.int8 import calibrated_operators, quantize
 from pmm_edge.export.onnx_graph import finished
 from pmm_edge.export.options import Fp16, Int8, Precision
@@ -22,7 +22,7 @@ from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
-from pmm_edge.spec import ModelSpec
+from pmm_edge.spec import FLOAT16_MAX, ModelSpec
 
 Open = Callable[[onnx.ModelProto], OnnxEmbedder]
 """Loads a network part, with what belongs around it."""
@@ -82,8 +82,8 @@ def _fp16(
 ) -> Reduced:
     parts, checked, images = _parts(model, spec, precision), "values not checked on images", None
     warnings = [
-        f"nothing was checked on images, for there is no data set: a value above {LARGEST:.0f} would become infinite in"
-        " float16. Name a data set with --calibration"
+        f"nothing was checked on images, for there is no data set: a value above {FLOAT16_MAX:.0f} would become"
+        " infinite in float16. Name a data set with --calibration"
     ]
     network = cast_to_fp16(parts.network)
     if precision.calibration:
@@ -91,7 +91,9 @@ def _fp16(
         images, warnings = calibration.everything, calibration.warnings
         ranges = value_ranges(parts.network, images, spec.input, report=report)
         largest = check_range(ranges, parts.network)
-        checked = f"largest value {largest:.4g} of {LARGEST:.0f} on {len(images)} crops of {calibration.dataset.name}"
+        checked = (
+            f"largest value {largest:.4g} of {FLOAT16_MAX:.0f} on {len(images)} crops of {calibration.dataset.name}"
+        )
     spec = replace(spec, precision="fp16", precision_method=f"weights and values cast to float16; {checked}")
     return Reduced(finished(parts.around(network), spec), network, spec, images, [], warnings)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pmm_edge.data.dataset import ReidDataset, queries_with_match, read
 from pmm_edge.errors import DataError, OutputError, PmmError
 from pmm_edge.files import written_whole
-from pmm_edge.images import IMAGE_SUFFIXES
+from pmm_edge.images import IMAGE_SUFFIXES, evenly
 from pmm_edge.pictures.galleries import TOP, gallery_grid
 from pmm_edge.pictures.overlap import Overlap, overlap
 from pmm_edge.pictures.unsuitable import UnsuitableError
@@ -189,11 +189,6 @@ _DRAWN_BY: dict[Kind, Callable[[Request, ImageList, Report], Drawn]] = {
     "galleries": _galleries,
     "mixing": _mixing,
 }
-
-
-def evenly(available: int, most: int) -> NDArray[np.intp]:
-    """At most so many of 0..available - 1, ascending and spread over them."""
-    return np.linspace(0, available - 1, min(available, most)).round().astype(np.intp)
 
 
 def _drawn(available: int, request: Request) -> NDArray[np.intp]:

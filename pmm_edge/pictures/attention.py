@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pmm_edge.images import read_crop
+from pmm_edge.images import read_crops
 from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint
 from pmm_edge.model.mixing import grad_cam
 from pmm_edge.model.network import Head
@@ -19,7 +19,6 @@ from pmm_edge.model.pooling import average_pool, max_pool
 from pmm_edge.pictures.unsuitable import UnsuitableError
 from pmm_edge.progress import Report, silent
 from pmm_edge.runtime.torch_backend import Preprocess, torch_device
-from pmm_edge.spec import InputSpec
 
 BATCH = 32
 
@@ -93,18 +92,13 @@ def attention_of(
     what = f"attention of {checkpoint.spec.architecture}"
     report(what, 0, len(paths))
     for start in range(0, len(paths), BATCH):
-        crops = torch.from_numpy(crops_of(paths[start : start + BATCH], size)).to(place)
+        crops = torch.from_numpy(read_crops(paths[start : start + BATCH], size.height, size.width)).to(place)
         asked = None if targets is None else torch.from_numpy(targets[start : start + BATCH]).to(place)
         found, chosen = stage_maps(network, prepare(crops), asked)
         maps.append(found.cpu().numpy())
         classes.append(chosen.cpu().numpy())
         report(what, start + len(crops), len(paths))
     return Attention(tuple(network.stages), np.concatenate(maps), np.concatenate(classes))
-
-
-def crops_of(paths: Sequence[Path], size: InputSpec) -> NDArray[np.uint8]:
-    """Image files as (N, height, width, 3) uint8 RGB, at network size."""
-    return np.stack([read_crop(path, size.height, size.width) for path in paths])
 
 
 def checkpoint_with_heads(path: Path) -> Checkpoint:

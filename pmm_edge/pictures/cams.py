@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from pmm_edge.images import read_crop
 from pmm_edge.pictures.attention import Attention, attention_of, checkpoint_with_heads
 from pmm_edge.pictures.grid import Cell, enlargement, grid
 from pmm_edge.pictures.heat import overlay
-from pmm_edge.progress import Report, silent
 from pmm_edge.spec import InputSpec, ModelSpec
 
 _METHODS = {"pmm": "PMM", "bdb": "BDB", "baseline": "Baseline"}
@@ -27,17 +24,14 @@ _TRUE = "the true class"
 def cam_grid(
     checkpoints: Path | Sequence[Path],
     paths: Sequence[Path],
-    targets: NDArray[np.int64] | None = None,
     *,
     device: str | None = None,
-    report: Report = silent,
 ) -> Image.Image:
-    """Draw the stages' Grad-CAM maps beside each image.
+    """Draw the stages' Grad-CAM maps, each for the class that it predicts, beside each image.
 
     Args:
         checkpoints: one of `pmm train`, or several to compare, such as of PMM, BDB and the baseline.
         paths: image files, at least one.
-        targets: (N,) the class of each image; None for the one that each stage predicts.
 
     Raises:
         DataError: an image cannot be read.
@@ -45,10 +39,10 @@ def cam_grid(
     """
     files = [checkpoints] if isinstance(checkpoints, Path) else list(checkpoints)
     read = [checkpoint_with_heads(path) for path in files]
-    found = [attention_of(checkpoint, paths, targets, device=device, report=report) for checkpoint in read]
+    found = [attention_of(checkpoint, paths, device=device) for checkpoint in read]
     photos = [photo_of(path, read[0].spec.input) for path in paths]
     names = names_of([checkpoint.spec for checkpoint in read], files)
-    return draw_cams(photos, [path.name for path in paths], found, names, true_class=targets is not None)
+    return draw_cams(photos, [path.name for path in paths], found, names)
 
 
 def names_of(specs: Sequence[ModelSpec], paths: Sequence[Path]) -> list[str]:

@@ -14,10 +14,11 @@ from PIL import Image, ImageDraw
 
 from pmm_edge.data.dataset import Split
 from pmm_edge.data.sampler import identity_batches
+from pmm_edge.images import read_crops
 from pmm_edge.model import PMM, ReidNetwork
 from pmm_edge.model.backbone import STRIDE
 from pmm_edge.model.mixing import spread, top_blocks
-from pmm_edge.pictures.attention import checkpoint_with_heads, crops_of
+from pmm_edge.pictures.attention import checkpoint_with_heads
 from pmm_edge.pictures.classes import training_classes
 from pmm_edge.pictures.grid import Cell, enlarged, grid
 from pmm_edge.pictures.heat import overlay
@@ -91,8 +92,9 @@ def mixing_grid(
         raise UnsuitableError(f"{path} was trained on one person, and mixing takes two", "Name another checkpoint")
     chosen = used[batches[0]]
     report("mixing", 0, 1, f"a batch of {len(chosen)}")
-    crops = crops_of([train.paths[row] for row in chosen], checkpoint.spec.input)
-    found = mixed_batch(network, crops, classes[chosen], checkpoint.spec.input, seed, torch_device(device))
+    size = checkpoint.spec.input
+    crops = read_crops([train.paths[row] for row in chosen], size.height, size.width)
+    found = mixed_batch(network, crops, classes[chosen], size, seed, torch_device(device))
     report("mixing", 1, 1, f"a batch of {len(chosen)}")
     return draw_mixing(found, range(0, len(chosen), IMAGES_EACH)[:count])
 

@@ -55,6 +55,11 @@ class Embedder(ABC):
         self.device = device
 
     @property
+    def loads_with(self) -> str:
+        """The name of a device with which `pmm_edge.load` gives the same engine again, not only the same GPU."""
+        return self.device
+
+    @property
     def chunk(self) -> int:
         """Crops that are prepared and embedded at once.
 

@@ -41,6 +41,10 @@ class OnnxEmbedder(Embedder):
         # Asked of the session, as a device is: what was really set.
         self.threads = self._session.get_session_options().intra_op_num_threads or None
 
+    @property
+    def loads_with(self) -> str:
+        return self.device.replace("cuda", "tensorrt") if self.backend == "onnxruntime-tensorrt" else self.device
+
     def embed_prepared(self, images: Pixels) -> Embeddings:
         return self._embed(network_input(images, self.spec.input))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -59,16 +60,27 @@ class TorchEmbedder(Embedder):
         """From normalised images (N, 3, height, width) to embeddings."""
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        return self._run(lambda: self.network(self._preprocess(torch.tensor(images, device=self._target))))
+        return self._run(lambda: self.network(self._preprocess(torch.tensor(images, device=self._target))), len(images))
 
     def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings:
-        return self._run(lambda: self.network(torch.tensor(images, device=self._target)))
+        return self._run(lambda: self.network(torch.tensor(images, device=self._target)), len(images))
 
-    def _run(self, embed: Callable[[], Tensor]) -> Embeddings:
+    def _run(self, embed: Callable[[], Tensor], batch: int) -> Embeddings:
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._target.type == "cuda" else None
-        with torch.inference_mode(), exact or nullcontext():
-            embeddings: Embeddings = embed().cpu().numpy()
-            return embeddings
+        try:
+            with torch.inference_mode(), exact or nullcontext():
+                embeddings: Embeddings = embed().cpu().numpy()
+                return embeddings
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                place = "this machine" if self._target.type == "cpu" else self.device
+                problem = f"the memory of {place} does not hold a batch of {batch} of {self.path} in torch"
+                raise ModelError(problem, "Choose a smaller batch, or end what else uses that memory") from error
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ModelError(
+                f"torch cannot run {self.path} at batch {batch} on {self.device} ({reason})",
+                "Try the device cpu; where it fails there as well, train or export again",
+            ) from error
 
 
 def load_torch(path: Path, device: str | None = None) -> TorchEmbedder:
@@ -86,6 +98,13 @@ def load_torch(path: Path, device: str | None = None) -> TorchEmbedder:
     except RuntimeError as error:
         raise ModelError(f"the weights in {path} are not those of its spec", "Train or export again") from error
     return TorchEmbedder(network, spec, path, device)
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory did not suffice, a GPU's or the machine's, for which torch has no type of error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return re.search(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc", str(error)) is not None
 
 
 def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:

@@ -60,6 +60,12 @@ def test_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure_cold_start(Path("model.onnx"), "cuda:0", 1).peak_gpu_memory_mib == 900.0
 
 
+def test_the_process_gets_the_device_of_onnxruntimes_tensorrt_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cold_start, "_CHILD", "import json, sys; sys.exit(json.loads(sys.argv[1])[1])")
+    with pytest.raises(ModelError, match="process of its own: tensorrt:1"):
+        measure_cold_start(Path("model.onnx"), "tensorrt:1", 1)
+
+
 def test_no_batch() -> None:
     with pytest.raises(PmmError, match="a batch of 0"):
         measure_cold_start(Path(sys.executable), "cpu", 0)

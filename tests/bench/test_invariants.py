@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pmm_edge.bench.figures import Invariant
-from pmm_edge.bench.invariants import batch_sizes, breaches, fault_of, held_in_batches, spread_probes
+from pmm_edge.bench.invariants import batch_sizes, breaches, fault_of, held_in_batches
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.crops import Pixels
@@ -145,8 +145,3 @@ def test_two_images_with_one_embedding(files: list[Path]) -> None:
     assert faults(spoiled, files)[0].endswith(f"one and the same embedding for {files[2]} and {files[5]}")
     files[5].write_bytes(files[2].read_bytes())  # the same image twice may have one embedding
     assert faults(spoiled, files) == []
-
-
-def test_probes_are_spread_over_all_images() -> None:
-    assert spread_probes(PATHS * 10) == [0, 10, 20, 30, 40, 50, 60, 70]
-    assert spread_probes(PATHS[:3]) == [0, 1, 2]

@@ -59,8 +59,17 @@ def test_a_report_beside_itself_has_neither_better_nor_worse(report: BenchReport
     figures = {finding.figure for finding in found.findings if finding.model == "model.onnx"}
     assert {"mAP", "least cosine", "batch 8, ms", "batch 8, end to end, ms", "file, MiB", "peak memory, MiB"} <= figures
     assert comparison_table(found).rows == []
-    table = comparison_table(found, everything=True)
-    assert len(table.rows) == len(found.findings)
+
+
+def test_the_table_shows_what_changed_and_fits_80_columns(report: BenchReport, tmp_path: Path) -> None:
+    faster = with_model(with_model(report, 0, slower(0.7)), 1, slower(1.3))
+    found = compared(report, faster, tmp_path)
+    shown = [row[4] for row in comparison_table(found).rows]
+    assert shown == ["worse"] * len(found.regressions) + ["better"] * len(found.improvements)
+    assert found.regressions and found.improvements
+    everything = [replace(finding, way="better") for finding in found.findings]
+    table = comparison_table(replace(found, findings=everything))
+    assert len(table.rows) == len(everything)
     widest = [max(len(line) for row in table.rows for line in row[column].split("\n")) for column in range(1, 5)]
     assert sum(widest) <= 44  # leaves 20 of 80 columns for the name, which may break
 

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import pmm_edge
-from pmm_edge.bench import evaluate_model
 from pmm_edge.bench.retrieval import Embedded, embed_dataset, evaluate_embeddings, judge
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.runtime import Embedder
@@ -84,9 +83,10 @@ def test_junk_is_not_embedded_and_changes_no_figure(tiny_onnx: Path, tiny_datase
     assert len(with_junk.gallery) == 17
     embedded = embed_dataset(embedder, with_junk)
     assert len(embedded.plain) == 12 + 12
-    assert judge(embedded)[0].result.mAP == evaluate_model(embedder, scan(tiny_dataset)).mAP
+    (row,) = judge(embedded)
+    assert row.result.mAP == judge(embed_dataset(embedder, scan(tiny_dataset)))[0].result.mAP
     whole = pmm_edge.runtime.embed_files(embedder, [*with_junk.query.paths, *with_junk.gallery.paths])
-    assert evaluate_embeddings(whole, with_junk).mAP == pytest.approx(evaluate_model(embedder, with_junk).mAP)
+    assert evaluate_embeddings(whole, with_junk).mAP == pytest.approx(row.result.mAP)
 
 
 def test_saved_features_give_the_same_figures_in_any_program(dataset: ReidDataset, tmp_path: Path) -> None:

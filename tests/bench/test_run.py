@@ -62,6 +62,24 @@ def test_the_gpu_of_any_model_is_told_though_the_reference_runs_on_the_cpu(
     assert report.environment["gpu"] == "NVIDIA H100, driver 580.65.06"
 
 
+def test_the_start_that_is_measured_is_that_of_the_same_engine(
+    tiny_onnx: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's provider of ONNX Runtime is on the same GPU as TensorRT's, and starts in another time and memory."""
+    started: list[object] = []
+
+    def on_tensorrt(path: Path, device: str | None) -> Embedder:
+        embedder = load(path, "cpu")
+        embedder.backend, embedder.device = "onnxruntime-tensorrt", "cuda:0"
+        return embedder
+
+    monkeypatch.setattr("pmm_edge.bench.run.load", on_tensorrt)
+    monkeypatch.setattr("pmm_edge.bench.speed._latencies", lambda run, report: None)
+    monkeypatch.setattr("pmm_edge.bench.speed.measure_cold_start", lambda path, device, batch: started.append(device))
+    run([], tiny_onnx, tiny_dataset, limit=2, speed=True)
+    assert started == ["tensorrt:0"]
+
+
 def test_the_datas_hash_is_that_of_names_and_contents(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     def of(data: Path) -> str:
         return run([], tiny_onnx, data, limit=None).data_sha256

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 import pmm_edge
-from pmm_edge.bench import evaluate_model
 from pmm_edge.bench.retrieval import embed_dataset, judge
 from pmm_edge.data.dataset import scan
 
@@ -20,7 +19,7 @@ from pmm_edge.data.dataset import scan
 def test_figures_of_every_kind_of_model(
     pmm: Callable, tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path
 ) -> None:
-    expected = evaluate_model(pmm_edge.load(tiny_checkpoint, "cpu"), scan(tiny_dataset))
+    expected = judge(embed_dataset(pmm_edge.load(tiny_checkpoint, "cpu"), scan(tiny_dataset)))[0].result
     for model, backend in ((tiny_onnx, "onnxruntime"), (tiny_checkpoint, "torch")):
         printed = json.loads(pmm("eval", model, tiny_dataset, "--device", "cpu", "--json").stdout)
         assert printed["backend"] == backend

@@ -113,6 +113,17 @@ def test_tensorrt_is_taken_where_it_is_asked_for_alone(machine: Callable[..., As
     assert embedder.embed(CROPS).shape == (67, 1536)  # in batches of 64 at most
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:1", "tensorrt:1"])
+def test_an_embedder_knows_how_to_load_its_engine_again(
+    device: str, machine: Callable[..., Asked], tiny_onnx: Path
+) -> None:
+    machine(TENSORRT, CUDA)
+    first = pmm_edge.load(tiny_onnx, device)
+    again = pmm_edge.load(tiny_onnx, first.loads_with)
+    assert first.loads_with == device
+    assert (again.backend, again.device) == (first.backend, first.device)
+
+
 def test_tensorrt_that_the_session_does_not_take_is_an_error(machine: Callable[..., Asked], tiny_onnx: Path) -> None:
     machine(CUDA)
     with pytest.raises(ModelError, match=r"device tensorrt cannot be used by .*: libcublas.*pmm export --trt builds"):

@@ -11,23 +11,21 @@ from pmm_edge.data.synthetic.dataset import Shot, SyntheticConfig, plan, render
 GAP = 4
 
 
-def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8, *, repeat: int = 1) -> Image.Image:
+def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) -> Image.Image:
     """Test identities as rows, cameras as columns; a gap where a camera never saw the person.
 
     The rows follow the identities' numbers, so neighbours share their clothes (`SyntheticConfig.group_size`).
-    `repeat` images of each are shown for each camera.
     """
     config = config or SyntheticConfig()
     first = config.train_identities + 1
     pids = range(first, first + min(identities, config.test_identities))
-    repeat = min(repeat, config.images)
-    cell_width, cell_height = config.width * repeat + GAP, config.height + GAP
+    cell_width, cell_height = config.width + GAP, config.height + GAP
     sheet = Image.new("RGB", (cell_width * config.cameras + GAP, cell_height * len(pids) + GAP), (250, 250, 250))
     for shot in plan(config):
         row = shot.pid - first
-        if 0 <= row < len(pids) and shot.kind in ("drawn", "detected") and shot.number < repeat:
-            x = GAP + (shot.camera - 1) * cell_width + shot.number * config.width
-            sheet.paste(_picture(config, shot), (x, GAP + row * cell_height))
+        if 0 <= row < len(pids) and shot.kind in ("drawn", "detected") and shot.number == 0:
+            place = GAP + (shot.camera - 1) * cell_width, GAP + row * cell_height
+            sheet.paste(_picture(config, shot), place)
     return sheet
 
 
