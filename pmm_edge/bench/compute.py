@@ -115,6 +115,8 @@ def measured_peak(device: str) -> float | None:
         return None
     import torch
 
+    from pmm_edge.runtime.torch_backend import without_tf32
+
     if index >= torch.cuda.device_count():
         return None
 
@@ -126,11 +128,8 @@ def measured_peak(device: str) -> float | None:
             torch.matmul(self.left, self.right)
             torch.cuda.synchronize(index)
 
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
+    with without_tf32():
         return _fastest_product(TorchProduct)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 class _NumpyProduct:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,9 +66,8 @@ class TorchEmbedder(Embedder):
         return self._run(lambda: self.network(torch.tensor(images, device=self._target)), len(images))
 
     def _run(self, embed: Callable[[], Tensor], batch: int) -> Embeddings:
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._target.type == "cuda" else None
         try:
-            with torch.inference_mode(), exact or nullcontext():
+            with torch.inference_mode(), without_tf32():
                 embeddings: Embeddings = embed().cpu().numpy()
                 return embeddings
         except (RuntimeError, MemoryError) as error:
@@ -81,6 +80,20 @@ class TorchEmbedder(Embedder):
                 f"torch cannot run {self.path} at batch {batch} on {self.device} ({reason})",
                 "Try the device cpu; where it fails there as well, train or export again",
             ) from error
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let GPUs compute FP32 in FP32: TF32 keeps 10 bits of its 23. For convolutions, where it is torch's default, and
+    for matrix products, where the caller may have chosen it.
+    """
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        products.allow_tf32 = before
 
 
 def load_torch(path: Path, device: str | None = None) -> TorchEmbedder:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from pmm_edge.errors import PmmError
+from pmm_edge.runtime.torch_backend import is_out_of_memory
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
@@ -72,13 +72,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether memory did not suffice, a GPU's or the machine's, for which torch has no type of error."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return re.search(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc", str(error)) is not None
 
 
 def owner(device: torch.device) -> str:

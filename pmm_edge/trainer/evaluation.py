@@ -16,7 +16,8 @@ from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.errors import PmmError
 from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import RetrievalResult, evaluate
-from pmm_edge.trainer.device import is_out_of_memory, owner
+from pmm_edge.runtime.torch_backend import is_out_of_memory
+from pmm_edge.trainer.device import owner
 
 BATCH = 64
 
