@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class TorchEmbedder(Embedder):
 
     def _run(self, embed: Callable[[], Tensor], batch: int) -> Embeddings:
         try:
-            with torch.inference_mode(), without_tf32():
+            with torch.inference_mode(), without_tf32() if self._target.type == "cuda" else nullcontext():
                 embeddings: Embeddings = embed().cpu().numpy()
                 return embeddings
         except (RuntimeError, MemoryError) as error:
@@ -84,8 +84,9 @@ class TorchEmbedder(Embedder):
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Let GPUs compute FP32 in FP32: TF32 keeps 10 bits of its 23. For convolutions, where it is torch's default, and
-    for matrix products, where the caller may have chosen it.
+    """Let GPUs compute FP32 in FP32, for the whole process: TF32 keeps 10 bits of its 23.
+
+    For convolutions, where it is torch's default, and for matrix products, where the caller may have chosen it.
     """
     products = torch.backends.cuda.matmul
     before, products.allow_tf32 = products.allow_tf32, False

@@ -176,22 +176,3 @@ def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
     assert (crop.min(), crop.max()) == (8, 233)
     for deep in (values.astype(">u2"), values.astype(np.int32)):
         np.testing.assert_array_equal(resize_crop(Image.fromarray(deep), 96, 64), crop)
-
-
-def test_pytorch_computes_fp32_in_fp32(tiny_checkpoint: Path) -> None:
-    import torch
-
-    products, seen = torch.backends.cuda.matmul, []
-    embedder = pmm_edge.load(tiny_checkpoint, "cpu")
-    embedder.network.register_forward_hook(
-        lambda *_: seen.append((products.allow_tf32, torch.backends.cudnn.allow_tf32))
-    )
-    before, products.allow_tf32 = products.allow_tf32, True
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-            embedder.embed([np.zeros((96, 64, 3), np.uint8)])
-            left = products.allow_tf32, torch.backends.cudnn.allow_tf32
-    finally:
-        products.allow_tf32 = before
-    assert seen == [(False, False)]
-    assert left == (True, True)  # the caller's, for what the caller does
