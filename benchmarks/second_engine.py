@@ -1,8 +1,9 @@
 """Exported ONNX files in OpenVINO, which shares no code with ONNX Runtime: cosine and mAP on a data set.
 
-    python benchmarks/second_engine.py DATA model.onnx [model-fp16.onnx ...] [--images 400]
+    python benchmarks/second_engine.py DATA model.onnx [model-fp16.onnx ...] [--images 400] [--as-written]
 
-The first file is the reference: in FP32, run by ONNX Runtime. OpenVINO is one of the `dev` extra's packages.
+The first file, run by ONNX Runtime, is the reference. OpenVINO, one of the `dev` extra's packages, rearranges INT8
+graphs for its own kernels; `--as-written` switches that off.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embeddings
 class OpenVinoEmbedder(Embedder):
     """A graph in OpenVINO. Left alone it computes FP32 in bfloat16 on processors that have it, and FP16 as well."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, as_written: bool) -> None:
         super().__init__(load(path, "cpu").spec, path, "openvino", "cpu")
-        self._network = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({"LP_TRANSFORMS_MODE": "OFF"} if as_written else {})
+        self._network = openvino.Core().compile_model(path, "CPU", settings)
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
         embeddings: Embeddings = self._network({INPUT: network_input(images, self.spec.input)})[OUTPUT].copy()
@@ -37,8 +39,9 @@ class OpenVinoEmbedder(Embedder):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a data set's folder")
-    parser.add_argument("models", type=Path, nargs="+", help="files of pmm export, the one in FP32 first")
+    parser.add_argument("models", type=Path, nargs="+", help="files of pmm export, the reference first")
     parser.add_argument("--images", type=int, help="at most so many of query and gallery; mAP is then left out")
+    parser.add_argument("--as-written", action="store_true", help="let OpenVINO rearrange nothing for INT8")
     arguments = parser.parse_args()
 
     dataset = scan(arguments.data)
@@ -56,7 +59,7 @@ def main() -> None:
     )
     print(f"{'in OpenVINO':28}  cosine mean    cosine min" + ("    mAP, points" if whole else ""))
     for path in arguments.models:
-        embeddings = embed_files(OpenVinoEmbedder(path), paths, report=told)
+        embeddings = embed_files(OpenVinoEmbedder(path, arguments.as_written), paths, report=told)
         closeness = compare(base, embeddings, paths).whole
         line = f"{path.name:28}  {closeness.cosine_mean:11.7f}  {closeness.cosine_min:12.7f}"
         if base_map:
