@@ -17,13 +17,12 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from inference import HEIGHT, WIDTH, random_checkpoint
 from machine import machine
 
 from pmm_edge.data.synthetic import SyntheticConfig, make_synthetic
 from pmm_edge.export import export_onnx
-from pmm_edge.images import read_crop
+from pmm_edge.images import read_crops
 from pmm_edge.runtime import load
 from pmm_edge.runtime.files import embed_readable_files
 from pmm_edge.runtime.image_list import find_images
@@ -45,7 +44,7 @@ def main() -> None:
         checkpoint = random_checkpoint(folder / "random.pt", arguments.backbone)
         embedder = load(export_onnx(checkpoint, folder / "model.onnx").path, "cpu")
         paths = find_images(folder / "crops").paths
-        prepared = np.stack([read_crop(path, HEIGHT, WIDTH) for path in paths])
+        prepared = read_crops(paths, HEIGHT, WIDTH)
         alone, whole, processor = [], [], []
         for _ in range(arguments.rounds):
             start, busy = time.perf_counter(), time.process_time()

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from inference import random_checkpoint
 from machine import machine
 
@@ -23,7 +22,7 @@ from pmm_edge.bench import compare, evaluate_embeddings, measure_latency
 from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import SyntheticConfig, cached_synthetic
 from pmm_edge.export import Fp16, Int8, export_onnx
-from pmm_edge.images import read_crop
+from pmm_edge.images import evenly, read_crops
 from pmm_edge.runs import BEST, about_run
 from pmm_edge.runtime import embed_files, load
 
@@ -77,7 +76,7 @@ def main() -> None:
         paths = [*dataset.query.paths, *dataset.gallery.paths]
         whole = arguments.images is None or arguments.images >= len(paths)
         if not whole:  # spread over both splits and their people
-            paths = [paths[number * len(paths) // arguments.images] for number in range(arguments.images)]
+            paths = [paths[row] for row in evenly(len(paths), arguments.images)]
         embeddings = {name: embed_files(embedder, paths, report=told) for name, embedder in embedders.items()}
         base = embeddings["PyTorch eager"]
         base_map = evaluate_embeddings(base, dataset).mAP if whole else float("nan")
@@ -91,7 +90,7 @@ def main() -> None:
                 line += f"  {100 * (base_map - evaluate_embeddings(embeddings[name], dataset).mAP):10.3f}"
             print(line)
 
-        crops = np.stack([read_crop(path, spec.input.height, spec.input.width) for path in paths[:8]])
+        crops = read_crops(paths[:8], spec.input.height, spec.input.width)
         for batch in map(int, arguments.batch.split(",")):
             found = measure_latency(list(embedders.values()), [crops] * len(embedders), batch, report=told)
             latencies = dict(zip(embedders, found, strict=True))

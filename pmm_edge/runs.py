@@ -113,11 +113,14 @@ def data_of(model: Path, data: Path | None = None, layout: str | None = None) ->
     """The data set to use with a model, and the layout to read it in where it was named: by default those of its run.
 
     Raises:
+        ModelError: no data set is named, and there is no such model.
         DataError: no data set is named, and the model lies in no run.
     """
     run = run_of(model)
     about = about_run(run) if run else None
     if about is None:
+        if data is None and not model.exists():
+            raise ModelError(f"{model} does not exist", "Name a checkpoint, or a file of pmm export")
         if data is None:
             raise DataError(f"{model} does not say which data set it belongs to", "Name one with --data")
         return data, layout

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.errors import DataError
+from pmm_edge.errors import DataError, ModelError
 from pmm_edge.runs import AboutRun, data_of, new_run_folder
 
 
@@ -21,5 +21,8 @@ def test_the_data_set_of_a_model(tmp_path: Path) -> None:
 
 def test_a_model_without_a_run(tmp_path: Path) -> None:
     assert data_of(tmp_path / "model.onnx", tmp_path, "msmt17") == (tmp_path, "msmt17")
+    with pytest.raises(ModelError, match=r"model\.onnx does not exist"):
+        data_of(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").touch()
     with pytest.raises(DataError, match=r"does not say which data set .* Name one with --data"):
         data_of(tmp_path / "model.onnx")
