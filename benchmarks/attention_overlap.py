@@ -20,12 +20,11 @@ from machine import machine
 from rich.console import Console
 from rich.table import Table
 
-from pmm_edge.cli.render import progress
+from pmm_edge.console import progress
 from pmm_edge.errors import PmmError
-from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads
-from pmm_edge.pictures.overlap import Overlap, overlap
+from pmm_edge.pictures.attention import Overlap, attention_of, checkpoint_with_heads, overlap
 from pmm_edge.runs import BEST, about_run
-from pmm_edge.runtime.image_list import find_images
+from pmm_edge.runtime.embed_files import find_images
 
 PAIRS = ("I-II", "I-III", "II-III")
 

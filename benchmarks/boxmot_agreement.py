@@ -20,10 +20,9 @@ import torch
 from machine import machine
 from PIL import Image
 
-from pmm_edge.images import resize_crop
+from pmm_edge.images import Pixels, resize_crop
 from pmm_edge.runtime import load
-from pmm_edge.runtime.crops import Pixels
-from pmm_edge.runtime.image_list import find_images
+from pmm_edge.runtime.embed_files import find_images
 
 
 def frame_of(crops: list[Pixels]) -> tuple[np.ndarray, np.ndarray]:

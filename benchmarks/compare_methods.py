@@ -25,17 +25,15 @@ from machine import machine
 from method_tables import Figures, Row, draw, rows_named, show, tables_of
 from rich.console import Console
 
-from pmm_edge.cli.render import progress
+from pmm_edge.console import progress
 from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.files import written_whole
 from pmm_edge.runs import CONFIG
-from pmm_edge.trainer.config import TrainConfig, read_assignments
-from pmm_edge.trainer.loop import TrainResult
-from pmm_edge.trainer.presets import DEFAULT, preset, resolved
+from pmm_edge.trainer.config import DEFAULT, TrainConfig, preset, read_assignments, resolved
 from pmm_edge.trainer.setup import fingerprint
-from pmm_edge.trainer.start import resume, train
+from pmm_edge.trainer.train import TrainResult, resume, train
 
 INTERRUPTED = 130
 RESULT = "result.json"

@@ -32,16 +32,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pmm_edge.data.augment import augment
-from pmm_edge.data.crops import Crops
 from pmm_edge.data.dataset import Split, scan
-from pmm_edge.data.sampler import identity_batches
+from pmm_edge.data.loader import Crops, identity_batches
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.spec import IMAGENET_MEAN, IMAGENET_STD
-from pmm_edge.trainer.config import TrainConfig
+from pmm_edge.trainer.config import TrainConfig, preset, resolved
 from pmm_edge.trainer.distributed import World
 from pmm_edge.trainer.feed import Feed
-from pmm_edge.trainer.meter import Meter
-from pmm_edge.trainer.presets import preset, resolved
+from pmm_edge.trainer.logging import Meter
 from pmm_edge.trainer.setup import chosen_machine, new_network
 from pmm_edge.trainer.step import prepare, train_step
 

@@ -24,8 +24,7 @@ from pmm_edge.data.synthetic import SyntheticConfig, make_synthetic
 from pmm_edge.export import export_onnx
 from pmm_edge.images import read_crops
 from pmm_edge.runtime import load
-from pmm_edge.runtime.files import embed_readable_files
-from pmm_edge.runtime.image_list import find_images
+from pmm_edge.runtime.embed_files import embed_readable_files, find_images
 
 CROPS = SyntheticConfig(train_identities=3, test_identities=3, cameras=2, images=4, height=128, width=64)
 

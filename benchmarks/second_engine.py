@@ -17,9 +17,8 @@ from precision import told
 
 from pmm_edge.bench import compare, evaluate_embeddings
 from pmm_edge.data.dataset import scan
-from pmm_edge.images import evenly
+from pmm_edge.images import Pixels, evenly, network_input
 from pmm_edge.runtime import Embedder, embed_files, load
-from pmm_edge.runtime.crops import Pixels, network_input
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embeddings
 
 

@@ -26,11 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pmm_edge.model import PMM, StageOutput
 from pmm_edge.model.backbone import map_size
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, top_blocks
-from pmm_edge.model.pooling import average_pool, max_pool
+from pmm_edge.model.network import average_pool, max_pool
+from pmm_edge.trainer.config import PRESETS
 from pmm_edge.trainer.device import choose_device
-from pmm_edge.trainer.presets import PRESETS
-from pmm_edge.trainer.schedule import PAPER_EPOCHS
-from pmm_edge.trainer.step import Shard, prepare, train_step
+from pmm_edge.trainer.step import PAPER_EPOCHS, Shard, prepare, train_step
 
 PRODUCT_SIDE = 2048
 PRODUCT_OPERATIONS = 2 * PRODUCT_SIDE**3

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pmm_edge.errors import DataError
 from pmm_edge.machine import threads
+from pmm_edge.spec import InputSpec
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 """What a file may hold, whatever its name says: Pillow reads formats that run other programs, such as EPS."""
@@ -62,3 +63,66 @@ def evenly(count: int, most: int) -> list[int]:
     """At most so many of 0..count - 1, ascending and at even distances, so that they show different people."""
     kept = min(count, most)
     return [number * count // kept for number in range(kept)]
+
+
+Pixels = NDArray[np.uint8]
+
+
+def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, first: int = 0) -> Pixels:
+    """Check crops and resize them to the network's size.
+
+    Args:
+        crops: (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array; at least one.
+        height, width: of the network's input in pixels.
+        first: number of the first crop, for messages.
+
+    Returns:
+        (N, height, width, 3) uint8 RGB.
+
+    Raises:
+        DataError: a crop without pixels, grey, with an alpha channel, or of another type than uint8.
+    """
+    for number, crop in enumerate(crops, start=first):
+        _check_crop(crop, number)
+    if isinstance(crops, np.ndarray) and crops.shape[1:3] == (height, width):
+        return crops
+    return np.stack([resize_crop(Image.fromarray(crop), height, width) for crop in crops])
+
+
+def network_input(images: Pixels, spec: InputSpec) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Bring crops of network size into the form that the network's input has.
+
+    Args:
+        images: (N, height, width, 3) uint8 RGB.
+
+    Returns:
+        (N, height, width, 3) uint8 for the form `uint8`, otherwise (N, 3, height, width) float32.
+    """
+    if spec.form == "uint8":
+        return images
+    planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
+    if spec.form == "raw":
+        return planes
+    mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (spec.mean, spec.std))
+    return (planes / np.float32(255) - mean) / std
+
+
+def _check_crop(crop: object, number: int) -> None:
+    if not isinstance(crop, np.ndarray):
+        raise DataError(
+            f"crop {number} is a {type(crop).__name__}, no array",
+            "Pass (height, width, 3) uint8 RGB arrays; files go through pmm_edge.runtime.embed_files",
+        )
+    shape = tuple(crop.shape)
+    if crop.ndim == 2 or (crop.ndim == 3 and shape[2] == 1):
+        raise DataError(f"crop {number} is grey, of shape {shape}", "Repeat its channel three times")
+    if crop.ndim == 3 and shape[2] == 4:
+        raise DataError(f"crop {number} has an alpha channel, shape {shape}", "Pass crop[:, :, :3]")
+    if crop.ndim != 3 or shape[2] != 3:
+        raise DataError(f"crop {number} has shape {shape}", "Pass a list of (height, width, 3) arrays")
+    if 0 in shape:
+        raise DataError(f"crop {number} has no pixels, shape {shape}", "Leave out boxes that lie outside of the frame")
+    if crop.dtype != np.uint8:
+        raise DataError(
+            f"crop {number} holds {crop.dtype}", "Pass uint8 RGB values of 0 to 255; normalisation is done for you"
+        )

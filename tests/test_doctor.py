@@ -11,12 +11,20 @@ import onnx
 import onnxruntime
 import pytest
 
-from pmm_edge.doctor import Finding, Section, as_markdown, examine, probes
-from pmm_edge.doctor.commands import readiness
-from pmm_edge.doctor.examination import Diagnosis
-from pmm_edge.doctor.findings import shareable
-from pmm_edge.doctor.machine import jetson, machine
-from pmm_edge.doctor.precision import gpu_precision, processor_precision
+from pmm_edge import doctor
+from pmm_edge.doctor import (
+    Diagnosis,
+    Finding,
+    Section,
+    as_markdown,
+    examine,
+    gpu_precision,
+    jetson,
+    machine,
+    processor_precision,
+    readiness,
+    shareable,
+)
 
 NO_TENSORRT = {"error": "TensorRT is not installed", "remedy": "pip install 'pmm-edge[trt]'"}
 
@@ -121,16 +129,16 @@ def test_a_user_without_a_home_folder(homeless: None, monkeypatch: pytest.Monkey
 
 
 def test_the_model_made_by_hand_is_one() -> None:
-    onnx.checker.check_model(onnx.load_from_string(probes.addition()), full_check=True)
-    session = onnxruntime.InferenceSession(probes.addition(), providers=["CPUExecutionProvider"])
+    onnx.checker.check_model(onnx.load_from_string(doctor.addition()), full_check=True)
+    session = onnxruntime.InferenceSession(doctor.addition(), providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": np.float32([1.5])})[0].tolist() == [3.0]
 
 
 def test_providers_are_asked_and_not_believed() -> None:
-    found = probes.probe("onnxruntime")["providers"]
+    found = doctor.probe("onnxruntime")["providers"]
     assert list(found) == onnxruntime.get_available_providers()
     assert found["CPUExecutionProvider"] is None
-    if "CUDAExecutionProvider" in found and "error" in probes.probe("gpus"):
+    if "CUDAExecutionProvider" in found and "error" in doctor.probe("gpus"):
         assert found["CUDAExecutionProvider"]
 
 
@@ -143,8 +151,8 @@ def test_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path:
     source.write_text("int cuInit(unsigned flags) { return 999; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    assert "does not start (cuInit gives 999)" in probes.probe("gpus")["error"]
-    found = probes.probe("onnxruntime")["providers"]
+    assert "does not start (cuInit gives 999)" in doctor.probe("gpus")["error"]
+    found = doctor.probe("onnxruntime")["providers"]
     assert ".so" in found["CUDAExecutionProvider"]  # which library is missing, or misses what
     assert found["CPUExecutionProvider"] is None
 
@@ -164,8 +172,8 @@ def test_libraries_that_break_as_they_load(
     put(tmp_path, "onnxruntime/__init__.py", content)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path) + os.pathsep + os.environ.get("PYTHONPATH", ""))
     if "sleep" in content:
-        monkeypatch.setattr(probes, "_SECONDS", 1.0)
-    found = probes.probe("onnxruntime")
+        monkeypatch.setattr(doctor, "_SECONDS", 1.0)
+    found = doctor.probe("onnxruntime")
     assert message in found["error"]
     assert "\n" not in found["error"]
     ready = {item.command: item for item in readiness(found, NO_TENSORRT)}
@@ -174,7 +182,7 @@ def test_libraries_that_break_as_they_load(
 
 
 def test_readiness_here() -> None:
-    ready = {item.command: item for item in readiness(probes.probe("onnxruntime"), NO_TENSORRT)}
+    ready = {item.command: item for item in readiness(doctor.probe("onnxruntime"), NO_TENSORRT)}
     assert all(item.usable for name, item in ready.items() if name != "trt")
     assert ready["trt"].missing == ["TensorRT is not installed"]
     assert ready["trt"].remedies == ["pip install 'pmm-edge[trt]'"]
@@ -182,7 +190,7 @@ def test_readiness_here() -> None:
 
 
 def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pmm_edge.doctor import commands
+    from pmm_edge import doctor as commands
 
     monkeypatch.setattr(commands, "importable", lambda module: module in ("numpy", "PIL"))
     ready = {item.command: item for item in readiness({"error": "ModuleNotFoundError"}, NO_TENSORRT)}
@@ -207,7 +215,7 @@ def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_draws_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pmm_edge.doctor import commands
+    from pmm_edge import doctor as commands
 
     monkeypatch.setattr(commands, "importable", lambda module: module != "matplotlib")
     ready = {item.command: item for item in readiness({"providers": {"CPUExecutionProvider": None}}, NO_TENSORRT)}

@@ -1,12 +1,9 @@
 """Prove that an export retrieves the same people as its checkpoint, and measure how fast."""
 
-from pmm_edge.bench.figures import BenchReport, Gates, Latency, ModelReport, Parity
-from pmm_edge.bench.gates import AskedGates
-from pmm_edge.bench.latency import measure_latency
-from pmm_edge.bench.parity import compare
-from pmm_edge.bench.retrieval import evaluate_embeddings
-from pmm_edge.bench.run import bench
-from pmm_edge.bench.subjects import Options
+from pmm_edge.bench.parity import compare, evaluate_embeddings
+from pmm_edge.bench.pipeline import Options, bench
+from pmm_edge.bench.report import AskedGates, BenchReport, Gates, Latency, ModelReport, Parity
+from pmm_edge.bench.timing import measure_latency
 
 __all__ = [
     "AskedGates",

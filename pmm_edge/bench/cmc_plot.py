@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pmm_edge.bench.retrieval import Row
+from pmm_edge.bench.parity import Row
 from pmm_edge.errors import OutputError
 from pmm_edge.files import check_output, written_whole
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from PIL import Image
 
 from pmm_edge.bench.html import Picture
-from pmm_edge.bench.subjects import Run
+from pmm_edge.bench.pipeline import Run
+from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import queries_with_match
 from pmm_edge.errors import PmmError
 from pmm_edge.images import evenly
+from pmm_edge.pictures.attention import UnsuitableError
 from pmm_edge.pictures.galleries import draw_rankings, part, ranked
-from pmm_edge.pictures.unsuitable import UnsuitableError
-from pmm_edge.progress import Report, silent
 
 IMAGES, QUERIES, ANCHORS, HITS = 6, 4, 4, 8
 
@@ -61,7 +61,7 @@ def network_pictures(run: Run, report: Report = silent) -> list[Picture]:
 
 def _attention(run: Run) -> Image.Image:
     path = _checkpoint(run)
-    from pmm_edge.pictures.cams import cam_grid
+    from pmm_edge.pictures.attention import cam_grid
 
     paths = run.images.paths
     return cam_grid(path, [paths[row] for row in evenly(len(paths), IMAGES)], device=run.options.device)
@@ -80,7 +80,7 @@ def _rankings(run: Run) -> Image.Image:
 
 def _mixing(run: Run) -> Image.Image:
     path = _checkpoint(run)
-    from pmm_edge.pictures.mixing import mixing_grid
+    from pmm_edge.pictures.mixing_grid import mixing_grid
 
     if run.images.dataset is None or not len(run.images.dataset.train):
         raise UnsuitableError(f"{run.images.source} has no training split")

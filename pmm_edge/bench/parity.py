@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.bench.figures import QUANTILES, Closeness, Parity
+from pmm_edge.bench.report import QUANTILES, Change, Closeness, FirstHit, Gates, Parity, RetrievalChange
+from pmm_edge.console import Report, about, silent
+from pmm_edge.data.dataset import ReidDataset, Split
+from pmm_edge.files import written_whole
+from pmm_edge.images import Pixels
+from pmm_edge.retrieval import RetrievalResult, evaluate
 from pmm_edge.retrieval.distances import cosines, finite_rows
+from pmm_edge.retrieval.metrics import JUNK_PID
+from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import Embeddings
 
 
@@ -82,3 +91,224 @@ def _differences(
     difference = np.where(finite, np.abs(actual - expected).max(axis=1), np.inf)
     largest = np.abs(expected).max(axis=1)
     return difference, np.divide(difference, largest, out=difference.copy(), where=largest > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """A data set's queries followed by its gallery, as a model sees them."""
+
+    dataset: ReidDataset
+    """Without junk, which no figure counts."""
+    plain: Embeddings
+    """(queries + gallery images, D)."""
+    flip: Embeddings | None = None
+    """The same shape: the mean of an image's embedding and its mirror image's."""
+
+    def save(self, path: Path) -> None:
+        """Write plain arrays, an .npz file that `numpy.load` opens without pickle.
+
+        `query_features`, `query_pids`, `query_camids` and `query_names` (file names), the same with `gallery_`, and
+        where there are mirror images `query_features_flip` and `gallery_features_flip`.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        arrays: dict[str, NDArray[Any]] = {}
+        count = len(self.dataset.query)
+        for side, split, part in (
+            ("query", self.dataset.query, slice(count)),
+            ("gallery", self.dataset.gallery, slice(count, None)),
+        ):
+            arrays[f"{side}_features"] = self.plain[part]
+            if self.flip is not None:
+                arrays[f"{side}_features_flip"] = self.flip[part]
+            arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
+            arrays[f"{side}_names"] = np.array([file.name for file in split.paths])
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes any of them for allow_pickle
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One way of using a model at test time, and its figures."""
+
+    flip: bool
+    rerank: bool
+    result: RetrievalResult
+
+    @property
+    def name(self) -> str:
+        """`plain`, `flip`, `re-ranking` or `flip + re-ranking`."""
+        return _name(self.flip, self.rerank)
+
+
+def embed_dataset(embedder: Embedder, dataset: ReidDataset, flip: bool = False, report: Report = silent) -> Embedded:
+    """Embed the queries and the gallery without its junk.
+
+    Args:
+        embedder: the model.
+        dataset: what it is judged on.
+        flip: embed each image's mirror image as well and average the two, at twice the time.
+        report: told after each batch how many images are done.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    dataset = replace(dataset, gallery=_without_junk(dataset.gallery))
+    paths = [*dataset.query.paths, *dataset.gallery.paths]
+    plain = embed_files(embedder, paths, report=report)
+    if not flip:
+        return Embedded(dataset, plain)
+    mean = embed_files(_Mirrored(embedder), paths, report=about("mirrored", report))
+    mean += plain
+    mean /= 2
+    return Embedded(dataset, plain, mean)
+
+
+def judge(embedded: Embedded, rerank: bool = False, report: Report = silent) -> list[Row]:
+    """Judge the ranking under the Market-1501 protocol.
+
+    The plain embeddings come first, then those with mirror images where there are any; with `rerank` both once more,
+    k-reciprocally re-ranked.
+
+    Raises:
+        DataError: the embeddings hold NaN or infinity, or no query has a match.
+    """
+    rows = []
+    for reranked in (False, True) if rerank else (False,):
+        for flip, embeddings in ((False, embedded.plain), (True, embedded.flip)):
+            if embeddings is not None:
+                told = about(_name(flip, rerank=False), report)
+                result = evaluate_embeddings(embeddings, embedded.dataset, rerank=reranked, report=told)
+                rows.append(Row(flip, reranked, result))
+    return rows
+
+
+def evaluate_embeddings(
+    embeddings: Embeddings, dataset: ReidDataset, rerank: bool = False, report: Report = silent
+) -> RetrievalResult:
+    """Judge embeddings of the queries followed by the gallery, (queries + gallery images, D)."""
+    query, gallery = dataset.query, dataset.gallery
+    return evaluate(
+        embeddings[: len(query)],
+        embeddings[len(query) :],
+        query.pids,
+        gallery.pids,
+        query.camids,
+        gallery.camids,
+        rerank=rerank,
+        report=report,
+    )
+
+
+class _Mirrored(Embedder):
+    """An embedder that sees every image in a mirror."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__(embedder.spec, embedder.path, embedder.backend, embedder.device)
+        self.profile = embedder.profile
+        self._embedder = embedder
+
+    def embed_prepared(self, images: Pixels) -> Embeddings:
+        # A copy: the back ends do not take the negative strides of a view.
+        return self._embedder.embed_prepared(np.ascontiguousarray(images[:, :, ::-1]))
+
+
+def _without_junk(gallery: Split) -> Split:
+    kept = np.flatnonzero(gallery.pids != JUNK_PID)
+    return Split([gallery.paths[index] for index in kept], gallery.pids[kept], gallery.camids[kept])
+
+
+def _name(flip: bool, rerank: bool) -> str:
+    return " + ".join(["flip"] * flip + ["re-ranking"] * rerank) or "plain"
+
+
+RESAMPLES = 2000
+SEED = 0
+"""Two runs on the same embeddings give the same interval."""
+_AT_ONCE = 100  # resamples: of 11,659 queries, the largest public set, 10 MB
+
+
+def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> RetrievalChange:
+    """A model's retrieval less its reference's, query by query."""
+    rank1, mean_ap, mean_inp = paired_changes(
+        np.stack([_per_query(candidate)[row] - _per_query(reference)[row] for row in range(3)], axis=1)
+    )
+    return RetrievalChange(
+        rank1=rank1,
+        mAP=mean_ap,
+        mINP=mean_inp,
+        queries=reference.valid_queries,
+        first_hits=first_hits(reference, candidate, dataset),
+    )
+
+
+def paired_changes(differences: NDArray[np.float64]) -> list[Change]:
+    """The mean of each column with a 95 % interval: percentiles of a bootstrap over rows (Efron, 1979).
+
+    Rows are drawn with replacement, all columns with the same rows: the queries are the sample, and both models
+    answered the same ones, so that how hard a query is cancels out.
+
+    Args:
+        differences: (queries, figures), finite, one query or more.
+    """
+    random = np.random.default_rng(SEED)
+    count = len(differences)
+    means = []
+    for start in range(0, RESAMPLES, _AT_ONCE):
+        rows = random.integers(0, count, (min(_AT_ONCE, RESAMPLES - start), count), dtype=np.int32)
+        means.append(np.stack([column[rows].mean(axis=1) for column in differences.T], axis=1))
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0)
+    return [Change(*map(float, figures)) for figures in zip(differences.mean(axis=0), low, high, strict=True)]
+
+
+def first_hits(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> list[FirstHit]:
+    """The queries that another image comes first for: those that became wrong first, those that became right last."""
+    query, gallery = dataset.query, dataset.gallery
+
+    def hit(index: int, number: int) -> tuple[str, bool]:
+        if index < 0:
+            return "", False
+        return str(gallery.paths[index]), bool(gallery.pids[index] == query.pids[number])
+
+    changed = np.flatnonzero((reference.top1 != candidate.top1) & (reference.first_match_rank > 0))
+    before, now = reference.top1.tolist(), candidate.top1.tolist()
+    hits = [
+        FirstHit(str(query.paths[number]), *hit(before[number], number), *hit(now[number], number))
+        for number in changed.tolist()
+    ]
+    return sorted(hits, key=lambda one: int(one.model_right) - int(one.reference_right))
+
+
+def few_queries(changes: Sequence[RetrievalChange], gates: Sequence[Gates] = ()) -> str | None:
+    """A warning where a model holds its gate on mAP and the queries do not show that it would on others.
+
+    Args:
+        changes: of each model, all on the same queries.
+        gates: those that each model had to hold; the usual ones where none are given.
+
+    Returns:
+        What was shown and what not; None where each interval of a model that passes lies within what its gate allows.
+    """
+    allowed = [one.max_map_drop for one in gates] or [Gates().max_map_drop] * len(changes)
+    unsure = [
+        (-100 * change.mAP.low, most)
+        for change, most in zip(changes, allowed, strict=True)
+        if -100 * change.mAP.difference <= most < -100 * change.mAP.low
+    ]
+    if not unsure:
+        return None
+    loss, most = max(unsure, key=lambda one: one[0] - one[1])
+    whose = (
+        f"mAP of {len(unsure)} of {len(changes)} models holds its gate" if len(changes) > 1 else "mAP holds its gate"
+    )
+    return (
+        f"{whose} on these {changes[0].queries:,} queries, which are too few to show that it would on others: the loss"
+        f" may be as large as {loss:.2f} points (95 % interval) where {most:g} are allowed; judge on more queries"
+    )
+
+
+def _per_query(result: RetrievalResult) -> NDArray[np.float64]:
+    """(3, valid queries): whether the first hit is right, average precision, inverse negative penalty."""
+    valid = result.first_match_rank > 0
+    return np.stack([result.first_match_rank == 1, result.average_precision, result.inverse_penalty])[:, valid]

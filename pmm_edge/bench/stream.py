@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pmm_edge.bench.figures import Stream
+from pmm_edge.bench.report import Stream
+from pmm_edge.console import Report, silent
 from pmm_edge.errors import PmmError
-from pmm_edge.progress import Report, silent
+from pmm_edge.images import Pixels
 from pmm_edge.runtime.batcher import Batcher
-from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder
 
 SECONDS = 3.0

@@ -1,14 +1,79 @@
-"""A report as tables of text: the one source of what the terminal, the Markdown and the HTML page show."""
+"""What a bench found, in one sentence."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from pmm_edge.bench.figures import BenchReport, Change, Closeness, Latency, ModelReport, Scope
-from pmm_edge.bench.verdict import named
+from pmm_edge.bench.report import BenchReport, Change, Closeness, Latency, ModelReport, Scope
 from pmm_edge.files import with_tilde
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer, before any figure."""
+
+    state: Literal["passes", "fails", "partial"]
+    sentence: str
+
+
+def verdict(report: BenchReport) -> Verdict:
+    """Whether the models may ship; where not, the first gate that failed and how many more did."""
+    if not report.complete:
+        return Verdict("partial", f"Interrupted: {_so_far(report)}.")
+    if not report.failures:
+        return Verdict("passes", f"{_all_models(report)} against {Path(report.reference.path).name}{_shown(report)}.")
+    return Verdict("fails", f"{_failing(report)}.")
+
+
+def named(report: BenchReport) -> list[tuple[str, ModelReport]]:
+    """The reference and the models under what tables call them: the file's name, the path where two share one."""
+    models = (report.reference, *report.models)
+    shared = Counter(Path(model.path).name for model in models)
+    found = [Path(model.path).name if shared[Path(model.path).name] == 1 else model.path for model in models]
+    unique = [name if found.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(found)]
+    return list(zip(unique, models, strict=True))
+
+
+def _all_models(report: BenchReport) -> str:
+    if len(report.models) == 1:
+        return f"{Path(report.models[0].path).name} holds its gates"
+    return f"All {len(report.models)} models hold their gates"
+
+
+def _shown(report: BenchReport) -> str:
+    """What they were seen to do, in the figure that says most, of the model that moved most."""
+    changes = [model.retrieval_change for model in report.models if model.retrieval_change]
+    cosines = [model.parity.whole.cosine_min for model in report.models if model.parity]
+    if changes:
+        moved = 100 * max(abs(change.mAP.difference) for change in changes)
+        hits = max(len(change.first_hits) for change in changes)
+        most = "at most " if len(changes) > 1 else ""
+        return f": mAP moves by {most}{moved:.2f} points, {most}{hits:,} of {changes[0].queries:,} first hits change"
+    return f": least cosine {min(cosines):.6f}" if cosines else ""
+
+
+def _failing(report: BenchReport) -> str:
+    (reference, judge), *models = named(report)
+    if judge.failures:
+        return f"The reference {reference} fails: {judge.failures[0]}"
+    failing = [(name, model) for name, model in models if model.failures]
+    (name, first), total = failing[0], len(report.failures)
+    who = f"{len(failing)} of {len(report.models)} models {'fails' if len(failing) == 1 else 'fail'}"
+    more = f" (and {total - 1} more {'failure' if total == 2 else 'failures'})" if total > 1 else ""
+    return f"{who}: {name} {first.failures[0]}{more}"
+
+
+def _so_far(report: BenchReport) -> str:
+    if report.failures:
+        return f"not everything was measured, and already {_failing(report)[0].lower()}{_failing(report)[1:]}"
+    return "not everything was measured; nothing has failed by then"
+
 
 NONE = "–"
 """In a cell: not measured."""
@@ -278,3 +343,62 @@ def _finite(value: float, form: str) -> str:
 
 def _all(report: BenchReport) -> tuple[ModelReport, ...]:
     return (report.reference, *report.models)
+
+
+_MARKS = {"passes": "✅", "fails": "❌", "partial": "⚠️"}
+
+
+def markdown(report: BenchReport) -> str:
+    """Verdict, failures, the terminal's tables, the models, and a line about the machine.
+
+    What comes from files and paths is escaped: it links to nothing, mentions nobody and starts no HTML.
+    """
+    found = verdict(report)
+    parts = [f"### {_MARKS[found.state]} pmm bench: {found.state}", escaped(found.sentence)]
+    parts += [_bullets(_failures(report)), _bullets([f"⚠️ {escaped(warning)}" for warning in report.warnings])]
+    parts += [table_text(table) for table in terminal_tables(report)]
+    parts.append(table_text(model_table(report), folded=True))
+    about = [f"{key} {value}" for key, value in report.environment.items()]
+    parts.append(f"<sub>{escaped('; '.join([*about, report.created]))}</sub>")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table_text(table: Table, folded: bool = False) -> str:
+    """A table under its title; `folded` behind a line that opens it."""
+    head = "| " + " | ".join(_cell(column) for column in table.columns) + " |"
+    rule = "| :--- |" + " ---: |" * (len(table.columns) - 1)
+    rows = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
+    body = "\n".join([head, rule, *rows])
+    title = escaped(table.title[:1].upper() + table.title[1:])
+    if folded:
+        return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+    return f"**{title}**\n\n{body}"
+
+
+def escaped(text: str) -> str:
+    r"""Text that Markdown shows as it is.
+
+    Punctuation gets a backslash. `@name` and `#1` would still become a mention and a link, which GitHub looks for
+    after rendering: a word joiner, which nobody sees, keeps them apart.
+    """
+    flat = re.sub(r"\s+", " ", text)
+    return re.sub(r"(?<=[@#])(?=\w)", "\u2060", re.sub(r"([\\`*_{}\[\]<>|~&!#@$])", r"\\\1", flat))
+
+
+def _failures(report: BenchReport) -> list[str]:
+    lines = []
+    for name, model in named(report):
+        lines += [f"**{escaped(name)}** {escaped(failure)}" for failure in model.failures]
+        if model.likely_cause:
+            lines.append(f"**{escaped(name)}** likely cause: {escaped(model.likely_cause)}")
+        if model.departure:
+            lines.append(f"**{escaped(name)}** {escaped(model.departure.words)}")
+    return lines
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return escaped(text.replace("\n", " "))

@@ -17,11 +17,11 @@ from pmm_edge.cli.doctor import doctor
 from pmm_edge.cli.embed import embed
 from pmm_edge.cli.eval import evaluate
 from pmm_edge.cli.export import export
-from pmm_edge.cli.render import err, note
 from pmm_edge.cli.synth import synth
 from pmm_edge.cli.train import train
 from pmm_edge.cli.verify import verify
 from pmm_edge.cli.visualize import visualize
+from pmm_edge.console import err, note
 from pmm_edge.errors import PmmError, PmmWarning
 
 app = typer.Typer(

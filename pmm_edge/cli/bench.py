@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import INTERRUPTED, note, print_json, print_table, progress
+from pmm_edge.console import INTERRUPTED, note, print_json, print_table, progress
 from pmm_edge.errors import CheckFailedError, ModelError, PmmError
 from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, newest_run, run_of
 
@@ -127,7 +127,7 @@ def bench(
         return
     from pmm_edge.bench import AskedGates, Options
     from pmm_edge.bench.network_pictures import network_pictures
-    from pmm_edge.bench.run import bench_run
+    from pmm_edge.bench.pipeline import bench_run
     from pmm_edge.files import check_output
 
     options = Options(
@@ -178,9 +178,9 @@ def _print_table(table: Table) -> None:
 
 def _written(found: BenchReport, out: Path, pictures: Sequence[Picture]) -> list[Path]:
     """Write everything that a bench leaves behind beside its figures."""
-    from pmm_edge.bench.certificate import write_certificates
+    from pmm_edge.bench.certification import write_certificates
     from pmm_edge.bench.html import write_html
-    from pmm_edge.bench.markdown import markdown
+    from pmm_edge.bench.tables import markdown
     from pmm_edge.files import written_whole
 
     page = out.with_name("report.html") if out.name == "bench.json" else out.with_suffix(".html")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import out, print_json, print_table, progress
+from pmm_edge.console import out, print_json, print_table, progress
 from pmm_edge.data.checks import Analysis, BadImage, analyse, unreadable
 from pmm_edge.data.dataset import ReidDataset, read
 from pmm_edge.errors import CheckFailedError

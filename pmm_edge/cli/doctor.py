@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pmm_edge.cli.render import out, print_json, print_plain
+from pmm_edge.console import out, print_json, print_plain
 from pmm_edge.errors import CheckFailedError
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def doctor(
 
     [dim]pmm doctor embed trt && ./start.sh[/]
     """
-    from pmm_edge.doctor import as_markdown, examine
-    from pmm_edge.doctor.commands import check_commands
+    from pmm_edge.doctor import as_markdown, check_commands, examine
 
     check_commands(commands or [])
     diagnosis = examine()

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import err, note, out, print_json, progress
+from pmm_edge.console import err, note, out, print_json, progress
 from pmm_edge.errors import CheckFailedError
 
 if TYPE_CHECKING:
-    from pmm_edge.runtime.files import EmbeddedFiles
-    from pmm_edge.runtime.image_list import ImageList
+    from pmm_edge.runtime.embed_files import EmbeddedFiles, ImageList
 
 _BAD_SHOWN = 20
 
@@ -60,9 +59,7 @@ def embed(
     [dim]pmm embed model.onnx market1501 -o market.parquet[/]
     """
     from pmm_edge.runtime import load
-    from pmm_edge.runtime.embedding_file import check_embedding_file, save_embeddings
-    from pmm_edge.runtime.files import embed_readable_files
-    from pmm_edge.runtime.image_list import find_images
+    from pmm_edge.runtime.embed_files import check_embedding_file, embed_readable_files, find_images, save_embeddings
 
     check_embedding_file(output)
     found = find_images(images, layout)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, percent, print_json, print_table, progress
+from pmm_edge.console import note, percent, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from pmm_edge.retrieval import RetrievalResult
@@ -65,7 +65,7 @@ def evaluate(
     [dim]pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png[/]
     """
     from pmm_edge.bench.cmc_plot import check_cmc_plot, save_cmc_plot
-    from pmm_edge.bench.retrieval import embed_dataset, judge
+    from pmm_edge.bench.parity import embed_dataset, judge
     from pmm_edge.data.dataset import scan
     from pmm_edge.files import check_output
     from pmm_edge.runtime import load

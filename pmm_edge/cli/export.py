@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, print_json, print_table, progress
+from pmm_edge.console import note, print_json, print_table, progress
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.export.options import OPSET, Fp16, Graph, Int8, Precision
 from pmm_edge.runs import BEST, data_of, newest_run
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 
 if TYPE_CHECKING:
     from pmm_edge.export import Exported
-    from pmm_edge.export.carry_out import Made
+    from pmm_edge.export.exporter import Made
     from pmm_edge.export.tensorrt import BuiltEngine
 
 _TENSORRT = "TensorRT, with --trt"
@@ -175,8 +175,7 @@ def export(
 
     [dim]pmm export model.onnx --trt --batch 1,16,64[/]
     """
-    from pmm_edge.export.carry_out import carry_out
-    from pmm_edge.export.plan import Asked, planned
+    from pmm_edge.export.exporter import Asked, carry_out, planned
 
     chosen = {
         "--batch": batch,

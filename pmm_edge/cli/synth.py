@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, print_json, print_table, progress
+from pmm_edge.console import note, print_json, print_table, progress
 from pmm_edge.data.synthetic import SyntheticConfig, contact_sheet, count_images, make_synthetic
 from pmm_edge.files import check_output, written_whole
 

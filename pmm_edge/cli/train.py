@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import INTERRUPTED, note, percent, print_json, print_plain, print_table, progress
+from pmm_edge.console import INTERRUPTED, note, percent, print_json, print_plain, print_table, progress
 from pmm_edge.errors import PmmError
 
 if TYPE_CHECKING:
-    from pmm_edge.trainer.loop import TrainResult
+    from pmm_edge.trainer.train import TrainResult
 
 METHOD, COURSE, MACHINE = "Method", "Course of the training", "Machine"
 
@@ -139,7 +139,8 @@ def train(
     if resume:
         _refuse_with_resume(given, preset, config, layout, out_folder)
     note("[dim]loading torch[/]")
-    from pmm_edge.trainer import presets, start
+    from pmm_edge.trainer import config as presets
+    from pmm_edge.trainer import train as start
 
     if preset and config:
         raise PmmError("--preset and --config are both given", "The file can name its preset; give one of them")

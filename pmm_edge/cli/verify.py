@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, out, percent, print_json, print_table, progress
+from pmm_edge.console import note, out, percent, print_json, print_table, progress
 from pmm_edge.errors import CheckFailedError
 
 if TYPE_CHECKING:
-    from pmm_edge.bench.verification import Verified
+    from pmm_edge.bench.certification import Verified
     from pmm_edge.runtime.certificate import Certificate
 
 _COLUMNS = ("model", "certified", "cosine min", "mAP", "ms, batch")
@@ -46,7 +46,7 @@ def verify(
 
     [dim]pmm verify model.onnx --data market1501 --reference best.pt[/]
     """
-    from pmm_edge.bench.verification import verify as verify_models
+    from pmm_edge.bench.certification import verify as verify_models
 
     with progress() as report:
         found = verify_models(models, data, layout, reference, digest, report)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.markup import escape
 
-from pmm_edge.cli.render import note, print_json, print_table, progress
+from pmm_edge.console import note, print_json, print_table, progress
 from pmm_edge.runs import BEST, data_of, newest_run, run_of
 
 if TYPE_CHECKING:
-    from pmm_edge.pictures.overlap import Overlap
+    from pmm_edge.pictures.attention import Overlap
 
 _FOLDER = "pictures"
 _SHOWS = {

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, problems, queries_with_match
 from pmm_edge.data.layouts import KNOWN_SETS, Expected, KnownSet
 from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
-from pmm_edge.progress import Report, silent
-from pmm_edge.retrieval.protocol import JUNK_PID
+from pmm_edge.retrieval.metrics import JUNK_PID
 
 _CHUNK = 256
 _PIDS_NAMED = 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pmm_edge.console import Report, silent
 from pmm_edge.data.layouts import ANY_MARKET, Record, find
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval.protocol import JUNK_PID, checked_labels
+from pmm_edge.files import sha256
+from pmm_edge.retrieval.metrics import JUNK_PID, checked_labels
 
 DISTRACTOR_PID = 0
 """Boxes of nobody in the query set; they stay in the gallery as wrong answers."""
@@ -127,3 +131,27 @@ def _split(records: Sequence[Record]) -> Split:
     pids = np.array([record.pid for record in records], dtype=np.int64)
     camids = np.array([record.camid for record in records], dtype=np.int64)
     return Split([record.path for record in records], pids, camids)
+
+
+_REPORTED_EVERY = 256
+
+
+def data_sha256(paths: Sequence[Path], root: Path, report: Report = silent) -> str:
+    """The SHA-256 over the names and contents of images, in their order.
+
+    Names are relative to `root`, so that a data set that was moved or copied keeps its hash.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    digest = hashlib.sha256()
+    for number, path in enumerate(paths):
+        if number % _REPORTED_EVERY == 0:
+            report("hashing the data", number, len(paths))
+        try:
+            line = f"{Path(os.path.relpath(path, root)).as_posix()}\0{sha256(path)}\n"
+        except OSError as error:
+            raise DataError(f"cannot hash {path} ({error})", "Check the data set with pmm data --verify") from error
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    report("hashing the data", len(paths), len(paths))
+    return digest.hexdigest()

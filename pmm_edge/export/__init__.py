@@ -13,18 +13,15 @@ _HOME_OF = {
     "Fp16": "pmm_edge.export.options",
     "Graph": "pmm_edge.export.options",
     "Int8": "pmm_edge.export.options",
-    "inference_network": "pmm_edge.export.strip",
+    "inference_network": "pmm_edge.export.graph",
 }
 
 if TYPE_CHECKING:
-    from pmm_edge.export.exporter import Exported as Exported
-    from pmm_edge.export.exporter import export_forms as export_forms
-    from pmm_edge.export.exporter import export_onnx as export_onnx
-    from pmm_edge.export.exporter import export_safetensors as export_safetensors
+    from pmm_edge.export.exporter import Exported, export_forms, export_onnx, export_safetensors
+    from pmm_edge.export.graph import inference_network
     from pmm_edge.export.options import Fp16 as Fp16
     from pmm_edge.export.options import Graph as Graph
     from pmm_edge.export.options import Int8 as Int8
-    from pmm_edge.export.strip import inference_network as inference_network
 
 __all__ = [
     "Exported",

@@ -14,14 +14,13 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
+from pmm_edge.console import Report, silent
 from pmm_edge.data.checks import analyse
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.export.options import Method
 from pmm_edge.files import sha256, temporary_folder
-from pmm_edge.images import evenly, read_crops
-from pmm_edge.progress import Report, silent
-from pmm_edge.runtime.crops import Pixels, network_input
+from pmm_edge.images import Pixels, evenly, network_input, read_crops
 from pmm_edge.spec import InputSpec
 
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -1,7 +1,12 @@
 """The PMM network, and the networks it is compared with. `network.py` and `mixing.py` hold the whole method."""
 
-from pmm_edge.model.build import build_model
-from pmm_edge.model.checkpoint import Checkpoint, load_checkpoint, load_released_checkpoint, save_checkpoint
+from pmm_edge.model.checkpoint import (
+    Checkpoint,
+    build_model,
+    load_checkpoint,
+    load_released_checkpoint,
+    save_checkpoint,
+)
 from pmm_edge.model.network import PMM, ReidNetwork, StageOutput
 
 __all__ = [

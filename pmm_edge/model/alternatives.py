@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pmm_edge.model.backbone import STRIDE
 from pmm_edge.model.mixing import draw_negatives, grad_cam, spread, top_blocks
-from pmm_edge.model.pooling import average_pool
+from pmm_edge.model.network import average_pool
 
 if TYPE_CHECKING:
     from pmm_edge.model.network import PMM

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from pmm_edge.model.network import STAGE_SIZE, Head, ReidNetwork, StageOutput
-from pmm_edge.model.pooling import average_pool, max_pool
+from pmm_edge.model.network import STAGE_SIZE, Head, ReidNetwork, StageOutput, average_pool, max_pool
 
 DROPPED_HEIGHT = 1 / 3
 """The share of the map's height that BDB drops."""

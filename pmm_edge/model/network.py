@@ -1,4 +1,4 @@
-"""PMM: a backbone and three heads, each made to find what the one before it missed (paper section 2.1)."""
+"""The two global poolings of the paper (section 2.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from torchvision.models.resnet import Bottleneck
 from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import Backbone
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, random_blocks, top_blocks
-from pmm_edge.model.pooling import average_pool, max_pool
+
+
+def average_pool(features: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C)."""
+    return features.mean(dim=(2, 3))
+
+
+def max_pool(features: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C). The gradient goes to one position of a channel, also where several are equal."""
+    if torch.are_deterministic_algorithms_enabled():  # the pooling's gradient has no such algorithm on a GPU
+        return features.flatten(2).max(dim=2).values
+    return F.adaptive_max_pool2d(features, 1).flatten(1)
+
 
 STAGE_SIZE = 512
 """Width of each stage's embedding."""

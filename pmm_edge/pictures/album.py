@@ -13,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, queries_with_match, read
 from pmm_edge.errors import DataError, OutputError, PmmError
 from pmm_edge.files import written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, evenly
+from pmm_edge.pictures.attention import Overlap, UnsuitableError, overlap
 from pmm_edge.pictures.galleries import TOP, gallery_grid
-from pmm_edge.pictures.overlap import Overlap, overlap
-from pmm_edge.pictures.unsuitable import UnsuitableError
-from pmm_edge.progress import Report, silent
 from pmm_edge.runtime import load
-from pmm_edge.runtime.image_list import ImageList, find_images
+from pmm_edge.runtime.embed_files import ImageList, find_images
 from pmm_edge.spec import ModelSpec
 
 Kind = Literal["cams", "galleries", "mixing"]
@@ -116,8 +115,7 @@ Drawn = tuple[Image.Image, Sequence[Overlap]]
 
 
 def _cams(request: Request, images: ImageList, report: Report) -> Drawn:
-    from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads
-    from pmm_edge.pictures.cams import draw_cams, names_of, photo_of
+    from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads, draw_cams, names_of, photo_of
 
     checkpoints = [checkpoint_with_heads(path) for path in request.models]
     rows, targets = _rows_for_cams(request, images, [checkpoint.spec for checkpoint in checkpoints])
@@ -143,7 +141,7 @@ def _rows_for_cams(
 
     Without labels all; of a data set the queries; for the true class the training images.
     """
-    from pmm_edge.pictures.classes import training_classes
+    from pmm_edge.pictures.attention import training_classes
 
     labels = images.labels
     if not request.true_class:
@@ -174,7 +172,7 @@ def _galleries(request: Request, images: ImageList, report: Report) -> Drawn:
 
 
 def _mixing(request: Request, images: ImageList, report: Report) -> Drawn:
-    from pmm_edge.pictures.mixing import mixing_grid
+    from pmm_edge.pictures.mixing_grid import mixing_grid
 
     dataset = _dataset(request, images, "the mixing")
     model = _one_model(request, "the mixing")

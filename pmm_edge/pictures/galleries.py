@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
 from pmm_edge.images import read_crop
 from pmm_edge.pictures.grid import Cell, grid
-from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval import euclidean_distances, evaluate_distances
-from pmm_edge.retrieval.protocol import JUNK_PID, checked_labels
+from pmm_edge.retrieval.metrics import JUNK_PID, checked_labels
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import Embeddings
 

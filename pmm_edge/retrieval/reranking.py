@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
-from pmm_edge.progress import Report, silent
 from pmm_edge.retrieval.distances import checked_pair, squared_distance_blocks
 
 _IMAGES_PER_PART = 256

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmm_edge.errors import ModelError
+from pmm_edge.runtime.embed_files import embed_files
 from pmm_edge.runtime.embedder import Embedder
-from pmm_edge.runtime.files import embed_files
 
 __all__ = ["Embedder", "embed_files", "load"]
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from pmm_edge.errors import PmmError
-from pmm_edge.runtime.crops import Pixels, prepare_crops
+from pmm_edge.images import Pixels, prepare_crops
 from pmm_edge.runtime.embedder import CHUNK, Embedder, Embeddings
 
 _Waiting = tuple[Pixels, "Future[Embeddings]"]

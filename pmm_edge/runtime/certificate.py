@@ -15,8 +15,7 @@ from typing import Any
 
 from pmm_edge.errors import ModelError
 from pmm_edge.files import sha256, written_whole
-from pmm_edge.runtime.engine_manifest import check_files, manifest_path, read_manifest
-from pmm_edge.runtime.strict import parse_object, strictly
+from pmm_edge.runtime.manifest import check_files, manifest_path, parse_object, read_manifest, strictly
 from pmm_edge.spec import ModelSpec, RetrievalFigures
 
 SCHEMA = 1

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.errors import DataError, ModelError
-from pmm_edge.runtime.build_settings import BatchProfile
-from pmm_edge.runtime.crops import Pixels, prepare_crops
+from pmm_edge.images import Pixels, prepare_crops
+from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.spec import ModelSpec
 
 Embeddings = NDArray[np.float32]

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pmm_edge.errors import ModelError
+from pmm_edge.images import Pixels
 from pmm_edge.model import ReidNetwork, load_checkpoint
 from pmm_edge.model.checkpoint import network_of
-from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
 from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
 

@@ -11,15 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pmm_edge.data.crops import Crops
 from pmm_edge.data.dataset import Split
-from pmm_edge.data.replacements import Replacements
-from pmm_edge.data.sampler import identity_batches
+from pmm_edge.data.loader import Crops, Replacements, identity_batches
 from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.distributed import World
-from pmm_edge.trainer.meter import Meter
+from pmm_edge.trainer.logging import Meter
 from pmm_edge.trainer.setup import class_indices
 from pmm_edge.trainer.step import Shard, shard_seed
 

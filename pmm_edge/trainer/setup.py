@@ -17,7 +17,7 @@ from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.model import ReidNetwork, build_model
 from pmm_edge.model.backbone import begin_bottlenecks_as_identities
-from pmm_edge.model.build import load_pretrained
+from pmm_edge.model.checkpoint import load_pretrained
 from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import choose_device, choose_precision

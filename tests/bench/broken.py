@@ -9,13 +9,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pmm_edge.export.calibration import value_ranges
-from pmm_edge.export.fp16 import cast_to_fp16
-from pmm_edge.export.int8 import calibrated_operators, quantize
-from pmm_edge.export.onnx_graph import finished
+from pmm_edge.export.graph import finished, parts_of
 from pmm_edge.export.options import Target
-from pmm_edge.export.parts import parts_of
+from pmm_edge.export.quantize import calibrated_operators, cast_to_fp16, quantize
+from pmm_edge.images import Pixels
 from pmm_edge.runtime import load
-from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pmm_edge.bench.figures import (
+from pmm_edge.bench.report import (
     BenchReport,
     Change,
     Clocks,

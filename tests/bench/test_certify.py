@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import pmm_edge
-from pmm_edge.bench.certificate import write_certificates
-from pmm_edge.bench.figures import (
+from pmm_edge.bench.certification import verify, write_certificates
+from pmm_edge.bench.report import (
     BenchReport,
     Change,
     Closeness,
@@ -21,9 +21,7 @@ from pmm_edge.bench.figures import (
     Parity,
     RetrievalChange,
 )
-from pmm_edge.bench.verification import verify
-from pmm_edge.data.dataset import scan
-from pmm_edge.data.fingerprint import data_sha256
+from pmm_edge.data.dataset import data_sha256, scan
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.files import sha256
 from pmm_edge.runtime.certificate import certificate_path, check_certificate

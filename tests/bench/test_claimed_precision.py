@@ -6,7 +6,7 @@ import broken
 import numpy as np
 import pytest
 
-from pmm_edge.bench.claimed_precision import precision_failure
+from pmm_edge.bench.invariants import precision_failure
 
 
 @pytest.fixture(scope="module")

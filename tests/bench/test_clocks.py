@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.bench import clocks
-from pmm_edge.bench.clocks import Reading, clock_range, clock_reader, jetson_gpu
-from pmm_edge.bench.figures import Clocks
+from pmm_edge.bench import resources
+from pmm_edge.bench.report import Clocks
+from pmm_edge.bench.resources import Reading, clock_range, clock_reader, jetson_gpu
 
 
 def write(path: Path, content: object) -> None:
@@ -38,8 +38,8 @@ def test_many_slow_cores_do_not_take_long(tmp_path: Path, monkeypatch: pytest.Mo
         return "1200000"
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(clocks, "text_of", slow)
+    monkeypatch.setattr(resources.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(resources, "text_of", slow)
     for number in range(64):
         core(tmp_path, number, 0)
     assert clock_reader("cpu", tmp_path)() == Reading(1200)
@@ -62,7 +62,7 @@ def test_a_gpu_with_what_slows_it_down(tmp_path: Path, monkeypatch: pytest.Monke
     class Gpu:
         clock_mhz, slowed_by = 1410, ["its power limit"]
 
-    monkeypatch.setattr(clocks, "open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
+    monkeypatch.setattr(resources, "open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
     assert clock_reader("cuda:1", tmp_path)() == Reading(None, 1410, ("its power limit",))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.bench import cold_start
-from pmm_edge.bench.cold_start import measure_cold_start
+from pmm_edge.bench import timing
+from pmm_edge.bench.timing import measure_cold_start
 from pmm_edge.errors import ModelError, PmmError
 
 
@@ -37,13 +37,13 @@ def test_a_model_that_does_not_load(tmp_path: Path) -> None:
     ],
 )
 def test_a_process_that_dies(child: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cold_start, "_CHILD", child)
+    monkeypatch.setattr(timing, "_CHILD", child)
     with pytest.raises(ModelError, match=said):
         measure_cold_start(Path("model.onnx"), "cpu", 1, timeout=0.5 if "sleep" in child else 60)
 
 
 def test_what_engines_print_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cold_start, "_CHILD", "import time; print('[1, 2] hello'); print([time.monotonic(), 77.0])")
+    monkeypatch.setattr(timing, "_CHILD", "import time; print('[1, 2] hello'); print([time.monotonic(), 77.0])")
     assert measure_cold_start(Path("model.onnx"), "cpu", 1).peak_memory_mib == 77.0
 
 
@@ -55,13 +55,13 @@ def test_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def used_mib(self) -> float:
             return next(self.used, 1400.0)
 
-    monkeypatch.setattr(cold_start, "open_gpu", lambda device: Gpu())
-    monkeypatch.setattr(cold_start, "_CHILD", "import time; time.sleep(0.3); print([time.monotonic(), 77.0])")
+    monkeypatch.setattr(timing, "open_gpu", lambda device: Gpu())
+    monkeypatch.setattr(timing, "_CHILD", "import time; time.sleep(0.3); print([time.monotonic(), 77.0])")
     assert measure_cold_start(Path("model.onnx"), "cuda:0", 1).peak_gpu_memory_mib == 900.0
 
 
 def test_the_process_gets_the_device_of_onnxruntimes_tensorrt_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cold_start, "_CHILD", "import json, sys; sys.exit(json.loads(sys.argv[1])[1])")
+    monkeypatch.setattr(timing, "_CHILD", "import json, sys; sys.exit(json.loads(sys.argv[1])[1])")
     with pytest.raises(ModelError, match="process of its own: tensorrt:1"):
         measure_cold_start(Path("model.onnx"), "tensorrt:1", 1)
 

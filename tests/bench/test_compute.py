@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pmm_edge.bench import compute
-from pmm_edge.bench.compute import compute_of, measured_peak, products
-from pmm_edge.bench.figures import Latency, Scope
+from pmm_edge.bench import resources
+from pmm_edge.bench.report import Latency, Scope
+from pmm_edge.bench.resources import compute_of, measured_peak, products
 from pmm_edge.errors import ModelError
-from pmm_edge.export.strip import Stripped
+from pmm_edge.export.graph import Stripped
 from pmm_edge.model import build_model
 from pmm_edge.runtime import load
 from pmm_edge.spec import InputSpec, Method, ModelSpec
@@ -83,7 +83,7 @@ def latency(images_per_second: float, scope: Scope = "model") -> Latency:
 
 
 def test_the_share_is_of_the_fastest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "measured_peak", lambda device: 100.0)
+    monkeypatch.setattr(resources, "measured_peak", lambda device: 100.0)
     spec = spec_of("baseline", "resnet18", 96, 64)
     found = compute_of(spec, [latency(10.0), latency(20.0), latency(90.0, "end to end")], "cpu")
     assert found.share_of_peak == pytest.approx(found.gflops * 20 / 100)

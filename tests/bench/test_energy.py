@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmm_edge.bench import energy
-from pmm_edge.bench.energy import RailMeter, RaplMeter, find_meter, measure_energy, power_rails, rapl_packages
+from pmm_edge.bench import resources
+from pmm_edge.bench.resources import RailMeter, RaplMeter, find_meter, measure_energy, power_rails, rapl_packages
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec
 
@@ -137,7 +137,7 @@ def test_no_meter(tmp_path: Path) -> None:
 
 def test_the_processors_meter_says_nothing_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "intel-rapl:0", 0)
-    monkeypatch.setattr(energy, "open_gpu", lambda device: None)
+    monkeypatch.setattr(resources, "open_gpu", lambda device: None)
     assert find_meter("cuda:0", tmp_path) is None
     assert isinstance(find_meter("cpu", tmp_path), RaplMeter)
 
@@ -155,7 +155,7 @@ def test_a_gpus_own_meter_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
             return self.total
 
     gpu = Gpu()
-    monkeypatch.setattr(energy, "open_gpu", lambda device: gpu)
+    monkeypatch.setattr(resources, "open_gpu", lambda device: gpu)
     found = measure_energy(Counted("cuda:0"), np.zeros((1, 4, 2, 3), np.uint8), 0.02, tmp_path)
     assert found
     assert (found.source, found.watts * found.seconds) == ("NVML", pytest.approx(50))

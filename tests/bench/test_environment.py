@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from pmm_edge.bench import environment as module
-from pmm_edge.bench.environment import environment
-from pmm_edge.bench.figures import Clocks, Latency
-from pmm_edge.bench.quiet import machine_state
+from pmm_edge.bench.environment import environment, machine_state
+from pmm_edge.bench.report import Clocks, Latency
 from pmm_edge.machine import clocks_are_locked, usable_cores
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from pmm_edge.bench import AskedGates, Gates
-from pmm_edge.bench.figures import Change, Closeness, RetrievalChange
-from pmm_edge.bench.gates import cosine_failures, length_failure, map_failure
 from pmm_edge.bench.parity import compare
+from pmm_edge.bench.report import Change, Closeness, RetrievalChange, cosine_failures, length_failure, map_failure
 from pmm_edge.errors import PmmError
 
 

@@ -13,11 +13,11 @@ from chromium import Page, chromium, find_chromium
 from PIL import Image
 from report_sample import passing_report, sample_report, write_images
 
-from pmm_edge.bench.figures import BenchReport, FirstHit
 from pmm_edge.bench.html import write_html
 from pmm_edge.bench.html.charts import Axis, Point, Series, chart, linear_axis, log_axis
 from pmm_edge.bench.html.page import SHOWN_HITS, html
 from pmm_edge.bench.html.pictures import png, thumbnail
+from pmm_edge.bench.report import BenchReport, FirstHit
 from pmm_edge.errors import OutputError
 
 _VOID = {"meta", "img", "br"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.bench.images import bench_images
+from pmm_edge.bench.pipeline import bench_images
 from pmm_edge.errors import DataError, PmmError
 
 

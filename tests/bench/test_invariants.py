@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pmm_edge.bench.figures import Invariant
 from pmm_edge.bench.invariants import batch_sizes, breaches, fault_of, held_in_batches
+from pmm_edge.bench.report import Invariant
+from pmm_edge.images import Pixels
 from pmm_edge.runtime import Embedder
-from pmm_edge.runtime.build_settings import BatchProfile
-from pmm_edge.runtime.crops import Pixels
 from pmm_edge.runtime.embedder import Embeddings
+from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.spec import InputSpec, ModelSpec
 
 SPEC = ModelSpec("baseline", "resnet18", 2, InputSpec(4, 4), 4, {"I": (0, 4)})

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmm_edge.bench import latency
-from pmm_edge.bench.clocks import Reading
-from pmm_edge.bench.figures import Clocks, Latency
-from pmm_edge.bench.latency import measure_end_to_end, measure_latency, ratio_interval, without_cuda_graphs
+from pmm_edge.bench import timing
+from pmm_edge.bench.report import Clocks, Latency
+from pmm_edge.bench.resources import Reading
+from pmm_edge.bench.timing import measure_end_to_end, measure_latency, ratio_interval, without_cuda_graphs
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.runtime import Embedder, load
 from pmm_edge.spec import InputSpec, ModelSpec
@@ -67,7 +67,7 @@ def test_clocks_and_what_kept_them_down_are_those_of_all_turns(monkeypatch: pyte
         asked.append(device)
         return lambda: readings.pop() if readings else Reading(3200, 1500, ("its temperature",))
 
-    monkeypatch.setattr(latency, "clock_reader", reader)
+    monkeypatch.setattr(timing, "clock_reader", reader)
     (found,) = measured(lambda run: 0.1)
     assert (found.cpu_clocks, found.gpu_clocks) == (Clocks(3100, 3400), Clocks(1410, 1755))
     assert found.slowed_by == ["its temperature", "its power limit"]

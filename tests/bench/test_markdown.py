@@ -6,8 +6,8 @@ from pathlib import Path
 
 from report_sample import passing_report, sample_report
 
-from pmm_edge.bench.figures import Invariant
-from pmm_edge.bench.markdown import escaped, markdown
+from pmm_edge.bench.report import Invariant
+from pmm_edge.bench.tables import escaped, markdown
 
 
 def test_it_says_the_verdict_the_tables_and_the_machine(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from pmm_edge.bench import Options, network_pictures
 from pmm_edge.bench.network_pictures import network_pictures as pictures_of
-from pmm_edge.bench.run import bench_run
+from pmm_edge.bench.pipeline import bench_run
 
 
 def titles(reference: Path, data: Path) -> list[str]:

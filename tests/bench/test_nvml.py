@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.bench.nvml import CLOCK_SM, CUDA, NVML, SLOWED_BY, Gpu, Memory, open_gpu
+from pmm_edge.bench.resources import CLOCK_SM, CUDA, NVML, SLOWED_BY, Gpu, Memory, open_gpu
 
 C_TYPES = {
     "nvmlDevice_t": ctypes.c_void_p,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pmm_edge.bench.figures import Latency, Scope
-from pmm_edge.bench.quiet import MachineState, machine_state, machine_warnings
+from pmm_edge.bench.environment import MachineState, machine_state, machine_warnings
+from pmm_edge.bench.report import Latency, Scope
 
 
 def latency(variation: float, batch: int = 1, scope: Scope = "model", slowed_by: str = "") -> Latency:

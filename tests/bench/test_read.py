@@ -11,8 +11,8 @@ import pytest
 from report_sample import sample_report
 
 from pmm_edge import spec
-from pmm_edge.bench import figures
-from pmm_edge.bench.read import read_report
+from pmm_edge.bench import report
+from pmm_edge.bench.report import read_report
 from pmm_edge.errors import DataError
 
 _SCHEMA_PAGE = Path(__file__).parents[2] / "docs" / "bench-json.md"
@@ -119,10 +119,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 def test_every_entry_is_documented_and_nothing_else() -> None:
     sections = dict(re.findall(r"^## `(\w+)`.*?\n(.*?)(?=^## |\Z)", _SCHEMA_PAGE.read_text(), re.M | re.S))
-    kinds = [kind for kind in vars(figures).values() if isinstance(kind, type) and is_dataclass(kind)]
+    kinds = [kind for kind in vars(report).values() if isinstance(kind, type) and is_dataclass(kind)]
     assert spec.RetrievalFigures in kinds
     assert sections.keys() == {kind.__name__ for kind in kinds}
     for kind in kinds:
         documented = re.findall(r"^\| `(\w+)` \|", sections[kind.__name__], re.M)
-        derived = ["passed"] if kind is figures.BenchReport else []
+        derived = ["passed"] if kind is report.BenchReport else []
         assert documented == derived + [field.name for field in fields(kind)], kind.__name__

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from report_sample import passing_report
 
-from pmm_edge.bench.figures import BenchReport, Latency, ModelReport
-from pmm_edge.bench.figures import Change as Interval
 from pmm_edge.bench.regression import Comparison, compare_reports, comparison_table
+from pmm_edge.bench.report import BenchReport, Latency, ModelReport
+from pmm_edge.bench.report import Change as Interval
 from pmm_edge.errors import DataError
 
 Change = Callable[[ModelReport], ModelReport]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import pmm_edge
-from pmm_edge.bench.retrieval import Embedded, embed_dataset, evaluate_embeddings, judge
+from pmm_edge.bench.parity import Embedded, embed_dataset, evaluate_embeddings, judge
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.runtime import Embedder
 

@@ -9,7 +9,7 @@ import broken
 import pytest
 
 from pmm_edge.bench import AskedGates, BenchReport, Options, bench
-from pmm_edge.bench.certificate import write_certificates
+from pmm_edge.bench.certification import write_certificates
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export import Graph, export_onnx
 from pmm_edge.runtime import Embedder, load
@@ -56,7 +56,7 @@ def test_the_gpu_of_any_model_is_told_though_the_reference_runs_on_the_cpu(
         return embedder
 
     engine = Path(shutil.copy(tiny_onnx, tmp_path / "engine.onnx"))
-    monkeypatch.setattr("pmm_edge.bench.run.load", loaded)
+    monkeypatch.setattr("pmm_edge.bench.pipeline.load", loaded)
     monkeypatch.setattr("pmm_edge.bench.environment.open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
     report = run([tiny_onnx, engine], tiny_onnx, tiny_dataset, limit=2)
     assert report.environment["gpu"] == "NVIDIA H100, driver 580.65.06"
@@ -73,9 +73,11 @@ def test_the_start_that_is_measured_is_that_of_the_same_engine(
         embedder.backend, embedder.device = "onnxruntime-tensorrt", "cuda:0"
         return embedder
 
-    monkeypatch.setattr("pmm_edge.bench.run.load", on_tensorrt)
-    monkeypatch.setattr("pmm_edge.bench.speed._latencies", lambda run, report: None)
-    monkeypatch.setattr("pmm_edge.bench.speed.measure_cold_start", lambda path, device, batch: started.append(device))
+    monkeypatch.setattr("pmm_edge.bench.pipeline.load", on_tensorrt)
+    monkeypatch.setattr("pmm_edge.bench.pipeline._latencies", lambda run, report: None)
+    monkeypatch.setattr(
+        "pmm_edge.bench.pipeline.measure_cold_start", lambda path, device, batch: started.append(device)
+    )
     run([], tiny_onnx, tiny_dataset, limit=2, speed=True)
     assert started == ["tensorrt:0"]
 
@@ -166,7 +168,7 @@ def test_a_model_that_does_not_load_ends_it_before_anything_is_measured(
 ) -> None:
     truncated = tmp_path / "truncated.onnx"
     truncated.write_bytes(tiny_onnx.read_bytes()[:1000])
-    monkeypatch.setattr("pmm_edge.bench.run.embed_files", None)
+    monkeypatch.setattr("pmm_edge.bench.pipeline.embed_files", None)
     with pytest.raises(ModelError, match=r"truncated\.onnx"):
         run([tiny_onnx, truncated], tiny_onnx, tiny_dataset)
 

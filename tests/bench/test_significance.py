@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmm_edge.bench.figures import Change, Gates, RetrievalChange
-from pmm_edge.bench.significance import few_queries, paired_changes, retrieval_change
+from pmm_edge.bench.parity import few_queries, paired_changes, retrieval_change
+from pmm_edge.bench.report import Change, Gates, RetrievalChange
 from pmm_edge.data.dataset import ReidDataset, Split
 from pmm_edge.retrieval import evaluate_distances
 

@@ -7,9 +7,8 @@ import pytest
 from report_sample import passing_report, sample_report
 from rich.cells import cell_len
 
-from pmm_edge.bench.figures import Invariant
 from pmm_edge.bench.html.page import html
-from pmm_edge.bench.markdown import markdown
+from pmm_edge.bench.report import Invariant
 from pmm_edge.bench.tables import (
     NONE,
     Table,
@@ -17,14 +16,16 @@ from pmm_edge.bench.tables import (
     environment_table,
     invariant_table,
     latency_table,
+    markdown,
     milliseconds,
     model_table,
+    named,
     parity_table,
     retrieval_table,
     stage_table,
     terminal_tables,
+    verdict,
 )
-from pmm_edge.bench.verdict import named, verdict
 
 _LONGEST_NAME = 12
 """Of a model in 80 columns; a longer one is broken."""

@@ -4,8 +4,8 @@ from itertools import groupby
 
 import pytest
 
-from pmm_edge.bench.clocks import Reading
-from pmm_edge.bench.turns import Times, Work, time_in_turns, warm_up
+from pmm_edge.bench.resources import Reading
+from pmm_edge.bench.timing import Times, Work, time_in_turns, warm_up
 
 
 class Machine:

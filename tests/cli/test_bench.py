@@ -10,14 +10,14 @@ from pathlib import Path
 import onnx
 import pytest
 
-from pmm_edge.bench import speed
+from pmm_edge.bench import pipeline
 from pmm_edge.runs import AboutRun, new_run_folder
 
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("measure_latency", "measure_end_to_end"):
-        monkeypatch.setattr(speed, name, partial(getattr(speed, name), min_runs=2, min_seconds=0))
+        monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), min_runs=2, min_seconds=0))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_interrupted_it_leaves_what_it_has(pmm: Callable, run: Path, monkeypatch
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pmm_edge.bench.run.held_in_batches", interrupted)
+    monkeypatch.setattr("pmm_edge.bench.pipeline.held_in_batches", interrupted)
     ended = pmm("bench", "--parity-only")
     assert ended.exit_code == 130
     assert "interrupted: what was measured by now is in" in ended.stderr
@@ -122,7 +122,7 @@ def test_interrupted_it_leaves_what_it_has(pmm: Callable, run: Path, monkeypatch
     assert (saved["complete"], saved["passed"]) == (False, False)
     assert saved["models"][0]["retrieval"]["mAP"] > 0
     assert not list((run / "export").glob("*certificate*"))
-    monkeypatch.setattr("pmm_edge.bench.run.bench_images", interrupted)
+    monkeypatch.setattr("pmm_edge.bench.pipeline.bench_images", interrupted)
     assert pmm("bench", "--parity-only").exit_code == 130
 
 

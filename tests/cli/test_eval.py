@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import pmm_edge
-from pmm_edge.bench.retrieval import embed_dataset, judge
+from pmm_edge.bench.parity import embed_dataset, judge
 from pmm_edge.data.dataset import scan
 
 
@@ -123,7 +123,7 @@ def test_files_that_cannot_be_written(
     def unused(*_: object, **__: object) -> None:
         raise AssertionError("embedded for minutes before the file was looked at")
 
-    monkeypatch.setattr("pmm_edge.bench.retrieval.embed_files", unused)
+    monkeypatch.setattr("pmm_edge.bench.parity.embed_files", unused)
     blocker = tmp_path / "file"
     blocker.write_text("")
     (tmp_path / "folder.npz").mkdir()

@@ -2,7 +2,7 @@
 
 import json
 
-from pmm_edge.cli.render import note, print_json, print_plain, print_table, progress
+from pmm_edge.console import note, print_json, print_plain, print_table, progress
 
 PATH = "/data/" + "a long name " * 15 + "/:smile:/[bold]x"
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from pmm_edge.runs import AboutRun, new_run_folder
-from pmm_edge.trainer.config import tomllib
-from pmm_edge.trainer.presets import preset, resolved
+from pmm_edge.trainer.config import preset, resolved, tomllib
 
 TINY = [
     "--height", 96, "--width", 64, "--epochs", 1, "--batch", 8, "--erase-size", 8, "--device", "cpu",

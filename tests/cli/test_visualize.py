@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pmm_edge.model import Checkpoint, build_model, load_checkpoint, save_checkpoint
-from pmm_edge.pictures.cams import cam_grid
+from pmm_edge.pictures.attention import cam_grid
 from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.spec import InputSpec, ModelSpec
 

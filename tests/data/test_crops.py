@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pmm_edge.data.checks import unreadable
-from pmm_edge.data.crops import Crops
+from pmm_edge.data.loader import Crops
 from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 
@@ -49,7 +49,7 @@ def test_a_truncated_image_is_named(paths):
 SHORT = """
 import resource
 from pathlib import Path
-from pmm_edge.data.crops import Crops
+from pmm_edge.data.loader import Crops
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20), used + (600 << 20)))

@@ -7,7 +7,7 @@ from pmm_edge.data.checks import analyse
 from pmm_edge.data.dataset import DISTRACTOR_PID, queries_with_match, read, scan
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval import evaluate
-from pmm_edge.retrieval.protocol import JUNK_PID
+from pmm_edge.retrieval.metrics import JUNK_PID
 
 NAMES = {
     "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0002_c2s1_000500_01.jpg", "0007_c1s1_000100_01.jpg"],

@@ -1,6 +1,6 @@
 import numpy as np
 
-from pmm_edge.data.sampler import identity_batches
+from pmm_edge.data.loader import identity_batches
 
 
 def test_an_epoch_draws_every_identity_once_with_its_own_images():

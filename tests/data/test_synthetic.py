@@ -16,7 +16,7 @@ from pmm_edge.data.synthetic import (
     cached_synthetic,
     contact_sheet,
     count_images,
-    dataset,
+    generate,
     make_synthetic,
 )
 from pmm_edge.data.synthetic.person import MAX_GROUP, make_person
@@ -92,7 +92,7 @@ def test_every_training_identity_is_seen_by_two_cameras(made: Path) -> None:
 def test_bytes_depend_on_the_seed_and_not_on_the_processes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "CHUNK", 16)
+    monkeypatch.setattr(generate, "CHUNK", 16)
     two = make_synthetic(tmp_path / "two", SMALL, workers=2)
     assert bytes_of(two) == bytes_of(made)
 
@@ -154,7 +154,7 @@ def test_interrupted_or_failed_leaves_nothing(tmp_path: Path, error: BaseExcepti
 
 
 def test_interrupt_ends_the_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "CHUNK", 8)
+    monkeypatch.setattr(generate, "CHUNK", 8)
 
     def interrupting(what: str, done: int, total: int, detail: str = "") -> None:
         raise KeyboardInterrupt

@@ -24,11 +24,17 @@ from pmm_edge.export import Graph, export_onnx
 from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
 from pmm_edge.export.bundles.deepstream import reid_section
 from pmm_edge.export.bundles.triton import model_config, model_name
-from pmm_edge.export.carry_out import carry_out
-from pmm_edge.export.plan import Asked, Plan
+from pmm_edge.export.exporter import Asked, Plan, carry_out
 from pmm_edge.files import sha256
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
-from pmm_edge.runtime.engine_manifest import EngineManifest, Machine, PrecisionCount, manifest_path, onnx_seen_from
+from pmm_edge.runtime.manifest import (
+    BatchProfile,
+    BuildSettings,
+    EngineManifest,
+    Machine,
+    PrecisionCount,
+    manifest_path,
+    onnx_seen_from,
+)
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 
@@ -343,7 +349,7 @@ def test_a_bundle_that_fails_does_not_keep_the_other_from_being_written(
     def full(*_: object) -> None:
         raise OutputError("cannot write tracker: No space left on device")
 
-    monkeypatch.setattr("pmm_edge.export.carry_out.deepstream_bundle", full)
+    monkeypatch.setattr("pmm_edge.export.exporter.deepstream_bundle", full)
     forms = {"uint8": tiny_onnx, "raw": raw_onnx}
     plan = Plan(forms, False, None, (), deepstream=tmp_path / "d", triton=tmp_path / "models" / "people")
     made = carry_out(Asked(tiny_onnx), plan)

@@ -16,8 +16,7 @@ from torch import nn
 import pmm_edge
 from pmm_edge.errors import PmmError
 from pmm_edge.export import Exported, Graph, export_onnx
-from pmm_edge.export.manifest import METADATA_KEY
-from pmm_edge.export.parts import layers_of, multiply_adds, parts_of
+from pmm_edge.export.graph import MANIFEST_KEY, layers_of, multiply_adds, parts_of
 from pmm_edge.model import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from pmm_edge.spec import ModelSpec
 
@@ -75,7 +74,7 @@ def test_a_graph_is_the_analytic_minimum(method: str, tiny_checkpoint: Path, tmp
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    (manifest,) = (entry.value for entry in onnx.load(path).metadata_props if entry.key == METADATA_KEY)
+    (manifest,) = (entry.value for entry in onnx.load(path).metadata_props if entry.key == MANIFEST_KEY)
     return json.loads(manifest)
 
 

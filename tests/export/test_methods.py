@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pmm_edge.export.strip import Stripped, inference_network
+from pmm_edge.export.graph import Stripped, inference_network
 from pmm_edge.model import build_model
 from pmm_edge.spec import InputSpec
 

@@ -19,10 +19,8 @@ from pmm_edge.data.dataset import read
 from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
 from pmm_edge.export import Exported, Fp16, Graph, Int8, export_forms, export_onnx
 from pmm_edge.export.calibration import Ranges, read_calibration, value_ranges
-from pmm_edge.export.int8 import calibrated_operators, quantize
-from pmm_edge.export.parts import layers_of, parts_of
-from pmm_edge.export.rows import row_preprocessing
-from pmm_edge.export.sensitivity import hold_map, mean_average_precision
+from pmm_edge.export.graph import layers_of, parts_of, row_preprocessing
+from pmm_edge.export.quantize import calibrated_operators, hold_map, mean_average_precision, quantize
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.spec import InputSpec
@@ -179,7 +177,7 @@ def test_forms_share_one_network_that_was_calibrated_once(
         calibrated.append(arguments)
         return value_ranges(*arguments, **options)
 
-    monkeypatch.setattr("pmm_edge.export.precision.value_ranges", counted)
+    monkeypatch.setattr("pmm_edge.export.quantize.value_ranges", counted)
     crops = np.random.default_rng(3).integers(0, 256, (5, 96, 64, 3), dtype=np.uint8)
     for number, forms in enumerate((("uint8", "raw", "normalized"), ("normalized", "uint8"))):
         outs = {form: tmp_path / f"{number}-{form}.onnx" for form in forms}
@@ -239,7 +237,7 @@ def test_a_sensitivity_search_keeps_the_layers_that_lose_most_in_float(
     def closeness(embedder: pmm_edge.runtime.Embedder, *_: object) -> float:
         return float(cosines(float32, embedder.embed(crops)).mean())
 
-    monkeypatch.setattr("pmm_edge.export.precision.mean_average_precision", closeness)
+    monkeypatch.setattr("pmm_edge.export.quantize.mean_average_precision", closeness)
     plain = 100 * (1 - closeness(pmm_edge.load(int8["tensorrt"].path, "cpu")))
     asked = Int8(people, "tensorrt", "minmax", max_map_drop=plain / 2)
     exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=asked)

@@ -6,7 +6,7 @@ import torch
 from pmm_edge.model import build_model
 from pmm_edge.model.alternatives import attention, attentive_cutmix, cutmix
 from pmm_edge.model.mixing import random_blocks
-from pmm_edge.model.pooling import average_pool, max_pool
+from pmm_edge.model.network import average_pool, max_pool
 
 PIDS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
 

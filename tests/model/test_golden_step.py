@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pmm_edge as pmm
-from pmm_edge.model.released import our_name
+from pmm_edge.model.checkpoint import our_name
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -4,16 +4,8 @@ import pytest
 import torch
 
 from pmm_edge.errors import PmmError
-from pmm_edge.model.mixing import (
-    check_block_grid,
-    draw_negatives,
-    grad_cam,
-    mix,
-    scaled_mix_blocks,
-    top_blocks,
-)
-from pmm_edge.model.network import Head
-from pmm_edge.model.pooling import average_pool, max_pool
+from pmm_edge.model.mixing import check_block_grid, draw_negatives, grad_cam, mix, scaled_mix_blocks, top_blocks
+from pmm_edge.model.network import Head, average_pool, max_pool
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_a_released_checkpoint_of_another_size_says_so(small):
 def test_a_released_file_loads_with_dataparallel_names_and_numpy_scalars(tmp_path):
     import numpy as np
 
-    from pmm_edge.model.released import _OURS
+    from pmm_edge.model.checkpoint import _OURS
 
     torch.manual_seed(0)
     model = pmm.build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64)

@@ -10,11 +10,15 @@ from pmm_edge.data.augment import normalize
 from pmm_edge.images import read_crop
 from pmm_edge.model import ReidNetwork, build_model, load_checkpoint
 from pmm_edge.model.alternatives import attention
-from pmm_edge.model.pooling import average_pool, max_pool
-from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads, stage_maps
-from pmm_edge.pictures.classes import training_classes
-from pmm_edge.pictures.unsuitable import UnsuitableError
-from pmm_edge.runtime.image_list import find_images
+from pmm_edge.model.network import average_pool, max_pool
+from pmm_edge.pictures.attention import (
+    UnsuitableError,
+    attention_of,
+    checkpoint_with_heads,
+    stage_maps,
+    training_classes,
+)
+from pmm_edge.runtime.embed_files import find_images
 from pmm_edge.trainer.setup import class_indices
 
 STAGES = {"pmm": 3, "bdb": 2, "baseline": 1}

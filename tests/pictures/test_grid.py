@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from pmm_edge.pictures.attention import overlay
 from pmm_edge.pictures.grid import RIGHT, WRONG, Cell, enlarged, grid
-from pmm_edge.pictures.heat import overlay
 
 
 def plain(width: int = 100, height: int = 200, grey: int = 90) -> Image.Image:

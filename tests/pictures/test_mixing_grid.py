@@ -9,8 +9,8 @@ import torch
 from pmm_edge.data.augment import normalize
 from pmm_edge.data.dataset import read
 from pmm_edge.model import build_model
-from pmm_edge.pictures.mixing import Mixing, check_mixes, draw_mixing, mixed_batch, mixing_grid
-from pmm_edge.pictures.unsuitable import UnsuitableError
+from pmm_edge.pictures.attention import UnsuitableError
+from pmm_edge.pictures.mixing_grid import Mixing, check_mixes, draw_mixing, mixed_batch, mixing_grid
 from pmm_edge.spec import InputSpec
 
 CLASSES = np.repeat(np.arange(4), 2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pmm_edge.pictures.overlap import overlap
+from pmm_edge.pictures.attention import overlap
 
 STAGES = ("I", "II", "III")
 

@@ -10,7 +10,7 @@ import pytest
 
 import pmm_edge as pmm
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval import evaluate, evaluate_distances, protocol
+from pmm_edge.retrieval import evaluate, evaluate_distances, metrics
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "retrieval_metrics.npz"
 
@@ -111,8 +111,8 @@ def test_golden_reranked_figures(golden):
 @pytest.mark.parametrize("few", [0, 10**6], ids=["last match on left out", "whole row"])
 @pytest.mark.parametrize("ap_cutoff", [None, 20])
 def test_figures_are_those_of_the_plain_protocol(monkeypatch, levels, sort_from, few, ap_cutoff):
-    monkeypatch.setattr(protocol, "_SORT_FROM", sort_from)
-    monkeypatch.setattr(protocol, "_FEW", few)
+    monkeypatch.setattr(metrics, "_SORT_FROM", sort_from)
+    monkeypatch.setattr(metrics, "_FEW", few)
     for seed in range(4):
         case = random_case(seed, levels=levels)
         result = evaluate_distances(*case, max_rank=30, ap_cutoff=ap_cutoff)

@@ -13,7 +13,7 @@ import pytest
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.batcher import Batcher
-from pmm_edge.runtime.build_settings import BatchProfile
+from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.spec import InputSpec, ModelSpec
 
 

@@ -12,9 +12,7 @@ import pmm_edge
 from pmm_edge.data.dataset import read
 from pmm_edge.errors import DataError, OutputError, PmmError
 from pmm_edge.runtime import Embedder
-from pmm_edge.runtime.embedding_file import save_embeddings
-from pmm_edge.runtime.files import embed_readable_files
-from pmm_edge.runtime.image_list import find_images
+from pmm_edge.runtime.embed_files import embed_readable_files, find_images, save_embeddings
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 

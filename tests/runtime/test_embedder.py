@@ -9,12 +9,11 @@ import pytest
 from PIL import Image
 
 import pmm_edge
-from pmm_edge.data.crops import Crops
+from pmm_edge.data.loader import Crops
 from pmm_edge.errors import DataError
 from pmm_edge.export import Graph, export_onnx
-from pmm_edge.images import read_crop, resize_crop
+from pmm_edge.images import prepare_crops, read_crop, resize_crop
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.crops import prepare_crops
 from pmm_edge.runtime.embedder import CHUNK
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 

@@ -12,7 +12,7 @@ import pytest
 import pmm_edge
 from pmm_edge.errors import ModelError, PmmWarning
 from pmm_edge.export import Graph, export_onnx
-from pmm_edge.runtime import onnx_session
+from pmm_edge.runtime import onnx_backend
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CROPS = np.random.default_rng(0).integers(0, 256, (67, 96, 64, 3), dtype=np.uint8)
@@ -39,8 +39,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., As
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-        monkeypatch.setattr(onnx_session, "driver_is_there", lambda: True)
-        monkeypatch.setattr(onnx_session, "_does_not_load", lambda provider: "libcublas.so.13: cannot open")
+        monkeypatch.setattr(onnx_backend, "driver_is_there", lambda: True)
+        monkeypatch.setattr(onnx_backend, "_does_not_load", lambda provider: "libcublas.so.13: cannot open")
         monkeypatch.setenv("PMM_HOME", str(tmp_path / "home"))
         return asked
 
@@ -74,7 +74,7 @@ def test_a_build_without_cuda_is_told_where_there_is_a_gpu(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     with pytest.warns(PmmWarning, match="runs on the CPU: it was built without the CUDAExecutionProvider"):
         assert pmm_edge.load(tiny_onnx).device == "cpu"
-    monkeypatch.setattr(onnx_session, "driver_is_there", lambda: False)
+    monkeypatch.setattr(onnx_backend, "driver_is_there", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pmm_edge.load(tiny_onnx).device == "cpu"
@@ -136,7 +136,7 @@ def test_each_network_has_engines_of_its_own(machine: Callable[..., Asked], tiny
     other = tmp_path / tiny_onnx.name
     other.write_bytes(tiny_onnx.read_bytes() + b"\0")
     first, again, changed = (
-        onnx_session.tensorrt_options(0, onnx_session.sha256(path), ["batch", 96, 64, 3], onnx_session.BatchProfile())
+        onnx_backend.tensorrt_options(0, onnx_backend.sha256(path), ["batch", 96, 64, 3], onnx_backend.BatchProfile())
         for path in (tiny_onnx, tiny_onnx, other)
     )
     assert not asked
@@ -157,13 +157,13 @@ def test_this_onnxruntime_knows_the_options(monkeypatch: pytest.MonkeyPatch, tmp
     if not library.is_file():
         pytest.skip("this onnxruntime has no TensorRT provider")
     monkeypatch.setenv("PMM_HOME", str(tmp_path))
-    options = onnx_session.tensorrt_options(0, "digest", ["batch", 96, 64, 3], onnx_session.BatchProfile())
+    options = onnx_backend.tensorrt_options(0, "digest", ["batch", 96, 64, 3], onnx_backend.BatchProfile())
     content = library.read_bytes()
     assert [name for name in options if name.encode() + b"\0" not in content] == []
 
 
 def test_why_a_library_does_not_load() -> None:
     library = Path(onnxruntime.__file__).with_name("capi") / "libonnxruntime_providers_tensorrt.so"
-    said = onnx_session._does_not_load(TENSORRT)
+    said = onnx_backend._does_not_load(TENSORRT)
     assert said is None or (library.is_file() and ".so" in said)
-    assert onnx_session._does_not_load("NoSuchExecutionProvider") is None
+    assert onnx_backend._does_not_load("NoSuchExecutionProvider") is None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.trainer import loop, start
+from pmm_edge.trainer import train
 
 # fmt: off
 TINY = [
@@ -43,13 +43,13 @@ def compare(monkeypatch, capsys, tiny_dataset, tmp_path):
 def trainings(monkeypatch):
     """The method, mix and seed of each evaluation: two in each of these trainings."""
     seen = []
-    evaluate = loop.Run._evaluate
+    evaluate = train.Run._evaluate
 
     def recorded(run, *arguments):
         seen.append((run.config.method, run.config.mix, run.config.seed))
         return evaluate(run, *arguments)
 
-    monkeypatch.setattr(loop.Run, "_evaluate", recorded)
+    monkeypatch.setattr(train.Run, "_evaluate", recorded)
     return seen
 
 
@@ -93,32 +93,32 @@ def test_every_setting_and_the_images_decide_the_folder(compare, monkeypatch, ti
 
 
 def test_an_interruption_in_a_training_s_last_evaluation_stops_the_comparison(compare, monkeypatch, trainings):
-    judge = loop.Run._judge
+    judge = train.Run._judge
 
     def interrupted(run, *arguments):
         judged = judge(run, *arguments)
         os.kill(os.getpid(), signal.SIGINT)  # too late to stop this training, which has finished
         return judged
 
-    monkeypatch.setattr(loop.Run, "_judge", interrupted)
+    monkeypatch.setattr(train.Run, "_judge", interrupted)
     code, _, said = compare("--methods", "baseline,BDB")
     assert code == 130 and "goes on from here" in said
     assert {method for method, _, _ in trainings} == {"baseline"}
 
-    monkeypatch.setattr(loop.Run, "_judge", judge)
+    monkeypatch.setattr(train.Run, "_judge", judge)
     code, printed, _ = compare("--methods", "baseline,BDB")
     assert code == 0 and "baseline" in printed and "BDB" in printed
 
 
 def test_an_interruption_between_two_trainings_prints_what_there_is(compare, monkeypatch):
-    train = start.train
+    original = train.train
     started = []
 
     def interrupted(config, *arguments, **named):
         started.append(config.method)
         if len(started) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train(config, *arguments, **named)
+        return original(config, *arguments, **named)
 
     monkeypatch.setattr("compare_methods.train", interrupted)
     code, printed, _ = compare("--methods", "baseline,BDB")

@@ -5,8 +5,7 @@ import pytest
 
 from pmm_edge.cli.train import train
 from pmm_edge.errors import PmmError
-from pmm_edge.trainer.config import TrainConfig, overridden, read_assignments
-from pmm_edge.trainer.presets import PRESETS, preset, read_config, resolved
+from pmm_edge.trainer.config import PRESETS, TrainConfig, overridden, preset, read_assignments, read_config, resolved
 
 
 def test_a_preset_survives_its_toml(tmp_path):

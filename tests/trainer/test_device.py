@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pmm_edge.errors import PmmError
+from pmm_edge.trainer.config import PRESETS
 from pmm_edge.trainer.device import choose_device, choose_precision, deterministic, memory_errors_explained
 from pmm_edge.trainer.distributed import World
-from pmm_edge.trainer.presets import PRESETS
 from pmm_edge.trainer.setup import chosen_machine
 
 

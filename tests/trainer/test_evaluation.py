@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pmm_edge.data.crops import Crops
 from pmm_edge.data.dataset import scan
+from pmm_edge.data.loader import Crops
 from pmm_edge.errors import PmmError
 from pmm_edge.model import build_model, load_checkpoint
+from pmm_edge.trainer.config import PRESETS
 from pmm_edge.trainer.distributed import World
-from pmm_edge.trainer.evaluation import Evaluation
 from pmm_edge.trainer.feed import Feed
-from pmm_edge.trainer.loop import Run
-from pmm_edge.trainer.presets import PRESETS
-from pmm_edge.trainer.start import resume, train
+from pmm_edge.trainer.train import Evaluation, Run, resume, train
 
 CONFIG = replace(PRESETS["quick"], height=96, width=64, epochs=2, batch=8, evaluate_every=1, erase_size=8, device="cpu")
 IMAGE_BYTES = 96 * 64 * 3
@@ -81,7 +79,7 @@ def test_a_single_image_that_does_not_fit_does_not_blame_the_batch_of_training(e
 @pytest.fixture(scope="module")
 def whole(tiny_dataset, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pmm_edge.trainer.evaluation.BATCH", 4)
+        patch.setattr("pmm_edge.trainer.train.BATCH", 4)
         return train(CONFIG, tiny_dataset, out=tmp_path_factory.mktemp("runs") / "whole")
 
 
@@ -89,7 +87,7 @@ def whole(tiny_dataset, tmp_path_factory):
 def test_an_interruption_in_an_evaluation_waits_for_one_batch_and_changes_nothing(
     whole, tiny_dataset, tmp_path, monkeypatch, evaluations, epochs
 ):
-    monkeypatch.setattr("pmm_edge.trainer.evaluation.BATCH", 4)
+    monkeypatch.setattr("pmm_edge.trainer.train.BATCH", 4)
     began = []
 
     def report(what, done, total, detail=""):
@@ -131,7 +129,7 @@ def test_a_cache_that_does_not_hold_all_images_is_named_with_one_that_would(tiny
 
 
 def test_memory_that_the_system_does_not_give_is_named_and_left_to_training(tiny_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("pmm_edge.data.crops._given_by_the_system", lambda images, bytes_each: images // 4)
+    monkeypatch.setattr("pmm_edge.data.loader._given_by_the_system", lambda images, bytes_each: images // 4)
     said = []
     run = train(replace(CONFIG, epochs=1), tiny_dataset, out=tmp_path / "run", warn=said.append)
     assert run.finished and len(said) == 1

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pmm_edge.data.dataset import Split
-from pmm_edge.data.sampler import identity_batches
+from pmm_edge.data.loader import identity_batches
+from pmm_edge.trainer.config import PRESETS
 from pmm_edge.trainer.distributed import World
 from pmm_edge.trainer.feed import Feed, check_shards
-from pmm_edge.trainer.presets import PRESETS
 
 CONFIG = replace(PRESETS["quick"], batch=64, cache_gib=0.0)
 EACH = CONFIG.images_per_identity

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from pmm_edge.model import build_model
-from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.presets import PRESETS
-from pmm_edge.trainer.start import train
+from pmm_edge.trainer.config import PRESETS, TrainConfig
 from pmm_edge.trainer.step import Shard, Trainee, prepare, train_step
+from pmm_edge.trainer.train import train
 
 pytestmark = [
     pytest.mark.gpu,

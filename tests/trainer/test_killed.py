@@ -15,8 +15,8 @@ import torch
 
 from pmm_edge.errors import ModelError
 from pmm_edge.model import load_checkpoint
-from pmm_edge.trainer.presets import PRESETS
-from pmm_edge.trainer.start import resume, train
+from pmm_edge.trainer.config import PRESETS
+from pmm_edge.trainer.train import resume, train
 
 CONFIG = replace(
     PRESETS["quick"],
@@ -40,7 +40,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pmm_edge.trainer import loop, meter, start
-from pmm_edge.trainer.presets import read_config
+from pmm_edge.trainer.config import read_config
 
 moment, number, config, data, folder = sys.argv[1:]
 left = int(number)

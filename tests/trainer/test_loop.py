@@ -14,9 +14,9 @@ import torch
 from pmm_edge.errors import DataError, ModelError, OutputError
 from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.runs import about_run
-from pmm_edge.trainer.alone import alone_in
-from pmm_edge.trainer.presets import PRESETS, read_config
-from pmm_edge.trainer.start import resume, train
+from pmm_edge.trainer.config import PRESETS, read_config
+from pmm_edge.trainer.state import alone_in
+from pmm_edge.trainer.train import resume, train
 
 CONFIG = replace(PRESETS["quick"], height=96, width=64, epochs=3, batch=8, evaluate_every=2, erase_size=8, device="cpu")
 
@@ -82,7 +82,7 @@ def interrupt_at(step, number):
 
 @pytest.mark.parametrize(("step", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
 def test_an_interrupted_run_goes_on_to_the_very_same_weights(run, tiny_dataset, tmp_path, monkeypatch, step, number):
-    monkeypatch.setattr("pmm_edge.trainer.meter.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("pmm_edge.trainer.logging.REPORT_SECONDS", 0.0)
     stopped = train(CONFIG, tiny_dataset, out=tmp_path / "run", report=interrupt_at(step, number))
     assert not stopped.finished and stopped.epochs_done < 3
     finished = resume(tmp_path / "run")
@@ -158,7 +158,7 @@ def test_a_folder_is_trained_in_where_there_are_no_locks(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refused)
     with alone_in(tmp_path), alone_in(tmp_path):
         pass
-    monkeypatch.setattr("pmm_edge.trainer.alone.fcntl", None)
+    monkeypatch.setattr("pmm_edge.trainer.state.fcntl", None)
     with alone_in(tmp_path):
         pass
 

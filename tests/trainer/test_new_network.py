@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.config import PRESETS
 from pmm_edge.trainer.setup import new_network
 
 CONFIG = replace(PRESETS["quick"], backbone="resnet50")

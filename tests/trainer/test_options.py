@@ -11,9 +11,9 @@ import torch
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
 from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.retrieval import evaluate_distances
-from pmm_edge.trainer.position import keep_epoch
-from pmm_edge.trainer.presets import PRESETS
-from pmm_edge.trainer.start import resume, train
+from pmm_edge.trainer.config import PRESETS
+from pmm_edge.trainer.state import keep_epoch
+from pmm_edge.trainer.train import resume, train
 
 CONFIG = replace(
     PRESETS["quick"], height=96, width=64, epochs=2, batch=16, evaluate_every=1, erase_size=8, device="cpu"
@@ -64,7 +64,7 @@ def test_clipping_bounds_the_step(data, tmp_path, monkeypatch):
 
 
 def test_patience_stops_early_and_says_so(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("pmm_edge.trainer.evaluation.evaluate", lambda *_: _same_result())
+    monkeypatch.setattr("pmm_edge.trainer.train.evaluate", lambda *_: _same_result())
     run = train(replace(CONFIG, epochs=9, patience=2), data, out=tmp_path / "run")
     assert run.finished and run.epochs_done == 3, "the first is the best, two more are not better"
     assert "no better mAP in 2 evaluations" in (run.folder / "log.txt").read_text()
@@ -100,7 +100,7 @@ def test_imagenet_weights_are_not_fetched_where_a_checkpoint_fills_the_backbone(
     def offline(name):
         raise PmmError(f"the ImageNet weights of {name} cannot be downloaded")
 
-    monkeypatch.setattr("pmm_edge.model.build.imagenet_weights", offline)
+    monkeypatch.setattr("pmm_edge.model.checkpoint.imagenet_weights", offline)
     config = replace(CONFIG, epochs=1, method="bdb", backbone_weights="imagenet", init_from=str(tiny_checkpoint))
     assert train(config, data, out=tmp_path / "run").finished
     checkpoint = load_checkpoint(tiny_checkpoint)

@@ -11,8 +11,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from pmm_edge.errors import PmmError
-from pmm_edge.trainer.alone import alone_in
 from pmm_edge.trainer.distributed import first_to_say, joined
+from pmm_edge.trainer.state import alone_in
 
 # fmt: off
 FLAGS = [
@@ -37,7 +37,7 @@ main()
 INTERRUPTED_IN_THE_LAST_EVALUATION = """
 import os, signal
 from pmm_edge.cli import main
-from pmm_edge.trainer.loop import Run
+from pmm_edge.trainer.train import Run
 judge = Run._judge
 def judged(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,6 @@
 import pytest
 
-from pmm_edge.trainer.schedule import learning_rate
+from pmm_edge.trainer.step import learning_rate
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 from pmm_edge.data.augment import ERASE_PROBABILITY, augment
 from pmm_edge.model.alternatives import attention, attentive_cutmix, cutmix
 from pmm_edge.model.mixing import top_blocks
-from pmm_edge.model.pooling import max_pool
+from pmm_edge.model.network import max_pool
 from pmm_edge.trainer import step
-from pmm_edge.trainer.presets import PRESETS
+from pmm_edge.trainer.config import PRESETS
 from pmm_edge.trainer.setup import new_network
 from pmm_edge.trainer.step import Shard, prepare, train_step
 

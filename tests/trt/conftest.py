@@ -9,7 +9,7 @@ import pytest
 from colour_network import colour_network
 
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 
 SETTINGS = BuildSettings(batch=BatchProfile(2, 3, 4))
 

@@ -14,9 +14,8 @@ from colour_network import colour_network
 from pmm_edge.errors import CheckFailedError, ModelError, OutputError, PmmError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.files import sha256
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
-from pmm_edge.runtime.engine_manifest import read_manifest
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, read_manifest
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 
@@ -202,7 +201,7 @@ def test_timings_are_kept_between_builds(gpu: double.FakeGpu, onnx: Path, tmp_pa
 
 
 def test_a_timing_cache_that_tensorrt_refuses_is_as_if_not_there(gpu: double.FakeGpu, onnx: Path) -> None:
-    from pmm_edge.export.tensorrt import timing
+    from pmm_edge.export import tensorrt as timing
 
     config = sys.modules["tensorrt"].IBuilderConfig()
     config._cache = sys.modules["tensorrt"].ITimingCache(b"of another device")

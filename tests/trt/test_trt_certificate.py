@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 import pmm_edge
-from pmm_edge.bench.certificate import write_certificates
-from pmm_edge.bench.figures import BenchReport, Change, Closeness, Gates, ModelReport, Parity, RetrievalChange
+from pmm_edge.bench.certification import write_certificates
+from pmm_edge.bench.report import BenchReport, Change, Closeness, Gates, ModelReport, Parity, RetrievalChange
 from pmm_edge.errors import ModelError
 from pmm_edge.export.tensorrt import BuiltEngine
 from pmm_edge.files import sha256
 from pmm_edge.runtime.certificate import certificate_path, check_certificate
-from pmm_edge.runtime.engine_manifest import manifest_path
+from pmm_edge.runtime.manifest import manifest_path
 from pmm_edge.spec import RetrievalFigures
 
 

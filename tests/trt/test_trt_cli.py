@@ -192,7 +192,7 @@ def test_a_bundle_that_fails_does_not_hide_why_the_engine_is_missing(
 
     raw = colour_network(tmp_path / "export" / "raw.onnx", form="raw")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr("pmm_edge.export.carry_out.deepstream_bundle", full)
+    monkeypatch.setattr("pmm_edge.export.exporter.deepstream_bundle", full)
     ended = pmm("export", raw, "--trt", "--deepstream", tmp_path / "tracker")
     assert ended.exit_code == 2
     first, last = ended.stderr.strip().splitlines()[-2:]

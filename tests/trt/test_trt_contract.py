@@ -150,8 +150,8 @@ def test_the_subclasses_stand_on_the_real_classes(version: str) -> None:
     """TensorRT calls back into classes of ours: they can be made and called with the real ones beneath."""
     script = """
 import tensorrt_bindings as trt
-from pmm_edge.export.tensorrt.progress import BuildProgress, progress_monitor
-from pmm_edge.runtime.tensorrt_library import error_logger, last_error
+from pmm_edge.export.tensorrt import BuildProgress, progress_monitor
+from pmm_edge.runtime.tensorrt_backend import error_logger, last_error
 logger = error_logger(trt)
 assert isinstance(logger, trt.ILogger)
 logger.log(trt.ILogger.Severity.INFO, "fine")

@@ -5,8 +5,7 @@ import sys
 import double
 import pytest
 
-from pmm_edge.doctor.commands import readiness
-from pmm_edge.doctor.probes import tensorrt
+from pmm_edge.doctor import readiness, tensorrt
 from pmm_edge.runtime.cuda import NotOnThisMachineError
 
 ONNX_RUNTIME = {"providers": {"CPUExecutionProvider": None}}

@@ -11,10 +11,9 @@ import pmm_edge
 from pmm_edge.errors import PmmError
 from pmm_edge.export import Fp16, Int8, export_onnx
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 from pmm_edge.runtime.cuda import Cuda
-from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
-from pmm_edge.runtime.tensorrt_library import import_tensorrt
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
+from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder, import_tensorrt
 
 pytestmark = pytest.mark.gpu
 CROPS = np.random.default_rng(0).integers(0, 256, (11, 96, 64, 3), dtype=np.uint8)

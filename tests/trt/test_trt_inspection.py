@@ -2,7 +2,7 @@
 
 import pytest
 
-from pmm_edge.export.tensorrt.inspection import count_layers, layer_type
+from pmm_edge.export.tensorrt import count_layers, layer_type
 
 DYNAMIC = {"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}
 

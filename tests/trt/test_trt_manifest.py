@@ -11,8 +11,7 @@ import pytest
 import pmm_edge
 from pmm_edge.errors import ModelError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
-from pmm_edge.runtime.engine_manifest import manifest_path
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, manifest_path
 
 
 def refused(engine: Path, message: str, command: str) -> None:

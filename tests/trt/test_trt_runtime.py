@@ -14,8 +14,8 @@ import pmm_edge
 from pmm_edge.errors import ModelError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.runtime import tensorrt_backend
-from pmm_edge.runtime.build_settings import BatchProfile, BuildSettings
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
 from pmm_edge.spec import InputForm, InputSpec
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pmm_edge.bench.figures import BenchReport
 from pmm_edge.bench.html.parts import SIGNS, card_html, hit_html, picture_html, plots_html, table_html
 from pmm_edge.bench.html.plots import accuracy_plot, cmc_plot, cosine_plot, latency_plot
+from pmm_edge.bench.report import BenchReport
 from pmm_edge.bench.tables import (
     NONE,
     cost_table,
@@ -20,12 +20,13 @@ from pmm_edge.bench.tables import (
     invariant_table,
     latency_table,
     model_table,
+    named,
     parity_table,
     retrieval_table,
     stage_table,
     stream_table,
+    verdict,
 )
-from pmm_edge.bench.verdict import named, verdict
 from pmm_edge.files import written_whole
 
 SHOWN_HITS = 12

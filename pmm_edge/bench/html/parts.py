@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from pmm_edge.bench.figures import BenchReport, FirstHit, ModelReport
 from pmm_edge.bench.html.pictures import png, thumbnail
 from pmm_edge.bench.html.plots import Plot
+from pmm_edge.bench.report import BenchReport, FirstHit, ModelReport
 from pmm_edge.bench.tables import Table, milliseconds, points, result
 
 SIGNS = {

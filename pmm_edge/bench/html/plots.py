@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pmm_edge.bench.figures import BenchReport, Latency, ModelReport, Scope
 from pmm_edge.bench.html.charts import Axis, Point, Series, chart, legend, linear_axis, log_axis
-from pmm_edge.bench.tables import NONE, Table, milliseconds
-from pmm_edge.bench.verdict import named
+from pmm_edge.bench.report import BenchReport, Latency, ModelReport, Scope
+from pmm_edge.bench.tables import NONE, Table, milliseconds, named
 
 LEAST_DEPARTURE = 1e-12
 """1 - cosine below this is rounding; it is drawn here."""

@@ -1,16 +1,259 @@
-"""Drawing a person: legs, garments, arms and prints, painted from far to near."""
+"""How a body stands and walks: its joints and the surface of its torso."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from pmm_edge.data.synthetic.bags import carried
-from pmm_edge.data.synthetic.canvas import Pixel, Point, Ring, View, along, bone, darker, disc, limb, patch, stamp, tube
-from pmm_edge.data.synthetic.head import draw_falling_hair, draw_hat, draw_head, draw_hood
+from pmm_edge.data.synthetic.canvas import (
+    SHADE,
+    Pixel,
+    Point,
+    Pose,
+    Ring,
+    View,
+    along,
+    bone,
+    darker,
+    disc,
+    limb,
+    patch,
+    ring_at,
+    stamp,
+    tube,
+)
 from pmm_edge.data.synthetic.person import Colour, Garment, Person
-from pmm_edge.data.synthetic.skeleton import Side, Skeleton, pose_skeleton, torso_rings
+
+
+@dataclass(frozen=True)
+class Side:
+    """The joints of one leg and one arm."""
+
+    hip: Point
+    knee: Point
+    ankle: Point
+    shoulder: Point
+    elbow: Point
+    hand: Point
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """All joints of one pose; `sides` are left and right."""
+
+    sides: tuple[Side, Side]
+    neck: Point
+    head: Point
+
+
+def pose_skeleton(person: Person, pose: Pose) -> Skeleton:
+    """Joints of a walking body: legs and arms swing in opposite phase, the leg that comes forward bends."""
+    hip_y = 0.48 * person.body.legs + 0.045
+    bob = 0.012 * pose.stride * math.cos(2 * pose.phase)
+    top = hip_y + 0.30 + bob
+    return Skeleton(
+        sides=(_side(person, pose, 1, hip_y + bob, top), _side(person, pose, -1, hip_y + bob, top)),
+        neck=Point(0, top + 0.02, 0.005),
+        head=Point(0, top + 0.105, 0.018),
+    )
+
+
+def _side(person: Person, pose: Pose, side: int, hip_y: float, top: float) -> Side:
+    """The left (side 1) or right (-1) leg and arm; they are half a step apart."""
+    body, phase = person.body, pose.phase + (0.0 if side > 0 else math.pi)
+    thigh = 0.5 * pose.stride * math.sin(phase)
+    bend = 0.08 + 0.85 * pose.stride * max(0.0, math.cos(phase)) ** 1.5
+    hip = Point(side * 0.058 * body.bulk, hip_y, 0)
+    knee = _swing(hip, 0.24 * body.legs, thigh)
+    carries = person.bag.kind == "handbag" and (side > 0) == person.left_handed
+    arm = -thigh * (0.25 if carries else 1.0)
+    shoulder = Point(side * (0.114 * body.shoulders + 0.02 * (body.bulk - 1)), top - 0.04, 0)
+    elbow = _swing(shoulder, 0.155, arm - 0.05, side * 0.03)
+    return Side(
+        hip=hip,
+        knee=knee,
+        ankle=_swing(knee, 0.24 * body.legs, thigh - bend),
+        shoulder=shoulder,
+        elbow=elbow,
+        hand=_swing(elbow, 0.15, arm + (0.1 if carries else 0.35), side * 0.004),
+    )
+
+
+def _swing(start: Point, length: float, angle: float, spread: float = 0.0) -> Point:
+    """The end of a bone that hangs from `start`, swung forward by `angle` radians."""
+    return Point(start.x + spread, start.y - length * math.cos(angle), start.z + length * math.sin(angle))
+
+
+def torso_rings(person: Person, bones: Skeleton) -> list[Ring]:
+    """The surface of the upper body, from the collar to the hem of the upper garment."""
+    body, hip = person.body, bones.sides[0].hip.y
+    top = bones.sides[0].shoulder.y + 0.04
+    broad, deep = 0.128 * body.shoulders, 0.078 * body.bulk
+    puff = {"jacket": 1.08, "hoodie": 1.1, "coat": 1.1}.get(person.upper.cut, 1.0)
+    rings = [
+        Ring(top + 0.022, 0.045, 0.04),
+        Ring(top, broad * 0.86, deep * 0.75 * puff),
+        Ring(top - 0.035, broad * 1.06, deep * 0.95 * puff),
+        Ring(top - 0.12, broad * 0.98 * puff, deep * 1.08 * puff),
+        Ring(hip + 0.07, 0.104 * body.bulk * puff, 0.08 * body.bulk * puff),
+        Ring(hip - 0.01, 0.114 * body.bulk * puff, 0.09 * body.bulk * puff),
+    ]
+    if person.upper.cut == "coat":
+        rings.append(Ring(hip - 0.17, 0.135 * body.bulk, 0.125 * body.bulk))
+    return rings
+
+
+def carried(view: View, person: Person, bones: Skeleton) -> list[tuple[float, Callable[[], None]]]:
+    """What is carried, each with its depth."""
+    side = 0 if person.left_handed else 1
+    if person.bag.kind == "backpack":
+        straps = view.depth(Point(0, 0, 0.1))
+        return [
+            (view.depth(Point(0, 0, -0.17)), lambda: _backpack(view, person, bones)),
+            (max(0.001, straps) if straps > 0 else -1.0, lambda: _straps(view, person, bones)),
+        ]
+    if person.bag.kind == "shoulder bag":
+        hip = Point((0.17, -0.17)[side] * person.body.bulk, bones.sides[0].hip.y + 0.01, 0.02)
+        near = 0.02 + max(0.0, view.depth(hip)) * 2 if view.depth(hip) > -0.05 else -0.4
+        return [
+            (0.001, lambda: _strap(view, person, bones, side)),
+            (near, lambda: _box(view, hip, 0.055, 0.1, 0.14, person.bag.colour)),
+        ]
+    if person.bag.kind == "handbag":
+        hand = bones.sides[side].hand
+        low = hand._replace(y=hand.y - 0.1)
+        near = view.depth(bones.sides[side].shoulder) + 0.3 * view.depth(hand) - 0.001
+        return [(near, lambda: _handbag(view, hand, low, person.bag.colour))]
+    return []
+
+
+def _box(view: View, centre: Point, width: float, depth: float, height: float, colour: Colour) -> None:
+    """A bag: a rounded box that turns with the body."""
+    x, y = view.at(centre)
+    reach = view.reach(Ring(centre.y, width, depth)) * 0.85
+    half = height * view.size / 2
+    view.draw.rounded_rectangle((x - reach, y - half, x + reach, y + half), radius=0.02 * view.size, fill=colour)
+    view.draw.line([(x - reach, y - half * 0.3), (x + reach, y - half * 0.3)], fill=SHADE, width=max(1, int(half / 5)))
+
+
+def _backpack(view: View, person: Person, bones: Skeleton) -> None:
+    centre = Point(0, bones.sides[0].shoulder.y - 0.12, -0.13 * person.body.bulk)
+    _box(view, centre, 0.105, 0.075, 0.25, person.bag.colour)
+    x, y = view.at(centre._replace(y=centre.y - 0.05, z=centre.z - 0.02))
+    if math.cos(math.radians(view.pose.heading)) < -0.3:
+        r = 0.06 * view.size
+        view.draw.rounded_rectangle(
+            (x - r, y - r * 0.6, x + r, y + r * 0.7), radius=r * 0.3, fill=darker(person.bag.colour, 0.7)
+        )
+
+
+def _straps(view: View, person: Person, bones: Skeleton) -> None:
+    rings = torso_rings(person, bones)
+    for angle in (38, -38):
+        patch(view, rings, angle, 9, 0.06, 0.62, person.bag.colour)
+
+
+def _strap(view: View, person: Person, bones: Skeleton, side: int) -> None:
+    """A band from the far shoulder to the hip that carries the bag, across chest or back."""
+    rings = torso_rings(person, bones)
+    sign = (1, -1)[side]
+    back = math.cos(math.radians(view.pose.heading)) < 0
+    angles = (180 + sign * 50, 180 - sign * 80) if back else (-sign * 50, sign * 80)
+    path = [
+        (ring_at(rings, 0.06 + 0.8 * t), angles[0] + (angles[1] - angles[0]) * t) for t in (k / 8 for k in range(9))
+    ]
+    line = [view.at(view.on(ring, angle)) for ring, angle in path if view.seen(angle)]
+    if len(line) > 1:
+        view.draw.line(line, fill=darker(person.bag.colour, 0.9), width=max(1, round(0.026 * view.size)), joint="curve")
+
+
+def _handbag(view: View, hand: Point, low: Point, colour: Colour) -> None:
+    x, y = view.at(hand)
+    r = 0.04 * view.size
+    view.draw.arc((x - r, y - r * 0.6, x + r, y + r * 2), 180, 360, fill=darker(colour, 0.7), width=max(1, int(r / 4)))
+    _box(view, low, 0.045, 0.095, 0.12, colour)
+
+
+HEAD_WIDTH, HEAD_HEIGHT = 0.058, 0.073
+
+
+def draw_head(view: View, person: Person, head: Point) -> None:
+    """Hair all around, and the face on the side that looks at the camera."""
+    size, heading = view.size, math.radians(view.pose.heading)
+    sin, cos = math.sin(heading), math.cos(heading)
+    x, y = view.at(head)
+    rx, ry = HEAD_WIDTH * size, HEAD_HEIGHT * size
+    hair, skin = person.hair.colour, person.body.skin
+    bald = person.hair.kind == "bald"
+    if person.hair.kind == "afro":
+        disc(view, (x - 0.012 * size * sin, y - ry * 0.3), rx * 1.5, ry * 1.22, hair)
+    elif person.hair.kind == "bun":
+        disc(view, view.at(Point(0, head.y + 0.075, head.z - 0.04)), rx * 0.5, rx * 0.5, hair)
+    disc(view, (x, y), rx, ry, skin if bald else hair)
+    if person.hair.kind in ("short", "bun", "ponytail", "afro"):
+        disc(view, (x + rx * 0.1 * sin, y + ry * 0.72), rx * 0.6, ry * 0.3, darker(skin, 0.92))
+    shown = max(0.0, 0.62 + 0.5 * cos)
+    if shown > 0.33 and not bald:
+        disc(view, (x + rx * 0.52 * sin, y + ry * 0.2), rx * min(0.86, shown), ry * 0.76, skin)
+    _face(view, (x, y), rx, ry, skin, (sin, cos))
+    if not bald and cos < 0.75 and person.hair.kind != "short":
+        side = -1 if sin > 0 else 1
+        disc(view, (x + side * rx * 0.45, y + ry * 0.15), rx * 0.55, ry * 0.8, hair)
+    disc(view, (x - view.light * rx * 0.45, y), rx * 0.5, ry * 0.85, (0, 0, 0, 38))
+
+
+def _face(view: View, centre: Pixel, rx: float, ry: float, skin: Colour, turn: tuple[float, float]) -> None:
+    sin, cos = turn
+    x, y = centre
+    for side in (-26, 26):
+        if view.seen(side):
+            at = x + rx * 0.86 * math.sin(math.radians(view.pose.heading + side))
+            disc(view, (at, y + ry * 0.08), rx * 0.13, ry * 0.09, (34, 26, 24))
+    if cos > -0.1:
+        disc(view, (x + rx * 0.95 * sin, y + ry * 0.3), rx * 0.15, ry * 0.13, darker(skin, 0.84))
+        disc(view, (x + rx * 0.72 * sin, y + ry * 0.6), rx * 0.24 * max(0.3, cos), ry * 0.06, (150, 70, 66))
+
+
+def draw_hood(view: View, person: Person, bones: Skeleton) -> None:
+    """The hood of a hoodie, which hangs behind the neck."""
+    if person.upper.cut == "hoodie":
+        hood = view.at(Point(0, bones.neck.y - 0.015, -0.055))
+        disc(view, hood, 0.08 * view.size, 0.048 * view.size, darker(person.upper.colour, 0.78))
+
+
+def draw_falling_hair(view: View, person: Person, bones: Skeleton) -> None:
+    """Hair that hangs down the back."""
+    hair, size, head = person.hair, view.size, bones.head
+    if hair.kind == "long":
+        top, end = view.at(Point(0, head.y, -0.015)), view.at(Point(0, head.y - 0.21, -0.06))
+        bone(view, top, end, 0.062 * size, 0.066 * size, hair.colour)
+    elif hair.kind == "bob":
+        bone(view, view.at(head), view.at(Point(0, head.y - 0.055, -0.01)), 0.064 * size, 0.062 * size, hair.colour)
+    elif hair.kind == "ponytail":
+        root, end = view.at(Point(0, head.y + 0.03, -0.055)), view.at(Point(0, head.y - 0.17, -0.1))
+        bone(view, root, end, 0.024 * size, 0.02 * size, hair.colour)
+
+
+def draw_hat(view: View, person: Person, head: Point) -> None:
+    """A cap, beanie or sun hat, seen over everything else on the head."""
+    kind, colour = person.hat.kind, person.hat.colour
+    if kind == "none":
+        return
+    x, y = view.at(head)
+    rx, ry = HEAD_WIDTH * view.size, HEAD_HEIGHT * view.size
+    sin, cos = math.sin(math.radians(view.pose.heading)), math.cos(math.radians(view.pose.heading))
+    brim = y - ry * 0.28
+    view.draw.pieslice((x - rx * 1.1, y - ry * 1.2, x + rx * 1.1, y + ry * 0.6), 180, 360, fill=colour)
+    if kind == "cap" and cos > -0.4:
+        disc(view, (x + rx * 0.85 * sin, brim), rx * (0.8 - 0.15 * abs(sin)), ry * 0.15, darker(colour, 0.7))
+    elif kind == "sun hat":
+        disc(view, (x, brim), rx * 2.0, ry * 0.26, darker(colour, 0.85))
+    elif kind == "beanie":
+        view.draw.rectangle((x - rx * 1.1, brim - ry * 0.12, x + rx * 1.1, brim + ry * 0.1), fill=darker(colour, 0.72))
+        disc(view, (x, y - ry * 1.2), rx * 0.32, rx * 0.32, darker(colour, 0.9))
+
 
 SQUARE: tuple[Pixel, ...] = ((-1, -1), (0, -1), (1, -1), (1, 1), (0, 1), (-1, 1))
 CIRCLE: tuple[Pixel, ...] = tuple((math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in range(16))

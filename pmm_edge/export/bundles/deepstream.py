@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pmm_edge.errors import ModelError
 from pmm_edge.export.bundles.bundle import Bundle, fill, spec_of
-from pmm_edge.export.tensorrt.builder import check_quantised_for_tensorrt
+from pmm_edge.export.tensorrt import check_quantised_for_tensorrt
 from pmm_edge.files import folder_written_whole
 from pmm_edge.spec import InputForm, ModelSpec
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export.bundles.bundle import Bundle, fill, spec_of
-from pmm_edge.export.tensorrt.builder import check_quantised_for_tensorrt
+from pmm_edge.export.tensorrt import check_quantised_for_tensorrt
 from pmm_edge.files import check_new_folder, folder_written_whole, sha256
-from pmm_edge.runtime.build_settings import BatchProfile
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
-from pmm_edge.runtime.engine_manifest import check_files, read_manifest
+from pmm_edge.runtime.manifest import BatchProfile, check_files, read_manifest
 from pmm_edge.spec import METADATA_KEY, InputForm, ModelSpec
 
 FORM: InputForm = "uint8"
