@@ -24,6 +24,7 @@ from pmm_edge.model.mixing import scaled_mix_blocks
 from pmm_edge.runs import CONFIG, about_run
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["paper", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class TrainConfig:
     height: int = 384
     width: int = 128
     epochs: int = 400
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Schedule = "paper"
+    """Learning rate schedule: `paper` (steps, section 3.1) or `cosine` (linear warm-up, then cosine decay to 0)."""
     batch: int = 64
     """Images that one update sees, over all processes."""
     images_per_identity: int = 4
@@ -90,7 +95,7 @@ class TrainConfig:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             _require(least <= value < 2**63, f"{name} is {value}", f"It must be {least} or more")
-        for name, choices in (("method", Method), ("mix", Mix), ("precision", Precision)):
+        for name, choices in (("method", Method), ("mix", Mix), ("precision", Precision), ("schedule", Schedule)):
             value, known = getattr(self, name), get_args(choices)
             _require(value in known, f"{name} is '{value}'", f"{did_you_mean(value, known)}Choose {', '.join(known)}")
         size = re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size)
@@ -114,6 +119,7 @@ class TrainConfig:
             "mix 'cutout' with an erase_size of 0",
             "CutOut is the erasing: give --erase-size, or choose --mix none",
         )
+        _require(self.lr > 0, f"lr is {self.lr}", "Choose a positive learning rate, such as 1e-3")
         _require(self.ema < 1, f"ema is {self.ema}", "Choose a decay below 1, such as 0.999")
         _require(
             self.mix == "a-hard-mix" or self.method == "pmm",
@@ -135,7 +141,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("height", "width", "mix_blocks", "epochs", "batch", "accumulate", "evaluate_every", "keep"), 1),
     "images_per_identity": 2,
     **dict.fromkeys(
-        ("seed", "erase_size", "weight_decay", "clip_norm", "ema", "patience", "max_bad_images", "cache_gib"), 0
+        ("seed", "lr", "erase_size", "weight_decay", "clip_norm", "ema", "patience", "max_bad_images", "cache_gib"), 0
     ),
 }
 

@@ -1,7 +1,8 @@
-"""The learning rate of the paper's training, which follows BDB's configuration (paper section 3.1)."""
+"""One training step: learning rate, augmentation, forward, backward, update."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,19 +25,35 @@ from pmm_edge.trainer.losses import pmm_loss
 PAPER_EPOCHS = 400
 
 
-def learning_rate(epoch: int, epochs: int = PAPER_EPOCHS) -> float:
-    """The rate of an epoch, 1-based: a warm-up in steps, 1e-3 to the middle, then 1e-4 and 1e-5.
+WARM_UP = 0.1
+"""Fraction of a training with the cosine schedule over which the rate rises."""
 
-    Other lengths than 400 epochs run through the same curve in proportion.
+
+def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
+    """Return the learning rate at a point of the training.
+
+    `paper` follows section 3.1 of the paper: a stepwise warm-up, the peak rate until the middle of the training, then a
+    tenth and a hundredth of it. A training of another length than 400 epochs follows the same curve in proportion.
+    `cosine` rises linearly from 0 to the peak rate and decays to 0 along a half cosine (Loshchilov and Hutter, 2017).
+
+    Args:
+        epoch: 1-based.
+        done: fraction of the epoch that is over, in [0, 1); only `cosine` changes within an epoch.
     """
-    paper_epoch = int(1 + (epoch - 1) * PAPER_EPOCHS / epochs)
+    if config.schedule == "cosine":
+        progress = (epoch - 1 + done) / config.epochs
+        if progress < WARM_UP:
+            return config.lr * progress / WARM_UP
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+    scale = config.lr / 1e-3
+    paper_epoch = int(1 + (epoch - 1) * PAPER_EPOCHS / config.epochs)
     if paper_epoch < 50:
-        return 1e-4 * (paper_epoch // 5 + 1)
+        return scale * 1e-4 * (paper_epoch // 5 + 1)
     if paper_epoch < 200:
-        return 1e-3
+        return scale * 1e-3
     if paper_epoch < 300:
-        return 1e-4
-    return 1e-5
+        return scale * 1e-4
+    return scale * 1e-5
 
 
 @dataclass
@@ -93,7 +110,9 @@ def prepare(
     return Trainee(
         network,
         forward,
-        torch.optim.Adam(network.parameters(), lr=1e-3, weight_decay=config.weight_decay, fused=device.type == "cuda"),
+        torch.optim.Adam(
+            network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"
+        ),
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         _average(network, config.ema),
         device,

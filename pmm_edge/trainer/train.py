@@ -279,12 +279,12 @@ class Run:
     def _epoch(self, position: Position, stop: Callable[[], bool]) -> bool:
         """Train an epoch from its step `position.step`; False where a stop was asked for on the way."""
         config, epoch = self.config, position.epoch + 1
-        rate = learning_rate(epoch, config.epochs)
-        for group in self.trainee.optimizer.param_groups:
-            group["lr"] = rate
         batches = self.feed.batches(epoch)
         meter = Meter()
         for shards in self.feed.shards(batches, epoch, position.step, meter):
+            rate = learning_rate(config, epoch, (position.step + 0.5) / len(batches))
+            for group in self.trainee.optimizer.param_groups:
+                group["lr"] = rate
             loss, parts = train_step(self.trainee, shards, config)
             meter.add(loss, parts, position.step, len(batches[position.step]))
             position.step += 1

@@ -1,5 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
+from pmm_edge.errors import PmmError
+from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.step import learning_rate
 
 
@@ -19,10 +23,23 @@ from pmm_edge.trainer.step import learning_rate
     ],
 )
 def test_the_paper_schedule(epoch, rate):
-    assert learning_rate(epoch) == pytest.approx(rate)
+    assert learning_rate(TrainConfig(), epoch) == pytest.approx(rate)
+    assert learning_rate(TrainConfig(lr=5e-4), epoch, 0.9) == pytest.approx(rate / 2)
 
 
 def test_a_short_run_goes_through_the_same_curve():
-    rates = [learning_rate(epoch, epochs=20) for epoch in range(1, 21)]
+    config = TrainConfig(epochs=20)
+    rates = [learning_rate(config, epoch) for epoch in range(1, 21)]
     assert rates[0] == pytest.approx(1e-4) and rates[-1] == pytest.approx(1e-5)
     assert rates.count(pytest.approx(1e-3)) == 8 - 1
+
+
+def test_cosine_rises_linearly_and_decays_to_zero():
+    config = TrainConfig(epochs=10, lr=2e-3, schedule="cosine")
+    points = {(1, 0.5): 1e-3, (2, 0.0): 2e-3, (6, 0.5): 1e-3, (10, 0.9999): 0.0}
+    assert {point: learning_rate(config, *point) for point in points} == pytest.approx(points, abs=1e-9)
+
+
+def test_a_learning_rate_must_be_positive():
+    with pytest.raises(PmmError):
+        replace(TrainConfig(), lr=0.0)
