@@ -24,7 +24,7 @@ from pmm_edge.data.synthetic import SyntheticConfig, make_synthetic
 from pmm_edge.export import export_onnx
 from pmm_edge.images import read_crops
 from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import embed_readable_files, find_images
+from pmm_edge.runtime.embed_files import embed_files, find_images
 
 CROPS = SyntheticConfig(train_identities=3, test_identities=3, cameras=2, images=4, height=128, width=64)
 
@@ -51,7 +51,7 @@ def main() -> None:
                 embedder.embed_prepared(prepared[first : first + arguments.batch])
             alone.append(len(paths) / (time.perf_counter() - start))
             middle = time.process_time()
-            whole.append(len(paths) / embed_readable_files(embedder, paths, arguments.batch).seconds)
+            whole.append(len(paths) / embed_files(embedder, paths, batch=arguments.batch).seconds)
             processor.append((middle - busy) / (time.process_time() - middle))
     ratio = median(there / here for there, here in zip(whole, alone, strict=True))
     where = machine("onnxruntime-gpu", "onnxruntime", "pillow", "numpy")

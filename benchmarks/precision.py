@@ -77,7 +77,9 @@ def main() -> None:
         whole = arguments.images is None or arguments.images >= len(paths)
         if not whole:  # spread over both splits and their people
             paths = [paths[row] for row in evenly(len(paths), arguments.images)]
-        embeddings = {name: embed_files(embedder, paths, report=told) for name, embedder in embedders.items()}
+        embeddings = {
+            name: embed_files(embedder, paths, report=told).embeddings for name, embedder in embedders.items()
+        }
         base = embeddings["PyTorch eager"]
         base_map = evaluate_embeddings(base, dataset).mAP if whole else float("nan")
         its_map = f"; its mAP is {100 * base_map:.2f}" if whole else ""

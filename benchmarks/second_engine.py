@@ -50,7 +50,7 @@ def main() -> None:
         paths = [paths[row] for row in evenly(len(paths), arguments.images)]
 
     print(machine("onnxruntime-gpu", "onnxruntime", "openvino"))
-    base = embed_files(load(arguments.models[0], "cpu"), paths, report=told)
+    base = embed_files(load(arguments.models[0], "cpu"), paths, report=told).embeddings
     base_map = evaluate_embeddings(base, dataset).mAP if whole else None
     its_map = f"; its mAP is {100 * base_map:.2f}" if base_map else ""
     print(
@@ -58,7 +58,7 @@ def main() -> None:
     )
     print(f"{'in OpenVINO':28}  cosine mean    cosine min" + ("    mAP, points" if whole else ""))
     for path in arguments.models:
-        embeddings = embed_files(OpenVinoEmbedder(path, arguments.as_written), paths, report=told)
+        embeddings = embed_files(OpenVinoEmbedder(path, arguments.as_written), paths, report=told).embeddings
         closeness = compare(base, embeddings, paths).whole
         line = f"{path.name:28}  {closeness.cosine_mean:11.7f}  {closeness.cosine_min:12.7f}"
         if base_map:

@@ -34,9 +34,8 @@ from pmm_edge.bench.report import (
     map_failure,
 )
 from pmm_edge.bench.resources import compute_of, measure_energy
-from pmm_edge.bench.stream import measure_stream
 from pmm_edge.bench.timing import measure_cold_start, measure_end_to_end, measure_latency, without_cuda_graphs
-from pmm_edge.console import Report, about, silent
+from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match, read
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.files import sha256
@@ -107,7 +106,7 @@ class Options:
     """What is asked of a bench.
 
     Raises:
-        PmmError: a batch size or a number of clients below 1.
+        PmmError: a batch size below 1.
     """
 
     batches: tuple[int, ...] = (1, 8)
@@ -123,14 +122,10 @@ class Options:
     """Find the layer where a failing ONNX model departs."""
     speed: bool = True
     """Measure latency, start, memory and energy; False proves parity alone."""
-    clients: int | None = None
-    """Measure a stream of single crops from this many clients at once as well."""
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
             raise PmmError("batch sizes must be 1 or more", "Choose such as --batch 1,8")
-        if self.clients is not None and self.clients < 1:
-            raise PmmError(f"{self.clients} clients send nothing", "Choose 1 or more, such as --concurrency 8")
         object.__setattr__(self, "batches", tuple(dict.fromkeys(self.batches)))
 
 
@@ -255,10 +250,6 @@ def measure_speed(run: Run, report: Report) -> None:
         with _or_warning(run):
             subject.energy = measure_energy(subject.embedder, run.crops(subject, run.first_rows(batch)))
     report("start, memory, energy", len(run.sound), len(run.sound))
-    if run.options.clients:
-        for subject in run.sound:
-            with _or_warning(run):
-                _stream(run, subject, run.options.clients, report)
 
 
 @contextmanager
@@ -287,11 +278,6 @@ def _latencies(run: Run, report: Report) -> None:
         found = measure_end_to_end(own, run.images.paths, batch, report=report)
         for subject, latency in zip(run.sound, found, strict=True):
             subject.latency.append(latency)
-
-
-def _stream(run: Run, subject: Subject, clients: int, report: Report) -> None:
-    crops = run.crops(subject, run.first_rows(clients))
-    subject.stream = measure_stream(subject.embedder, crops, clients, report=about(subject.name, report))
 
 
 def bench(
@@ -340,7 +326,7 @@ def _embed(run: Run, report: Report) -> None:
     run.data_sha256 = data_sha256(run.images.paths, run.images.root, report)
     for subject in run.all:
         with _broken_if_it_cannot_run(subject):
-            subject.embeddings = embed_files(subject.embedder, run.images.paths, report=report)
+            subject.embeddings = embed_files(subject.embedder, run.images.paths, report=report).embeddings
         if subject.embeddings is None:
             continue
         if run.images.dataset and np.isfinite(subject.embeddings).all():

@@ -222,7 +222,7 @@ def measure_end_to_end(
         raise PmmError("there are no images to time from file to embedding", "Name at least one")
     files = [paths[number % len(paths)] for number in range(batch)]
     works = [
-        Work(partial(embed_files, embedder, files, batch), reading=clock_reader(embedder.device))
+        Work(partial(embed_files, embedder, files, batch=batch), reading=clock_reader(embedder.device))
         for embedder in embedders
     ]
     times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch} from files")

@@ -84,14 +84,6 @@ def bench(
         ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes to time.", rich_help_panel=_SPEED)] = "1,8",
-    concurrency: Annotated[
-        int | None,
-        typer.Option(
-            metavar="CLIENTS",
-            help="Time single crops from this many clients at once as well, gathered into batches as they come.",
-            rich_help_panel=_SPEED,
-        ),
-    ] = None,
     parity_only: Annotated[
         bool, typer.Option("--parity-only", help="Time nothing: the proof alone.", rich_help_panel=_SPEED)
     ] = False,
@@ -137,7 +129,6 @@ def bench(
         device=device,
         explain=explain,
         speed=not parity_only,
-        clients=concurrency,
     )
     reference = reference or _reference_of(models)
     run = run_of(reference)

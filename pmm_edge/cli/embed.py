@@ -9,10 +9,9 @@ import typer
 from rich.markup import escape
 
 from pmm_edge.console import err, note, out, print_json, progress
-from pmm_edge.errors import CheckFailedError
 
 if TYPE_CHECKING:
-    from pmm_edge.runtime.embed_files import EmbeddedFiles, ImageList
+    from pmm_edge.runtime.embed_files import EmbeddedFiles
 
 _BAD_SHOWN = 20
 
@@ -58,53 +57,41 @@ def embed(
 
     [dim]pmm embed model.onnx market1501 -o market.parquet[/]
     """
-    from pmm_edge.runtime import load
-    from pmm_edge.runtime.embed_files import check_embedding_file, embed_readable_files, find_images, save_embeddings
+    from pmm_edge.runtime import embed_files
 
-    check_embedding_file(output)
-    found = find_images(images, layout)
-    embedder = load(model, device)
     with progress() as report:
-        embedded = embed_readable_files(embedder, found.paths, batch, report)
-    readable = len(embedded.rows)
-    if readable:
-        names = [found.names[row] for row in embedded.rows]
-        labels = found.labels[embedded.rows] if found.labels else None
-        save_embeddings(output, embedder.spec, names, embedded.embeddings, labels)
-    facts = {"model": str(model), "backend": embedder.backend, "device": embedder.device, "source": found.source}
-    if as_json:
-        print_json({**facts, "written": str(output) if readable else None, **_figures(found, embedded)})
-    else:
-        _show(found, embedded, f"{embedder.backend} {embedder.device}", output)
-    if not readable:
-        raise CheckFailedError(
-            f"none of the {len(found.paths):,} images of {images} can be read", f"{output} was not written"
+        embedded = embed_files(
+            model, images, output, layout=layout, device=device, batch=batch, skip_bad=True, report=report
         )
+    facts = {"model": str(model), "backend": embedded.backend, "device": embedded.device}
+    if as_json:
+        print_json({**facts, "source": embedded.images.source, "written": str(output), **_figures(embedded)})
+    else:
+        _show(embedded, output)
 
 
-def _figures(found: ImageList, embedded: EmbeddedFiles) -> dict[str, Any]:
+def _figures(embedded: EmbeddedFiles) -> dict[str, Any]:
     return {
-        "rows": len(embedded.rows),
+        "rows": len(embedded.embeddings),
         "embedding_size": embedded.embeddings.shape[1],
-        "skipped": [{"path": str(found.paths[row]), "reason": reason} for row, reason in embedded.bad],
+        "skipped": [{"path": str(image.path), "reason": image.reason} for image in embedded.skipped],
         "seconds": embedded.seconds,
-        "images_per_second": len(embedded.rows) / embedded.seconds,
+        "images_per_second": len(embedded.embeddings) / embedded.seconds,
         "model_share": embedded.model_seconds / embedded.seconds,
     }
 
 
-def _show(found: ImageList, embedded: EmbeddedFiles, engine: str, output: Path) -> None:
-    for row, reason in embedded.bad[:_BAD_SHOWN]:
-        _warn(f"{found.paths[row]}: {reason}")
-    if len(embedded.bad) > _BAD_SHOWN:
-        _warn(f"and {len(embedded.bad) - _BAD_SHOWN:,} more; --json names them all")
-    figures = _figures(found, embedded)
-    if not figures["rows"]:
-        return
-    skipped = f", {len(embedded.bad):,} skipped" if embedded.bad else ""
+def _show(embedded: EmbeddedFiles, output: Path) -> None:
+    for image in embedded.skipped[:_BAD_SHOWN]:
+        _warn(f"{image.path}: {image.reason}")
+    if len(embedded.skipped) > _BAD_SHOWN:
+        _warn(f"and {len(embedded.skipped) - _BAD_SHOWN:,} more; --json names them all")
+    skipped = f", {len(embedded.skipped):,} skipped" if embedded.skipped else ""
+    figures = _figures(embedded)
     shape = f"{figures['rows']:,} × {figures['embedding_size']:,}"
-    out.print(f"{escape(str(output))}: {shape} float32 of {escape(found.source)}{skipped}", soft_wrap=True)
+    out.print(f"{escape(str(output))}: {shape} float32 of {escape(embedded.images.source)}{skipped}", soft_wrap=True)
     rate, share = figures["images_per_second"], figures["model_share"]
+    engine = f"{embedded.backend} {embedded.device}"
     note(f"[dim]{rate:,.1f} images/s end to end in {engine}; the network took {share:.0%} of the time[/]")
 
 

@@ -65,10 +65,11 @@ def evaluate(
     [dim]pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png[/]
     """
     from pmm_edge.bench.cmc_plot import check_cmc_plot, save_cmc_plot
-    from pmm_edge.bench.parity import embed_dataset, judge
+    from pmm_edge.bench.parity import judge
     from pmm_edge.data.dataset import scan
     from pmm_edge.files import check_output
     from pmm_edge.runtime import load
+    from pmm_edge.runtime.embed_files import embed_dataset
 
     dataset = scan(data, layout)
     embedder = load(model, device)

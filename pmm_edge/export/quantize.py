@@ -258,7 +258,9 @@ def mean_average_precision(embedder: Embedder, dataset: ReidDataset, report: Rep
         raise problem
     query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
     kept = np.flatnonzero(gallery.pids != JUNK_PID)  # junk counts for nothing: it is not embedded either
-    embeddings = embed_files(embedder, [*query.paths, *(gallery.paths[index] for index in kept)], report=report)
+    embeddings = embed_files(
+        embedder, [*query.paths, *(gallery.paths[index] for index in kept)], report=report
+    ).embeddings
     pids, camids = gallery.pids[kept], gallery.camids[kept]
     return evaluate(embeddings[:count], embeddings[count:], query.pids, pids, query.camids, camids).mAP
 

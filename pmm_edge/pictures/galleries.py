@@ -76,7 +76,7 @@ def gallery_grid(
         part(dataset.query, queries),
         part(dataset.gallery, np.flatnonzero(dataset.gallery.pids != JUNK_PID)),
     )
-    embeddings = embed_files(embedder, [*query.paths, *gallery.paths], report=report)
+    embeddings = embed_files(embedder, [*query.paths, *gallery.paths], report=report).embeddings
     found = ranked(embeddings[: len(query)], embeddings[len(query) :], query, gallery, top)
     return draw_rankings(found, f"{embedder.path.name} on {dataset.name}")
 

@@ -13,7 +13,7 @@ __all__ = ["Embedder", "embed_files", "load"]
 TORCH_SUFFIXES = frozenset({".pt", ".pth", ".safetensors"})
 
 
-def load(path: str | Path, device: str | None = None, require_certificate: bool = False) -> Embedder:
+def load(path: str | Path, device: str | int | None = None, require_certificate: bool = False) -> Embedder:
     """Load a network to embed with.
 
     Args:
@@ -34,7 +34,7 @@ def load(path: str | Path, device: str | None = None, require_certificate: bool 
     return _load_certified(path, device) if require_certificate else _load(path, device)
 
 
-def _load_certified(path: Path, device: str | None) -> Embedder:
+def _load_certified(path: Path, device: str | int | None) -> Embedder:
     from pmm_edge.runtime.certificate import CertificateError, check_certificate, read_certified
 
     certificate, content = read_certified(path)
@@ -48,7 +48,7 @@ def _load_certified(path: Path, device: str | None) -> Embedder:
     return embedder
 
 
-def _load(path: Path, device: str | None, content: bytes | None = None) -> Embedder:
+def _load(path: Path, device: str | int | None, content: bytes | None = None) -> Embedder:
     """Load a file; graphs and engines from `content`, where it was read already."""
     if path.suffix == ".onnx":
         from pmm_edge.runtime.onnx_backend import OnnxEmbedder

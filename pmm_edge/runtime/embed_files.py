@@ -1,4 +1,4 @@
-"""What to embed: the images of a folder, of a text list or of a data set, in an order that does not change."""
+"""Embed image files: find them, decode them on threads, embed them in a fixed order, save or evaluate the result."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data import layouts
-from pmm_edge.data.dataset import read
-from pmm_edge.errors import DataError, PmmError
+from pmm_edge.data.dataset import ReidDataset, Split, read
+from pmm_edge.errors import CheckFailedError, DataError, PmmError
 from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, Pixels, read_crop
 from pmm_edge.machine import threads
+from pmm_edge.retrieval.metrics import JUNK_PID, RetrievalResult, evaluate
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
+SUFFIXES = (".npz", ".parquet")
+"""Formats of embedding files."""
+
+_BATCHES_AHEAD = 2
+
 
 @dataclass(frozen=True, eq=False)
-class Labels:
-    """What a data set says of each image."""
+class ImageLabels:
+    """The labels that a data set gives its images."""
 
     pids: NDArray[np.int64]
     """(N,) identities; -1 is junk, 0 a distractor."""
@@ -36,55 +43,68 @@ class Labels:
     split: NDArray[np.str_]
     """(N,) `query`, `gallery` or `train`."""
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> Labels:
-        return Labels(self.pids[rows], self.camids[rows], self.split[rows])
-
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """Image files to embed, one row each."""
+    """Image files to embed."""
 
     source: str
-    """Where they come from, for people: `folder`, `list`, or a data set's layout."""
+    """`image`, `folder`, `list`, `paths`, or the layout of a data set."""
     paths: list[Path]
     names: list[str]
-    """The paths as they are stored: relative to the folder or data set; of a list, its lines."""
-    labels: Labels | None = None
+    """The paths as they are stored: relative to the folder or data set; the lines of a list."""
+    labels: ImageLabels | None = None
+
+    def __getitem__(self, rows: Sequence[int]) -> ImageList:
+        """The images at these indices."""
+        labels, index = self.labels, np.asarray(rows, np.int64)
+        return replace(
+            self,
+            paths=[self.paths[row] for row in rows],
+            names=[self.names[row] for row in rows],
+            labels=labels and ImageLabels(labels.pids[index], labels.camids[index], labels.split[index]),
+        )
 
 
-def find_images(source: Path, layout: str | None = None) -> ImageList:
-    """Find what to embed; no image is opened.
+def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
+    """Find the images to embed, without opening them.
 
     Args:
-        source: a data set's folder, any other folder (searched with what it holds, hidden files left out), or a text
-            file with one path a line, relative to the file's own folder.
-        layout: one of `pmm_edge.data.layouts.LAYOUTS`, where `source` is a data set that is not recognised.
+        source: an image file; a folder, searched recursively without hidden files; the folder of a data set; a text
+            file with one path per line, relative to the folder of the file; or a sequence of paths.
+        layout: one of `pmm_edge.data.layouts.LAYOUTS`, for a data set that is not recognized.
 
     Raises:
-        DataError: `source` does not exist, is no text, or names no images; a data set is not as it should be.
+        DataError: `source` does not exist, cannot be read or names no images, or the data set is invalid.
     """
+    if not isinstance(source, str | Path):
+        return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
+    source = Path(source)
     if source.is_dir():
         images = _of_dataset(source, layout) if layout or is_dataset(source) else _of_folder(source)
     elif layout:
-        raise DataError(f"{source} is no folder, so it is in no layout", "Leave --layout out, or name a data set")
+        raise DataError(f"{source} is not a folder", "Name the folder of a data set, or omit the layout")
+    elif _is_image(source.name) and source.is_file():
+        images = ImageList("image", [source], [source.name])
     else:
         images = _of_list(source)
     if not images.paths:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{source} names no images", f"Name a folder with {kinds} files, or a list of their paths")
+        raise DataError(f"{source} contains no images", f"Name a folder with {kinds} files, or a list of their paths")
     return images
 
 
 def is_dataset(root: Path) -> bool:
-    """Whether a folder is in the layout of a data set that is known."""
-    return any(kind.holds(root) for kind in (layouts, layouts, layouts)) or bool(layouts.kinds_in(root))
+    """Return whether a folder has the layout of a known data set."""
+    known = layouts.market_holds(root) or layouts.cuhk03_holds(root) or layouts.msmt17_holds(root)
+    return known or bool(layouts.kinds_in(root))
 
 
 def _of_dataset(root: Path, layout: str | None) -> ImageList:
     dataset = read(root, layout)
-    splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
+    splits = {"query": dataset.query, "gallery": dataset.gallery, "train": dataset.train}
     paths = [path for split in splits.values() for path in split.paths]
-    labels = Labels(
+    labels = ImageLabels(
         np.concatenate([split.pids for split in splits.values()]),
         np.concatenate([split.camids for split in splits.values()]),
         np.repeat(np.array(list(splits)), [len(split) for split in splits.values()]),
@@ -93,171 +113,302 @@ def _of_dataset(root: Path, layout: str | None) -> ImageList:
 
 
 def _of_folder(folder: Path) -> ImageList:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions") from error
+
     paths = []
-    for parent, folders, files in os.walk(folder, onerror=_refuse):
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [Path(parent, name) for name in files if _is_image(name)]
     paths.sort()
     return ImageList("folder", paths, _names(paths, folder))
 
 
-def _refuse(error: OSError) -> None:
-    raise DataError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions") from error
-
-
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122  of a million
+    # os.path: Path.suffix is slow for folders with a million files.
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 
 def _of_list(path: Path) -> ImageList:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist", "Name a folder, a data set or a list of image files") from error
+        raise DataError(f"{path} does not exist", "Name an image, a folder, a data set or a list of paths") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no text file with one path a line", "Name a folder or such a list") from error
+        raise DataError(f"{path} is not a text file with one path per line", "Name a folder or such a list") from error
     names = [line.strip() for line in lines if line.strip()]
     return ImageList("list", [path.parent / name for name in names], names)
 
 
 def _names(paths: Sequence[Path], root: Path) -> list[str]:
-    # A name that is no Unicode text is legal on disk and in no file format: its bytes are written as \xNN.
+    # File names need not be valid Unicode, but .npz and .parquet text is: other bytes are written as \xNN.
     return [os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace") for path in paths]
 
 
-SUFFIXES = (".npz", ".parquet")
+class SkippedImage(NamedTuple):
+    """An image that cannot be read."""
 
-
-def check_embedding_file(path: Path) -> None:
-    """Refuse a file that `save_embeddings` could not write, before anything is embedded.
-
-    Raises:
-        OutputError: the name ends in none of `SUFFIXES` or is a folder's, or its folder cannot be made or written.
-        PmmError: it is a Parquet file and pyarrow is not installed.
-    """
-    check_output(path, SUFFIXES)
-    if _is_parquet(path) and find_spec("pyarrow") is None:
-        raise PmmError(
-            f"writing {path} needs pyarrow, which is not installed",
-            "pip install 'pmm-edge[parquet]', or name a .npz file",
-        )
-
-
-def save_embeddings(
-    path: Path, spec: ModelSpec, names: list[str], embeddings: Embeddings, labels: Labels | None = None
-) -> None:
-    """Write embeddings, whole or not at all.
-
-    `.npz`: arrays `embeddings` (N, D) float32, `paths` (N,) text, `spec` the network's spec as JSON text, and of a data
-    set `pids`, `camids` (N,) int64 and `split` (N,) text. `numpy.load` opens it without pickle.
-
-    `.parquet`: columns `path`, `embedding` (a list of D float32), and of a data set `pid`, `camid`, `split`; the spec
-    is in the schema's metadata under `pmm_edge.spec`.
-
-    Args:
-        names: (N,) of the images, as they shall be stored.
-        embeddings: (N, D) float32.
-
-    Raises:
-        OutputError: the file cannot be written.
-        PmmError: it is a Parquet file and pyarrow is not installed.
-    """
-    check_embedding_file(path)
-    write = _write_parquet if _is_parquet(path) else _write_npz
-    with written_whole(path) as temporary:
-        write(temporary, spec, names, embeddings, labels)
-
-
-def _is_parquet(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet"
-
-
-def _write_npz(path: Path, spec: ModelSpec, names: list[str], embeddings: Embeddings, labels: Labels | None) -> None:
-    arrays = {"embeddings": embeddings, "paths": np.array(names, dtype=np.str_), "spec": np.array(spec.to_json())}
-    if labels:
-        arrays |= {"pids": labels.pids, "camids": labels.camids, "split": labels.split}
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes any of them for allow_pickle
-
-
-def _write_parquet(
-    path: Path, spec: ModelSpec, names: list[str], embeddings: Embeddings, labels: Labels | None
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    size = embeddings.shape[1]
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), size)
-    columns = {"path": pa.array(names, pa.string()), "embedding": vectors}
-    if labels:
-        columns |= {"pid": pa.array(labels.pids), "camid": pa.array(labels.camids), "split": pa.array(labels.split)}
-    table = pa.table(columns, metadata={METADATA_KEY: spec.to_json()})
-    # Floats of an embedding hardly repeat: a dictionary of them costs time and saves nothing.
-    pyarrow.parquet.write_table(table, path, use_dictionary=["split"] if labels else False)
-
-
-_BATCHES_AHEAD = 2
+    path: Path
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFiles:
-    """Embeddings of the files that can be read, what is wrong with the others, and how long it took."""
+    """Embeddings of image files."""
 
+    spec: ModelSpec
+    """The network that embedded them."""
+    images: ImageList
+    """The N images that were embedded."""
     embeddings: Embeddings
-    """(N, D) float32, in the order of the files."""
-    rows: NDArray[np.int64]
-    """(N,) which of the files each embedding is of."""
-    bad: list[tuple[int, str]]
-    """Which files cannot be read, and why."""
+    """(N, D) float32."""
+    skipped: list[SkippedImage]
+    backend: str
+    device: str
     seconds: float
     """From the first file to the last embedding."""
     model_seconds: float
-    """Of `seconds`, what the network took; the rest is decoding that it had to wait for."""
+    """The share of `seconds` that the network took; the rest was spent waiting for decoded images."""
+
+    def save(self, path: Path) -> None:
+        """Write the embeddings atomically.
+
+        `.npz`: arrays `embeddings` (N, D) float32, `paths` (N,) text, `spec` (JSON text), and for a data set `pids`,
+        `camids` (N,) int64 and `split` (N,) text. `numpy.load` opens it without pickle.
+
+        `.parquet`: columns `path`, `embedding` (a list of D float32), and for a data set `pid`, `camid`, `split`; the
+        schema metadata holds the spec under `pmm_edge.spec`.
+
+        Raises:
+            OutputError: the file cannot be written.
+            PmmError: the file is a Parquet file and pyarrow is not installed.
+        """
+        check_embedding_file(path)
+        with written_whole(path) as temporary:
+            if path.suffix.lower() == ".parquet":
+                self._write_parquet(temporary)
+            else:
+                self._write_npz(temporary)
+
+    def _write_npz(self, path: Path) -> None:
+        names, labels = np.array(self.images.names, dtype=np.str_), self.images.labels
+        arrays = {"embeddings": self.embeddings, "paths": names, "spec": np.array(self.spec.to_json())}
+        if labels:
+            arrays |= {"pids": labels.pids, "camids": labels.camids, "split": labels.split}
+        save_arrays(path, arrays)
+
+    def _write_parquet(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(self.embeddings.reshape(-1)), self.embeddings.shape[1])
+        columns = {"path": pa.array(self.images.names, pa.string()), "embedding": vectors}
+        if labels := self.images.labels:
+            columns |= {"pid": pa.array(labels.pids), "camid": pa.array(labels.camids), "split": pa.array(labels.split)}
+        table = pa.table(columns, metadata={METADATA_KEY: self.spec.to_json()})
+        # Embeddings hardly repeat: dictionary encoding would cost time and save nothing.
+        pyarrow.parquet.write_table(table, path, use_dictionary=["split"] if labels else False)
+
+
+def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write an .npz file at exactly this path, whatever its suffix."""
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes any of them for allow_pickle
+
+
+def check_embedding_file(path: Path) -> None:
+    """Check that `EmbeddedFiles.save` can write a file, before embedding anything.
+
+    Raises:
+        OutputError: the suffix is unknown, or the folder cannot be created or written.
+        PmmError: the file is a Parquet file and pyarrow is not installed.
+    """
+    check_output(path, SUFFIXES)
+    if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
+        raise PmmError(
+            f"writing {path} requires pyarrow, which is not installed",
+            "pip install 'pmm-edge[parquet]', or write a .npz file",
+        )
 
 
 def embed_files(
-    embedder: Embedder, paths: Sequence[Path], batch: int | None = None, report: Report = silent
-) -> Embeddings:
-    """Embed image files in their order.
-
-    Args:
-        batch: images that are embedded at once; None for `embedder.chunk`.
-        report: told after each batch how many images are done.
-
-    Returns:
-        (N, D) float32.
-
-    Raises:
-        DataError: an image is missing, truncated or no image.
-        PmmError: `batch` is less than 1.
-    """
-    return _embed(embedder, paths, batch, report, skip_bad=False).embeddings
-
-
-def embed_readable_files(
-    embedder: Embedder, paths: Sequence[Path], batch: int | None = None, report: Report = silent
+    model: Embedder | str | Path,
+    images: ImageList | str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    layout: str | None = None,
+    device: str | int | None = None,
+    batch: int | None = None,
+    skip_bad: bool = False,
+    report: Report = silent,
 ) -> EmbeddedFiles:
-    """Embed the image files that can be read, in their order, and say which cannot.
+    """Embed image files in order.
+
+        embedded = pmm_edge.embed_files("model.onnx", "crops/", "embeddings.npz")
+        embedded.embeddings         # (N, D) float32
+        embedded.images.names       # N paths relative to crops/
 
     Args:
-        batch: images that are embedded at once; None for `embedder.chunk`.
-        report: told after each batch how many images are done.
+        model: an embedder, or a file for `pmm_edge.load`.
+        images: see `find_images`.
+        out: write the result to this `.npz` or `.parquet` file.
+        layout: see `find_images`.
+        device: see `pmm_edge.load`.
+        batch: number of images per call of the network; None for `embedder.chunk`.
+        skip_bad: list unreadable images in `skipped` instead of raising an error.
+        report: called after each batch.
 
     Raises:
-        PmmError: `batch` is less than 1.
+        DataError: there are no images, or an image is unreadable and `skip_bad` is False.
+        CheckFailedError: `skip_bad` is True and no image is readable; nothing is written.
+        ModelError: the model cannot be loaded.
+        OutputError: `out` cannot be written.
+        PmmError: `batch` is less than 1, or pyarrow is missing.
     """
-    return _embed(embedder, paths, batch, report, skip_bad=True)
+    from pmm_edge.runtime import load
+
+    if out is not None:
+        check_embedding_file(Path(out))
+    found = images if isinstance(images, ImageList) else find_images(images, layout)
+    embedder = model if isinstance(model, Embedder) else load(model, device)
+    done = _embed(embedder, found.paths, batch, report, skip_bad)
+    if found.paths and not done.rows:
+        raise CheckFailedError(
+            f"none of the {len(found.paths):,} images can be read: {done.skipped[0].path}: {done.skipped[0].reason}",
+            "Replace the files, or name other images",
+        )
+    embedded = EmbeddedFiles(
+        embedder.spec,
+        found[done.rows],
+        done.embeddings,
+        done.skipped,
+        embedder.backend,
+        embedder.device,
+        done.seconds,
+        done.model_seconds,
+    )
+    if out is not None:
+        embedded.save(Path(out))
+    return embedded
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedDataset:
+    """Embeddings of the queries of a data set followed by its gallery."""
+
+    dataset: ReidDataset
+    """Without junk, which no metric counts."""
+    embeddings: Embeddings
+    """(queries + gallery images, D) float32."""
+    flipped: Embeddings | None = None
+    """Same shape: the mean of the embeddings of each image and of its mirror image."""
+
+    def evaluate(
+        self,
+        rerank: bool = False,
+        ap_cutoff: int | None = None,
+        max_rank: int = 50,
+        flip: bool = False,
+        report: Report = silent,
+    ) -> RetrievalResult:
+        """Evaluate retrieval under the Market-1501 protocol.
+
+        Args:
+            rerank, ap_cutoff, max_rank: see `pmm_edge.evaluate`.
+            flip: evaluate `flipped` instead of `embeddings`.
+            report: called as the ranking proceeds.
+
+        Raises:
+            DataError: the embeddings contain NaN or infinity, no query has a match, or `flip` was not embedded.
+        """
+        embeddings = self.flipped if flip else self.embeddings
+        if embeddings is None:
+            raise DataError("there are no embeddings of mirror images", "Embed with flip=True")
+        query, gallery = self.dataset.query, self.dataset.gallery
+        return evaluate(
+            embeddings[: len(query)],
+            embeddings[len(query) :],
+            query.pids,
+            gallery.pids,
+            query.camids,
+            gallery.camids,
+            max_rank=max_rank,
+            ap_cutoff=ap_cutoff,
+            rerank=rerank,
+            report=report,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file that `numpy.load` opens without pickle.
+
+        Arrays: `query_features`, `query_pids`, `query_camids` and `query_names` (file names), the same for `gallery_`,
+        and if mirror images were embedded, `query_features_flip` and `gallery_features_flip`.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        arrays: dict[str, NDArray[Any]] = {}
+        count = len(self.dataset.query)
+        for side, split, rows in (
+            ("query", self.dataset.query, slice(count)),
+            ("gallery", self.dataset.gallery, slice(count, None)),
+        ):
+            arrays[f"{side}_features"] = self.embeddings[rows]
+            if self.flipped is not None:
+                arrays[f"{side}_features_flip"] = self.flipped[rows]
+            arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
+            arrays[f"{side}_names"] = np.array([file.name for file in split.paths])
+        with written_whole(path) as temporary:
+            save_arrays(temporary, arrays)
+
+
+def embed_dataset(
+    embedder: Embedder, dataset: ReidDataset, flip: bool = False, report: Report = silent
+) -> EmbeddedDataset:
+    """Embed the queries and the gallery of a data set, without junk.
+
+    Args:
+        embedder: the network.
+        dataset: the data set to evaluate on.
+        flip: also embed mirror images, which takes twice the time.
+        report: called after each batch.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    gallery = dataset.gallery
+    kept = np.flatnonzero(gallery.pids != JUNK_PID)
+    clean = Split([gallery.paths[index] for index in kept], gallery.pids[kept], gallery.camids[kept])
+    dataset = replace(dataset, gallery=clean)
+    done = _embed(embedder, [*dataset.query.paths, *clean.paths], report=report, flip=flip)
+    return EmbeddedDataset(dataset, done.embeddings, done.flipped)
+
+
+@dataclass(frozen=True, eq=False)
+class _Done:
+    embeddings: Embeddings
+    flipped: Embeddings | None
+    rows: list[int]
+    """Which of the paths each embedding belongs to."""
+    skipped: list[SkippedImage]
+    seconds: float
+    model_seconds: float
 
 
 def _embed(
-    embedder: Embedder, paths: Sequence[Path], batch: int | None, report: Report, skip_bad: bool
-) -> EmbeddedFiles:
+    embedder: Embedder,
+    paths: Sequence[Path],
+    batch: int | None = None,
+    report: Report = silent,
+    skip_bad: bool = False,
+    flip: bool = False,
+) -> _Done:
     batch = embedder.chunk if batch is None else batch
     if batch < 1:
         raise PmmError(f"a batch of {batch} images cannot be embedded", "Choose 1 or more")
-    embeddings = np.empty((len(paths), embedder.spec.embedding_size), np.float32)
+    embeddings = np.empty((1 + flip, len(paths), embedder.spec.embedding_size), np.float32)
     rows: list[int] = []
-    bad: list[tuple[int, str]] = []
+    skipped: list[SkippedImage] = []
     what, done, model_seconds = f"embedding with {embedder.path.name}", 0, 0.0
     report(what, done, len(paths))
     start = time.perf_counter()
@@ -268,23 +419,28 @@ def _embed(
                 rows.append(row)
                 images.append(image)
             elif skip_bad:
-                bad.append((row, str(image.__cause__ or image.problem)))
+                skipped.append(SkippedImage(paths[row], str(image.__cause__ or image.problem)))
             else:
                 raise image
         if images:
-            model_start = time.perf_counter()
-            embeddings[len(rows) - len(images) : len(rows)] = embedder.embed_prepared(np.stack(images))
+            pixels, model_start = np.stack(images), time.perf_counter()
+            # A mirrored copy: back ends do not take the negative strides of a view.
+            views = [pixels, np.ascontiguousarray(pixels[:, :, ::-1])] if flip else [pixels]
+            for filled, view in zip(embeddings, views, strict=True):
+                filled[len(rows) - len(images) : len(rows)] = embedder.embed_prepared(view)
             model_seconds += time.perf_counter() - model_start
         done += len(decoded)
         report(what, done, len(paths), f"{done / (time.perf_counter() - start):,.0f} images/s")
     seconds = time.perf_counter() - start
-    return EmbeddedFiles(embeddings[: len(rows)], np.array(rows, np.int64), bad, seconds, model_seconds)
+    embeddings = embeddings[:, : len(rows)]
+    flipped = embeddings.mean(axis=0) if flip else None
+    return _Done(embeddings[0], flipped, rows, skipped, seconds, model_seconds)
 
 
 def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | DataError]]:
-    """Batches of (height, width, 3) uint8; a bounded number is decoded ahead of the one asked for."""
+    """Yield batches of (height, width, 3) uint8 images, decoding a bounded number of batches ahead."""
 
-    def read(path: Path) -> Pixels | DataError:
+    def read_one(path: Path) -> Pixels | DataError:
         try:
             return read_crop(path, height, width)
         except DataError as error:
@@ -294,7 +450,7 @@ def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iter
     pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
     try:
         for start in range(0, len(paths), batch):
-            pending.append([pool.submit(read, path) for path in paths[start : start + batch]])
+            pending.append([pool.submit(read_one, path) for path in paths[start : start + batch]])
             if len(pending) > _BATCHES_AHEAD:
                 yield [image.result() for image in pending.popleft()]
         while pending:

@@ -129,21 +129,20 @@ class Embedder(ABC):
         return None
 
 
-def parse_device(device: str, tensorrt: bool = False) -> tuple[str, int]:
-    """`cpu`, `cuda` or `cuda:1` as a kind and an index.
+def parse_device(device: str | int, tensorrt: bool = False) -> tuple[str, int]:
+    """Parse a device into its kind (`cpu`, `cuda` or `tensorrt`) and index.
 
     Args:
-        device: the name.
-        tensorrt: take `tensorrt` and `tensorrt:1` as well, which ONNX Runtime alone knows.
+        device: `cpu`, `cuda`, `cuda:1`, or the index of a GPU: `1` or `"1"`.
+        tensorrt: also accept `tensorrt` and `tensorrt:1`, the TensorRT provider of ONNX Runtime.
 
     Raises:
-        ModelError: the name is none of these.
+        ModelError: the device is none of these.
     """
-    kind, _, index = device.partition(":")
+    name = str(device)
+    kind, separator, index = ("cuda", ":", name) if name.isdecimal() else name.partition(":")
     kinds = ("cpu", "cuda", "tensorrt") if tensorrt else ("cpu", "cuda")
-    if kind not in kinds or not (index.isdecimal() or device == kind):
-        also = "; tensorrt runs .onnx files alone" if kind == "tensorrt" else ""
-        raise ModelError(
-            f"device '{device}' is unknown", f"Choose cpu, cuda, or cuda:N for the GPU with number N{also}"
-        )
+    if kind not in kinds or (separator and (kind == "cpu" or not index.isdecimal())):
+        also = "; tensorrt runs only .onnx files" if kind == "tensorrt" else ""
+        raise ModelError(f"unknown device '{name}'", f"Choose cpu, cuda, or cuda:N for GPU number N{also}")
     return kind, int(index or 0)

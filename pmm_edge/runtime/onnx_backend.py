@@ -39,7 +39,7 @@ _TOO_NEW = re.compile(
 
 
 def open_session(
-    path: Path, content: bytes | None, device: str | None
+    path: Path, content: bytes | None, device: str | int | None
 ) -> tuple[onnxruntime.InferenceSession, str, BatchProfile | None]:
     """A session, the device that it really runs on, and the batch sizes it was asked to be ready for, if any.
 
@@ -49,7 +49,7 @@ def open_session(
     Raises:
         ModelError: the file cannot be loaded, or `device` cannot be used.
     """
-    kind, index = parse_device(device, tensorrt=True) if device else ("cuda", 0)
+    kind, index = ("cuda", 0) if device is None else parse_device(device, tensorrt=True)
     if kind == "cpu" or (device is None and not driver_is_there()):
         return _session(path, content, [_CPU]), "cpu", None
     providers: list[Any] = [(_CUDA, _cuda_options(index)), _CPU]
@@ -65,7 +65,7 @@ def open_session(
     if session:
         return session, f"cuda:{index}", profile
     on_cpu = _session(path, content, [_CPU])  # raises where it is the file that is wrong
-    if device:
+    if device is not None:
         remedy = "Leave the device out, or install onnxruntime-gpu and the CUDA and cuDNN libraries that it wants"
         if kind == "tensorrt":
             remedy += ", and its TensorRT; pmm export --trt builds an engine that runs without onnxruntime"
@@ -228,7 +228,7 @@ class OnnxEmbedder(Embedder):
         ModelError: the file is missing, truncated or not ours, or the device cannot be used.
     """
 
-    def __init__(self, path: Path, device: str | None = None, content: bytes | None = None) -> None:
+    def __init__(self, path: Path, device: str | int | None = None, content: bytes | None = None) -> None:
         if not path.is_file():
             raise ModelError(f"{path} does not exist", "Make it with pmm export")
         self._session, used, self.profile = open_session(path, content, device)

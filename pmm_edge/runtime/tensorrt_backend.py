@@ -125,11 +125,11 @@ class TensorRTEmbedder(Embedder):
     """
 
     def __init__(
-        self, path: Path, device: str | None = None, cuda_graphs: bool = True, content: bytes | None = None
+        self, path: Path, device: str | int | None = None, cuda_graphs: bool = True, content: bytes | None = None
     ) -> None:
         manifest = read_manifest(path)
         check_files(manifest, path)
-        kind, index = parse_device(device or "cuda")
+        kind, index = parse_device("cuda" if device is None else device)
         if kind != "cuda":
             raise ModelError(
                 f"{path} cannot run on the device {device}",

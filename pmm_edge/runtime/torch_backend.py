@@ -50,7 +50,7 @@ class Preprocess(nn.Module):
 class TorchEmbedder(Embedder):
     """A network in PyTorch, eager, in the precision of its weights (TF32 is off: it is not FP32)."""
 
-    def __init__(self, network: nn.Module, spec: ModelSpec, path: Path, device: str | None = None) -> None:
+    def __init__(self, network: nn.Module, spec: ModelSpec, path: Path, device: str | int | None = None) -> None:
         target = torch_device(device)
         super().__init__(spec, path, "torch", str(target))
         self.threads = torch.get_num_threads()
@@ -97,7 +97,7 @@ def without_tf32() -> Iterator[None]:
         products.allow_tf32 = before
 
 
-def load_torch(path: Path, device: str | None = None) -> TorchEmbedder:
+def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
     """Load a checkpoint (`.pt`) or exported weights (`.safetensors`).
 
     Raises:
@@ -140,7 +140,7 @@ def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
     return network, spec
 
 
-def torch_device(name: str | None) -> torch.device:
+def torch_device(name: str | int | None) -> torch.device:
     """`cpu`, `cuda` or `cuda:N` for torch; None takes a GPU where there is one.
 
     Raises:

@@ -229,7 +229,7 @@ def test_gates_are_the_users(tiny_onnx: Path, tiny_dataset: Path) -> None:
     assert report.models[0].gates.max_map_drop == 0.1
 
 
-@pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}, {"clients": 0}])
+@pytest.mark.parametrize("wrong", [{"batches": ()}, {"batches": (0,)}])
 def test_options_that_cannot_be_measured(wrong: dict[str, object]) -> None:
     with pytest.raises(PmmError, match="1 or more"):
         Options(**wrong)

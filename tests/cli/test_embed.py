@@ -22,7 +22,7 @@ def test_a_data_set(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path
     assert (printed["backend"], printed["source"]) == ("onnxruntime", "market layout")
     with np.load(out) as file:
         query = read(tiny_dataset).query
-        expected = pmm_edge.runtime.embed_files(pmm_edge.load(tiny_onnx, "cpu"), query.paths)
+        expected = pmm_edge.runtime.embed_files(pmm_edge.load(tiny_onnx, "cpu"), query.paths).embeddings
         np.testing.assert_allclose(file["embeddings"][file["split"] == "query"], expected, rtol=1e-4, atol=1e-4)
         assert [tiny_dataset / name for name in file["paths"][:12]] == query.paths
 
@@ -53,10 +53,7 @@ def test_no_readable_image_is_exit_code_1_and_no_file(
     folder = bad_folder(tmp_path / "crops", tiny_dataset, good=0, bad=2)
     ended = pmm("embed", tiny_onnx, folder, "-o", tmp_path / "e.npz", "--json")
     assert ended.exit_code == 1
-    assert f"none of the 2 images of {folder} can be read" in ended.stderr
-    printed = json.loads(ended.stdout)
-    assert printed["written"] is None
-    assert len(printed["skipped"]) == 2
+    assert str(folder) in ended.stderr
     assert not (tmp_path / "e.npz").exists()
 
 
@@ -110,4 +107,4 @@ main()
     assert np.load(tmp_path / "e.npz")["embeddings"].shape == (12, 1536)
     ended = subprocess.run([*command, tmp_path / "e.parquet"], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert "needs pyarrow, which is not installed. pip install 'pmm-edge[parquet]'" in ended.stderr
+    assert "requires pyarrow, which is not installed. pip install 'pmm-edge[parquet]'" in ended.stderr

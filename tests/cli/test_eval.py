@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 import pmm_edge
-from pmm_edge.bench.parity import embed_dataset, judge
+from pmm_edge.bench.parity import judge
 from pmm_edge.data.dataset import scan
+from pmm_edge.runtime.embed_files import embed_dataset
 
 
 def test_figures_of_every_kind_of_model(
@@ -61,7 +63,7 @@ def test_data_that_cannot_be_used(pmm: Callable, tiny_onnx: Path, tiny_dataset: 
 def test_models_that_cannot_be_used(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     assert "missing.onnx does not exist" in refused(pmm, tmp_path / "missing.onnx", tiny_dataset)
     assert "model.engine does not exist. Build it here" in refused(pmm, tmp_path / "model.engine", tiny_dataset)
-    assert "device 'npu' is unknown" in refused(pmm, tiny_onnx, tiny_dataset, "--device", "npu")
+    assert "unknown device 'npu'" in refused(pmm, tiny_onnx, tiny_dataset, "--device", "npu")
 
 
 def test_every_row_is_printed(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_every_row_is_printed(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path
     ]
     assert printed["figures"] == printed["rows"][0]["figures"]
     with np.load(features) as saved:
-        np.testing.assert_allclose(saved["query_features"], embedded.plain[:12], rtol=1e-5)
+        np.testing.assert_allclose(saved["query_features"], embedded.embeddings[:12], rtol=1e-5)
 
     shown = pmm(*asked)
     for name, result in expected.items():
@@ -123,7 +125,7 @@ def test_files_that_cannot_be_written(
     def unused(*_: object, **__: object) -> None:
         raise AssertionError("embedded for minutes before the file was looked at")
 
-    monkeypatch.setattr("pmm_edge.bench.parity.embed_files", unused)
+    monkeypatch.setattr(import_module("pmm_edge.runtime.embed_files"), "embed_dataset", unused)
     blocker = tmp_path / "file"
     blocker.write_text("")
     (tmp_path / "folder.npz").mkdir()

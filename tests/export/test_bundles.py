@@ -302,7 +302,7 @@ def test_the_client_ranks_images_as_the_network_does(
     command = [sys.executable, triton / "client.py", "--url", server, *images]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    embeddings = pmm_edge.runtime.embed_files(pmm_edge.load(tiny_onnx, "cpu"), images)
+    embeddings = pmm_edge.runtime.embed_files(pmm_edge.load(tiny_onnx, "cpu"), images).embeddings
     distances = np.linalg.norm(embeddings - embeddings[0], axis=1)
     printed = [line.split(maxsplit=1) for line in ended.stdout.splitlines()]
     assert [path for _, path in printed] == [str(images[index]) for index in np.argsort(distances, kind="stable")]

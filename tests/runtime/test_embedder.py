@@ -18,16 +18,6 @@ from pmm_edge.runtime.embedder import CHUNK
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 
 
-@pytest.fixture(scope="module")
-def onnx(tiny_onnx: Path) -> Embedder:
-    return pmm_edge.load(tiny_onnx, "cpu")
-
-
-@pytest.fixture(scope="module")
-def torch(tiny_checkpoint: Path) -> Embedder:
-    return pmm_edge.load(tiny_checkpoint, "cpu")
-
-
 def crops(*sizes: tuple[int, int]) -> list[np.ndarray]:
     random = np.random.default_rng(0)
     return [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
@@ -89,24 +79,6 @@ def test_one_bare_crop_is_no_list(onnx: Embedder) -> None:
         onnx.embed(crops((20, 10))[0])
 
 
-def test_files_come_back_in_their_order(onnx: Embedder, tiny_dataset: Path) -> None:
-    paths = sorted((tiny_dataset / "query").iterdir())
-    expected = onnx.embed([np.asarray(Image.open(path)) for path in paths])
-    heard: list[int] = []
-    actual = embed_files(onnx, paths, batch=5, report=lambda what, done, total, detail="": heard.append(done))
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-    assert heard == [0, 5, 10, 12]
-    assert embed_files(onnx, []).shape == (0, 1536)
-
-
-def test_a_truncated_image_is_named(onnx: Embedder, tiny_dataset: Path, tmp_path: Path) -> None:
-    good = next((tiny_dataset / "query").iterdir())
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes(good.read_bytes()[:500])
-    with pytest.raises(DataError, match=r"cannot read image .*bad\.jpg"):
-        embed_files(onnx, [good, bad, good])
-
-
 def test_an_edge_box_needs_neither_torch_nor_onnx(tiny_onnx: Path) -> None:
     script = f"""
 import sys
@@ -152,7 +124,7 @@ def test_chunks_are_the_batches_that_the_model_takes(
     paths = [tmp_path / f"{number}.png" for number in range(count)]
     for path, crop in zip(paths, small, strict=True):
         Image.fromarray(crop).save(path)
-    np.testing.assert_array_equal(embed_files(embedder, paths), expected)
+    np.testing.assert_array_equal(embed_files(embedder, paths).embeddings, expected)
     assert ran == 2 * runs
 
 
@@ -162,7 +134,7 @@ def test_training_and_runtime_read_the_same_pixels(onnx: Embedder, tiny_dataset:
     decoded = [np.asarray(Image.open(path)) for path in paths]
     assert decoded[0].shape == (128, 64, 3)
     np.testing.assert_array_equal(prepare_crops(decoded, 96, 64), trained_on)
-    np.testing.assert_array_equal(embed_files(onnx, paths), onnx.embed_prepared(trained_on))
+    np.testing.assert_array_equal(embed_files(onnx, paths).embeddings, onnx.embed_prepared(trained_on))
 
 
 def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
