@@ -25,6 +25,7 @@ from pmm_edge.export import Fp16, Int8, export_onnx
 from pmm_edge.images import evenly, read_crops
 from pmm_edge.runs import BEST, about_run
 from pmm_edge.runtime import embed_files, load
+from pmm_edge.spec import describe_precision
 
 SMALL_SET = SyntheticConfig(train_identities=16, test_identities=8)
 
@@ -70,7 +71,7 @@ def main() -> None:
         print(machine("onnxruntime-gpu", "onnxruntime", "torch"))
         print(f"{title}, {'trained' if arguments.run else 'random weights'}, CPU")
         for name, item in exported.items():
-            print(f"{name:13}  {item.size / 1e6:6.1f} MB  {item.spec.precision_method}")
+            print(f"{name:13}  {item.size / 1e6:6.1f} MB  {describe_precision(item.spec)}")
 
         dataset = scan(data)
         paths = [*dataset.query.paths, *dataset.gallery.paths]

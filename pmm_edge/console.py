@@ -1,30 +1,35 @@
-"""How long-running work says how far it is, without knowing who shows it."""
+"""Terminal output: progress bars, tables, notes and JSON."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from pmm_edge.files import encode_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended."""
 
 
 class Report(Protocol):
-    """Called as work goes on: `done` of `total` units of `what`, with a `detail` worth showing beside them."""
+    """Receives progress: `done` of `total` units of `what`, and an optional `detail` to show with it."""
 
     def __call__(self, what: str, done: int, total: int, detail: str = "") -> None: ...
 
 
 def silent(what: str, done: int, total: int, detail: str = "") -> None:
-    """Show nothing."""
+    """Ignore progress."""
 
 
 def about(addition: str, report: Report) -> Report:
-    """Report the same work several times, each under a name of its own."""
+    """Append `addition` to the name of the work, so that repeated work gets a bar of its own."""
 
     def told(what: str, done: int, total: int, detail: str = "") -> None:
         report(f"{what}, {addition}", done, total, detail)
@@ -32,27 +37,34 @@ def about(addition: str, report: Report) -> Report:
     return told
 
 
-INTERRUPTED = 130
-"""The exit code that shells give for a program that Ctrl-C ended."""
-_PIPED_WIDTH = None if sys.stdout.isatty() else 160  # nothing is cut in a file or a log
+@cache
+def out() -> Console:
+    """Standard output, for results. Text is not wrapped in a file or a pipe, and `:x:` in a path is not an emoji."""
+    from rich.console import Console
 
-# `:x:` in a path is no emoji, in either.
-out = Console(highlight=False, emoji=False, width=_PIPED_WIDTH)
-"""Results: what a user may pipe into a file."""
-err = Console(stderr=True, highlight=False, emoji=False)
-"""Progress, notes and errors."""
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+
+
+@cache
+def err() -> Console:
+    """Standard error, for progress, notes and errors."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, emoji=False)
 
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Show one bar for each `what` that is reported: done, total, time left and the detail."""
+    """Show one progress bar for each `what` that is reported: done, total, time left and the detail."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        console=err,
+        console=err(),
     )
     tasks: dict[str, TaskID] = {}
 
@@ -66,31 +78,33 @@ def progress() -> Iterator[Report]:
 
 
 def note(text: str) -> None:
-    """Say something about the run, beside its results."""
-    err.print(text, soft_wrap=True)
+    """Print a note on standard error; rich markup applies, so escape file names."""
+    err().print(text, soft_wrap=True)
 
 
 def print_plain(text: str) -> None:
-    """Print what programs read, character by character: rich would wrap it, expand tabs and see markup in it."""
+    """Print text for programs unchanged: no wrapping, no markup."""
     sys.stdout.write(text)
 
 
-def print_json(data: Mapping[str, Any]) -> None:
-    """Print results for programs: one JSON object on standard output."""
-    print_plain(json.dumps(data, indent=2) + "\n")
+def print_json(data: object) -> None:
+    """Print a result for programs: one JSON document on standard output."""
+    print_plain(encode_json(data))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print results for people. The first column names the row; the others are right-aligned."""
-    out.print(title, style="bold", soft_wrap=True)  # the table's own title would break a path at the table's width
+    """Print a result for people. The first column names the row; the others are right-aligned."""
+    from rich.table import Table
+
+    out().print(title, style="bold", soft_wrap=True)  # rich would wrap a path in the table's own title
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    out().print(table)
 
 
 def percent(fraction: float) -> str:
-    """0.8523 as `85.2`, the way reID tables give Rank-1 and mAP."""
+    """Format 0.8523 as `85.2`, as reID tables print Rank-1 and mAP."""
     return f"{100 * fraction:.1f}"

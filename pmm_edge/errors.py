@@ -7,13 +7,13 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The beginning of a remedy, `Did you mean 'epochs'? `, where a known name is near; else nothing."""
+    """Start of a remedy, `Did you mean 'epochs'? `, or an empty string if no known name is similar."""
     near = get_close_matches(str(name), list(known), n=1)
     return f"Did you mean '{near[0]}'? " if near else ""
 
 
 class PmmError(Exception):
-    """Wrong use or bad input. `problem` names the file or value; `remedy` says what to do about it.
+    """Wrong use or bad input. `problem` names the file or value; `remedy` says what to do.
 
     The command line prints both in one line and exits with `exit_code`.
     """
@@ -27,22 +27,22 @@ class PmmError(Exception):
 
 
 class DataError(PmmError):
-    """A data set, an image or a list of them that cannot be used."""
+    """A data set, an image or an image list cannot be used."""
 
 
 class ModelError(PmmError):
-    """A checkpoint or an exported model that cannot be used."""
+    """A checkpoint or an exported model cannot be used."""
 
 
 class OutputError(PmmError):
-    """A place where results cannot be written."""
+    """Results cannot be written."""
 
 
 class PmmWarning(UserWarning):
-    """What is not as the user would expect, and does not stop the work. The command line prints it as one line."""
+    """Something unexpected that does not stop the work. The command line prints it in one line."""
 
 
 class CheckFailedError(PmmError):
-    """Everything ran, and the answer is no: a parity gate failed, an export departs from its source."""
+    """The work completed and a check failed: a parity gate, or an export that differs from its checkpoint."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Where files go, and how they get there whole: written beside, then renamed."""
+"""Files: typed JSON and TOML, atomic writes, hashes and cache folders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,12 +15,77 @@ from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
+from typing import TypeVar
 
-from pmm_edge.errors import OutputError
+import msgspec
+
+from pmm_edge.errors import DataError, OutputError, PmmError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+def decode_json(
+    kind: type[T],
+    text: str | bytes,
+    source: str,
+    error: type[PmmError] = DataError,
+    remedy: str = "Create the file again with this version of pmm-edge",
+) -> T:
+    """Decode untrusted JSON into `kind`, a dataclass or any other type that msgspec supports.
+
+    Types are strict, entries without a default are required, and unknown entries are ignored.
+
+    Args:
+        kind: what to build.
+        text: the JSON text.
+        source: the file or part of a file that it comes from, for messages.
+        error: the error type to raise.
+        remedy: what the user should do about it.
+
+    Raises:
+        PmmError: `error`, with the path of the wrong entry.
+    """
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as reason:
+        raise error(f"{source} is not valid: {reason}", remedy) from reason
+
+
+def encode_json(value: object, indent: int = 2) -> str:
+    """Encode dataclasses, lists, dictionaries, numbers and text as JSON; NaN and infinity become null.
+
+    With `indent` 0, the result is one line with sorted keys; otherwise it ends with a newline.
+    """
+    if indent == 0:
+        return msgspec.json.encode(value, order="sorted").decode()
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=_encode_path), indent=indent).decode() + "\n"
+
+
+def _encode_path(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def decode_toml(kind: type[T], text: str, source: str) -> T:
+    """Decode TOML into `kind` as `decode_json` does; an integer is accepted where a float is expected.
+
+    Raises:
+        PmmError: the text is not TOML, or an entry has the wrong type; the message names it.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(text), type=kind)
+    except (msgspec.MsgspecError, tomllib.TOMLDecodeError, RecursionError) as reason:
+        raise PmmError(f"{source} is not valid: {reason}", "Correct that entry") from reason
 
 
 def home_folder() -> Path | None:
-    """The user's home folder; None for a user without one, as containers run with a foreign number."""
+    """The user's home folder; None in containers that run under a user ID without one."""
     try:
         return Path.home()
     except RuntimeError:
@@ -27,22 +93,23 @@ def home_folder() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: `PMM_HOME`, else `pmm-edge` in the user's cache folder.
+    """The folder for files that can be created again: `PMM_HOME`, or `pmm-edge` in the user's cache folder.
 
     Raises:
-        OutputError: the folder is in the user's home folder, and there is none.
+        OutputError: the user has no home folder and `PMM_HOME` is not set.
     """
     chosen = os.environ.get("PMM_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/pmm-edge"
     try:
         return Path(chosen).expanduser()
     except RuntimeError as error:
         raise OutputError(
-            f"{chosen} is nowhere: this user has no home folder", "Set PMM_HOME to the whole path of a folder"
+            f"the cache folder {chosen} cannot be found: this user has no home folder",
+            "Set PMM_HOME to the absolute path of a folder",
         ) from error
 
 
 def with_tilde(text: str) -> str:
-    """Text to be shown to others: the user's home folder, which names them, is `~` wherever a path begins with it."""
+    """Replace the home folder at the start of paths with `~`, so that shared output does not name the user."""
     home = str(home_folder() or "")
     return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text) if len(home) > 1 else text
 
@@ -57,10 +124,10 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:
-    """Refuse, before work of many minutes, a file that could not be written after it.
+    """Check that a file can be written, before the work of minutes that fills it.
 
     Raises:
-        OutputError: the suffix is none of `suffixes`, or the folder cannot be made or written.
+        OutputError: the suffix is not one of `suffixes`, or the folder cannot be created or written.
     """
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}", "Name such a file")
@@ -68,10 +135,10 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Make a file beside `path`, and the folders that it takes, and remove them again.
+    """Check that `path` can be written by creating a temporary file in its folder.
 
     Raises:
-        OutputError: that cannot be done, or `path` is a folder.
+        OutputError: it cannot, or `path` is a folder.
     """
     made: list[Path] = []
     try:
@@ -87,20 +154,19 @@ def check_place(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}", "Choose a folder that is writable") from error
     finally:
         for folder in made:
-            with suppress(OSError):  # it was not made, or somebody uses it by now
+            with suppress(OSError):  # it was not created, or another process uses it
                 folder.rmdir()
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
+    """Write a file atomically: yield a temporary path in the same folder, and rename it to `path` at the end.
 
-    Every OSError of the block counts as one of `path`: only what writes and checks it belongs there.
-
-    Killed at any moment, the final name holds either the old file or the new one, never a part of it.
+    A process killed at any moment leaves the old file or the new one, never a part. Every OSError in the block is
+    reported as one of `path`, so the block should only write and check the file.
 
     Raises:
-        OutputError: the folder cannot be made or written, or the disk is full.
+        OutputError: the folder cannot be created or written, or the disk is full.
     """
     temporary = _beside(path)
     try:
@@ -112,15 +178,16 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        with suppress(OSError):  # gone after the rename; never there where the folder could not be made
+        with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
 
 
 def remove_unfinished(folder: Path, names: Sequence[str]) -> None:
-    """Remove the temporary files that a kill in `written_whole` left, for whoever alone writes these names.
+    """Remove temporary files that a killed `written_whole` left. The caller must be the only writer of these names.
 
     Args:
-        names: of the files that were meant, `*` standing for anything; temporary files of others are kept.
+        folder: where to look.
+        names: patterns of the final names; temporary files of other names are kept.
     """
     for path in folder.glob(".*.tmp"):
         meant = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", path.name)
@@ -129,10 +196,10 @@ def remove_unfinished(folder: Path, names: Sequence[str]) -> None:
 
 
 def check_new_folder(path: Path, remedy: str = "Name a folder that does not exist yet") -> None:
-    """Refuse, before work of many minutes, a folder that could not be written whole after it.
+    """Check that a folder can be created, before the work of minutes that fills it.
 
     Raises:
-        OutputError: `path` exists and is not empty, or a file stands where a folder above it should be.
+        OutputError: `path` exists and is not empty, or one of its parents is a file.
     """
     blocker = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if blocker:
@@ -143,7 +210,7 @@ def check_new_folder(path: Path, remedy: str = "Name a folder that does not exis
 
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
+    """Write a folder atomically: yield a temporary folder next to it, and rename that to `path` at the end.
 
     Raises:
         OutputError: `path` exists and is not empty, or cannot be written.
@@ -164,18 +231,18 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a folder that is gone after the block, for what only this program reads.
+    """Yield a temporary folder that is removed at the end.
 
-    Every OSError of the block counts as one of this folder: only what writes and reads there belongs in it.
+    Every OSError in the block is reported as one of this folder.
 
     Raises:
-        OutputError: it cannot be made or written, or the disk is full.
+        OutputError: the folder cannot be created or written, or the disk is full.
     """
     try:
         with TemporaryDirectory() as folder:
             yield Path(folder)
     except OSError as error:
-        place = f" in {tempfile.tempdir}" if tempfile.tempdir else ""  # nothing where no folder can be had
+        place = f" in {tempfile.tempdir}" if tempfile.tempdir else ""
         raise OutputError(
             f"cannot write temporary files{place}: {error.strerror or error}",
             "Set TMPDIR to a folder that is writable and has space left",
@@ -183,7 +250,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Crops in, network-size arrays out. The one resize that training and every runtime share."""
+"""Decode, resize and normalize person crops. Training and every runtime share this code."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from pmm_edge.machine import threads
 from pmm_edge.spec import InputSpec
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""What a file may hold, whatever its name says: Pillow reads formats that run other programs, such as EPS."""
+"""Image formats to decode, whatever the file name says. Pillow also reads formats that start other programs (EPS)."""
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
+Pixels = NDArray[np.uint8]
 
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")
-"""How Pillow opens a grey PNG of 16 bits; which of them is a matter of its version."""
+"""Pillow modes of a 16-bit gray PNG; which one depends on its version."""
 
 
 def resize_crop(crop: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """Resize to (height, width, 3) uint8 RGB with Pillow's antialiased bilinear filter. 16 bits become 8."""
+    """Resize to (height, width, 3) uint8 RGB with Pillow's antialiased bilinear filter; 16-bit images become 8-bit."""
     if crop.mode in _SIXTEEN_BITS:
-        # Pillow's own conversion cuts at 255: nearly all of such an image would be white.
+        # Pillow's own conversion clips at 255, which would make nearly the whole image white.
         crop = Image.fromarray(np.rint(np.asarray(crop).clip(0, 65535) / 257).astype(np.uint8))
     if crop.mode != "RGB":
         crop = crop.convert("RGB")
@@ -39,7 +40,7 @@ def read_crop(path: Path, height: int, width: int) -> NDArray[np.uint8]:
     """Decode an image file to (height, width, 3) uint8 RGB.
 
     Raises:
-        DataError: the file is missing, truncated or no image.
+        DataError: the file is missing, truncated or not an image.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -50,37 +51,35 @@ def read_crop(path: Path, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def read_crops(paths: Sequence[Path], height: int, width: int) -> NDArray[np.uint8]:
-    """Decode image files, at least one, to (N, height, width, 3) uint8 RGB, on threads.
+    """Decode one or more image files on several threads to (N, height, width, 3) uint8 RGB.
 
     Raises:
-        DataError: a file is missing, truncated or no image; of several such the first.
+        DataError: a file is missing, truncated or not an image; the first such file is named.
     """
     with ThreadPoolExecutor(min(threads(), len(paths)), thread_name_prefix="decode") as pool:
         return np.stack(list(pool.map(lambda path: read_crop(path, height, width), paths)))
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most so many of 0..count - 1, ascending and at even distances, so that they show different people."""
+    """At most `most` evenly spaced indices of range(count), ascending."""
     kept = min(count, most)
     return [number * count // kept for number in range(kept)]
 
 
-Pixels = NDArray[np.uint8]
-
-
 def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, first: int = 0) -> Pixels:
-    """Check crops and resize them to the network's size.
+    """Check crops and resize them to the input size of the network.
 
     Args:
         crops: (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array; at least one.
-        height, width: of the network's input in pixels.
-        first: number of the first crop, for messages.
+        height: input height in pixels.
+        width: input width in pixels.
+        first: index of the first crop, for messages.
 
     Returns:
         (N, height, width, 3) uint8 RGB.
 
     Raises:
-        DataError: a crop without pixels, grey, with an alpha channel, or of another type than uint8.
+        DataError: a crop is empty, gray, not uint8, or has an alpha channel.
     """
     for number, crop in enumerate(crops, start=first):
         _check_crop(crop, number)
@@ -90,10 +89,11 @@ def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, fir
 
 
 def network_input(images: Pixels, spec: InputSpec) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Bring crops of network size into the form that the network's input has.
+    """Convert crops of network size to the input form of the network.
 
     Args:
         images: (N, height, width, 3) uint8 RGB.
+        spec: the input of the network.
 
     Returns:
         (N, height, width, 3) uint8 for the form `uint8`, otherwise (N, 3, height, width) float32.
@@ -103,6 +103,11 @@ def network_input(images: Pixels, spec: InputSpec) -> NDArray[np.uint8] | NDArra
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
     if spec.form == "raw":
         return planes
+    return normalize(planes, spec)
+
+
+def normalize(planes: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float32]:
+    """(N, 3, H, W) float32 in 0..255, scaled to 0..1, minus `spec.mean`, divided by `spec.std`."""
     mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (spec.mean, spec.std))
     return (planes / np.float32(255) - mean) / std
 
@@ -110,19 +115,17 @@ def network_input(images: Pixels, spec: InputSpec) -> NDArray[np.uint8] | NDArra
 def _check_crop(crop: object, number: int) -> None:
     if not isinstance(crop, np.ndarray):
         raise DataError(
-            f"crop {number} is a {type(crop).__name__}, no array",
-            "Pass (height, width, 3) uint8 RGB arrays; files go through pmm_edge.runtime.embed_files",
+            f"crop {number} is a {type(crop).__name__}, not an array",
+            "Pass (height, width, 3) uint8 RGB arrays; use pmm_edge.embed_files for files",
         )
     shape = tuple(crop.shape)
     if crop.ndim == 2 or (crop.ndim == 3 and shape[2] == 1):
-        raise DataError(f"crop {number} is grey, of shape {shape}", "Repeat its channel three times")
+        raise DataError(f"crop {number} is gray, of shape {shape}", "Repeat its channel three times")
     if crop.ndim == 3 and shape[2] == 4:
         raise DataError(f"crop {number} has an alpha channel, shape {shape}", "Pass crop[:, :, :3]")
     if crop.ndim != 3 or shape[2] != 3:
         raise DataError(f"crop {number} has shape {shape}", "Pass a list of (height, width, 3) arrays")
     if 0 in shape:
-        raise DataError(f"crop {number} has no pixels, shape {shape}", "Leave out boxes that lie outside of the frame")
+        raise DataError(f"crop {number} has no pixels, shape {shape}", "Leave out boxes outside the frame")
     if crop.dtype != np.uint8:
-        raise DataError(
-            f"crop {number} holds {crop.dtype}", "Pass uint8 RGB values of 0 to 255; normalisation is done for you"
-        )
+        raise DataError(f"crop {number} holds {crop.dtype}", "Pass uint8 RGB values of 0 to 255; pmm-edge normalizes")

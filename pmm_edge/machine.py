@@ -1,4 +1,4 @@
-"""The processor and how it is set, read where the kernel shows it. `root` is that of the file system, for tests."""
+"""The processor and its settings, as the kernel shows them. `root` is the root of the file system, for tests."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ CPUFREQ = "sys/devices/system/cpu/cpu[0-9]*/cpufreq"
 
 
 def processor(root: Path = Path("/")) -> str:
-    """The model's name. `platform.processor()` is empty on most Linux systems, and many ARM kernels give no name."""
+    """Model name of the processor. (`platform.processor()` is empty on most Linux systems.)"""
     info = cpuinfo(root)
     return info.get("model name") or info.get("Model") or platform.machine()
 
 
 def cpuinfo(root: Path = Path("/")) -> dict[str, str]:
-    """The last value of each entry of /proc/cpuinfo: on ARM the board's name stands at its end."""
+    """The last value of each entry in /proc/cpuinfo; on Arm, the board's name is at its end."""
     pairs = (line.partition(":") for line in text_of(root / "proc/cpuinfo").splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs if value}
 
 
 def cores(root: Path = Path("/")) -> str:
-    """How many there are, and how many of them may be used: `8, 6 of them usable`."""
+    """Number of cores, and how many of them this process may use: `8, 6 of them usable`."""
     all_, usable = os.cpu_count() or 1, usable_cores(root)
     return str(all_) if usable == all_ else f"{all_}, {usable:g} of them usable"
 
 
 def usable_cores(root: Path = Path("/")) -> float:
-    """The cores that this process may use: its affinity, and the quota of its control group."""
+    """Number of cores that this process may use, by its affinity and control group."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min([float(affinity), *_quotas(root)])
 
 
 def threads(processes: int = 1) -> int:
-    """How many the usable cores have room for where so many processes run as many each; one at least."""
+    """Number of threads for each of `processes` processes that share the usable cores; at least 1."""
     return max(1, int(usable_cores() / processes))
 
 
 def governors(root: Path = Path("/")) -> set[str]:
-    """Of the cores' clocks; empty where the system does not tell."""
+    """Frequency governors of the cores; empty if the system does not report them."""
     return {text_of(file) for file in root.glob(f"{CPUFREQ}/scaling_governor")} - {""}
 
 
 def clocks_are_locked(root: Path = Path("/")) -> bool:
-    """Least and largest clock are set to the same on every core, as `jetson_clocks` does."""
+    """Whether the minimum and maximum clock are equal on every core, as `jetson_clocks` sets them."""
     pairs = [
         (text_of(folder / "scaling_min_freq"), text_of(folder / "scaling_max_freq")) for folder in root.glob(CPUFREQ)
     ]
@@ -52,12 +52,12 @@ def clocks_are_locked(root: Path = Path("/")) -> bool:
 
 
 def is_jetson(root: Path = Path("/")) -> bool:
-    """NVIDIA's Linux for Tegra, or its board."""
+    """Whether this is a Jetson board."""
     return (root / "etc/nv_tegra_release").is_file() or "Jetson" in text_of(root / "proc/device-tree/model")
 
 
 def _quotas(root: Path) -> list[float]:
-    """Cores that each control group above this process grants, of versions 2 and 1."""
+    """CPU quotas, in cores, of the control groups (version 1 or 2) that contain this process."""
     quotas = []
     for line in text_of(root / "proc/self/cgroup").splitlines():
         _, controllers, name = line.split(":", 2)
@@ -67,7 +67,7 @@ def _quotas(root: Path) -> list[float]:
             base = root / "sys/fs/cgroup" / controllers
         else:
             continue
-        # In a container the group's name is often that of the host, and what the container sees is the top.
+        # In a container the name is often that of the host, while the container sees its own group at the top.
         folder = base / name.strip("/")
         for group in {base, *(parent for parent in (folder, *folder.parents) if parent.is_relative_to(base))}:
             both = text_of(group / "cpu.max").split() or [
@@ -80,7 +80,7 @@ def _quotas(root: Path) -> list[float]:
 
 
 def text_of(path: Path) -> str:
-    """What a file of the kernel's says; nothing where it is not there or may not be read."""
+    """Contents of a kernel file, or an empty string if it is missing or unreadable."""
     try:
         return path.read_text(errors="replace").strip().strip("\0")
     except OSError:

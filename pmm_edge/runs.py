@@ -1,4 +1,4 @@
-"""Run folders: what one training made and what was exported from it, found again without naming it.
+"""Run folders: what one training wrote and what was exported from it, found again without naming it.
 
 runs/20261122-174200-quick/
 run.json  run.lock  config.toml  log.txt  metrics.jsonl  tensorboard/
@@ -9,13 +9,12 @@ bench.json
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pmm_edge.errors import DataError, ModelError, OutputError
-from pmm_edge.files import written_whole
+from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
+from pmm_edge.files import decode_json, encode_json, written_whole
 
 RUNS = Path("runs")
 CONFIG = "config.toml"
@@ -27,42 +26,38 @@ ABOUT = "run.json"
 
 @dataclass(frozen=True)
 class AboutRun:
-    """What later commands ask of a run."""
+    """Contents of `run.json`: what later commands need to know about a run."""
 
     name: str
     data: str
-    """The data set's folder, absolute."""
+    """Absolute path of the data set."""
     version: str
-    """Of pmm-edge."""
+    """Version of pmm-edge that started the run."""
     layout: str | None = None
-    """The layout that was named for the data set, where one was."""
-
-    def to_json(self) -> str:
-        """The text of `run.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+    """Layout of the data set if the user gave one."""
 
 
 def new_run_path(name: str) -> Path:
-    """Where a run goes that is not told where: `runs/<time>-<name>/`."""
+    """The default folder of a new run, `runs/<time>-<name>`."""
     return RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
 
 
 def new_run_folder(about: AboutRun, folder: Path) -> Path:
-    """Make a run's folder, or take one whose run never began.
+    """Create the folder of a run and its `run.json`, or reuse one whose run never started.
 
     Raises:
-        OutputError: it cannot be made, or is another run's.
+        OutputError: the folder cannot be created or belongs to another run.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if never_began(folder):
-            (folder / ABOUT).write_text(about.to_json(), encoding="utf-8")
+            (folder / ABOUT).write_text(encode_json(about), encoding="utf-8")
             return folder
         with (folder / ABOUT).open("x", encoding="utf-8") as file:
-            file.write(about.to_json())
+            file.write(encode_json(about))
     except FileExistsError as error:
         raise OutputError(
-            f"{folder} is taken by another run or file", "Go on with that run with --resume, or choose another --out"
+            f"{folder} already holds a run or a file", "Continue that run with --resume, or choose another --out"
         ) from error
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}", "Choose another folder with --out") from error
@@ -70,38 +65,55 @@ def new_run_folder(about: AboutRun, folder: Path) -> Path:
 
 
 def never_began(folder: Path) -> bool:
-    """Whether a run was killed between its first file and its second: it has no settings and learned nothing."""
+    """Whether a run was killed before it wrote its settings, so that nothing in it can be lost."""
     return (folder / ABOUT).is_file() and not (folder / CONFIG).exists() and not any(folder.glob("*.pt"))
 
 
 def write_about_run(folder: Path, about: AboutRun) -> None:
-    """Write anew what a run says of itself.
+    """Replace `run.json` atomically.
 
     Raises:
-        OutputError: the file cannot be written; the one before it is still there.
+        OutputError: the file cannot be written; the old one is kept.
     """
     with written_whole(folder / ABOUT) as temporary:
-        temporary.write_text(about.to_json(), encoding="utf-8")
+        temporary.write_text(encode_json(about), encoding="utf-8")
 
 
 def about_run(folder: Path) -> AboutRun | None:
-    """What a run says of itself; None where the folder is no run."""
+    """Read `run.json`; None if the folder is not a run."""
     try:
-        return AboutRun(**json.loads((folder / ABOUT).read_text()))
-    except (OSError, ValueError, TypeError):
+        return decode_json(AboutRun, (folder / ABOUT).read_bytes(), str(folder / ABOUT))
+    except (OSError, PmmError):
         return None
 
 
 def newest_run() -> Path:
-    """The run with the newest best checkpoint.
+    """The run whose best checkpoint is newest.
 
     Raises:
-        ModelError: there is none.
+        ModelError: no run has a best checkpoint.
     """
     found = sorted(RUNS.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ModelError(f"no run with a {BEST} in {RUNS.resolve()}", "Run pmm train first, or name a checkpoint")
     return found[-1].parent
+
+
+def resolve_checkpoint(path: Path | None) -> Path:
+    """The checkpoint that a user means: a file as given, `best.pt` of a run folder, or of the newest run for None.
+
+    Raises:
+        ModelError: there is no such file, run or checkpoint.
+    """
+    if path is None:
+        return newest_run() / BEST
+    if path.is_dir():
+        if not (path / BEST).is_file():
+            raise ModelError(f"{path} is a folder without {BEST}", "Name a run folder, a checkpoint or a model file")
+        return path / BEST
+    if not path.exists():
+        raise ModelError(f"{path} does not exist", "Name a run folder, a checkpoint or a model file")
+    return path
 
 
 def run_of(file: Path) -> Path | None:
@@ -110,20 +122,20 @@ def run_of(file: Path) -> Path | None:
 
 
 def data_of(model: Path, data: Path | None = None, layout: str | None = None) -> tuple[Path, str | None]:
-    """The data set to use with a model, and the layout to read it in where it was named: by default those of its run.
+    """The data set and layout to use with a model: those given, otherwise those of the model's run.
 
     Raises:
-        ModelError: no data set is named, and there is no such model.
-        DataError: no data set is named, and the model lies in no run.
+        ModelError: no data set is given and the model does not exist.
+        DataError: no data set is given and the model does not belong to a run.
     """
     run = run_of(model)
     about = about_run(run) if run else None
     if about is None:
         if data is None and not model.exists():
-            raise ModelError(f"{model} does not exist", "Name a checkpoint, or a file of pmm export")
+            raise ModelError(f"{model} does not exist", "Name a checkpoint or a model that pmm export wrote")
         if data is None:
-            raise DataError(f"{model} does not say which data set it belongs to", "Name one with --data")
+            raise DataError(f"{model} is not in a run folder, so its data set is unknown", "Name one with --data")
         return data, layout
     of_run = Path(about.data)
-    named_otherwise = data is not None and data.resolve() != of_run.resolve()
-    return data or of_run, layout or (None if named_otherwise else about.layout)
+    another = data is not None and data.resolve() != of_run.resolve()
+    return data or of_run, layout or (None if another else about.layout)

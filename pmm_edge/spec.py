@@ -1,59 +1,71 @@
-"""ModelSpec: all that a consumer of a network must know, carried by every artefact of it.
+"""ModelSpec: everything that a consumer of a network must know, carried by every artifact of it.
 
-It is written once, at training, and travels inside the checkpoint, in the ONNX file's metadata and beside
-every engine. The runtimes and the bench derive preprocessing from it, so nothing is ever typed twice.
+It is written once, at training. It travels inside the checkpoint, in the metadata of ONNX files and next to engines.
+Runtimes, the bench and the deployment bundles derive preprocessing from it, so that nothing is typed twice.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field, fields
-from importlib import import_module
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal
 
 from pmm_edge.errors import ModelError
+from pmm_edge.files import decode_json, encode_json
 
-SCHEMA = 1
 METADATA_KEY = "pmm_edge.spec"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FLOAT16_MAX = 65504.0
-"""What a network of precision fp16 can hold between its nodes."""
+"""The largest finite value of float16."""
 
 InputForm = Literal["uint8", "raw", "normalized"]
 Method = Literal["pmm", "bdb", "baseline"]
 Mix = Literal["a-hard-mix", "dropblock", "cutout", "cutmix", "a-cutmix", "none"]
+Precision = Literal["fp32", "fp16", "int8"]
+QuantizationTarget = Literal["tensorrt", "cpu"]
+CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network is fed.
+    """The input of a network.
 
     `form` is one of
-    - `uint8`: (N, height, width, 3) uint8; normalisation is inside the graph.
-    - `raw`: (N, 3, height, width) float32 in 0..255; normalisation is inside the graph.
-    - `normalized`: (N, 3, height, width) float32, already scaled to 0..1, less `mean`, over `std`.
+    - `uint8`: (N, height, width, 3) uint8; the graph normalizes.
+    - `raw`: (N, 3, height, width) float32 in 0..255; the graph normalizes.
+    - `normalized`: (N, 3, height, width) float32, scaled to 0..1, minus `mean`, divided by `std`.
+
+    Raises:
+        ValueError: a size, mean or std is out of range.
     """
 
     height: int
     width: int
     form: InputForm = "normalized"
-    color: str = "RGB"
+    color: Literal["RGB"] = "RGB"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    resize: str = "bilinear"
+    resize: Literal["bilinear"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.height <= 10_000 and 1 <= self.width <= 10_000):
+            raise ValueError(f"an input of {self.height}x{self.width} pixels is out of range")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"mean {self.mean} is not finite")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError(f"std {self.std} is not finite and positive")
 
     @property
-    def layout(self) -> str:
+    def layout(self) -> Literal["NHWC", "NCHW"]:
         return "NHWC" if self.form == "uint8" else "NCHW"
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["uint8", "float32"]:
         return "uint8" if self.form == "uint8" else "float32"
 
     def shape(self, batch: int) -> tuple[int, int, int, int]:
-        """The shape of a batch in this input's layout."""
+        """The shape of a batch in this layout."""
         if self.layout == "NHWC":
             return (batch, self.height, self.width, 3)
         return (batch, 3, self.height, self.width)
@@ -70,8 +82,28 @@ class RetrievalFigures:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How an INT8 graph was made."""
+
+    target: QuantizationTarget
+    """The engine whose Q/DQ layout the graph follows."""
+    method: CalibrationMethod
+    """How activation ranges were chosen."""
+    calibration_images: int
+    """Number of calibration images."""
+    calibration_data: str | None = None
+    """Name of the data set whose training images they are."""
+    float_layers: tuple[str, ...] = ()
+    """Layers that the sensitivity search kept in floating point."""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """The contract that travels with every artefact of a trained network."""
+    """The contract that travels with every artifact of a trained network.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
 
     architecture: Method
     backbone: str
@@ -81,111 +113,65 @@ class ModelSpec:
     stages: dict[str, tuple[int, int]]
     """The slice [start, stop) of the embedding that each stage fills."""
     mix_blocks: int | None = None
-    """K, the blocks that mixing replaces in training (paper section 2.2)."""
+    """K, the number of blocks that mixing replaces in training (paper section 2.2)."""
     block_size: tuple[int, int] = (3, 2)
-    """Height and width of a block on the map."""
+    """Height and width of a block on the feature map."""
     mix: Mix = "a-hard-mix"
-    """What stages II and III were trained on."""
-    distance: str = "euclidean"
+    """The mixing that stages II and III were trained with."""
+    distance: Literal["euclidean"] = "euclidean"
     dataset: str | None = None
+    """Name of the training data set."""
     retrieval: RetrievalFigures | None = None
     checkpoint_sha256: str | None = None
-    """Of the checkpoint an export was made from; None in the checkpoint itself."""
+    """SHA-256 of the checkpoint that an export was made from; None in the checkpoint itself."""
     normalized_output: bool = False
-    """Embeddings have length 1."""
-    precision: str = "fp32"
-    precision_method: str = "as trained"
-    target: Literal["tensorrt", "cpu"] | None = None
-    """What the graph was quantised for; None where it was not, or by a version that did not say."""
+    """Whether embeddings have unit L2 length."""
+    precision: Precision = "fp32"
+    quantization: Quantization | None = None
+    """How INT8 was reached; None for fp32 and fp16."""
+    gflops: float | None = None
+    """Billions of floating-point operations per image, a multiply-add counted as two; written at export."""
+    parameters: int | None = None
+    """Number of parameters of the inference graph; written at export."""
     tools: dict[str, str] = field(default_factory=dict)
-    schema: int = SCHEMA
+    """Versions of the packages that wrote it."""
+    schema: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        for name, value, largest in (
+            ("num_classes", self.num_classes, 10_000_000),
+            ("embedding_size", self.embedding_size, 1_000_000),
+            ("block height", self.block_size[0], 10_000),
+            ("block width", self.block_size[1], 10_000),
+        ):
+            if not 1 <= value <= largest:
+                raise ValueError(f"{name} {value} is out of range")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """One line of JSON with sorted keys."""
+        return encode_json(self, indent=0)
 
     @staticmethod
-    def from_json(text: str, source: str = "the model") -> ModelSpec:
+    def from_json(text: str | bytes, source: str = "the model") -> ModelSpec:
         """Read what `to_json` wrote.
 
         Args:
-            text: of the spec.
-            source: names the file that it comes from, for errors.
+            text: the JSON text.
+            source: the file that it comes from, for messages.
 
         Raises:
-            ModelError: the text is no spec, or one of another schema.
+            ModelError: the text is not a spec of this version.
         """
-        try:
-            raw: dict[str, Any] = json.loads(text)
-            if raw["schema"] != SCHEMA:
-                raise other_version(
-                    f"the spec of {source}", raw["schema"], SCHEMA, raw.get("tools", {}).get("pmm-edge")
-                )
-            raw["input"] = _build(InputSpec, raw["input"], mean=tuple, std=tuple)
-            raw["stages"] = {name: (int(start), int(stop)) for name, (start, stop) in raw["stages"].items()}
-            if raw.get("retrieval"):
-                raw["retrieval"] = _build(RetrievalFigures, raw["retrieval"])
-            spec: ModelSpec = _build(ModelSpec, raw, block_size=tuple)
-            _check_choices(spec)
-            _check_sizes(spec)
-            return spec
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ModelError(
-                f"the spec of {source} cannot be read ({type(error).__name__}: {error})",
-                "Export the model again with this version",
-            ) from error
+        return decode_json(
+            ModelSpec, text, f"the spec of {source}", ModelError, "Export the model again with this version of pmm-edge"
+        )
 
 
-def other_version(what: str, found: int, read: int, writer: str | None = None) -> ModelError:
-    """What to say of a file that another version of pmm-edge wrote.
-
-    Args:
-        what: names the part of the file that has this number.
-        found, read: the number in it, and the one that this version reads.
-        writer: the version that wrote it, where the file says so.
-    """
-    ours = import_module("pmm_edge").__version__  # by name: the package's public names are above this layer
-    newer = int(found) > read
-    by = f"pmm-edge {writer}" if writer else f"{'a newer' if newer else 'an older'} pmm-edge"
-    remedy = f"Install pmm-edge {writer} or later" if writer else "Install a later pmm-edge"
-    if not newer:
-        remedy = f"Train or export it again with this version, or install {by}"
-    return ModelError(
-        f"{what} has format {found}, written by {by}; pmm-edge {ours} reads {read} and nothing"
-        f" {'newer' if newer else 'older'}",
-        remedy,
-    )
-
-
-def _check_choices(spec: ModelSpec) -> None:
-    """Refuse what no version of this schema writes: another form of input would be fed as if it were normalised."""
-    for name, value, kind in (
-        ("input form", spec.input.form, InputForm),
-        ("architecture", spec.architecture, Method),
-        ("mix", spec.mix, Mix),
-    ):
-        if value not in get_args(kind):
-            raise ValueError(f"{name} {value!r} is none of {', '.join(get_args(kind))}")
-    for name, values in (("mean", spec.input.mean), ("std", spec.input.std)):
-        if len(values) != 3 or not all(math.isfinite(value) for value in values):
-            raise ValueError(f"{name} {values} is not three numbers")
-    if min(spec.input.std) <= 0:
-        raise ValueError(f"std {spec.input.std} is not above 0")
-
-
-def _check_sizes(spec: ModelSpec) -> None:
-    """Refuse numbers that no network has, before memory is asked for."""
-    size = spec.input
-    for number, largest in (
-        (spec.num_classes, 10_000_000),
-        (spec.embedding_size, 1_000_000),
-        *((side, 10_000) for side in (size.height, size.width, *spec.block_size)),
-    ):
-        if not 1 <= number <= largest:
-            raise ValueError(f"{number} is out of range")
-
-
-def _build(kind: type, raw: dict[str, Any], **convert: Any) -> Any:
-    unknown = raw.keys() - {f.name for f in fields(kind)}
-    if unknown:
-        raise ValueError(f"unknown entries {sorted(unknown)}")
-    return kind(**{name: convert[name](value) if name in convert else value for name, value in raw.items()})
+def describe_precision(spec: ModelSpec) -> str:
+    """How the precision was reached, for people: `int8 for tensorrt, entropy calibration on 512 images`."""
+    how = spec.quantization
+    if how is None:
+        return spec.precision
+    data = f" of {how.calibration_data}" if how.calibration_data else ""
+    text = f"{spec.precision} for {how.target}, {how.method} calibration on {how.calibration_images} images{data}"
+    return f"{text}; kept in floating point: {', '.join(how.float_layers)}" if how.float_layers else text

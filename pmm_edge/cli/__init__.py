@@ -97,7 +97,7 @@ def _end(error: Exception, text: str, exit_code: int) -> NoReturn:
     if "--debug" in sys.argv:
         raise error
     if _first_to_say(text):
-        err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+        err().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
     sys.exit(exit_code)
 
 

@@ -87,4 +87,4 @@ def _show(dataset: ReidDataset, analysis: Analysis, bad: list[BadImage] | None) 
 
 
 def _say(label: str, text: str) -> None:
-    out.print(f"{label} {escape(text)}", soft_wrap=True)
+    out().print(f"{label} {escape(text)}", soft_wrap=True)

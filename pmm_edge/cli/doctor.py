@@ -50,7 +50,7 @@ def doctor(
     diagnosis = examine()
     if as_json:
         print_json(diagnosis.to_json())
-    elif text or not out.is_terminal:
+    elif text or not out().is_terminal:
         print_plain(as_markdown(diagnosis) + "\n")
     else:
         _show(diagnosis)
@@ -70,7 +70,7 @@ def _show(diagnosis: Diagnosis) -> None:
             for item in diagnosis.commands
         ],
     )
-    out.print("[dim]for an issue: pmm doctor --text[/]")
+    out().print("[dim]for an issue: pmm doctor --text[/]")
 
 
 def _print(title: str, rows: Sequence[tuple[str, str, str, bool | None]]) -> None:
@@ -81,8 +81,8 @@ def _print(title: str, rows: Sequence[tuple[str, str, str, bool | None]]) -> Non
         colour = _COLOURS[good]
         cell = f"[{colour}]{escape(value)}[/]" + (f"\n[dim]{escape(remedy)}[/]" if remedy else "")
         table.add_row(escape(name), cell)
-    out.print(table)
-    out.print()
+    out().print(table)
+    out().print()
 
 
 def _require(diagnosis: Diagnosis, commands: Sequence[str]) -> None:

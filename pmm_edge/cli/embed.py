@@ -89,11 +89,11 @@ def _show(embedded: EmbeddedFiles, output: Path) -> None:
     skipped = f", {len(embedded.skipped):,} skipped" if embedded.skipped else ""
     figures = _figures(embedded)
     shape = f"{figures['rows']:,} × {figures['embedding_size']:,}"
-    out.print(f"{escape(str(output))}: {shape} float32 of {escape(embedded.images.source)}{skipped}", soft_wrap=True)
+    out().print(f"{escape(str(output))}: {shape} float32 of {escape(embedded.images.source)}{skipped}", soft_wrap=True)
     rate, share = figures["images_per_second"], figures["model_share"]
     engine = f"{embedded.backend} {embedded.device}"
     note(f"[dim]{rate:,.1f} images/s end to end in {engine}; the network took {share:.0%} of the time[/]")
 
 
 def _warn(text: str) -> None:
-    err.print(f"[red]skipped:[/] {escape(text)}", soft_wrap=True)
+    err().print(f"[red]skipped:[/] {escape(text)}", soft_wrap=True)

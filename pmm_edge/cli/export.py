@@ -16,6 +16,7 @@ from pmm_edge.errors import DataError, PmmError
 from pmm_edge.export.options import OPSET, Fp16, Graph, Int8, Precision
 from pmm_edge.runs import BEST, data_of, newest_run
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
+from pmm_edge.spec import describe_precision
 
 if TYPE_CHECKING:
     from pmm_edge.export import Exported
@@ -300,7 +301,7 @@ def _print_precision(item: Exported) -> None:
     for warning in item.warnings:
         note(f"[yellow]warning:[/] {escape(warning)}")
     if item.spec.precision != "fp32":
-        note(f"{escape(item.path.name)}: {escape(item.spec.precision_method)}")
+        note(f"{escape(item.path.name)}: {escape(describe_precision(item.spec))}")
     if item.layers:
         rows = [
             (

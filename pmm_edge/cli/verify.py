@@ -77,7 +77,7 @@ def _show(found: list[Verified]) -> None:
     print_table("what was certified", _COLUMNS, rows)
     for item in found:
         if item.certificate:
-            out.print(escape(_sentence(item.model, item.certificate)), soft_wrap=True)
+            out().print(escape(_sentence(item.model, item.certificate)), soft_wrap=True)
 
 
 def _row(certificate: Certificate) -> tuple[str, ...]:

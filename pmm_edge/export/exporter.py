@@ -32,7 +32,7 @@ from pmm_edge.runtime.embedder import Embedder
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.runtime.torch_backend import CLASSIFIER, TorchEmbedder
-from pmm_edge.spec import METADATA_KEY, InputForm, InputSpec, ModelSpec
+from pmm_edge.spec import METADATA_KEY, InputForm, InputSpec, ModelSpec, Quantization
 
 TOLERANCE = 1e-3
 """How far an export may depart, as a share of the largest embedding value: rounding stays a hundredfold below."""
@@ -444,7 +444,7 @@ def _spec_to_be(asked: Asked) -> ModelSpec:
     spec = load_checkpoint(asked.source).spec
     spec = replace(spec, input=replace(spec.input, form=asked.form or "uint8"))
     if isinstance(asked.precision, Int8):
-        return replace(spec, precision="int8", target=asked.precision.target)
+        return replace(spec, precision="int8", quantization=Quantization(asked.precision.target, "minmax", 0))
     return replace(spec, precision="fp16" if asked.precision else "fp32")
 
 

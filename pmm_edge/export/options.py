@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pmm_edge.errors import PmmError
+from pmm_edge.spec import CalibrationMethod, QuantizationTarget
 
 OPSET = 18
 """What torch's exporter writes by itself: for any other, its graph goes through a converter."""
 OPSETS = range(17, 21)
 
-KEPT_IN_FLOAT = "in float32: "
-"""In a spec's `precision_method`, stands before the layers that a sensitivity search kept, separated by commas."""
-
-Target = Literal["tensorrt", "cpu"]
-Method = Literal["minmax", "percentile", "entropy"]
+Target = QuantizationTarget
+Method = CalibrationMethod
 
 
 @dataclass(frozen=True)

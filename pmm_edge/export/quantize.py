@@ -22,7 +22,7 @@ from pmm_edge.data.dataset import ReidDataset, problems
 from pmm_edge.errors import CheckFailedError
 from pmm_edge.export.calibration import METHODS, Ranges, read_calibration, value_ranges
 from pmm_edge.export.graph import Parts, finished, layers_of, multiply_adds, parts_of, row_preprocessing
-from pmm_edge.export.options import KEPT_IN_FLOAT, Fp16, Int8, Precision, Target
+from pmm_edge.export.options import Fp16, Int8, Precision, Target
 from pmm_edge.files import temporary_folder
 from pmm_edge.images import Pixels
 from pmm_edge.retrieval import evaluate
@@ -30,7 +30,7 @@ from pmm_edge.retrieval.distances import cosines
 from pmm_edge.retrieval.metrics import JUNK_PID
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
-from pmm_edge.spec import FLOAT16_MAX, ModelSpec
+from pmm_edge.spec import FLOAT16_MAX, ModelSpec, Quantization
 
 
 def cast_to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
@@ -186,8 +186,6 @@ class Held:
     network: onnx.ModelProto
     layers: list[LayerLoss]
     """Those that lose most first; empty where all layers could be quantised."""
-    outcome: str
-    """For the spec."""
 
 
 def hold_map(
@@ -235,17 +233,12 @@ def hold_map(
         report("sensitivity", len(names), len(names))
         order = sorted(losses, key=lambda node: -losses[node])
         least = _least(holds, len(order) - 1)
-    network, drop = tried[least]
+    network, _ = tried[least]
     total = sum(costs.values())
     layers = [
         LayerLoss(names[node], losses[node], costs[node] / total, number < least) for number, node in enumerate(order)
     ]
-    kept = ", ".join(layer.layer for layer in layers if layer.in_float) or "none"
-    change = f"mAP {100 * base:.2f} to {100 * base - drop:.2f}, a drop of {max_drop:g} allowed"
-    if not layers:
-        change += ", which INT8 throughout holds: no search was needed"
-    outcome = f"{change}; {KEPT_IN_FLOAT}{kept}"
-    return Held(network, layers, outcome)
+    return Held(network, layers)
 
 
 def mean_average_precision(embedder: Embedder, dataset: ReidDataset, report: Report = silent) -> float:
@@ -327,9 +320,7 @@ def reduced(
     if made:
         parts = _parts(model, spec, precision)
         reached = made.spec
-        spec = replace(
-            spec, precision=reached.precision, precision_method=reached.precision_method, target=reached.target
-        )
+        spec = replace(spec, precision=reached.precision, quantization=reached.quantization)
         return replace(made, model=finished(parts.around_other(made.network), spec), spec=spec)
     if isinstance(precision, Fp16):
         return _fp16(model, spec, precision, judged_on, report)
@@ -339,7 +330,7 @@ def reduced(
 def _fp16(
     model: onnx.ModelProto, spec: ModelSpec, precision: Fp16, judged_on: ReidDataset | None, report: Report
 ) -> Reduced:
-    parts, checked, images = _parts(model, spec, precision), "values not checked on images", None
+    parts, images = _parts(model, spec, precision), None
     warnings = [
         f"nothing was checked on images, for there is no data set: a value above {FLOAT16_MAX:.0f} would become"
         " infinite in float16. Name a data set with --calibration"
@@ -349,11 +340,8 @@ def _fp16(
         calibration = read_calibration(precision.calibration, spec.input, precision.layout, judged_on)
         images, warnings = calibration.everything, calibration.warnings
         ranges = value_ranges(parts.network, images, spec.input, report=report)
-        largest = check_range(ranges, parts.network)
-        checked = (
-            f"largest value {largest:.4g} of {FLOAT16_MAX:.0f} on {len(images)} crops of {calibration.dataset.name}"
-        )
-    spec = replace(spec, precision="fp16", precision_method=f"weights and values cast to float16; {checked}")
+        check_range(ranges, parts.network)
+    spec = replace(spec, precision="fp16")
     return Reduced(finished(parts.around(network), spec), network, spec, images, [], warnings)
 
 
@@ -379,10 +367,6 @@ def _int8(
             lost = 0.0 if precision.method else loss(network)  # nothing is to be chosen
             tried.append((lost, method, ranges, network))
         _, method, ranges, network = min(tried, key=lambda candidate: candidate[0])
-        notes = [
-            f"Q/DQ for {target}",
-            f"{method} calibration on {len(calibration.crops)} crops of {calibration.dataset.name}",
-        ]
         if precision.max_map_drop is not None:
             held = hold_map(
                 names=layers_of(parts.network),
@@ -395,10 +379,9 @@ def _int8(
                 report=report,
             )
             network, layers = held.network, held.layers
-            notes.append(held.outcome)
-        judged = cosines(opened(network).embed(calibration.judging), opened(parts.network).embed(calibration.judging))
-        notes.append(f"mean cosine {judged.mean():.5f} on {len(judged)} crops that nothing was chosen on")
-    spec = replace(spec, precision="int8", precision_method="; ".join(notes), target=target)
+    kept = tuple(layer.layer for layer in layers if layer.in_float)
+    how = Quantization(target, method, len(calibration.crops), calibration.dataset.name, kept)
+    spec = replace(spec, precision="int8", quantization=how)
     finished_model = finished(parts.around(network), spec)
     return Reduced(finished_model, network, spec, calibration.judging, layers, calibration.warnings)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import CheckFailedError, ModelError, OutputError, PmmError
-from pmm_edge.export.options import KEPT_IN_FLOAT
 from pmm_edge.files import cache_folder, sha256, written_whole
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
@@ -358,7 +357,7 @@ def check_quantised_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
     Raises:
         ModelError: the graph is INT8 for CPUs.
     """
-    if spec.target == "cpu":
+    if spec.quantization and spec.quantization.target == "cpu":
         raise ModelError(
             f"{onnx_path} is INT8 for CPUs: its zero points are not 0, which TensorRT refuses",
             "Export it with --target tensorrt",
@@ -460,7 +459,5 @@ def _check_precision(spec: ModelSpec, found: PrecisionCount, out: Path) -> None:
 
 
 def _kept_in_float(spec: ModelSpec) -> int:
-    """How many layers of an INT8 graph its sensitivity search left as they were."""
-    _, _, told = spec.precision_method.partition(KEPT_IN_FLOAT)
-    names = told.partition(";")[0]
-    return 0 if names in ("", "none") else len(names.split(", "))
+    """Number of layers that the sensitivity search kept in floating point."""
+    return len(spec.quantization.float_layers) if spec.quantization else 0

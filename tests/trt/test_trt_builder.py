@@ -16,10 +16,10 @@ from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.files import sha256
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, read_manifest
-from pmm_edge.spec import METADATA_KEY, ModelSpec
+from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization
 
 
-def with_precision(onnx: Path, precision: str, **others: str) -> Path:
+def with_precision(onnx: Path, precision: str, **others: object) -> Path:
     """Have the file's spec say that its graph has another precision."""
     model = onnx_package.load(onnx)
     (metadata,) = model.metadata_props
@@ -113,11 +113,12 @@ def test_one_layer_in_the_precision_of_the_graph_is_not_enough(gpu: double.FakeG
 def test_layers_that_the_graph_keeps_in_float_are_not_missed(gpu: double.FakeGpu, onnx: Path) -> None:
     int8 = [{"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Int8", "Count": 9}}]
     gpu.layers = [*double.FP32_LAYERS * 3, *int8 * 2]
-    held = "Q/DQ for tensorrt; mAP 50.00 to 49.80, a drop of 0.5 allowed; in float32: "
-    with_precision(onnx, "int8", precision_method=held + "none; mean cosine 0.99")
+    with_precision(onnx, "int8", quantization=Quantization("tensorrt", "minmax", 512))
     with pytest.raises(CheckFailedError, match=r"but 2 of the engine's 5 products .* keeps 0 in float"):
         build_engine(onnx, onnx.with_suffix(".engine"))
-    with_precision(onnx, "int8", precision_method=held + "conv1, layer1.0.conv1; mean cosine 0.99")
+    with_precision(
+        onnx, "int8", quantization=Quantization("tensorrt", "minmax", 512, float_layers=("conv1", "layer1.0.conv1"))
+    )
     assert build_engine(onnx, onnx.with_suffix(".engine")).manifest.precision.products == {"FP32": 3, "INT8": 2}
 
 

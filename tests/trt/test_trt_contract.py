@@ -23,8 +23,7 @@ from bindings import (
 )
 
 USERS = (
-    *sorted((REPOSITORY / "pmm_edge/export/tensorrt").glob("*.py")),
-    REPOSITORY / "pmm_edge/runtime/tensorrt_library.py",
+    REPOSITORY / "pmm_edge/export/tensorrt.py",
     REPOSITORY / "pmm_edge/runtime/tensorrt_backend.py",
 )
 CUDA_USER = REPOSITORY / "pmm_edge/runtime/cuda.py"

@@ -83,8 +83,8 @@ def model_name(spec: ModelSpec, as_engine: bool) -> str:
     words = [spec.architecture, spec.backbone]
     if spec.precision != "fp32":
         words.append(spec.precision)
-    if spec.target == "cpu":
-        words.append(spec.target)
+    if spec.quantization and spec.quantization.target == "cpu":
+        words.append("cpu")
     return "_".join([*words, "trt"] if as_engine else words)
 
 
