@@ -24,5 +24,5 @@ def test_a_model_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.onnx does not exist"):
         data_of(tmp_path / "model.onnx")
     (tmp_path / "model.onnx").touch()
-    with pytest.raises(DataError, match=r"does not say which data set .* Name one with --data"):
+    with pytest.raises(DataError, match="--data"):
         data_of(tmp_path / "model.onnx")

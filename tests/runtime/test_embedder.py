@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pmm_edge
 from pmm_edge.data.loader import Crops
 from pmm_edge.errors import DataError
 from pmm_edge.export import Graph, export_onnx
