@@ -110,9 +110,7 @@ def prepare(
     return Trainee(
         network,
         forward,
-        torch.optim.Adam(
-            network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"
-        ),
+        torch.optim.Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         _average(network, config.ema),
         device,
