@@ -1,25 +1,41 @@
-"""A certificate as the bench would write it, without a bench."""
+"""A certificate as the bench writes it, without a bench."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 import pmm_edge
+from pmm_edge.bench.report import Change, Closeness, Gates, Latency, ModelReport, Parity, RetrievalChange
 from pmm_edge.files import sha256
-from pmm_edge.runtime.certificate import (
-    Certificate,
-    CertifiedChange,
-    CertifiedLatency,
-    CertifiedParity,
-    CertifiedRetrieval,
-    HeldGates,
-    certificate_path,
-)
+from pmm_edge.runtime.certificate import Certificate, certificate_path
 from pmm_edge.spec import RetrievalFigures
 
 
+def model_report(path: Path) -> ModelReport:
+    """The report of a model that passed."""
+    change = Change(-0.0004, -0.001, 0.0)
+    return ModelReport(
+        path=path.name,
+        sha256=sha256(path),
+        file_bytes=path.stat().st_size,
+        precision="fp32",
+        embedding_size=8,
+        backend="onnxruntime",
+        device="cpu",
+        gates=Gates(),
+        invariants=[],
+        parity=Parity(24, Closeness(0.99995, 1.0, 1.0, 1e-5, 1e-6, ""), {}, [1.0] * 101),
+        retrieval=RetrievalFigures(0.62, 0.462, 0.2, 0.4),
+        cmc=[],
+        retrieval_change=RetrievalChange(change, change, change, 12, []),
+        latency=[Latency(1, "model", False, 50, 7.94, 8.5, 9.0, 0.03, 126.6, 0.3, 0.29, 0.31)],
+        failures=[],
+    )
+
+
 def certify(model: Path, **changes: object) -> Certificate:
-    """Write a certificate of a model as it lies there."""
-    figures, change = RetrievalFigures(0.62, 0.462, 0.2, 0.4), CertifiedChange(-0.0004, -0.001, 0.0)
+    """Write a certificate of a model."""
     certificate = Certificate(
         model=model.name,
         sha256=sha256(model),
@@ -32,13 +48,8 @@ def certify(model: Path, **changes: object) -> Certificate:
         data="tiny",
         data_sha256="1" * 64,
         images=24,
-        gates=HeldGates(0.9999, 0.1, 0.0, 1.001),
-        parity=CertifiedParity(0.99995, 1.0, 1.0, 1e-5, 1e-6, 0.99999, 1.00001),
-        retrieval=CertifiedRetrieval(figures, figures, change, change, change, 12, 0),
-        latency=[CertifiedLatency(1, "model", False, 7.94, 8.5, 126.6)],
-        backend="onnxruntime",
-        device="cpu",
-        machine={"processor": "AMD EPYC"},
+        report=msgspec.to_builtins(model_report(model)),
+        environment={"processor": "AMD EPYC"},
         warnings=[],
         created="2026-11-22T20:00:00+00:00",
         pmm_edge="0.1.0",

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
+
 from pmm_edge import __version__
-from pmm_edge.bench.report import BenchReport, Change, Latency, ModelReport
+from pmm_edge.bench.report import BenchReport, ModelReport
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import data_sha256, read
 from pmm_edge.errors import ModelError, OutputError, PmmError
-from pmm_edge.files import sha256
+from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.runtime import load
-from pmm_edge.runtime.certificate import (
-    ENGINE,
-    Certificate,
-    CertifiedChange,
-    CertifiedLatency,
-    CertifiedParity,
-    CertifiedRetrieval,
-    HeldGates,
-    certificate_path,
-    check_certificate,
-)
+from pmm_edge.runtime.certificate import ENGINE, Certificate, certificate_path, check_certificate
 from pmm_edge.runtime.manifest import manifest_path, read_manifest
 from pmm_edge.spec import ModelSpec
 
@@ -114,29 +106,8 @@ def _certify(report: BenchReport, model: ModelReport) -> Certificate:
         data=_name(Path(report.data)),
         data_sha256=report.data_sha256,
         images=report.images,
-        gates=HeldGates(**asdict(model.gates)),
-        parity=CertifiedParity(
-            parity.whole.cosine_min,
-            parity.whole.cosine_p1,
-            parity.whole.cosine_mean,
-            parity.whole.largest_difference,
-            parity.whole.largest_relative,
-            parity.shortest,
-            parity.longest,
-        ),
-        retrieval=CertifiedRetrieval(
-            figures,
-            reference,
-            _change(change.rank1),
-            _change(change.mAP),
-            _change(change.mINP),
-            change.queries,
-            len(change.first_hits),
-        ),
-        latency=[_latency(row) for row in model.latency if math.isfinite(row.median_ms)],
-        backend=model.backend,
-        device=model.device,
-        machine={_printable(name): _printable(value) for name, value in report.environment.items()},
+        report=msgspec.to_builtins(_without_image_names(model)),
+        environment=dict(report.environment),
         warnings=[_printable(warning) for warning in report.warnings],
         created=report.created,
         pmm_edge=__version__,
@@ -151,12 +122,31 @@ def _facts(path: Path) -> tuple[ModelSpec, str | None, str | None]:
     return manifest.spec, sha256(manifest_path(path)), manifest.onnx_sha256
 
 
-def _change(change: Change) -> CertifiedChange:
-    return CertifiedChange(change.difference, change.low, change.high)
+def _without_image_names(model: ModelReport) -> ModelReport:
+    """Remove what only the maker of a certificate should see: folders, and names of images."""
+    assert model.parity is not None and model.retrieval_change is not None
+    parity = replace(
+        model.parity,
+        whole=replace(model.parity.whole, worst_image=""),
+        stages={name: replace(stage, worst_image="") for name, stage in model.parity.stages.items()},
+        stretched_image="",
+    )
+    return replace(
+        model,
+        path=_name(Path(model.path)),
+        parity=parity,
+        retrieval_change=replace(model.retrieval_change, first_hits=[]),
+        latency=[row for row in model.latency if math.isfinite(row.median_ms)],
+    )
 
 
-def _latency(row: Latency) -> CertifiedLatency:
-    return CertifiedLatency(row.batch, row.scope, row.cuda_graph, row.median_ms, row.p90_ms, row.images_per_second)
+def report_of(certificate: Certificate) -> ModelReport:
+    """Return the report in a certificate.
+
+    Raises:
+        ModelError: it is not a report of this version.
+    """
+    return decode_json(ModelReport, encode_json(certificate.report), f"the report on {certificate.model}", ModelError)
 
 
 def _name(path: Path) -> str:

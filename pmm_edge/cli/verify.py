@@ -81,24 +81,31 @@ def _show(found: list[Verified]) -> None:
 
 
 def _row(certificate: Certificate) -> tuple[str, ...]:
-    retrieval = certificate.retrieval
-    smallest = min(certificate.latency, key=lambda row: (row.scope != "model", row.batch), default=None)
+    from pmm_edge.bench.certification import report_of
+
+    report = report_of(certificate)
+    assert report.parity and report.retrieval and report.retrieval_change
+    smallest = min(report.latency, key=lambda row: (row.scope != "model", row.batch), default=None)
     return (
         certificate.created[:10],
-        f"{certificate.parity.cosine_min:.6f}",
-        f"{percent(retrieval.model.mAP)} {100 * retrieval.mAP.difference:+.2f}",
+        f"{report.parity.whole.cosine_min:.6f}",
+        f"{percent(report.retrieval.mAP)} {100 * report.retrieval_change.mAP.difference:+.2f}",
         f"{smallest.median_ms:.1f}, {smallest.batch}" if smallest else "–",
     )
 
 
 def _sentence(model: Path, certificate: Certificate) -> str:
-    machine = certificate.machine.get("processor", "an unnamed machine")
-    gates = certificate.gates
+    from pmm_edge.bench.certification import report_of
+
+    report = report_of(certificate)
+    assert report.retrieval_change
+    machine = certificate.environment.get("processor", "an unnamed machine")
+    gates = report.gates
     mean = f" (mean ≥ {gates.min_mean_cosine:g})" if gates.min_mean_cosine > 0 else ""
     return (
         f"{model.name}: {certificate.spec.precision} held cosine ≥ {gates.min_cosine:g}{mean}, lengths within"
         f" ×{gates.max_stretch:g} and mAP drop ≤ {gates.max_map_drop:g} points against {certificate.reference}\n"
-        f"  on {certificate.images:,} images, {certificate.retrieval.queries:,} queries of {certificate.data};"
-        f" {machine}, {certificate.backend} {certificate.device}, pmm-edge {certificate.pmm_edge}\n"
+        f"  on {certificate.images:,} images, {report.retrieval_change.queries:,} queries of {certificate.data};"
+        f" {machine}, {report.backend} {report.device}, pmm-edge {certificate.pmm_edge}\n"
         f"  digest {certificate.digest}"
     )

@@ -1,4 +1,4 @@
-"""From an ONNX file of ours to a TensorRT engine, whatever the graph's precision. Needs no torch."""
+"""Build TensorRT engines from ONNX files, in whatever precision the graph has. Does not need torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,271 +20,17 @@ from pmm_edge.errors import CheckFailedError, ModelError, OutputError, PmmError
 from pmm_edge.files import cache_folder, sha256, written_whole
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
-from pmm_edge.runtime.manifest import BuildSettings, EngineManifest, PrecisionCount, manifest_path, onnx_seen_from
+from pmm_edge.runtime.manifest import BuildSettings, EngineManifest, PrecisionCount, manifest_path, relative_onnx
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.runtime.tensorrt_backend import error_logger, import_tensorrt, last_error, load_engine, this_machine
 from pmm_edge.spec import ModelSpec
 
-__all__ = ["BuiltEngine", "build_engine"]
-
-
-_DIGEST = hashlib.sha256().digest_size
-
-
-def cache_file(tensorrt: str, gpu: str) -> Path | None:
-    """Where the timings of this TensorRT on this GPU are kept: they hold for no other. None without a cache folder."""
-    key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{tensorrt} {gpu}").strip("-")
-    try:
-        return cache_folder() / "tensorrt" / f"{key}.timing"
-    except OutputError:  # as of one that cannot be written: it costs time
-        return None
-
-
-def attach(config: Any, file: Path) -> None:
-    """Have a build use the kept timings and add to them; what cannot be used is as if it were not there."""
-    cache = config.create_timing_cache(_kept(file))
-    if cache is None or not config.set_timing_cache(cache, False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def keep(config: Any, file: Path) -> None:
-    """Write the timings of a build, whole. The engine is what counts: a folder that takes no cache is no error."""
-    timings = bytes(config.get_timing_cache().serialize())
-    with suppress(OutputError), written_whole(file) as temporary:
-        temporary.write_bytes(hashlib.sha256(timings).digest() + timings)
-
-
-def _kept(file: Path) -> bytes:
-    """Kept timings; nothing where there are none or the disk garbled them, which TensorRT need not notice."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return b""
-    digest, timings = content[:_DIGEST], content[_DIGEST:]
-    return timings if hashlib.sha256(timings).digest() == digest else b""
-
-
-UNKNOWN = "unknown"
-
-_NARROWEST_FIRST = ("FP4", "INT4", "FP8", "INT8", "FP16", "BF16", "FP32")
-_ALIASES = {"HALF": "FP16", "BFLOAT16": "BF16", "FLOAT": "FP32", "TF32": "FP32"}
-_TYPE = re.compile(rf"\b({'|'.join((*_NARROWEST_FIRST, *_ALIASES))})\b", re.IGNORECASE)
-
-_TACTICS = {"i8": "INT8", "int8": "INT8", "f16": "FP16", "h": "FP16", "bf16": "BF16", "tf32": "FP32", "f32": "FP32"}
-_TACTIC = re.compile(r"(?:^|_)(i8|int8|f16|bf16|tf32|f32|h(?=\d+gemm))", re.IGNORECASE)
-
-_MOVES = {"Reformat", "NoOp", "Shuffle", "Constant", "Identity", "Cast", "Quantize", "Dequantize", "Slice"}
-"""Kinds of layer that compute nothing."""
-_PRODUCT = re.compile(r"conv(?!ert)|gemm|matmul|matrixmultiply|fullyconnected", re.IGNORECASE)
-_GENERATED = "__myl_"
-"""Begins the names of kernels that TensorRT generates, which say what they compute; other names are the graph's."""
-
-Layer = Mapping[str, Any]
-
-
-def count_precision(trt: Any, engine: Any, shape: tuple[int, ...]) -> PrecisionCount:
-    """Ask an engine, at one shape of its input, how many of its layers run in which type."""
-    inspector = engine.create_engine_inspector()
-    context = engine.create_execution_context()
-    if context is not None and context.set_input_shape(INPUT, shape):
-        inspector.execution_context = context  # with a shape set, types of dynamic tensors are told
-    information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return count_layers(json.loads(information).get("Layers", []))
-
-
-def count_layers(layers: Iterable[Layer | str]) -> PrecisionCount:
-    """Count the inspector's layers by type."""
-    # A layer of an engine that tells no details is its name alone.
-    described: list[Layer] = [{"Name": layer} if isinstance(layer, str) else layer for layer in layers]
-    computing = [layer for layer in described if layer.get("LayerType") not in _MOVES]
-    return PrecisionCount(
-        layers=_counted(computing), products=_counted(layer for layer in computing if _is_product(layer))
-    )
-
-
-def layer_type(layer: Layer) -> str:
-    """The type that one layer of the inspector's runs in."""
-    weights = layer.get("Weights")
-    told = (
-        [weights.get("Type")] if isinstance(weights, Mapping) else [],
-        [_told_type(tensor) for tensor in layer.get("Inputs", [])],
-        [_told_type(tensor) for tensor in layer.get("Outputs", [])],
-    )
-    for descriptions in told:
-        found = {
-            _ALIASES.get(name.upper(), name.upper()) for text in descriptions for name in _TYPE.findall(text or "")
-        }
-        if found:
-            return min(found, key=_NARROWEST_FIRST.index)
-    tactic = _TACTIC.search(layer.get("TacticName") or "")
-    return _TACTICS[tactic.group(1).lower()] if tactic else UNKNOWN
-
-
-def _told_type(tensor: Layer) -> str | None:
-    fields = {name.lower(): value for name, value in tensor.items()}
-    return fields.get("datatype") or fields.get("format/datatype")
-
-
-def _is_product(layer: Layer) -> bool:
-    told = [layer.get(field) or "" for field in ("LayerType", "ParameterType", "TacticName")]
-    name = layer.get("Name") or ""
-    if name.startswith(_GENERATED):
-        told.append(name)
-    return "Weights" in layer or bool(_PRODUCT.search(" ".join(told)))
-
-
-def _counted(layers: Iterable[Layer]) -> dict[str, int]:
-    return dict(Counter(layer_type(layer) for layer in layers).most_common())
-
-
-def parsed_network(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> Any:
-    """Parse an ONNX file into a strongly typed network.
-
-    Raises:
-        ModelError: TensorRT does not know what is in it.
-    """
-    # TensorRT 11 knows no other kind of network and ignores the flag; 10 needs it.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx_path)):
-        problems = [_described(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise ModelError(
-            f"TensorRT {trt.__version__} cannot parse {onnx_path}: {'; '.join(problems) or last_error(logger)}",
-            "A newer TensorRT may know the operator; pmm export writes none that 10.3 lacks",
-        )
-    return network
-
-
-def _described(problem: Any) -> str:
-    """One parser error: its node's name and operator, and what is wrong with it."""
-    text = " ".join(problem.desc().split())
-    where = f"{problem.node_operator()} {problem.node_name()}".strip()
-    return f"node {where}: {text}" if where else text
-
-
-_PERCENT = 100
-
-
-@dataclass
-class _Phase:
-    parent: str | None
-    steps: int
-    done: int = 0
-
-
-class BuildProgress:
-    """The phases of a build under way, each outermost one reported in percent with the inner one as the detail.
-
-    TensorRT nests phases: a step of one is done when the phases within it are.
-    """
-
-    def __init__(self, name: str, report: Report) -> None:
-        self._name, self._report = name, report
-        self._running: dict[str, _Phase] = {}
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        self._running[name] = _Phase(parent, steps)
-        self._show(name)
-
-    def step(self, name: str, number: int) -> None:
-        self._running[name].done = number + 1
-        self._show(name)
-
-    def finish(self, name: str) -> None:
-        """A phase may finish before all its steps are done."""
-        if self._root_of(name) == name:
-            self._report(f"{self._name}: {name}", _PERCENT, _PERCENT)
-        del self._running[name]
-
-    def _show(self, name: str) -> None:
-        root = self._root_of(name)
-        done = int(_PERCENT * self._fraction(root))
-        self._report(f"{self._name}: {root}", done, _PERCENT, "" if root == name else name)
-
-    def _root_of(self, name: str) -> str:
-        parent = self._running[name].parent
-        return self._root_of(parent) if parent in self._running else name
-
-    def _fraction(self, name: str) -> float:
-        """Of a phase, in 0..1, with the share of the step under way that its inner phases have done."""
-        phase = self._running[name]
-        inner = [self._fraction(other) for other, candidate in self._running.items() if candidate.parent == name]
-        return min(1.0, (phase.done + max(inner, default=0.0)) / max(phase.steps, 1))
-
-
-def progress_monitor(trt: Any, progress: BuildProgress) -> Any:
-    """TensorRT's progress monitor that tells `progress`.
-
-    An exception cannot pass through TensorRT: the one that comes up in a callback (Ctrl-C, most likely) cancels the
-    build, and is raised by the monitor's `raise_caught`, to be called after it.
-    """
-
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self._lock = threading.Lock()  # TensorRT calls from several threads
-            self._caught: BaseException | None = None
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._tell(progress.start, phase_name, parent_phase, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            self._tell(progress.step, phase_name, step)
-            return self._caught is None
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._tell(progress.finish, phase_name)
-
-        def _tell(self, event: Callable[..., None], *arguments: object) -> None:
-            try:
-                with self._lock:
-                    event(*arguments)
-            except BaseException as error:
-                self._caught = self._caught or error
-
-        def raise_caught(self) -> None:
-            if self._caught:
-                raise self._caught
-
-    return Monitor()
-
-
-def commands_for_target(
-    onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
-) -> str:
-    """Say what builds the engine on the target: with `pmm`, or with `trtexec`, which writes no manifest.
-
-    Args:
-        also: further words for `pmm`; see `BuildSettings.command`.
-    """
-    pmm = settings.command(Path(onnx.name), Path(out.name), also)  # folders of this machine mean nothing there
-    return f"Copy it to the target and run there: {pmm}   (or: {trtexec_command(onnx, out, spec, settings)})"
-
-
-def trtexec_command(onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings) -> str:
-    """The `trtexec` line that builds the same engine from a copy of the ONNX file."""
-    batch = settings.batch
-    sizes = {"min": batch.minimum, "opt": batch.optimal, "max": batch.maximum}
-    words = ["trtexec", f"--onnx={onnx.name}", f"--saveEngine={out.name}", "--stronglyTyped", "--noTF32"]
-    words += [f"--{name}Shapes={INPUT}:{'x'.join(map(str, spec.input.shape(size)))}" for name, size in sizes.items()]
-    words += [f"--builderOptimizationLevel={settings.optimization_level}", "--profilingVerbosity=detailed"]
-    if settings.workspace_gib is not None:
-        words.append(f"--memPoolSize=workspace:{settings.workspace_gib * 1024:g}")
-    if settings.hardware_compatible:
-        words.append("--hardwareCompatibilityLevel=ampere+")
-    if settings.version_compatible:
-        words.append("--versionCompatible")
-    return shlex.join(words)
-
-
 _GIB = 1 << 30
-_TYPES = {"fp16": "FP16", "int8": "INT8"}
-"""The type that most products of an engine have where its graph has this precision."""
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What a build wrote."""
+    """An engine that was built."""
 
     path: Path
     manifest: EngineManifest
@@ -296,38 +42,42 @@ def build_engine(
     settings: BuildSettings = BuildSettings(),
     report: Report = silent,
     also: Sequence[str] = (),
+    trt: Any = None,
 ) -> BuiltEngine:
-    """Build a TensorRT engine for this machine's GPU, with its manifest beside it.
+    """Build a TensorRT engine for the GPU of this machine, and its manifest.
 
-    The network is strongly typed: every layer runs in the type that the graph gives it, so precision is decided by
-    the ONNX file alone. TF32 is off, for it is not FP32.
+    The network is strongly typed: every layer runs in the type that the graph gives it, so that the ONNX file alone
+    decides the precision. TF32 is off.
 
     Args:
-        onnx_path: of `pmm export`, with the spec in its metadata.
+        onnx_path: a file of `pmm export`, with the spec in its metadata.
         out: a file that ends in `.engine`.
-        also: further words of the command that is told where the engine cannot be built here, such as
-            `--triton models`.
+        settings: see `BuildSettings`.
+        report: called as the build proceeds.
+        also: further arguments of the suggested command if the engine cannot be built here, such as `--triton models`.
+        trt: the TensorRT module; None imports `tensorrt`.
 
     Raises:
-        ModelError: the ONNX file is missing, not ours or quantised for CPUs, or TensorRT cannot parse or build it.
-        PmmError: the graph has a static batch, and the profile is another.
-        NotOnThisMachineError: TensorRT, cuda-python, the driver or the GPU is missing; says what to run elsewhere.
-        GpuError: the GPU refuses.
-        CheckFailedError: the graph is FP16 or INT8, and most of the engine's products do not run in it. Nothing is
-            written then.
+        ModelError: the ONNX file is missing, not from pmm-edge or quantized for CPUs, or TensorRT cannot parse or
+            build it.
+        PmmError: the graph has a static batch that differs from the profile.
+        NotOnThisMachineError: TensorRT, cuda-python, the driver or the GPU is missing; the remedy is the command to run
+            elsewhere.
+        GpuError: the GPU failed.
+        CheckFailedError: the graph is FP16 or INT8, but most of the engine is not; nothing is written.
         OutputError: `out` cannot be written.
     """
     if out.suffix != ".engine":
-        raise PmmError(f"{out} does not end in .engine", f"Name it {out.with_suffix('.engine')}: loading goes by it")
+        raise PmmError(f"{out} does not end in .engine", f"Name it {out.with_suffix('.engine')}")
     exported = OnnxEmbedder(onnx_path, "cpu")
-    spec, only = exported.spec, exported.profile
+    spec, static = exported.spec, exported.profile
     check_quantised_for_tensorrt(spec, onnx_path)
-    if only and settings.batch != only:
+    if static and settings.batch != static:
         raise PmmError(
-            f"{onnx_path} has a fixed batch of {only.maximum}, the batch profile is {settings.batch}",
-            f"Build it with --batch {only}",
+            f"the batch profile {settings.batch} contradicts the static batch {static.maximum} of {onnx_path}",
+            f"Build it with --batch-profile {static}",
         )
-    trt, cuda = what_builds(onnx_path, out, spec, settings, also)
+    trt, cuda = what_builds(onnx_path, out, spec, settings, also, trt)
     try:
         return _build(trt, cuda, onnx_path, out, spec, settings, report)
     finally:
@@ -335,32 +85,31 @@ def build_engine(
 
 
 def what_builds(
-    onnx_path: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
+    onnx_path: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = (), trt: Any = None
 ) -> tuple[Any, Cuda]:
-    """TensorRT and this machine's GPU, which the caller releases.
+    """Return TensorRT and the GPU of this machine, which the caller releases.
 
     Raises:
-        NotOnThisMachineError: one of them is missing; says what to run elsewhere.
+        NotOnThisMachineError: one of them is missing; the remedy is the command to run elsewhere.
     """
     try:
-        return import_tensorrt(), Cuda()
+        return trt or import_tensorrt(), Cuda()
     except NotOnThisMachineError as error:
         raise NotOnThisMachineError(
-            f"{onnx_path} is ready, its engine cannot be built here: {error}",
-            commands_for_target(onnx_path, out, spec, settings, also),
+            f"{onnx_path} is ready, but its engine cannot be built here: {error}",
+            commands_elsewhere(onnx_path, out, spec, settings, also),
         ) from error
 
 
 def check_quantised_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
-    """Refuse what TensorRT does not parse, whoever calls it: we, DeepStream or Triton.
+    """Refuse a graph that the TensorRT parser refuses, whether pmm-edge, DeepStream or Triton calls it.
 
     Raises:
         ModelError: the graph is INT8 for CPUs.
     """
     if spec.quantization and spec.quantization.target == "cpu":
         raise ModelError(
-            f"{onnx_path} is INT8 for CPUs: its zero points are not 0, which TensorRT refuses",
-            "Export it with --target tensorrt",
+            f"{onnx_path} is INT8 for CPUs, with zero points that TensorRT refuses", "Export it with --target tensorrt"
         )
 
 
@@ -369,14 +118,15 @@ def _build(
 ) -> BuiltEngine:
     logger, started = error_logger(trt), time.perf_counter()
     onnx_sha256 = sha256(onnx_path)
-    plan = _serialized(trt, cuda, logger, onnx_path, out.name, spec, settings, report)
+    cache = _timing_cache(trt, cuda) if settings.timing_cache else None
+    plan = compile_network(trt, logger, onnx_path, out.name, spec, settings, report, cache)
     seconds = time.perf_counter() - started
     engine = load_engine(trt, logger, plan, out, settings.version_compatible)
     precision = count_precision(trt, engine, spec.input.shape(settings.batch.optimal))
     _check_precision(spec, precision, out)
     manifest = EngineManifest(
         spec=spec,
-        onnx=onnx_seen_from(out, onnx_path),
+        onnx=relative_onnx(out, onnx_path),
         onnx_sha256=onnx_sha256,
         engine_sha256=hashlib.sha256(plan).hexdigest(),
         engine_size=plan.nbytes,
@@ -385,48 +135,87 @@ def _build(
         precision=precision,
         build_seconds=round(seconds, 1),
     )
-    # Both are whole before either is renamed; killed between the two, their SHA-256 differ, and loading says so.
+    # If the process is killed between the two renames, the hashes differ and loading fails.
     with written_whole(out) as engine_file, written_whole(manifest_path(out)) as manifest_file:
         engine_file.write_bytes(plan)
         manifest_file.write_text(manifest.to_json(), encoding="utf-8")
     return BuiltEngine(out, manifest)
 
 
-def _serialized(
+def compile_network(
     trt: Any,
-    cuda: Cuda,
     logger: Any,
     onnx_path: Path,
     name: str,
     spec: ModelSpec,
     settings: BuildSettings,
-    report: Report,
+    report: Report = silent,
+    timing_cache: Path | None = None,
 ) -> Any:
-    """The engine as TensorRT's buffer."""
+    """Compile an ONNX file into a serialized engine.
+
+    Args:
+        trt: the TensorRT module.
+        logger: of `error_logger`.
+        onnx_path: the ONNX file.
+        name: of the engine, for progress.
+        spec: of the network.
+        settings: see `BuildSettings`.
+        report: called as the build proceeds.
+        timing_cache: file with layer timings to use and update.
+
+    Returns:
+        The buffer of TensorRT.
+
+    Raises:
+        ModelError: TensorRT cannot parse or build the file.
+    """
     builder = trt.Builder(logger)
-    network = parsed_network(trt, builder, logger, onnx_path)
-    config = _config(trt, builder, spec, settings)
-    monitor = progress_monitor(trt, BuildProgress(name, report))
+    network = _parse(trt, builder, logger, onnx_path)
+    config = _configure(trt, builder, spec, settings)
+    monitor = progress_monitor(trt, name, report)
     config.progress_monitor = monitor
-    cache = cache_file(trt.__version__, cuda.name) if settings.timing_cache else None
-    if cache:
-        attach(config, cache)
+    if timing_cache:
+        # TensorRT returns None for a damaged cache and False for one of another device; both mean to start afresh.
+        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        cache = config.create_timing_cache(known)
+        if cache is None or not config.set_timing_cache(cache, False):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
     monitor.raise_caught()
     if plan is None:
         raise ModelError(
             f"TensorRT {trt.__version__} cannot build {onnx_path}{last_error(logger)}",
-            "If memory ran out: a smaller --batch or --workspace",
+            "If memory ran out, choose a smaller --batch-profile or --workspace",
         )
-    if cache:
-        keep(config, cache)
+    if timing_cache:
+        # A cache that cannot be written only costs time.
+        with suppress(OutputError), written_whole(timing_cache) as temporary:
+            temporary.write_bytes(config.get_timing_cache().serialize())
     return plan
 
 
-def _config(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings) -> Any:
+def _parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> Any:
+    # TensorRT 11 has only strongly typed networks and ignores the flag; TensorRT 10 needs it.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if parser.parse_from_file(str(onnx_path)):
+        return network
+    problems = []
+    for problem in (parser.get_error(index) for index in range(parser.num_errors)):
+        node = f"{problem.node_operator()} {problem.node_name()}".strip()
+        text = " ".join(problem.desc().split())
+        problems.append(f"node {node}: {text}" if node else text)
+    raise ModelError(
+        f"TensorRT {trt.__version__} cannot parse {onnx_path}: {'; '.join(problems) or last_error(logger)}",
+        "Export it again with pmm export, or upgrade TensorRT",
+    )
+
+
+def _configure(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the inspector names layers, not types
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # otherwise the inspector reports no data types
     config.clear_flag(trt.BuilderFlag.TF32)
     if settings.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace_gib * _GIB))
@@ -441,23 +230,159 @@ def _config(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings) ->
     return config
 
 
+def _timing_cache(trt: Any, cuda: Cuda) -> Path | None:
+    """Return the file with timings of this TensorRT on this GPU; None without a cache folder."""
+    key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{trt.__version__} {cuda.name}").strip("-")
+    try:
+        return cache_folder() / "tensorrt" / f"{key}.timing"
+    except OutputError:
+        return None
+
+
+def progress_monitor(trt: Any, name: str, report: Report) -> Any:
+    """Return a progress monitor that reports each outermost phase, with the current inner phase as detail.
+
+    An exception cannot pass through TensorRT. If a callback raises one (usually Ctrl-C), the build is canceled; call
+    `raise_caught` after it.
+    """
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._lock = threading.Lock()  # TensorRT calls from several threads
+            self._parents: dict[str, str | None] = {}
+            self._progress: dict[str, tuple[int, int]] = {}
+            self._caught: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._parents[phase_name] = parent_phase
+            self._show(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._show(phase_name, step + 1, self._progress[phase_name][1])
+            return self._caught is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            steps = self._progress[phase_name][1]  # a phase may finish before its last step
+            self._show(phase_name, steps, steps)
+
+        def _show(self, phase: str, done: int, steps: int) -> None:
+            try:
+                with self._lock:
+                    self._progress[phase] = done, steps
+                    root = phase
+                    while (parent := self._parents[root]) in self._parents:
+                        root = parent
+                    report(f"{name}: {root}", *self._progress[root], "" if root == phase else f"{phase} {done}/{steps}")
+            except BaseException as error:
+                self._caught = self._caught or error
+
+        def raise_caught(self) -> None:
+            if self._caught:
+                raise self._caught
+
+    return Monitor()
+
+
+# What an engine says about its precision: the inspectors of TensorRT 10 and 11 describe layers in different words.
+
+_NARROWEST_FIRST = ("FP4", "INT4", "FP8", "INT8", "FP16", "BF16", "FP32")
+_ALIASES = {"HALF": "FP16", "BFLOAT16": "BF16", "FLOAT": "FP32", "TF32": "FP32"}
+_TYPE = re.compile(rf"\b({'|'.join((*_NARROWEST_FIRST, *_ALIASES))})\b", re.IGNORECASE)
+_TACTICS = {"i8": "INT8", "int8": "INT8", "f16": "FP16", "h": "FP16", "bf16": "BF16", "tf32": "FP32", "f32": "FP32"}
+_TACTIC = re.compile(r"(?:^|_)(i8|int8|f16|bf16|tf32|f32|h(?=\d+gemm))", re.IGNORECASE)
+_MOVES = {"Reformat", "NoOp", "Shuffle", "Constant", "Identity", "Cast", "Quantize", "Dequantize", "Slice"}
+"""Types of layers that compute nothing."""
+_PRODUCT = re.compile(r"conv(?!ert)|gemm|matmul|matrixmultiply|fullyconnected", re.IGNORECASE)
+_GENERATED = "__myl_"
+"""Prefix of generated kernels, whose names say what they compute; other names come from the graph."""
+
+Layer = Mapping[str, Any]
+
+
+def count_precision(trt: Any, engine: Any, shape: tuple[int, ...]) -> PrecisionCount:
+    """Count the layers of an engine by data type, for one shape of its input."""
+    inspector = engine.create_engine_inspector()
+    context = engine.create_execution_context()
+    if context is not None and context.set_input_shape(INPUT, shape):
+        inspector.execution_context = context  # without a shape, the types of dynamic tensors are not reported
+    information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return count_layers(json.loads(information).get("Layers", []))
+
+
+def count_layers(layers: Iterable[Layer | str]) -> PrecisionCount:
+    """Count the layers that the inspector lists by data type; without details, a layer is only a name."""
+    described: list[Layer] = [{"Name": layer} if isinstance(layer, str) else layer for layer in layers]
+    computing = [layer for layer in described if layer.get("LayerType") not in _MOVES]
+    types = [(layer_type(layer), _is_product(layer)) for layer in computing]
+    return PrecisionCount(
+        layers=dict(Counter(kind for kind, _ in types).most_common()),
+        products=dict(Counter(kind for kind, product in types if product).most_common()),
+    )
+
+
+def layer_type(layer: Layer) -> str:
+    """Return the data type of a layer: of its weights, else its inputs, else its outputs, else its tactic."""
+    weights = layer.get("Weights")
+    described = (
+        [weights.get("Type")] if isinstance(weights, Mapping) else [],
+        [_tensor_type(tensor) for tensor in layer.get("Inputs", [])],
+        [_tensor_type(tensor) for tensor in layer.get("Outputs", [])],
+    )
+    for texts in described:
+        names = [name.upper() for text in texts for name in _TYPE.findall(text or "")]
+        if names:
+            return min((_ALIASES.get(name, name) for name in names), key=_NARROWEST_FIRST.index)
+    tactic = _TACTIC.search(layer.get("TacticName") or "")
+    return _TACTICS[tactic.group(1).lower()] if tactic else "unknown"
+
+
+def _tensor_type(tensor: Layer) -> str | None:
+    fields = {name.lower(): value for name, value in tensor.items()}
+    return fields.get("datatype") or fields.get("format/datatype")
+
+
+def _is_product(layer: Layer) -> bool:
+    name = layer.get("Name") or ""
+    texts = [layer.get(field) or "" for field in ("LayerType", "ParameterType", "TacticName")]
+    texts += [name] if name.startswith(_GENERATED) else []
+    return "Weights" in layer or bool(_PRODUCT.search(" ".join(texts)))
+
+
 def _check_precision(spec: ModelSpec, found: PrecisionCount, out: Path) -> None:
-    wanted = _TYPES.get(spec.precision)
+    wanted = {"fp16": "FP16", "int8": "INT8"}.get(spec.precision)
     if wanted is None:
         return
-    # Copies into a type and back would look like it: where there are products, they must run in it.
+    # Conversions into a type and back would count as layers of it, so count products if there are any.
     counted = found.products or found.layers
-    kept = _kept_in_float(spec)
-    number, meant = counted.get(wanted, 0), max(sum(counted.values()) - kept, 1)
-    if 2 * number <= meant:
-        told = ", ".join(f"{number} {kind}" for kind, number in counted.items()) or "none"
+    kept = len(spec.quantization.float_layers) if spec.quantization else 0
+    number, total = counted.get(wanted, 0), sum(counted.values())
+    if 2 * number <= max(total - kept, 1):
+        types = ", ".join(f"{count} {kind}" for kind, count in counted.items()) or "none"
         raise CheckFailedError(
-            f"{out} was not written: its graph is {wanted}, but {number} of the engine's {sum(counted.values())}"
-            f" {'products' if found.products else 'layers'} run in it ({told}; the graph keeps {kept} in float)",
-            "Another version of TensorRT may build it rightly",
+            f"{out} was not written: the graph is {wanted}, but only {number} of {total}"
+            f" {'products' if found.products else 'layers'} of the engine are ({types}; {kept} stay in float)",
+            "Try another version of TensorRT",
         )
 
 
-def _kept_in_float(spec: ModelSpec) -> int:
-    """Number of layers that the sensitivity search kept in floating point."""
-    return len(spec.quantization.float_layers) if spec.quantization else 0
+def commands_elsewhere(
+    onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
+) -> str:
+    """Return the commands that build the engine on the target: `pmm`, or `trtexec`, which writes no manifest."""
+    pmm = settings.command(Path(onnx.name), Path(out.name), also)  # folders of this machine do not exist there
+    return f"Copy it to the target and run: {pmm}   (or: {trtexec_command(onnx, out, spec, settings)})"
+
+
+def trtexec_command(onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings) -> str:
+    """Return the `trtexec` command that builds the same engine."""
+    batch = settings.batch
+    words = ["trtexec", f"--onnx={onnx.name}", f"--saveEngine={out.name}", "--stronglyTyped", "--noTF32"]
+    for name, size in (("min", batch.minimum), ("opt", batch.optimal), ("max", batch.maximum)):
+        words.append(f"--{name}Shapes={INPUT}:{'x'.join(map(str, spec.input.shape(size)))}")
+    words += [f"--builderOptimizationLevel={settings.optimization_level}", "--profilingVerbosity=detailed"]
+    if settings.workspace_gib is not None:
+        words.append(f"--memPoolSize=workspace:{settings.workspace_gib * 1024:g}")
+    words += ["--hardwareCompatibilityLevel=ampere+"] * settings.hardware_compatible
+    words += ["--versionCompatible"] * settings.version_compatible
+    return shlex.join(words)

@@ -1,4 +1,4 @@
-"""One Embedder over every engine. Importing this imports no engine: each loads with the first file that needs it."""
+"""One Embedder over every engine. Each engine is imported when the first file needs it."""
 
 from __future__ import annotations
 
@@ -14,60 +14,56 @@ TORCH_SUFFIXES = frozenset({".pt", ".pth", ".safetensors"})
 
 
 def load(path: str | Path, device: str | int | None = None, require_certificate: bool = False) -> Embedder:
-    """Load a network to embed with.
+    """Load a network.
+
+        embedder = pmm_edge.load("model.onnx")
+        embeddings = embedder.embed(crops)      # a list of (H, W, 3) uint8 RGB arrays -> (N, D) float32
 
     Args:
-        path: `.onnx` runs in ONNX Runtime, an `.engine` in TensorRT; a checkpoint `.pt` or weights `.safetensors`
-            run in PyTorch.
-        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where the engine can use one, else the CPU, with a
-            `PmmWarning` where there is a GPU and ONNX Runtime cannot use it. The embedder's `device` says which it
-            became. Of a `.onnx` also `tensorrt` or `tensorrt:N`: ONNX Runtime's TensorRT provider, never taken by
-            itself, as its first run builds for minutes.
-        require_certificate: refuse a model that no `pmm bench` certified as it is now, before anything of it runs.
+        path: `.onnx` runs in ONNX Runtime, `.engine` in TensorRT, a checkpoint `.pt` or `.safetensors` in PyTorch.
+        device: `cpu`, `cuda`, `cuda:N` or the index of a GPU. By default a GPU if the engine can use one, otherwise the
+            CPU; a `PmmWarning` says when ONNX Runtime cannot use an existing GPU. For `.onnx` also `tensorrt` or
+            `tensorrt:N`, the TensorRT provider of ONNX Runtime, whose first run builds an engine for minutes.
+        require_certificate: refuse a model without a valid certificate of `pmm bench`, before any of it runs.
 
     Raises:
-        ModelError: the file is missing, truncated or not ours, or its engine or device is not there; with
-            `require_certificate` also where the certificate is missing, or it or the model was changed.
-        NotOnThisMachineError, GpuError: an `.engine` without TensorRT, cuda-python or a GPU that runs it.
+        ModelError: the file is missing, truncated or not from pmm-edge, or its engine or the device is not available.
+        CertificateError: with `require_certificate`, the certificate is missing or does not match.
+        NotOnThisMachineError, GpuError: TensorRT, cuda-python or a usable GPU is missing for an `.engine`.
     """
     path = Path(path)
-    return _load_certified(path, device) if require_certificate else _load(path, device)
-
-
-def _load_certified(path: Path, device: str | int | None) -> Embedder:
+    if not require_certificate:
+        return _load(path, device)
     from pmm_edge.runtime.certificate import CertificateError, check_certificate, read_certified
 
     certificate, content = read_certified(path)
     embedder = _load(path, device, content)
     if path.suffix in TORCH_SUFFIXES:
-        check_certificate(path)  # torch opened the file itself: data, so that it is not too late to ask again
+        check_certificate(path)  # torch reads the file itself; it holds data, not code, so checking again is enough
     if embedder.spec != certificate.spec:
-        raise CertificateError(
-            f"the certificate of {path} is for a network of another spec", "Prove the model again with pmm bench"
-        )
+        raise CertificateError(f"the certificate of {path} has another spec than the model", "Run pmm bench again")
     return embedder
 
 
 def _load(path: Path, device: str | int | None, content: bytes | None = None) -> Embedder:
-    """Load a file; graphs and engines from `content`, where it was read already."""
+    """Load a file; an ONNX file or engine from `content` if it was read already."""
     if path.suffix == ".onnx":
         from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 
         return OnnxEmbedder(path, device, content)
-    if path.suffix in TORCH_SUFFIXES:
-        try:
-            from pmm_edge.runtime.torch_backend import load_torch
-        except ModuleNotFoundError as error:
-            raise ModelError(
-                f"{path} needs {error.name}, which is not installed",
-                "pip install 'pmm-edge[train]', or load the .onnx that pmm export makes, which needs no torch",
-            ) from error
-        return load_torch(path, device)
     if path.suffix == ".engine":
         from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
 
         return TensorRTEmbedder(path, device, content=content)
-    raise ModelError(
-        f"{path} is of no kind that can be loaded",
-        "Name a .onnx file, a TensorRT .engine, a checkpoint .pt or weights .safetensors",
-    )
+    if path.suffix not in TORCH_SUFFIXES:
+        raise ModelError(
+            f"cannot load {path}: unknown suffix", "Name a .onnx, .engine, .pt or .safetensors file made by pmm-edge"
+        )
+    try:
+        from pmm_edge.runtime.torch_backend import load_torch
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"{path} requires {error.name}, which is not installed",
+            "pip install 'pmm-edge[train]', or load the .onnx file that pmm export writes",
+        ) from error
+    return load_torch(path, device)

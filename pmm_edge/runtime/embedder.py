@@ -1,4 +1,4 @@
-"""Embedder: one interface over every engine that runs an exported or trained network."""
+"""Embedder: one interface to every engine that runs a network."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from pmm_edge.spec import ModelSpec
 Embeddings = NDArray[np.float32]
 
 INPUT, OUTPUT = "images", "embeddings"
-"""Names of an exported graph's input and output."""
+"""Names of the input and output of an exported graph."""
 
 CHUNK = 64
-"""Crops that go through a network of any batch size at once, so that memory does not grow with their number."""
+"""Maximum batch for engines without a batch profile, so that memory does not grow with the number of crops."""
 
 
 class Embedder(ABC):
-    """A network that is ready to embed. Preprocessing follows from `spec` alone.
+    """A loaded network. Its preprocessing follows from `spec` alone.
 
-    Several threads may share an embedder, but for PyTorch on a GPU, where a call switches TF32 off for all.
+    Threads may share an embedder. The exception is PyTorch on a GPU, where a call changes the TF32 setting of the
+    process while it runs.
 
     Attributes:
-        spec: what the network is and what it is fed.
+        spec: the network and its input.
         path: the file it was loaded from.
-        backend: `torch`, `onnxruntime`, `onnxruntime-tensorrt` (its TensorRT provider) or `tensorrt`.
-        device: where it really runs: `cpu` or `cuda:N`.
-        profile: the batch sizes that the engine takes; None where it takes any. Callers may give any: more goes
-            through in chunks, fewer are padded.
-        cuda_graphs: a batch is one CUDA graph, launched whole.
-        threads: that compute on the CPU, as the engine was told; None where it decides by itself.
+        backend: `torch`, `onnxruntime`, `onnxruntime-tensorrt` (the TensorRT provider of ONNX Runtime) or `tensorrt`.
+        device: the device in use, `cpu` or `cuda:N`.
+        profile: the batch sizes that the engine accepts; None if it accepts any. Callers may pass any number of crops:
+            larger batches are split, smaller ones padded.
+        cuda_graphs: whether each batch size runs as one CUDA graph.
+        threads: number of CPU threads set for the engine; None if the engine chooses.
     """
 
     profile: BatchProfile | None = None
@@ -44,11 +45,6 @@ class Embedder(ABC):
     threads: int | None = None
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
-        if (spec.input.color, spec.input.resize) != ("RGB", "bilinear"):
-            raise ModelError(
-                f"{path} asks for {spec.input.color} images and {spec.input.resize} resizing",
-                "Use the version of pmm-edge that made it; this one feeds RGB, resized bilinearly",
-            )
         self.spec = spec
         self.path = path
         self.backend = backend
@@ -56,15 +52,15 @@ class Embedder(ABC):
 
     @property
     def loads_with(self) -> str:
-        """The name of a device with which `pmm_edge.load` gives the same engine again, not only the same GPU."""
+        """The `device` argument with which `pmm_edge.load` gives this engine again."""
         return self.device
 
     @property
     def chunk(self) -> int:
-        """Crops that are prepared and embedded at once.
+        """Number of crops to prepare and embed at once.
 
-        Whole batches of the profile's maximum, so that only the last one of all is padded; two at least, so that an
-        engine can be fed the next one while it works. Its memory is that of its largest batch anyway.
+        A multiple of the maximum of the profile, so that only the last batch is padded; at least two batches, so that
+        an engine can compute one while the next is prepared.
         """
         if self.profile is None:
             return CHUNK
@@ -74,18 +70,17 @@ class Embedder(ABC):
         """Embed crops of people.
 
         Args:
-            crops: (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array. OpenCV reads BGR:
-                pass `crop[:, :, ::-1]`.
+            crops: (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array. OpenCV reads BGR: pass
+                `crop[:, :, ::-1]`.
 
         Returns:
-            (N, D) float32, of length 1 where `spec.normalized_output`, else as the network gives them; (0, D) for no
-            crops.
+            (N, D) float32; of unit length if `spec.normalized_output`.
 
         Raises:
-            DataError: a crop without pixels, grey, with an alpha channel, or of another type than uint8.
+            DataError: a crop is empty, grayscale, has an alpha channel, or is not uint8.
         """
         if isinstance(crops, np.ndarray) and crops.ndim == 3:
-            raise DataError(f"one array of shape {crops.shape} is no list of crops", "Pass [crop]")
+            raise DataError(f"expected a list of crops, got one array of shape {crops.shape}", "Pass [crop]")
         size, chunk = self.spec.input, self.chunk
         embeddings = [
             self.embed_prepared(prepare_crops(crops[start : start + chunk], size.height, size.width, start))
@@ -95,7 +90,7 @@ class Embedder(ABC):
 
     @abstractmethod
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        """Embed crops that are checked and of network size, all at once.
+        """Embed crops of network size.
 
         Args:
             images: (N, height, width, 3) uint8 RGB, N >= 1.
@@ -105,26 +100,24 @@ class Embedder(ABC):
         """
 
     def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings | None:
-        """Embed what preprocessing would have given: for tests of what a wrong preprocessing does.
+        """Embed normalized images, to find out what a wrong preprocessing does.
 
         Args:
-            images: (N, 3, height, width) float32, as the network behind the preprocessing sees them.
+            images: (N, 3, height, width) float32, as the network sees them after preprocessing.
 
         Returns:
-            (N, D) float32; None where preprocessing lies inside of the engine and only pixels can be fed.
+            (N, D) float32; None if the engine preprocesses internally and accepts only pixels.
         """
         return None
 
     def gpu_milliseconds(self, images: Pixels) -> float | None:
-        """How long the GPU takes for one run of the network, between two CUDA events around it.
-
-        Copies to and from the GPU are left out. What the GPU waits for the CPU to launch is in it.
+        """Time one run of the network on the GPU with CUDA events, without copies.
 
         Args:
-            images: as of `embed_prepared`.
+            images: see `embed_prepared`.
 
         Returns:
-            Milliseconds; None where the engine does not tell.
+            Milliseconds, including the time that the GPU waits for kernel launches; None if the engine has no timer.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""The reference: trained networks in PyTorch, from a checkpoint or from exported weights."""
+"""PyTorch, the reference: networks from a checkpoint or from exported weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
 from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
 
 CLASSIFIER = ".classifier."
-"""In the name of every tensor that only training needs."""
+"""Part of the name of every tensor that only training needs."""
 
 
 class Preprocess(nn.Module):
-    """From an input's form to (N, 3, H, W) float32, normalised; part of every exported graph."""
+    """Convert an input form to normalized (N, 3, H, W) float32; part of every exported graph."""
 
     scale: Tensor
     shift: Tensor
@@ -42,13 +42,13 @@ class Preprocess(nn.Module):
         if self.form == "normalized":
             return images
         if self.form == "uint8":
-            # The cast comes first: TensorRT takes uint8 at a graph's input and nowhere behind it.
+            # Cast first: TensorRT supports uint8 only at the input of a graph.
             images = images.float().permute(0, 3, 1, 2)
         return images * self.scale + self.shift
 
 
 class TorchEmbedder(Embedder):
-    """A network in PyTorch, eager, in the precision of its weights (TF32 is off: it is not FP32)."""
+    """A network in eager PyTorch, in the precision of its weights; TF32 is off."""
 
     def __init__(self, network: nn.Module, spec: ModelSpec, path: Path, device: str | int | None = None) -> None:
         target = torch_device(device)
@@ -57,7 +57,7 @@ class TorchEmbedder(Embedder):
         self._target = target
         self._preprocess = Preprocess(replace(spec.input, form="uint8")).to(target)
         self.network = network.to(target).eval()
-        """From normalised images (N, 3, height, width) to embeddings."""
+        """Maps normalized images (N, 3, height, width) to embeddings."""
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
         return self._run(lambda: self.network(self._preprocess(torch.tensor(images, device=self._target))), len(images))
@@ -71,22 +71,18 @@ class TorchEmbedder(Embedder):
                 embeddings: Embeddings = embed().cpu().numpy()
                 return embeddings
         except (RuntimeError, MemoryError) as error:
+            what = f"{self.path} at batch {batch} on {self.device}"
             if is_out_of_memory(error):
-                place = "this machine" if self._target.type == "cpu" else self.device
-                problem = f"the memory of {place} does not hold a batch of {batch} of {self.path} in torch"
-                raise ModelError(problem, "Choose a smaller batch, or end what else uses that memory") from error
+                raise ModelError(f"out of memory running {what} in torch", "Choose a smaller batch") from error
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ModelError(
-                f"torch cannot run {self.path} at batch {batch} on {self.device} ({reason})",
-                "Try the device cpu; where it fails there as well, train or export again",
-            ) from error
+            raise ModelError(f"torch cannot run {what} ({reason})", "Try the device cpu, or train again") from error
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Let GPUs compute FP32 in FP32, for the whole process: TF32 keeps 10 bits of its 23.
+    """Compute FP32 in full precision on GPUs, for the whole process: TF32 keeps 10 of 23 mantissa bits.
 
-    For convolutions, where it is torch's default, and for matrix products, where the caller may have chosen it.
+    TF32 is the default of torch for convolutions, and the caller may have enabled it for matrix products.
     """
     products = torch.backends.cuda.matmul
     before, products.allow_tf32 = products.allow_tf32, False
@@ -101,7 +97,7 @@ def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
     """Load a checkpoint (`.pt`) or exported weights (`.safetensors`).
 
     Raises:
-        ModelError: the file is missing, truncated or not ours, or the device does not exist.
+        ModelError: the file is missing, truncated or not from pmm-edge, or the device does not exist.
     """
     try:
         if path.suffix == ".safetensors":
@@ -110,12 +106,12 @@ def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
             checkpoint = load_checkpoint(path)
             network, spec = checkpoint.network(), checkpoint.spec
     except RuntimeError as error:
-        raise ModelError(f"the weights in {path} are not those of its spec", "Train or export again") from error
+        raise ModelError(f"the weights in {path} do not match its spec", "Train or export again") from error
     return TorchEmbedder(network, spec, path, device)
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether memory did not suffice, a GPU's or the machine's, for which torch has no type of error."""
+    """Return whether memory of a GPU or of the machine ran out; for the latter torch has no error type."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return re.search(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc", str(error)) is not None
@@ -123,15 +119,15 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
     if not path.is_file():
-        raise ModelError(f"{path} does not exist", "Make it with pmm export --safetensors")
+        raise ModelError(f"{path} does not exist", "Create it with pmm export --safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             spec_json = (file.metadata() or {}).get(METADATA_KEY)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is truncated or no safetensors file", "Export it again") from error
+        raise ModelError(f"{path} is truncated or not a safetensors file", "Export it again") from error
     if spec_json is None:
-        raise ModelError(f"{path} carries no pmm-edge spec", "Make it with pmm export --safetensors")
+        raise ModelError(f"{path} has no pmm-edge spec", "Create it with pmm export --safetensors")
     spec = ModelSpec.from_json(spec_json, str(path))
     network = network_of(spec)
     missing, unexpected = network.load_state_dict(weights, strict=False)
@@ -140,20 +136,20 @@ def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
     return network, spec
 
 
-def torch_device(name: str | int | None) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N` for torch; None takes a GPU where there is one.
+def torch_device(device: str | int | None) -> torch.device:
+    """Return the torch device for `cpu`, `cuda`, `cuda:N` or an index; None for a GPU if there is one.
 
     Raises:
-        ModelError: the name is none of these, or torch finds no such GPU.
+        ModelError: the device is unknown, or torch finds no such GPU.
     """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, index = parse_device(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, index = parse_device(device)
     if kind == "cpu":
         return torch.device("cpu")
-    if index >= torch.cuda.device_count():
+    if index >= (count := torch.cuda.device_count()):
         raise ModelError(
-            f"device {name} cannot be used: torch finds {torch.cuda.device_count()} GPUs",
-            "Leave the device out, or install a CUDA build of torch and the driver",
+            f"torch cannot use the device {device}: it finds {count} GPUs",
+            "Omit the device, or install a CUDA build of torch and the driver",
         )
     return torch.device("cuda", index)

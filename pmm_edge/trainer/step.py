@@ -110,7 +110,9 @@ def prepare(
     return Trainee(
         network,
         forward,
-        torch.optim.Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
+        torch.optim.Adam(
+            network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"
+        ),
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         _average(network, config.ema),
         device,

@@ -1,6 +1,5 @@
-"""A certificate is believed only while it and its model are what the bench left."""
+"""A certificate is accepted only while it and its model are what the bench left."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from certify import certify
+from color_network import color_network
 
 import pmm_edge
 from pmm_edge.errors import ModelError
 from pmm_edge.files import sha256
+from pmm_edge.runtime import certificate as certificates
 from pmm_edge.runtime.certificate import (
     Certificate,
     CertificateError,
@@ -23,39 +24,28 @@ from pmm_edge.runtime.certificate import (
 
 
 @pytest.fixture
-def model(tiny_onnx: Path, tmp_path: Path) -> Path:
-    """A certified model that a test may change."""
-    path = Path(shutil.copy(tiny_onnx, tmp_path / "model.onnx"))
+def model(tmp_path: Path) -> Path:
+    """A certified model."""
+    path = color_network(tmp_path / "model.onnx")
     certify(path)
     return path
 
 
-def refused(model: Path, message: str) -> None:
-    """Neither checked nor loaded, in one line, and for the right reason."""
+def refused(model: Path) -> str:
+    """Neither checked nor loaded; returns the message."""
     for attempt in (check_certificate, lambda path: pmm_edge.load(path, "cpu", require_certificate=True)):
-        with pytest.raises(CertificateError, match=message) as caught:
+        with pytest.raises(CertificateError) as caught:
             attempt(model)
         assert "\n" not in str(caught.value)
         assert caught.value.exit_code == 1
         assert caught.value.remedy
+    return caught.value.problem
 
 
-def edit(model: Path, change: Callable[[dict], object]) -> None:
-    """Change the certificate's content, and leave its digest as it was."""
+def edit(model: Path, **changes: object) -> None:
+    """Change entries of the certificate without updating its digest."""
     path = certificate_path(model)
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def forge(model: Path, change: Callable[[dict], object]) -> None:
-    """Change the certificate's content, and give it the digest of that."""
-    path = certificate_path(model)
-    content = json.loads(path.read_text())
-    del content["digest"]
-    change(content)
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    path.write_text(json.dumps({**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_certified_model_loads(model: Path) -> None:
@@ -65,146 +55,123 @@ def test_a_certified_model_loads(model: Path) -> None:
     assert pmm_edge.load(model, "cpu", require_certificate=True).backend == "onnxruntime"
 
 
-def test_a_certificate_goes_with_a_model_that_is_renamed(model: Path) -> None:
+def test_a_renamed_pair_stays_certified(model: Path) -> None:
     other = model.with_name("reid.onnx")
     certificate_path(model).rename(certificate_path(other))
     model.rename(other)
     assert check_certificate(other).model == "model.onnx"
 
 
-def test_a_changed_byte_of_the_model(model: Path) -> None:
+def test_a_changed_model_is_refused_without_opening_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*arguments: object, **options: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", opened)
     content = bytearray(model.read_bytes())
     content[len(content) // 2] ^= 1
     model.write_bytes(content)
-    refused(model, r"model\.onnx has changed since it was certified on 2026-11-22 \(SHA-256 ")
+    assert str(model) in refused(model)
 
 
-def test_a_changed_figure(model: Path) -> None:
-    edit(model, lambda content: content["parity"].update(cosine_min=0.99999))
-    refused(model, r"certificate\.json was changed after it was written")
-
-
-def test_a_changed_digest(model: Path) -> None:
-    edit(model, lambda content: content.update(digest="0" * 64))
-    refused(model, "was changed after it was written")
-    edit(model, lambda content: content.pop("digest"))
-    refused(model, "was changed after it was written")
-
-
-def test_a_certificate_that_is_only_laid_out_differently_is_the_same(model: Path) -> None:
-    edit(model, lambda content: None)
+@pytest.mark.parametrize("changes", [{"images": 25}, {"digest": "0" * 64}, {"digest": None}, {"signed": 1}])
+def test_a_changed_certificate_is_refused(changes: dict[str, object], model: Path) -> None:
+    edit(model)  # another layout of the same content is not a change
     check_certificate(model)
+    edit(model, **changes)
+    refused(model)
 
 
-def test_swapped_certificates(model: Path) -> None:
+def test_swapped_certificates_name_the_other_model(model: Path) -> None:
     other = model.with_name("other.onnx")
     other.write_bytes(model.read_bytes() + b"\x00")
-    mine, others = certificate_path(model), certificate_path(other)
-    replace(read_certificate(model), model="other.onnx", sha256=sha256(other)).save(others)
+    mine, theirs = certificate_path(model), certificate_path(other)
+    replace(read_certificate(model), model="other.onnx", sha256=sha256(other)).save(theirs)
     check_certificate(model)
     check_certificate(other)
-    swapped = mine.read_text(), others.read_text()
-    others.write_text(swapped[0])
+    swapped = mine.read_text(), theirs.read_text()
+    theirs.write_text(swapped[0])
     mine.write_text(swapped[1])
-    refused(model, r"is the certificate of another model, other\.onnx")
-    refused(other, r"is the certificate of another model, model\.onnx")
+    assert "other.onnx" in refused(model)
+    assert "model.onnx" in refused(other)
 
 
 def test_missing_files(model: Path) -> None:
     certificate_path(model).unlink()
-    refused(model, r"has no certificate: there is no model\.onnx\.certificate\.json beside it")
+    assert "model.onnx.certificate.json" in refused(model)
     model.unlink()
-    with pytest.raises(ModelError, match=r"model\.onnx does not exist") as caught:
+    with pytest.raises(ModelError) as caught:
         check_certificate(model)
     assert caught.value.exit_code == 2
+    assert str(model) in caught.value.problem
 
 
 @pytest.mark.parametrize(
-    ("garble", "message"),
+    "garble",
     [
-        (lambda text: text[:-100], "cannot be read as a certificate"),
-        (lambda text: "", "cannot be read as a certificate"),
-        (lambda text: "[]", "no JSON object"),
-        (lambda text: "[" * 100_000, "nested too deeply"),
-        (lambda text: text + " " * (1 << 20), "larger than any certificate"),
-        (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema"),
-        (lambda text: text.replace("7.94", "NaN"), "NaN is no figure"),
-        (lambda text: text.replace("7.94", "1e999"), "median_ms is not what it must be"),
-        (lambda text: text.replace("7.94", '"7.94"'), "median_ms is not what it must be"),
-        (lambda text: text.replace('"images": 24', '"images": true'), "images is not what it must be"),
-        (lambda text: text.replace('"images": 24', '"images": 24, "images": 25'), "stands twice"),
-        (lambda text: text.replace('"images": 24,', ""), "lacks images"),
-        (lambda text: text.replace('"images": 24', '"images": 24, "signed": 1'), "unknown entries: 'signed'"),
-        (lambda text: text.replace("AMD EPYC", r"\u001b[2J"), "a terminal would obey"),
+        lambda text: text[:-100],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"report": {', f'"report": {{"x": {"[" * 100_000}{"]" * 100_000},'),
+        lambda text: text + " " * (1 << 20),
+        lambda text: text.replace('"images": 24', '"images": NaN'),
+        lambda text: text.replace('"images": 24', '"images": "24"'),
+        lambda text: text.replace('"images": 24', '"images": true'),
+        lambda text: text.replace('"images": 24', '"images": 1e999'),
+        lambda text: text.replace('"images": 24,', ""),
     ],
 )
-def test_files_from_strangers(garble: Callable[[str], str], message: str, model: Path) -> None:
+def test_untrusted_files(garble: Callable[[str], str], model: Path) -> None:
     path = certificate_path(model)
     garbled = garble(path.read_text())
     assert garbled != path.read_text()
     path.write_text(garbled)
-    refused(model, message)
+    assert str(path) in refused(model)
 
 
-def test_a_certificate_of_another_schema_with_the_right_digest(model: Path) -> None:
-    forge(model, lambda content: content.update(schema=2))
-    refused(model, "schema 2 instead of 1")
+def test_another_schema_with_the_right_digest(model: Path) -> None:
+    replace(read_certificate(model), schema=2).save(certificate_path(model))
+    assert "schema" in refused(model)
 
 
 def test_a_pinned_digest(model: Path) -> None:
     digest = read_certificate(model).digest
     assert check_certificate(model, digest.upper()).digest == digest
-    forge(model, lambda content: content["parity"].update(cosine_min=0.99999))
-    check_certificate(model)  # a forged pair is consistent: the digest tells it
-    with pytest.raises(CertificateError, match=f"not {digest}"):
+    certify(model, images=25)
+    check_certificate(model)  # a new pair is consistent; only the pinned digest reveals it
+    with pytest.raises(CertificateError):
         check_certificate(model, digest)
 
 
-def test_a_spec_that_is_not_the_models(model: Path) -> None:
-    spec = read_certificate(model).spec
-    certify(model, spec=replace(spec, dataset="another"))
-    with pytest.raises(CertificateError, match="for a network of another spec"):
+def test_a_certificate_with_another_spec(model: Path) -> None:
+    certify(model, spec=replace(read_certificate(model).spec, dataset="another"))
+    with pytest.raises(CertificateError):
         pmm_edge.load(model, "cpu", require_certificate=True)
 
 
-def test_nothing_of_a_refused_model_is_executed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
+def replaced_after_the_check(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Replace a model between the check of its certificate and its loading."""
+    checked = certificates.read_certified
 
-    def opened(*arguments: object, **options: object) -> None:
-        raise AssertionError("the model was opened")
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
-    model.write_bytes(model.read_bytes() + b" ")
-    refused(model, "has changed since")
-
-
-def test_what_runs_is_what_was_checked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pmm_edge.runtime import certificate
-
-    checked = certificate.read_certified
-
-    def then_exchanged(path: Path) -> tuple[Certificate, bytes]:
+    def then_replaced(path: Path) -> tuple[Certificate, bytes]:
         found = checked(path)
-        path.write_bytes(b"something else")
+        path.write_bytes(content)
         return found
 
-    monkeypatch.setattr(certificate, "read_certified", then_exchanged)
+    monkeypatch.setattr(certificates, "read_certified", then_replaced)
+
+
+def test_the_bytes_that_run_are_those_that_were_checked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced_after_the_check(monkeypatch, b"something else")
     assert pmm_edge.load(model, "cpu", require_certificate=True).spec == read_certificate(model).spec
 
 
-def test_checkpoints(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pmm_edge.runtime import certificate
-
+def test_checkpoints_are_checked_again_after_loading(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = Path(shutil.copy(tiny_checkpoint, tmp_path / "best.pt"))
     certify(path)
     assert pmm_edge.load(path, "cpu", require_certificate=True).backend == "torch"
-    checked = certificate.read_certified
-
-    def then_exchanged(path: Path) -> tuple[Certificate, bytes]:
-        found = checked(path)
-        path.write_bytes(path.read_bytes() + b"\x00")
-        return found
-
-    monkeypatch.setattr(certificate, "read_certified", then_exchanged)
-    with pytest.raises(ModelError, match=r"best\.pt has changed since|cannot be read"):
+    replaced_after_the_check(monkeypatch, path.read_bytes() + b"\x00")
+    with pytest.raises(ModelError):
         pmm_edge.load(path, "cpu", require_certificate=True)

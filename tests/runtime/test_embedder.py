@@ -1,20 +1,27 @@
-"""Crops of any kind through every back end: the same people, the same numbers, and clear refusals."""
+"""Crops of any kind through every back end: equal embeddings, and errors that name the crop."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from color_network import color_network
 from PIL import Image
 
+import pmm_edge
 from pmm_edge.data.loader import Crops
-from pmm_edge.errors import DataError
-from pmm_edge.export import Graph, export_onnx
+from pmm_edge.errors import DataError, ModelError
 from pmm_edge.images import prepare_crops, read_crop, resize_crop
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embedder import CHUNK
+from pmm_edge.runtime.embedder import CHUNK, parse_device
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
+
+
+@pytest.fixture(scope="module")
+def color(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    return pmm_edge.load(color_network(tmp_path_factory.mktemp("color") / "model.onnx"), "cpu")
 
 
 def crops(*sizes: tuple[int, int]) -> list[np.ndarray]:
@@ -22,8 +29,8 @@ def crops(*sizes: tuple[int, int]) -> list[np.ndarray]:
     return [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
 
 
-def test_embedders_say_what_they_are(onnx: Embedder, torch: Embedder, tiny_onnx: Path) -> None:
-    assert (onnx.backend, onnx.device, onnx.path) == ("onnxruntime", "cpu", tiny_onnx)
+def test_fields(onnx: Embedder, torch: Embedder, tiny_onnx: Path) -> None:
+    assert (onnx.backend, onnx.device, onnx.loads_with, onnx.path) == ("onnxruntime", "cpu", "cpu", tiny_onnx)
     assert (torch.backend, torch.device) == ("torch", "cpu")
     assert (onnx.spec.input.form, onnx.spec.input.height, onnx.spec.embedding_size) == ("uint8", 96, 1536)
 
@@ -36,113 +43,152 @@ def test_back_ends_agree_on_crops_of_any_size(onnx: Embedder, torch: Embedder) -
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * second.max())
 
 
-def test_a_list_one_array_and_views_are_the_same(onnx: Embedder) -> None:
+def test_lists_arrays_and_views_give_the_same(color: Embedder) -> None:
     array = np.stack(crops((50, 40), (50, 40)))
-    expected = onnx.embed(list(array))
-    np.testing.assert_array_equal(onnx.embed(array), expected)
+    expected = color.embed(list(array))
+    np.testing.assert_array_equal(color.embed(array), expected)
     frame = np.zeros((100, 100, 3), np.uint8)
     frame[20:70, 30:70] = array[1]
-    np.testing.assert_allclose(onnx.embed([frame[20:70, 30:70]])[0], expected[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(color.embed([frame[20:70, 30:70]])[0], expected[1], rtol=1e-6)
     bgr = array[..., ::-1].copy()
-    np.testing.assert_array_equal(onnx.embed(bgr[..., ::-1]), expected)
+    np.testing.assert_array_equal(color.embed(bgr[..., ::-1]), expected)
 
 
-def test_no_crops_and_more_than_go_through_at_once(onnx: Embedder) -> None:
-    assert onnx.embed([]).shape == (0, 1536)
-    assert onnx.embed(np.empty((0, 96, 64, 3), np.uint8)).shape == (0, 1536)
+def test_no_crops_and_more_than_one_chunk(color: Embedder) -> None:
+    assert color.embed([]).shape == color.embed(np.empty((0, 96, 64, 3), np.uint8)).shape == (0, 8)
     one = crops((96, 64))
-    many = onnx.embed(one * (CHUNK + 2))
-    assert many.shape == (CHUNK + 2, 1536)
-    np.testing.assert_allclose(many, np.repeat(onnx.embed(one), CHUNK + 2, axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(color.embed(one * (CHUNK + 2)), np.repeat(color.embed(one), CHUNK + 2, axis=0))
 
 
 @pytest.mark.parametrize(
-    ("crop", "message"),
+    "crop",
     [
-        (np.zeros((0, 20, 3), np.uint8), r"crop 1 has no pixels.*Leave out boxes"),
-        (np.zeros((20, 10), np.uint8), r"crop 1 is grey.*Repeat"),
-        (np.zeros((20, 10, 1), np.uint8), r"crop 1 is grey"),
-        (np.zeros((20, 10, 4), np.uint8), r"crop 1 has an alpha channel.*:3"),
-        (np.zeros((20, 10, 3), np.float32), r"crop 1 holds float32.*uint8 RGB values of 0 to 255"),
-        (np.zeros((3, 20, 10), np.uint8), r"crop 1 has shape \(3, 20, 10\)"),
-        (Image.new("RGB", (10, 20)), r"crop 1 is a Image, no array"),
+        np.zeros((0, 20, 3), np.uint8),
+        np.zeros((20, 10), np.uint8),
+        np.zeros((20, 10, 1), np.uint8),
+        np.zeros((20, 10, 4), np.uint8),
+        np.zeros((20, 10, 3), np.float32),
+        np.zeros((3, 20, 10), np.uint8),
+        Image.new("RGB", (10, 20)),
     ],
 )
-def test_crops_that_cannot_be_embedded(crop: object, message: str, onnx: Embedder) -> None:
-    with pytest.raises(DataError, match=message):
-        onnx.embed([*crops((20, 10)), crop])
+def test_invalid_crops_are_named(crop: object, color: Embedder) -> None:
+    with pytest.raises(DataError, match="crop 1"):
+        color.embed([*crops((20, 10)), crop])
 
 
-def test_one_bare_crop_is_no_list(onnx: Embedder) -> None:
-    with pytest.raises(DataError, match=r"Pass \[crop\]"):
-        onnx.embed(crops((20, 10))[0])
+def test_a_single_crop_is_not_a_list(color: Embedder) -> None:
+    with pytest.raises(DataError) as caught:
+        color.embed(crops((20, 10))[0])
+    assert "[crop]" in caught.value.remedy
 
 
-def test_an_edge_box_needs_neither_torch_nor_onnx(tiny_onnx: Path) -> None:
+@pytest.mark.parametrize("form", ["uint8", "raw", "normalized"])
+def test_embed_normalized_is_embed_after_preprocessing(form: str, tmp_path: Path) -> None:
+    embedder = pmm_edge.load(color_network(tmp_path / "model.onnx", form), "cpu")
+    (crop,), size = crops((96, 64)), embedder.spec.input
+    normalized = ((crop / 255 - size.mean) / size.std).transpose(2, 0, 1)[None].astype(np.float32)
+    found = embedder.embed_normalized(normalized)
+    if form == "uint8":
+        assert found is None
+    else:
+        np.testing.assert_allclose(found, embedder.embed([crop]), rtol=1e-4, atol=1e-3)
+
+
+def run_without(absent: tuple[str, ...], script: str) -> list[str]:
+    """Run Python without some packages; return the printed lines."""
+    hidden = f"import sys\nfor absent in {absent}:\n    sys.modules[absent] = None\n"
+    ended = subprocess.run([sys.executable, "-c", hidden + script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+def test_the_edge_install_needs_neither_torch_nor_onnx(color: Embedder) -> None:
     script = f"""
-import sys
-for absent in ("torch", "torchvision", "onnx", "onnxscript", "safetensors"):
-    sys.modules[absent] = None
 import numpy as np, pmm_edge
 from pmm_edge.errors import ModelError
-print(pmm_edge.load({str(tiny_onnx)!r}).embed(np.zeros((2, 30, 20, 3), np.uint8)).shape)
+print([name for name in ("torch", "onnxruntime") if sys.modules.get(name)])
+print(pmm_edge.load({str(color.path)!r}).embed(np.zeros((2, 30, 20, 3), np.uint8)).shape)
 try:
     pmm_edge.load("best.pt")
 except ModelError as error:
     print(error)
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[0] == "(2, 1536)"
-    assert "best.pt needs torch, which is not installed. pip install 'pmm-edge[train]'" in ended.stdout
-
-
-def test_importing_the_runtime_loads_no_engine() -> None:
-    script = "import sys, pmm_edge.runtime; print([name for name in ('torch', 'onnxruntime') if name in sys.modules])"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "[]"
+    absent = ("torch", "torchvision", "onnx", "onnxscript", "safetensors")
+    engines, shape, message = run_without(absent, script)
+    assert (engines, shape) == ("[]", "(2, 8)")
+    assert "torch" in message
+    assert "pmm-edge[train]" in message
 
 
 @pytest.mark.parametrize(("batch", "count", "runs"), [(5, 12, [5, 5, 5]), (80, 80, [80])])
-def test_chunks_are_the_batches_that_the_model_takes(
-    batch: int, count: int, runs: list[int], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_chunks_are_whole_batches(
+    batch: int, count: int, runs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", graph=Graph(static_batch=batch))
-    embedder = OnnxEmbedder(exported.path, "cpu")
-    ran = []
-
-    def run(fed: np.ndarray) -> np.ndarray:
-        ran.append(len(fed))
-        return np.repeat(fed[:, 0, 0, :1].astype(np.float32), 1536, axis=1)
-
-    monkeypatch.setattr(embedder, "_run", run)
+    embedder = OnnxEmbedder(color_network(tmp_path / "model.onnx", batch=batch), "cpu")
+    run, ran = embedder._run, []
+    monkeypatch.setattr(embedder, "_run", lambda images: (ran.append(len(images)), run(images))[1])
     small = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    expected = small[:, 0, 0, :1].repeat(1536, axis=1)
-    np.testing.assert_array_equal(embedder.embed(list(small)), expected)
-    assert ran == runs  # at 64 crops a time, 80 would be 160
     paths = [tmp_path / f"{number}.png" for number in range(count)]
     for path, crop in zip(paths, small, strict=True):
         Image.fromarray(crop).save(path)
-    np.testing.assert_array_equal(embed_files(embedder, paths).embeddings, expected)
+    found = embedder.embed(list(small))
+    np.testing.assert_allclose(found, np.arange(count)[:, None] * found[1], rtol=1e-5)
+    np.testing.assert_array_equal(embed_files(embedder, paths).embeddings, found)
     assert ran == 2 * runs
 
 
-def test_training_and_runtime_read_the_same_pixels(onnx: Embedder, tiny_dataset: Path) -> None:
+def test_training_and_runtime_read_the_same_pixels(color: Embedder, tiny_dataset: Path) -> None:
     paths = sorted((tiny_dataset / "query").iterdir())
     trained_on = Crops(paths, 96, 64).batch(np.arange(len(paths)))
     decoded = [np.asarray(Image.open(path)) for path in paths]
     assert decoded[0].shape == (128, 64, 3)
     np.testing.assert_array_equal(prepare_crops(decoded, 96, 64), trained_on)
-    np.testing.assert_array_equal(embed_files(onnx, paths).embeddings, onnx.embed_prepared(trained_on))
+    np.testing.assert_array_equal(embed_files(color, paths).embeddings, color.embed_prepared(trained_on))
 
 
 def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
     values = np.linspace(2000, 60000, 96 * 64).astype(np.uint16).reshape(96, 64)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    with Image.open(tmp_path / "deep.png") as image:
-        assert image.mode.startswith("I")
     crop = read_crop(tmp_path / "deep.png", 96, 64)
     np.testing.assert_array_equal(crop, np.rint(values / 257)[..., None].repeat(3, axis=2))
-    assert (crop.min(), crop.max()) == (8, 233)
     for deep in (values.astype(">u2"), values.astype(np.int32)):
         np.testing.assert_array_equal(resize_crop(Image.fromarray(deep), 96, 64), crop)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:1", ("cuda", 1)), ("2", ("cuda", 2)), (0, ("cuda", 0))],
+)
+def test_parse_device(device: str | int, expected: tuple[str, int]) -> None:
+    assert parse_device(device) == expected
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:", "cpu:1", "-1", "", "tensorrt"])
+def test_parse_unknown_devices(device: str) -> None:
+    with pytest.raises(ModelError):
+        parse_device(device)
+    assert parse_device("tensorrt:1", tensorrt=True) == ("tensorrt", 1)
+
+
+@pytest.mark.parametrize(("usable", "threads"), [(8.0, None), (6.0, 6), (3.5, 3), (1.0, 1), (0.5, 1)])
+def test_onnx_runtime_uses_only_the_usable_cores(
+    usable: float, threads: int | None, color: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("pmm_edge.machine.usable_cores", lambda: usable)
+    assert pmm_edge.load(color.path, "cpu").threads == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="needs Linux, two cores")
+def test_on_one_core_a_session_has_one_thread(color: Embedder) -> None:
+    script = f"""
+import os
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+import numpy, pmm_edge, pmm_edge.runtime.onnx_backend
+before = len(os.listdir("/proc/self/task"))
+embedder = pmm_edge.load({str(color.path)!r}, "cpu")
+embedder.embed_prepared(numpy.zeros((1, 96, 64, 3), numpy.uint8))
+print(embedder.threads, len(os.listdir("/proc/self/task")) - before)
+"""
+    assert run_without((), script) == ["1 0"]

@@ -1,7 +1,7 @@
-"""The real Python bindings of TensorRT and of CUDA, on a machine without a GPU and without TensorRT.
+"""The real Python bindings of TensorRT and CUDA, on a machine without a GPU and without TensorRT.
 
-Their wheels hold the whole Python API; what TensorRT's lack are its shared libraries. Libraries of the same names
-with empty functions let them import, in a process of their own, and tell what they offer. CUDA's import as they are.
+Their wheels contain the whole Python API; those of TensorRT lack only its shared libraries. Libraries of the same names
+with empty functions let them import, in a process of their own. The bindings of CUDA import as they are.
 """
 
 import json
@@ -27,8 +27,7 @@ CUDA_VERSIONS = {
     "12.9.10": ("cuda-bindings", "cuda.bindings.runtime"),
     "13.5.0": ("cuda-bindings", "cuda.bindings.runtime"),
 }
-"""The package, and the module with the runtime API: the oldest that is let in, what `<13` gives, and CUDA 13's."""
-LIBRARIES = ("nvinfer", "nvonnxparser", "nvinfer_plugin")
+"""Package and runtime module of the oldest supported version, of what `<13` gives, and of CUDA 13."""
 EMPTY = """
 #define EMPTY(name) void *name(void) { return 0; }
 EMPTY(createInferBuilder_INTERNAL) EMPTY(createInferRefitter_INTERNAL) EMPTY(createInferRuntime_INTERNAL)
@@ -36,50 +35,52 @@ EMPTY(getBuilderPluginRegistry) EMPTY(getPluginRegistry) EMPTY(createNvOnnxParse
 EMPTY(createNvOnnxParserRefitter_INTERNAL) EMPTY(getNvOnnxParserVersion) EMPTY(initLibNvInferPlugins)
 """
 Api = dict[str, dict[str, list[dict[str, bool]]]]
-"""Class -> attribute -> its signatures, for a method."""
+"""Class -> attribute -> for a method its signatures: parameter -> whether it is optional."""
 CudaApi = dict[str, dict[str, int] | int | str]
-"""Name -> the numbers of an enumeration, a number, or the text that describes a function."""
+"""Name -> the members of an enumeration, a number, or the docstring of a function."""
 
 
-def installed(version: str) -> Path:
-    """A folder with a version's bindings of TensorRT and their empty libraries; made once."""
-
-    def add_libraries(temporary: str) -> None:
-        source = Path(temporary, "empty.c")
-        source.write_text(EMPTY)
-        major = version.partition(".")[0]
-        for library in LIBRARIES:
-            _run("gcc", "-shared", "-fPIC", str(source), "-o", f"{temporary}/made/lib{library}.so.{major}")
-
-    return _made(version, ("--no-deps", f"{VERSIONS[version]}=={version}"), add_libraries)
-
-
-def installed_cuda(version: str) -> Path:
-    """A folder with a version's bindings of CUDA; made once."""
-    package, _ = CUDA_VERSIONS[version]
-    return _made(f"{package}-{version}", (f"{package}=={version}",), lambda temporary: None)
-
-
-def _made(name: str, packages: Sequence[str], finish: Callable[[str], None]) -> Path:
+def _installed(name: str, packages: Sequence[str], finish: Callable[[str], None] = lambda temporary: None) -> Path:
+    """Install packages into a cached folder, once."""
     folder = CACHE / f"{name}-{sys.implementation.cache_tag}"
-    if folder.is_dir():
-        return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        _run(sys.executable, "-m", "pip", "install", "--quiet", "--target", f"{temporary}/made", *packages)
-        finish(temporary)
-        Path(temporary, "made").rename(folder)
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            _run(sys.executable, "-m", "pip", "install", "--quiet", "--target", f"{temporary}/made", *packages)
+            finish(temporary)
+            Path(temporary, "made").rename(folder)
     return folder
 
 
+def _run(*command: str) -> None:
+    """Run a command; if it fails the tests are skipped, but fail in CI."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        problem = "".join(ended.stderr.strip().splitlines()[-1:]) if ended.returncode else None
+    except FileNotFoundError as error:
+        problem = str(error)
+    if problem is not None:
+        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        stop(f"the real bindings are not available: {' '.join(command[:4])}: {problem}")
+
+
 def run_with(version: str, script: str) -> str:
-    """What a script prints in a process where `tensorrt_bindings` is the real one of a version."""
-    return _printed(installed(version), script)
+    """Return what a script prints with the real `tensorrt_bindings` of a version."""
+
+    def add_libraries(temporary: str) -> None:
+        Path(temporary, "empty.c").write_text(EMPTY)
+        for library in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
+            target = f"{temporary}/made/lib{library}.so.{version.partition('.')[0]}"
+            _run("gcc", "-shared", "-fPIC", f"{temporary}/empty.c", "-o", target)
+
+    packages = ("--no-deps", f"{VERSIONS[version]}=={version}")
+    return _printed(_installed(version, packages, add_libraries), script)
 
 
 def run_with_cuda(version: str, script: str) -> str:
-    """What a script prints in a process where CUDA's Python API is that of a version."""
-    return _printed(installed_cuda(version), script)
+    """Return what a script prints with the real CUDA bindings of a version."""
+    package = CUDA_VERSIONS[version][0]
+    return _printed(_installed(f"{package}-{version}", (f"{package}=={version}",)), script)
 
 
 def _printed(folder: Path, script: str) -> str:
@@ -89,7 +90,9 @@ def _printed(folder: Path, script: str) -> str:
     return ended.stdout
 
 
-DUMP = """
+def api_of(version: str) -> Api:
+    """Return all classes of a version of TensorRT."""
+    script = """
 import json, tensorrt_bindings as trt
 classes = {}
 def describe(name, kind):
@@ -103,43 +106,35 @@ for name in dir(trt):
         describe(name, getattr(trt, name))
 print(json.dumps({"version": trt.__version__, "classes": classes}))
 """
-
-
-def api_of(version: str) -> Api:
-    """All classes of a version."""
-    told = json.loads(run_with(version, DUMP))
-    assert told["version"] == version
+    found = json.loads(run_with(version, script))
+    assert found["version"] == version
     return {
-        name: {attribute: signatures(attribute, doc) for attribute, doc in members.items()}
-        for name, members in told["classes"].items()
+        name: {attribute: _signatures(attribute, doc) for attribute, doc in members.items()}
+        for name, members in found["classes"].items()
     }
 
 
-CUDA_DUMP = """
+def cuda_api_of(version: str) -> CudaApi:
+    """Return the runtime API of a version of CUDA."""
+    script = f"""
 import importlib, json
-api = importlib.import_module({module!r})
-told = {{}}
+api = importlib.import_module({CUDA_VERSIONS[version][1]!r})
+found = {{}}
 for name in dir(api):
     value = getattr(api, name)
     if name.startswith("cuda"):
         if isinstance(value, type):
             members = {{member: getattr(value, member) for member in dir(value) if member.startswith("cuda")}}
-            told[name] = {{member: int(number) for member, number in members.items()}}
+            found[name] = {{member: int(number) for member, number in members.items()}}
         else:
-            told[name] = int(value) if isinstance(value, int) else value.__doc__ or ""
-print(json.dumps({{"file": api.__file__, "names": told}}))
+            found[name] = int(value) if isinstance(value, int) else value.__doc__ or ""
+print(json.dumps(found))
 """
+    return json.loads(run_with_cuda(version, script))
 
 
-def cuda_api_of(version: str) -> CudaApi:
-    """CUDA's runtime API in a version."""
-    told = json.loads(run_with_cuda(version, CUDA_DUMP.format(module=CUDA_VERSIONS[version][1])))
-    assert told["file"].startswith(str(installed_cuda(version)))
-    return told["names"]
-
-
-def signatures(name: str, doc: str) -> list[dict[str, bool]]:
-    """Parameters, without self, of each overload that pybind11 documents: name -> whether it may be left out."""
+def _signatures(name: str, doc: str) -> list[dict[str, bool]]:
+    """Return the parameters of each overload in a docstring of pybind11, without self."""
     found = re.findall(rf"^(?:\d+\. )?{re.escape(name)}\((?!\*args)(.*)\) ->", doc, flags=re.MULTILINE)
     return [_parameters(inside) for inside in found]
 
@@ -155,18 +150,3 @@ def _parameters(inside: str) -> dict[str, bool]:
     named = {part.partition(":")[0].strip(): " = " in part for part in parts if part.strip()}
     named.pop("self", None)
     return named
-
-
-def _run(*command: str) -> None:
-    """Run what makes the bindings; without it these tests skip, but in CI they fail."""
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        problem = ended.stderr.strip().splitlines()[-1:] if ended.returncode else None
-    except FileNotFoundError as error:
-        problem = [str(error)]
-    if problem is None:
-        return
-    reason = f"the real bindings cannot be made: {' '.join(command[:4])}: {' '.join(problem)}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)

@@ -1,22 +1,19 @@
-"""A machine with a GPU and TensorRT that is none: the doubles in place of the real packages."""
+"""A machine with a GPU and TensorRT that is none: doubles replace the real packages."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import double
 import pytest
-from colour_network import colour_network
+from color_network import color_network
 
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 
-SETTINGS = BuildSettings(batch=BatchProfile(2, 3, 4))
-
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., double.FakeGpu]:
-    """Put a GPU and a TensorRT on this machine, in place of the ones before."""
+def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> double.Install:
+    """Put a GPU and a TensorRT on this machine, in place of earlier ones."""
 
     def put(gpu: double.FakeGpu | None = None, tensorrt: str = "10.3.0") -> double.FakeGpu:
         gpu = gpu or double.FakeGpu()
@@ -29,17 +26,17 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., do
 
 
 @pytest.fixture
-def gpu(install: Callable[..., double.FakeGpu]) -> double.FakeGpu:
+def gpu(install: double.Install) -> double.FakeGpu:
     return install()
 
 
 @pytest.fixture
 def onnx(tmp_path: Path) -> Path:
     """An ONNX file that a test may change."""
-    return colour_network(tmp_path / "export" / "model.onnx")
+    return color_network(tmp_path / "export" / "model.onnx")
 
 
 @pytest.fixture
 def built(gpu: double.FakeGpu, onnx: Path) -> BuiltEngine:
     """An engine for batches of 2 to 4."""
-    return build_engine(onnx, onnx.with_suffix(".engine"), SETTINGS)
+    return build_engine(onnx, onnx.with_suffix(".engine"), BuildSettings(BatchProfile(2, 3, 4)))

@@ -1,10 +1,10 @@
-# ruff: noqa: N801, N802, N803, N806, N815  names are CUDA's own
+# ruff: noqa: N801, N802, N803, N806, N815, E731  names are those of CUDA and TensorRT
 """Stand-ins for TensorRT and cuda-python that run an engine's ONNX file in ONNX Runtime.
 
 They are as strict as the real ones where a mistake would show only on a GPU: work waits until the stream is
-synchronized, a shape cannot be captured before it has run, a context must live and must not change under its graph,
-scratch memory must be given. Every public name here is one of the real packages' (test_trt_contract.py holds them
-against each other); what only tests need begins with an underscore or lies in FakeGpu.
+synchronized, a shape cannot be captured before it has run, a context must live and must not change under its graph, and
+scratch memory must be provided. Every public name exists in the real packages (test_trt_contract.py compares them);
+what only tests need begins with an underscore or is in FakeGpu.
 """
 
 import ctypes
@@ -27,34 +27,43 @@ SCRATCH = 4096
 
 
 class FakeGpu:
-    """One GPU, and what a test decides about it and about the TensorRT on it."""
+    """One GPU, and what a test decides about it and about TensorRT."""
 
     def __init__(self, name: str = "Orin", capability: tuple[int, int] = (8, 7)) -> None:
         self.name, self.capability = name, capability
         self.count = 1
         self.fails: dict[str, int] = {}
-        """CUDA calls that fail, with their status."""
+        """Status of the CUDA calls that fail."""
         self.calls: Counter[str] = Counter()
         self.memory: dict[int, Any] = {}
         self.queue: list[Callable[[], None]] = []
         self.recording: list[Callable[[], None]] | None = None
         self.layers: list[Any] = FP32_LAYERS
-        """What the inspector says."""
+        """What the inspector reports."""
         self.parser_errors: list[tuple[str, str, str]] = []
         """Node, operator and description."""
-        self.says: str | None = None
-        """An error in the log, with which whatever was asked for fails."""
+        self.error: str | None = None
+        """An error in the log, with which the next call of TensorRT fails."""
         self.clock = 0.0
-        """Milliseconds of work done: 1 a copy, 10 an image."""
+        """Milliseconds of work done: 1 per copy, 10 per image."""
         self.built: list[Any] = []
         """The configuration of each build."""
 
     def enqueue(self, work: Callable[[], None]) -> None:
         (self.queue if self.recording is None else self.recording).append(work)
 
+    def allocate(self, size: int) -> int:
+        memory = (ctypes.c_uint8 * size)()
+        self.memory[ctypes.addressof(memory)] = memory
+        return ctypes.addressof(memory)
+
     def array(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         memory = np.ctypeslib.as_array(self.memory[address])
         return memory[: int(np.prod(shape)) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+
+Install = Callable[..., FakeGpu]
+"""The fixture `install`: put a GPU and a version of TensorRT on this machine."""
 
 
 def cuda_runtime(gpu: FakeGpu) -> ModuleType:
@@ -72,60 +81,33 @@ def cuda_runtime(gpu: FakeGpu) -> ModuleType:
     class cudaStreamCaptureMode(IntEnum):
         cudaStreamCaptureModeThreadLocal = 1
 
+    cudaStreamNonBlocking = 1
+
     def status(name: str) -> cudaError_t:
         gpu.calls[name] += 1
         return cudaError_t(gpu.fails.get(name, 0))
 
-    def cudaGetDeviceCount():
-        return status("cudaGetDeviceCount"), gpu.count
-
-    def cudaSetDevice(device):
-        return (status("cudaSetDevice"),)
+    cudaGetDeviceCount = lambda: (status("cudaGetDeviceCount"), gpu.count)
+    cudaSetDevice = lambda device: (status("cudaSetDevice"),)
+    cudaRuntimeGetVersion = lambda: (status("cudaRuntimeGetVersion"), 12060)
+    cudaDriverGetVersion = lambda: (status("cudaDriverGetVersion"), 12080)
+    cudaGetErrorName = lambda error: (status("cudaGetErrorName"), cudaError_t(error).name.encode())
+    cudaGetErrorString = lambda error: (status("cudaGetErrorString"), b"what went wrong")
+    cudaStreamCreateWithFlags = lambda flags: (status("cudaStreamCreateWithFlags"), 7 * (flags == 1))
+    cudaStreamDestroy = lambda stream: (status("cudaStreamDestroy"),)
+    cudaMallocHost = lambda size: (status("cudaMallocHost"), gpu.allocate(size))
+    cudaMalloc = lambda size: (status("cudaMalloc"), gpu.allocate(size))
+    cudaFreeHost = lambda ptr: (status("cudaFreeHost"), gpu.memory.pop(ptr))[:1]
+    cudaFree = lambda devPtr: (status("cudaFree"), gpu.memory.pop(devPtr))[:1]
+    cudaEventCreate = lambda: (status("cudaEventCreate"), [None])
+    cudaEventDestroy = lambda event: (status("cudaEventDestroy"),)
+    cudaGraphInstantiate = lambda graph, flags: (status("cudaGraphInstantiate"), list(graph))
+    cudaGraphDestroy = lambda graph: (status("cudaGraphDestroy"),)
+    cudaGraphExecDestroy = lambda graphExec: (status("cudaGraphExecDestroy"),)
 
     def cudaGetDeviceProperties(device):
         properties = SimpleNamespace(name=gpu.name.encode(), major=gpu.capability[0], minor=gpu.capability[1])
         return status("cudaGetDeviceProperties"), properties
-
-    def cudaRuntimeGetVersion():
-        return status("cudaRuntimeGetVersion"), 12060
-
-    def cudaDriverGetVersion():
-        return status("cudaDriverGetVersion"), 12080
-
-    def cudaGetErrorName(error):
-        return status("cudaGetErrorName"), cudaError_t(error).name.encode()
-
-    def cudaGetErrorString(error):
-        return status("cudaGetErrorString"), b"what went wrong"
-
-    cudaStreamNonBlocking = 1
-
-    def cudaStreamCreateWithFlags(flags):
-        assert flags == cudaStreamNonBlocking
-        return status("cudaStreamCreateWithFlags"), 7
-
-    def cudaStreamDestroy(stream):
-        return (status("cudaStreamDestroy"),)
-
-    def take(size: int) -> int:
-        memory = (ctypes.c_uint8 * size)()
-        address = ctypes.addressof(memory)
-        gpu.memory[address] = memory
-        return address
-
-    def cudaMallocHost(size):
-        return status("cudaMallocHost"), take(size)
-
-    def cudaMalloc(size):
-        return status("cudaMalloc"), take(size)
-
-    def cudaFreeHost(ptr):
-        del gpu.memory[ptr]
-        return (status("cudaFreeHost"),)
-
-    def cudaFree(devPtr):
-        del gpu.memory[devPtr]
-        return (status("cudaFree"),)
 
     def cudaMemcpyAsync(dst, src, count, kind, stream):
         def copy():
@@ -140,12 +122,6 @@ def cuda_runtime(gpu: FakeGpu) -> ModuleType:
             gpu.queue.pop(0)()
         return (status("cudaStreamSynchronize"),)
 
-    def cudaEventCreate():
-        return status("cudaEventCreate"), [None]
-
-    def cudaEventDestroy(event):
-        return (status("cudaEventDestroy"),)
-
     def cudaEventSynchronize(event):
         while event[0] is None and gpu.queue:
             gpu.queue.pop(0)()
@@ -157,7 +133,7 @@ def cuda_runtime(gpu: FakeGpu) -> ModuleType:
         def record():
             event[0] = gpu.clock
 
-        assert gpu.recording is None, "an event recorded in a graph can not be asked for its time"
+        assert gpu.recording is None, "an event in a graph has no time"
         gpu.enqueue(record)
         return (status("cudaEventRecord"),)
 
@@ -173,19 +149,10 @@ def cuda_runtime(gpu: FakeGpu) -> ModuleType:
         graph, gpu.recording = gpu.recording, None
         return status("cudaStreamEndCapture"), graph
 
-    def cudaGraphInstantiate(graph, flags):
-        return status("cudaGraphInstantiate"), list(graph)
-
-    def cudaGraphDestroy(graph):
-        return (status("cudaGraphDestroy"),)
-
     def cudaGraphLaunch(graphExec, stream):
         for work in graphExec:
             gpu.enqueue(work)
         return (status("cudaGraphLaunch"),)
-
-    def cudaGraphExecDestroy(graphExec):
-        return (status("cudaGraphExecDestroy"),)
 
     return _module("cuda.bindings.runtime", locals(), "cuda")
 
@@ -193,31 +160,13 @@ def cuda_runtime(gpu: FakeGpu) -> ModuleType:
 def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
     """`tensorrt` over one GPU."""
     __version__ = version
-
-    class NetworkDefinitionCreationFlag(IntEnum):
-        STRONGLY_TYPED = 1
-
-    class BuilderFlag(IntEnum):
-        TF32 = 6
-        VERSION_COMPATIBLE = 13
-
-    class MemoryPoolType(IntEnum):
-        WORKSPACE = 0
-
-    class HardwareCompatibilityLevel(IntEnum):
-        NONE = 0
-        AMPERE_PLUS = 1
-
-    class ProfilingVerbosity(IntEnum):
-        LAYER_NAMES_ONLY = 0
-        DETAILED = 2
-
-    class LayerInformationFormat(IntEnum):
-        JSON = 1
-
-    class ExecutionContextAllocationStrategy(IntEnum):
-        STATIC = 0
-        USER_MANAGED = 2
+    NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
+    BuilderFlag = IntEnum("BuilderFlag", {"TF32": 6, "VERSION_COMPATIBLE": 13})
+    MemoryPoolType = IntEnum("MemoryPoolType", {"WORKSPACE": 0})
+    HardwareCompatibilityLevel = IntEnum("HardwareCompatibilityLevel", {"NONE": 0, "AMPERE_PLUS": 1})
+    ProfilingVerbosity = IntEnum("ProfilingVerbosity", {"LAYER_NAMES_ONLY": 0, "DETAILED": 2})
+    LayerInformationFormat = IntEnum("LayerInformationFormat", {"JSON": 1})
+    ExecutionContextAllocationStrategy = IntEnum("ExecutionContextAllocationStrategy", {"STATIC": 0, "USER_MANAGED": 2})
 
     class ILogger:
         class Severity(IntEnum):
@@ -283,12 +232,12 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
             return 0
 
         def create_timing_cache(self, serialized_timing_cache):
-            known = serialized_timing_cache in (b"",) or serialized_timing_cache.startswith(b"TIMES")
+            known = serialized_timing_cache in (b"", b"OTHER") or serialized_timing_cache.startswith(b"TIMES")
             return ITimingCache(serialized_timing_cache) if known else None
 
         def set_timing_cache(self, cache, ignore_mismatch):
             self._cache = cache
-            return True
+            return cache._content != b"OTHER"  # timings of another device
 
         def get_timing_cache(self):
             return self._cache
@@ -298,16 +247,16 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
 
     class ParserError:
         def __init__(self, _node, _operator, _text):
-            self._said = _node, _operator, _text
+            self._fields = _node, _operator, _text
 
         def node_name(self):
-            return self._said[0]
+            return self._fields[0]
 
         def node_operator(self):
-            return self._said[1]
+            return self._fields[1]
 
         def desc(self):
-            return self._said[2]
+            return self._fields[2]
 
     class OnnxParser:
         def __init__(self, network, logger):
@@ -326,7 +275,7 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
 
     class Builder:
         def __init__(self, logger):
-            assert logger._initialized, "TensorRT's own __init__ was not called"
+            assert logger._initialized, "the __init__ of TensorRT was not called"
             self._logger = logger
 
         def create_network(self, flags=0):
@@ -341,8 +290,8 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
 
         def build_serialized_network(self, network, config):
             gpu.built.append(config)
-            if gpu.says:
-                self._logger.log(ILogger.Severity.ERROR, gpu.says)
+            if gpu.error:
+                self._logger.log(ILogger.Severity.ERROR, gpu.error)
                 return None
             if config.progress_monitor and not _report_phases(config.progress_monitor):
                 return None
@@ -352,10 +301,10 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
             return IHostMemory(struct.pack("<I", len(shapes)) + shapes + network._onnx)
 
     def _report_phases(monitor: Any) -> bool:
-        assert monitor._initialized, "TensorRT's own __init__ was not called"
+        assert monitor._initialized, "the __init__ of TensorRT was not called"
         monitor.phase_start("Building", None, 2)
         monitor.phase_start("Timing", "Building", 4)
-        goes_on = all(monitor.step_complete("Timing", step) for step in range(3))  # may finish early
+        goes_on = all(monitor.step_complete("Timing", step) for step in range(3))  # finishes early
         monitor.phase_finish("Timing")
         goes_on &= monitor.step_complete("Building", 0)
         monitor.phase_finish("Building")
@@ -368,8 +317,8 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
             self._logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine):
-            if gpu.says:
-                self._logger.log(ILogger.Severity.ERROR, gpu.says)
+            if gpu.error:
+                self._logger.log(ILogger.Severity.ERROR, gpu.error)
                 return None
             return ICudaEngine(bytes(serialized_engine), self._logger)
 
@@ -408,10 +357,9 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
 
         def execute_async_v3(self, stream_handle):
             assert stream_handle == 7
-            if gpu.says or self._memory < SCRATCH or (gpu.recording is not None and not self._has_run):
-                self._engine._logger.log(
-                    ILogger.Severity.ERROR, gpu.says or "no scratch memory, or capturing too early"
-                )
+            if gpu.error or self._memory < SCRATCH or (gpu.recording is not None and not self._has_run):
+                error = gpu.error or "no scratch memory, or captured too early"
+                self._engine._logger.log(ILogger.Severity.ERROR, error)
                 return False
             self._has_run, shape, context = True, self._shape, weakref.ref(self)
 
@@ -427,23 +375,23 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> ModuleType:
             gpu.clock += 10 * shape[0]
             assert shape == self._shape, "the context has changed under its CUDA graph"
             session = self._engine._session
-            (fed,), (given,) = session.get_inputs(), session.get_outputs()
-            dtype = "uint8" if "uint8" in fed.type else "float32"
-            result = session.run(None, {fed.name: gpu.array(self._addresses[fed.name], shape, dtype)})[0]
-            gpu.array(self._addresses[given.name], result.shape, "float32")[:] = result
+            (images,), (embeddings,) = session.get_inputs(), session.get_outputs()
+            dtype = "uint8" if "uint8" in images.type else "float32"
+            result = session.run(None, {images.name: gpu.array(self._addresses[images.name], shape, dtype)})[0]
+            gpu.array(self._addresses[embeddings.name], result.shape, "float32")[:] = result
 
     class EngineInspector:
         execution_context: Any = None
 
         def get_engine_information(self, format):
-            assert self.execution_context, "no shape: the types of dynamic tensors are not told"
+            assert self.execution_context, "no shape: the types of dynamic tensors are not reported"
             return json.dumps({"Layers": gpu.layers})
 
     return _module("tensorrt", locals())
 
 
 def _module(name: str, names: dict[str, Any], prefix: str = "") -> ModuleType:
-    """A module of the classes, functions and numbers among names that begin with `prefix`."""
+    """A module of the classes, functions and numbers whose names begin with `prefix`."""
     module = ModuleType(name)
     for public, value in names.items():
         named = public[0] != "_" and public.startswith(prefix)

@@ -9,7 +9,7 @@ from typing import Any
 
 import double
 import pytest
-from colour_network import colour_network
+from color_network import color_network
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -47,8 +47,10 @@ def test_without_tensorrt_the_onnx_file_is_written_and_the_rest_said(
     assert (tmp_path / "model.onnx").is_file()
     assert not (tmp_path / "model.engine").exists()
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'model.onnx'} is ready, its engine cannot be built here: TensorRT is")
-    assert "pmm export model.onnx --trt --batch 1,4,8" in last
+    assert last.startswith(
+        f"error: {tmp_path / 'model.onnx'} is ready, but its engine cannot be built here: TensorRT is"
+    )
+    assert "pmm export model.onnx --trt --batch-profile 1,4,8" in last
     assert "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped" in last
 
 
@@ -60,7 +62,7 @@ def test_a_static_batch_is_the_engines_only_one(
     out = tmp_path / "model.onnx"
     ended = pmm("export", tiny_checkpoint, "--out", out, "--trt", "--static-batch", "4", *batch)
     last = ended.stderr.strip().splitlines()[-1]
-    assert "pmm export model.onnx --trt --batch 4,4,4" in last
+    assert "pmm export model.onnx --trt --batch-profile 4,4,4" in last
     assert "--minShapes=images:4x96x64x3 --optShapes=images:4x96x64x3 --maxShapes=images:4x96x64x3" in last
 
 
@@ -71,15 +73,17 @@ def refused(pmm: Callable, *arguments: object) -> str:
 
 
 def test_wrong_use(pmm: Callable, gpu: double.FakeGpu, onnx: Path) -> None:
-    assert "64,16,1 is out of order. Give minimum,optimal,maximum" in refused(pmm, onnx, "--trt", "--batch", "64,16,1")
+    assert "invalid batch profile 64,16,1. Give minimum,optimal,maximum" in refused(
+        pmm, onnx, "--trt", "--batch", "64,16,1"
+    )
     assert "--batch, --version-compatible says how to build an engine" in refused(
         pmm, onnx, "--batch", "1,2,3", "--version-compatible"
     )
     contradiction = refused(pmm, onnx.with_name("best.pt"), "--trt", "--static-batch", "4", "--batch", "1,4,8")
-    assert contradiction.endswith("contradicts the graph's static batch of 4. Leave it out, or give --batch 4,4,4")
-    assert "optimization level 9 does not exist" in refused(pmm, onnx, "--trt", "--optimization-level", "9")
+    assert contradiction.endswith("Omit --batch-profile, or give 4,4,4")
+    assert "invalid optimization level 9" in refused(pmm, onnx, "--trt", "--optimization-level", "9")
     for workspace in ("nan", "inf", "-inf"):
-        assert f"a workspace of {workspace} GiB cannot be had" in refused(pmm, onnx, "--trt", "--workspace", workspace)
+        assert f"invalid workspace of {workspace} GiB" in refused(pmm, onnx, "--trt", "--workspace", workspace)
     assert "has no weights for --safetensors" in refused(pmm, onnx, "--trt", "--safetensors")
     assert "does not exist" in refused(pmm, onnx.with_name("none.onnx"), "--trt")
     assert not onnx.with_suffix(".engine").exists()
@@ -101,14 +105,14 @@ def test_an_exported_file_is_not_another(pmm: Callable, gpu: double.FakeGpu, onn
 def test_the_batch_of_an_exported_file_is_the_engines(
     pmm: Callable, gpu: double.FakeGpu, onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    colour_network(onnx, batch=4)
-    assert "contradicts the graph's static batch of 4" in refused(pmm, onnx, "--trt", "--batch", "1,2,3")
+    color_network(onnx, batch=4)
+    assert "contradicts the static batch 4 of the graph" in refused(pmm, onnx, "--trt", "--batch", "1,2,3")
     ended = pmm("export", onnx, "--trt", "--json")
     assert json.loads(ended.stdout)["engine"]["settings"]["batch"] == {"minimum": 4, "optimal": 4, "maximum": 4}
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     ended = pmm("export", onnx, "--trt", "--out", onnx.with_name("x.engine"))
     last = ended.stderr.strip().splitlines()[-1]
-    assert "run there: pmm export model.onnx --trt --batch 4,4,4 --out x.engine " in last
+    assert "pmm export model.onnx --trt --batch-profile 4,4,4 --out x.engine " in last
     assert "--saveEngine=x.engine" in last
     assert "--minShapes=images:4x96x64x3" in last
 
@@ -169,19 +173,19 @@ def test_without_tensorrt_the_bundle_that_serves_the_engine_is_told(
     assert ended.exit_code == 1
     *_, told, last = ended.stderr.strip().splitlines()
     assert told == f"triton: {repository / 'people'} is not written"
-    assert f"pmm export model.onnx --trt --batch 1,16,64 --triton {repository} --triton-name people " in last
+    assert f"pmm export model.onnx --trt --batch-profile 1,16,64 --triton {repository} --triton-name people " in last
     assert not repository.exists()
 
 
 def test_without_tensorrt_and_with_a_folder_that_is_taken_both_are_said(
     pmm: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = colour_network(tmp_path / "export" / "raw.onnx", form="raw")
+    raw = color_network(tmp_path / "export" / "raw.onnx", form="raw")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     said = refused(pmm, raw, "--trt", "--deepstream", tmp_path)
     assert f"{tmp_path} exists and is not an empty folder" in said
     assert "its engine cannot be built here: TensorRT is not installed" in said
-    assert "pmm export raw.onnx --trt --batch 1,16,64" in said
+    assert "pmm export raw.onnx --trt --batch-profile 1,16,64" in said
 
 
 def test_a_bundle_that_fails_does_not_hide_why_the_engine_is_missing(
@@ -190,7 +194,7 @@ def test_a_bundle_that_fails_does_not_hide_why_the_engine_is_missing(
     def full(*_: object) -> None:
         raise OutputError("cannot write tracker: No space left on device")
 
-    raw = colour_network(tmp_path / "export" / "raw.onnx", form="raw")
+    raw = color_network(tmp_path / "export" / "raw.onnx", form="raw")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr("pmm_edge.export.exporter.deepstream_bundle", full)
     ended = pmm("export", raw, "--trt", "--deepstream", tmp_path / "tracker")

@@ -33,7 +33,7 @@ def test_a_machine_without_a_gpu(gpu: double.FakeGpu) -> None:
     gpu.fails["cudaGetDeviceCount"] = 35
     found = tensorrt()
     assert found["version"] == "10.3.0"
-    assert "no GPU that CUDA can use" in found["cuda_error"]
+    assert "CUDA cannot use a GPU" in found["cuda_error"]
     assert trt(found).missing == [found["cuda_error"]]
     assert trt(found).remedies == [found["cuda_remedy"]]
 
