@@ -194,7 +194,7 @@ def _real_step(train: Split, config: TrainConfig, steps: int) -> tuple[float, fl
     world = World()
     device, dtype = chosen_machine(config, world)
     trainee = prepare(new_network(config, train.identities), config, device, dtype, world)
-    feed = Feed(train, config, world, device, print)
+    feed = Feed(train, config, world, device)
     batches = [batch for epoch in range(1, 1 + steps) for batch in feed.batches(epoch)][: steps + 1]
     for batch in batches:
         feed.crops.batch(batch)

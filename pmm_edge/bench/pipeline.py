@@ -37,6 +37,7 @@ from pmm_edge.bench.resources import compute_of, measure_energy
 from pmm_edge.bench.timing import measure_cold_start, measure_end_to_end, measure_latency, without_cuda_graphs
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match, read
+from pmm_edge.data.layouts import is_dataset
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.files import sha256
 from pmm_edge.images import Pixels, evenly, read_crops
@@ -44,7 +45,7 @@ from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runtime import Embedder, embed_files, load
 from pmm_edge.runtime.cuda import GpuError
-from pmm_edge.runtime.embed_files import find_images, is_dataset
+from pmm_edge.runtime.embed_files import find_images
 from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.spec import RetrievalFigures
 

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from pmm_edge.console import out, print_json, print_table, progress
-from pmm_edge.data.checks import Analysis, BadImage, analyse, unreadable
+from pmm_edge.data.checks import Analysis, BadImage, analyze, unreadable
 from pmm_edge.data.dataset import ReidDataset, read
 from pmm_edge.errors import CheckFailedError
 
@@ -41,7 +41,7 @@ def data(
     [dim]pmm data /data/CUHK03-NP --layout cuhk03-np-labeled --verify[/]
     """
     dataset = read(folder, layout)
-    analysis = analyse(dataset)
+    analysis = analyze(dataset)
     bad = _verified(dataset) if verify else None
     if as_json:
         print_json(_facts(dataset, analysis, bad))

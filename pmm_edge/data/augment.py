@@ -1,7 +1,7 @@
-"""From uint8 crops to network input, a whole batch at once, on the device that trains.
+"""Augment and normalize batches of uint8 crops on the training device.
 
-A GPU takes each operation over the whole batch. A CPU takes one image after the other through all of them, for then
-it stays in the processor's cache: the same operations on the same numbers, so the same bits.
+A GPU processes the whole batch in each operation. A CPU processes one image at a time, because an image stays in its
+cache. Both compute the same operations on the same numbers and give identical bits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ ERASE_PROBABILITY = 0.5
 
 
 def normalize(crops: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 with ImageNet's mean and spread, in channels-last memory."""
+    """Normalize with the ImageNet mean and standard deviation.
+
+    Args:
+        crops: (N, H, W, 3) uint8 RGB.
+
+    Returns:
+        (N, 3, H, W) float32, channels-last in memory.
+    """
     if crops.device.type != "cpu":
-        return _normalized_at_once(crops)
+        return _normalize_batch(crops)
     images = torch.empty(crops.shape)
     for crop, image in zip(crops, images, strict=True):
         _normalize_into(image, crop)
@@ -30,32 +37,34 @@ def normalize(crops: Tensor) -> Tensor:
 def augment(
     crops: Tensor, erase_size: int, generator: torch.Generator, erase_probability: float = ERASE_PROBABILITY
 ) -> Tensor:
-    """Flip, normalise and erase, each sample by its own draw (design of the paper's training, section 3.1).
+    """Flip, normalize and erase each image at random (paper, section 3.1).
 
     Args:
         crops: (N, H, W, 3) uint8 RGB.
-        erase_size: side in pixels of the square that is set to 0, the mean colour; 64 in the paper's setting.
+        erase_size: side in pixels of the square that is set to 0, the mean color; 64 in the paper.
         generator: on the device of `crops`.
+        erase_probability: probability that an image loses a square.
 
     Returns:
-        (N, 3, H, W) float32, normalised, in channels-last memory.
+        (N, 3, H, W) float32, normalized, channels-last in memory.
     """
     draws = torch.rand(4, len(crops), device=crops.device, generator=generator)
     flipped, erased = draws[0] < FLIP_PROBABILITY, draws[1] < erase_probability
     height, width = crops.shape[1:3]
-    rows, columns = _start(draws[2], height, erase_size), _start(draws[3], width, erase_size)
-    way = augment_one_by_one if crops.device.type == "cpu" else augment_at_once
-    return way(crops, flipped, erased, rows, columns, erase_size)
+    rows = (draws[2] * (height - erase_size + 1)).long()
+    columns = (draws[3] * (width - erase_size + 1)).long()
+    apply = augment_each if crops.device.type == "cpu" else augment_batch
+    return apply(crops, flipped, erased, rows, columns, erase_size)
 
 
-def augment_one_by_one(
-    crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, columns: Tensor, size: int
-) -> Tensor:
-    """The way of a CPU.
+def augment_each(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
+    """Augment one image at a time, for CPUs.
 
     Args:
+        crops: (N, H, W, 3) uint8 RGB.
         flipped, erased: (N,) bool.
-        rows, columns: (N,) int64, where a square of `size` begins.
+        rows, columns: (N,) int64, the top left corner of the square of `size` pixels.
+        size: side of the square.
     """
     images = torch.empty(crops.shape)
     draws = zip(flipped.tolist(), erased.tolist(), rows.tolist(), columns.tolist(), strict=True)
@@ -66,45 +75,41 @@ def augment_one_by_one(
     return images.permute(0, 3, 1, 2)
 
 
-def augment_at_once(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
-    """The way of a GPU: nothing waits for it. Arguments as of `augment_one_by_one`."""
-    images = _normalized_at_once(torch.where(flipped[:, None, None, None], crops.flip(2), crops))
-    inside_rows, inside_columns = _side(rows, crops.shape[1], size), _side(columns, crops.shape[2], size)
-    inside = inside_rows[:, :, None] & inside_columns[:, None, :] & erased[:, None, None]
-    return images.masked_fill_(inside[:, None], 0.0)
+def augment_batch(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
+    """Augment the whole batch at once without synchronizing, for GPUs. Arguments as in `augment_each`."""
+    images = _normalize_batch(torch.where(flipped[:, None, None, None], crops.flip(2), crops))
+    in_rows, in_columns = _covered(rows, crops.shape[1], size), _covered(columns, crops.shape[2], size)
+    square = in_rows[:, :, None] & in_columns[:, None, :] & erased[:, None, None]
+    return images.masked_fill_(square[:, None], 0.0)
 
 
-def _normalized_at_once(crops: Tensor) -> Tensor:
-    scale, shift = _imagenet(crops.device)
+def _covered(start: Tensor, length: int, size: int) -> Tensor:
+    """(N,) int64 -> (N, length) bool: True from `start` to `start + size`."""
+    position = torch.arange(length, device=start.device)[None]
+    return (position >= start[:, None]) & (position < start[:, None] + size)
+
+
+def _normalize_batch(crops: Tensor) -> Tensor:
+    scale, shift = _scale_and_shift(crops.device)
     return crops.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
 
 
 def _normalize_into(image: Tensor, crop: Tensor) -> None:
-    """(H, W, 3) uint8 -> (H, W, 3) float32, contiguous."""
+    """Write the normalized `crop`, (H, W, 3) uint8, into `image`, (H, W, 3) float32 and contiguous."""
     height, width, _ = image.shape
-    scale, shift = _imagenet_row(width)
+    scale, shift = _row_of_scale_and_shift(width)
     image.copy_(crop)
-    image.view(height, 3 * width).mul_(scale).sub_(shift)  # whole rows: three channels alone do not fill a register
+    image.view(height, 3 * width).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
 
 
-@cache  # made once for a device: copying a constant to a GPU waits for it
-def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+@cache  # once for each device: copying a constant to a GPU synchronizes
+def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The factors of `x * scale - shift`, equal to `(x / 255 - mean) / std`; (3,) each."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (1 / (255 * std)).to(device), (mean / std).to(device)
 
 
 @cache
-def _imagenet_row(width: int) -> tuple[Tensor, Tensor]:
-    scale, shift = _imagenet(torch.device("cpu"))
+def _row_of_scale_and_shift(width: int) -> tuple[Tensor, Tensor]:
+    scale, shift = _scale_and_shift(torch.device("cpu"))
     return scale.repeat(width), shift.repeat(width)
-
-
-def _start(draw: Tensor, length: int, size: int) -> Tensor:
-    """(N,) draws in [0, 1) -> (N,) int64, where a uniformly placed side that lies inside begins."""
-    return (draw * (length - size + 1)).long()
-
-
-def _side(start: Tensor, length: int, size: int) -> Tensor:
-    """(N,) int64 -> (N, length) bool: True along the side."""
-    position = torch.arange(length, device=start.device)[None]
-    return (position >= start[:, None]) & (position < start[:, None] + size)

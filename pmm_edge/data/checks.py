@@ -1,33 +1,33 @@
-"""What is in a data set, and what looks wrong with it."""
+"""Count the images of a data set and find errors in its labels."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, problems, queries_with_match
-from pmm_edge.data.layouts import KNOWN_SETS, Expected, KnownSet
+from pmm_edge.data.layouts import KNOWN_SETS, KnownSet, SplitSize
 from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import JUNK_PID
 
 _CHUNK = 256
-_PIDS_NAMED = 5
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What a split holds."""
+    """What a split contains."""
 
     identities: int
-    """People; junk and distractors are none."""
+    """Without junk and distractors."""
     cameras: int
     images: int
     """As papers count them: with distractors, without junk."""
@@ -35,83 +35,92 @@ class SplitCounts:
     junk: int
 
 
+class FindingKind(str, Enum):
+    """What is wrong with a data set."""
+
+    UNUSABLE = "unusable"
+    """Training or evaluation is impossible."""
+    UNEXPECTED_SIZE = "unexpected-size"
+    """A split of a known data set does not have the published size."""
+    UNTRAINED_IMAGES = "untrained-images"
+    """Training images have a label that means "nobody"."""
+    TRAIN_TEST_OVERLAP = "train-test-overlap"
+    """Identities are in the training set and in query or gallery."""
+    UNMATCHED_QUERIES = "unmatched-queries"
+    """Queries have no right answer in the gallery."""
+    ONE_CAMERA = "one-camera"
+    """Only one camera has seen an identity."""
+
+
 @dataclass(frozen=True)
 class Finding:
-    """Something that looks wrong. `kind` is for programs, `text` for people."""
+    """A problem: `kind`, `split`, `pids` and `images` are for programs, `text` is for people."""
 
-    kind: str
+    kind: FindingKind
     text: str
+    split: str = ""
+    """train, query, gallery or test (query and gallery together); empty if several are concerned."""
+    pids: list[int] = field(default_factory=list)
+    """Identities concerned, ascending."""
+    images: int = 0
+    """Number of images concerned, where it is known."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `pmm data` shows."""
+    """Counts of a data set and what is wrong with it."""
 
     splits: dict[str, SplitCounts]
     """By name: train, query, gallery."""
     known: KnownSet | None
-    """What a set that is known should hold."""
+    """The published sizes if the data set is a known one."""
     warnings: list[Finding]
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """A file that training or evaluation would stop at."""
+    """An image file that cannot be decoded."""
 
     path: Path
     reason: str
 
 
-def analyse(dataset: ReidDataset) -> Analysis:
-    """Count a data set and look for what is wrong with its labels; no image is opened."""
-    splits = {name: count(split) for name, split in dataset.splits.items()}
+def analyze(dataset: ReidDataset) -> Analysis:
+    """Count the images of a data set and check its labels. No image is opened."""
     known = KNOWN_SETS.get(dataset.layout)
     warnings = [
-        *(Finding("unusable", str(problem)) for problem in problems(dataset)),
-        *(_other_counts(splits, known) if known else ()),
-        *not_trained_on(dataset.train),
-        *_train_and_test_overlap(dataset),
-        *_queries_without_match(dataset),
+        *(Finding(FindingKind.UNUSABLE, str(problem)) for problem in problems(dataset)),
+        *(_unexpected_sizes(dataset, known) if known else ()),
+        *untrained_images(dataset.train),
+        *_train_test_overlap(dataset),
+        *_unmatched_queries(dataset),
         *_seen_by_one_camera(dataset, known.one_camera if known else 0),
     ]
-    return Analysis(splits, known, warnings)
+    return Analysis({name: _count(split) for name, split in dataset.splits.items()}, known, warnings)
 
 
-def not_trained_on(train: Split) -> list[Finding]:
-    """Warn of training images that training leaves out, because their number says that they show nobody.
+def untrained_images(train: Split) -> list[Finding]:
+    """Find training images that training skips because their label means "junk" or "distractor".
 
-    A set whose people are numbered from 0 would lose one of them and never know.
+    A data set that numbers identities from 0 would silently lose one of them.
     """
-    counts = count(train)
-    found = [
-        f"{_images(number)} numbered {pid}"
-        for number, pid in ((counts.distractors, DISTRACTOR_PID), (counts.junk, JUNK_PID))
-        if number
-    ]
-    if not found:
-        return []
-    return [
-        Finding(
-            "nobody-in-train",
-            f"train: {' and '.join(found)} left out of training, for {DISTRACTOR_PID} and {JUNK_PID} stand for nobody:"
-            " if they show a person, give that person a free number above 0 in the names of all images",
-        )
-    ]
-
-
-def count(split: Split) -> SplitCounts:
-    """Count the identities, cameras and images of a split."""
-    junk = int((split.pids == JUNK_PID).sum())
-    distractors = int((split.pids == DISTRACTOR_PID).sum())
-    return SplitCounts(split.identities, split.cameras, len(split) - junk, distractors, junk)
+    found = []
+    for pid in (DISTRACTOR_PID, JUNK_PID):
+        images = int((train.pids == pid).sum())
+        if images:
+            text = (
+                f"train: training skips {images:,} images with identity {pid}, which means that they show nobody; if"
+                " they show a person, rename all images of that identity to an unused number above 0"
+            )
+            found.append(Finding(FindingKind.UNTRAINED_IMAGES, text, "train", [pid], images))
+    return found
 
 
 def unreadable(paths: Sequence[Path], *, report: Report = silent) -> list[BadImage]:
-    """Decode every image, as training will, and say which cannot be read."""
+    """Decode image files as training does, and return those that fail."""
     bad: list[BadImage] = []
-    # Pillow decodes without the interpreter's lock.
-    with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:
-        # In chunks, so that Ctrl-C has little to wait for and MSMT17 does not queue 126,441 futures.
+    with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:  # Pillow decodes without the GIL
+        # Chunks keep Ctrl-C fast, and avoid a queue of 126,441 futures for MSMT17.
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             bad += [image for image in pool.map(_try_image, chunk) if image]
@@ -127,72 +136,66 @@ def _try_image(path: Path) -> BadImage | None:
     return None
 
 
-def _other_counts(splits: dict[str, SplitCounts], known: KnownSet) -> Iterator[Finding]:
+def _count(split: Split) -> SplitCounts:
+    junk = int((split.pids == JUNK_PID).sum())
+    distractors = int((split.pids == DISTRACTOR_PID).sum())
+    return SplitCounts(split.identities, split.cameras, len(split) - junk, distractors, junk)
+
+
+def _unexpected_sizes(dataset: ReidDataset, known: KnownSet) -> Iterator[Finding]:
     for name, expected in (("train", known.train), ("query", known.query), ("gallery", known.gallery)):
-        got = Expected(splits[name].identities, splits[name].images)
-        if got != expected:
-            yield Finding("counts", f"{name} shows {_said(got)}; {known.title} has {_said(expected)}")
+        counts = _count(dataset.splits[name])
+        found = SplitSize(counts.identities, counts.images)
+        if found != expected:
+            text = (
+                f"{name} has {found.identities:,} identities in {found.images:,} images, {known.title} has"
+                f" {expected.identities:,} in {expected.images:,}"
+            )
+            yield Finding(FindingKind.UNEXPECTED_SIZE, text, name, images=found.images)
 
 
-def _said(counts: Expected) -> str:
-    return f"{_people(counts.identities)} in {_images(counts.images)}"
-
-
-def _train_and_test_overlap(dataset: ReidDataset) -> Iterator[Finding]:
-    trained = set(_cameras_by_pid(dataset.train))
-    both = sorted(trained & set(_cameras_by_pid(dataset.query, dataset.gallery)))
-    if both:
-        yield Finding(
-            "train-test-overlap",
-            f"{_people(len(both))} of the training set also in query or gallery ({_named(both)}): figures would tell"
-            " of people whom the network has seen",
+def _train_test_overlap(dataset: ReidDataset) -> Iterator[Finding]:
+    pids = sorted(set(_cameras_by_pid(dataset.train)) & set(_cameras_by_pid(dataset.query, dataset.gallery)))
+    if pids:
+        text = (
+            f"identities are both in the training set and in query or gallery, which inflates results: {_listed(pids)}"
         )
+        yield Finding(FindingKind.TRAIN_TEST_OVERLAP, text, pids=pids)
 
 
-def _queries_without_match(dataset: ReidDataset) -> Iterator[Finding]:
-    alone = np.delete(dataset.query.pids, queries_with_match(dataset))
-    if len(alone):
-        people = np.unique(alone).tolist()
-        yield Finding(
-            "query-without-match",
-            f"{len(alone):,} of {len(dataset.query):,} queries, of {_people(len(people))} ({_named(people)}), without a"
-            " gallery image from another camera: they are left out of the figures",
+def _unmatched_queries(dataset: ReidDataset) -> Iterator[Finding]:
+    unmatched = np.delete(dataset.query.pids, queries_with_match(dataset))
+    if len(unmatched):
+        pids = np.unique(unmatched).tolist()
+        text = (
+            f"{len(unmatched):,} of {len(dataset.query):,} queries have no gallery image from another camera and do not"
+            f" count in an evaluation: {_listed(pids)}"
         )
+        yield Finding(FindingKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched))
 
 
 def _seen_by_one_camera(dataset: ReidDataset, expected_in_test: int) -> Iterator[Finding]:
-    for name, splits, expected, effect in (
-        ("train", (dataset.train,), 0, "they teach nothing about other cameras"),
-        ("query and gallery", (dataset.query, dataset.gallery), expected_in_test, "nobody can find them in another"),
+    for split, cameras, expected in (
+        ("train", _cameras_by_pid(dataset.train), 0),
+        ("test", _cameras_by_pid(dataset.query, dataset.gallery), expected_in_test),
     ):
-        cameras = _cameras_by_pid(*splits)
-        once = sorted(pid for pid, seen_by in cameras.items() if len(seen_by) == 1)
-        # Some sets are made so: DukeMTMC-reID puts 408 such people into its gallery.
-        if len(once) not in (0, expected):
-            yield Finding(
-                "one-camera",
-                f"{name}: {len(once):,} of {_people(len(cameras))} seen by one camera only ({_named(once)}): {effect}",
-            )
+        pids = sorted(pid for pid, seen_by in cameras.items() if len(seen_by) == 1)
+        if len(pids) not in (0, expected):  # the gallery of DukeMTMC-reID has 408 of them by design
+            text = f"{split}: only one camera has seen some of the {len(cameras):,} identities: {_listed(pids)}"
+            yield Finding(FindingKind.ONE_CAMERA, text, split, pids)
 
 
 def _cameras_by_pid(*splits: Split) -> dict[int, set[int]]:
-    """The cameras that saw each person; junk and distractors are nobody."""
-    seen_by: dict[int, set[int]] = defaultdict(set)
+    """The cameras that have seen each identity, without junk and distractors."""
+    cameras: dict[int, set[int]] = defaultdict(set)
     for split in splits:
         labels = np.stack([split.pids, split.camids], axis=1)[split.pids > DISTRACTOR_PID]
         for pid, camid in np.unique(labels, axis=0).tolist():
-            seen_by[pid].add(camid)
-    return dict(seen_by)
+            cameras[pid].add(camid)
+    return dict(cameras)
 
 
-def _people(number: int) -> str:
-    return f"{number:,} {'identity' if number == 1 else 'identities'}"
-
-
-def _images(number: int) -> str:
-    return f"{number:,} {'image' if number == 1 else 'images'}"
-
-
-def _named(pids: Sequence[int]) -> str:
-    """The first few identities, for a message."""
-    return ", ".join(map(str, pids[:_PIDS_NAMED])) + (", …" if len(pids) > _PIDS_NAMED else "")
+def _listed(pids: Sequence[int]) -> str:
+    """The number of identities and the first few of them."""
+    word = "identity" if len(pids) == 1 else "identities"
+    return f"{len(pids):,} {word} ({', '.join(map(str, pids[:5]))}{', …' if len(pids) > 5 else ''})"

@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.layouts import ANY_MARKET, Record, find
+from pmm_edge.data.layouts import ANY_MARKET, Record, list_images
 from pmm_edge.errors import DataError
 from pmm_edge.files import sha256
-from pmm_edge.retrieval.metrics import JUNK_PID, checked_labels
+from pmm_edge.retrieval.metrics import JUNK_PID, check_labels
 
 DISTRACTOR_PID = 0
-"""Boxes of nobody in the query set; they stay in the gallery as wrong answers."""
+"""Identity of gallery images that show nobody in the query set; they count as wrong answers."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, in the order of their names."""
+    """The images of one split, sorted by path: N files with (N,) identities and (N,) cameras."""
 
     paths: list[Path]
     pids: NDArray[np.int64]
@@ -34,7 +34,7 @@ class Split:
 
     @property
     def identities(self) -> int:
-        """People in the split; junk and distractors are none."""
+        """Number of people, without junk and distractors."""
         return int((np.unique(self.pids) > DISTRACTOR_PID).sum())
 
     @property
@@ -44,10 +44,10 @@ class Split:
 
 @dataclass(frozen=True)
 class ReidDataset:
-    """Training images, and the queries and gallery of other identities that a network is judged by."""
+    """Training images, and query and gallery images of other identities for evaluation."""
 
     name: str
-    """That of the layout where the set is a known one, otherwise that of its folder."""
+    """The layout if the data set is a known one, otherwise the name of its folder."""
     root: Path
     train: Split
     query: Split
@@ -62,14 +62,14 @@ class ReidDataset:
 
 
 def scan(root: Path, layout: str | None = None) -> ReidDataset:
-    """Read a data set that can train and judge a network; no image is opened.
+    """Read a data set and require that it can be trained and evaluated on. No image is opened.
 
     Args:
-        root: the data set's folder: Market-1501, DukeMTMC-reID, CUHK03-NP, MSMT17, or any in Market-1501's layout.
-        layout: one of `pmm_edge.data.layouts.LAYOUTS`; recognised by itself where it is not given.
+        root: folder of the data set.
+        layout: one of `pmm_edge.data.layouts.LAYOUTS`; recognized automatically if None.
 
     Raises:
-        DataError: a folder is missing or empty, a name does not parse, or the splits cannot train or judge.
+        DataError: a folder is missing or empty, a file name has no labels, or `problems` finds something.
     """
     dataset = read(root, layout)
     for problem in problems(dataset):
@@ -78,80 +78,66 @@ def scan(root: Path, layout: str | None = None) -> ReidDataset:
 
 
 def read(root: Path, layout: str | None = None) -> ReidDataset:
-    """Read a data set as `scan` does, whether or not its splits can train and judge.
+    """Read a data set like `scan`, but accept splits that cannot be trained or evaluated on.
 
     Raises:
-        DataError: a folder is missing or empty, or a name does not parse.
+        DataError: a folder is missing or empty, or a file name has no labels.
     """
     try:
-        found = find(root, layout)
+        listing = list_images(root, layout)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or root}: {error.strerror}", "Check its permissions") from error
-    name = found.root.name if found.layout == ANY_MARKET else found.layout
-    train, query, gallery = map(_split, found.files)
-    return ReidDataset(name, found.root, train, query, gallery, found.layout)
+    name = listing.root.name if listing.layout == ANY_MARKET else listing.layout
+    train, query, gallery = map(_split, (listing.train, listing.query, listing.gallery))
+    return ReidDataset(name, listing.root, train, query, gallery, listing.layout)
 
 
 def problems(dataset: ReidDataset) -> list[DataError]:
-    """Why the splits cannot train a network or judge one; empty where they can."""
+    """Return the reasons why a network cannot be trained or evaluated on a data set."""
     train, query, gallery, root = dataset.train, dataset.query, dataset.gallery, dataset.root
     found = []
     if train.identities < 2:
-        word = "identity" if train.identities == 1 else "identities"
-        found.append(
-            DataError(f"the training set of {root} shows {train.identities} {word}", "Training needs two or more")
-        )
+        problem = f"the training set of {root} has {train.identities} identities"
+        found.append(DataError(problem, "Training needs at least two"))
     if len(np.unique(np.concatenate([query.camids, gallery.camids]))) < 2:
-        found.append(
-            DataError(
-                f"the query and gallery of {root} come from one camera",
-                "Re-identification is judged across cameras: two or more are needed",
-            )
-        )
+        problem = f"all query and gallery images of {root} come from one camera"
+        found.append(DataError(problem, "Evaluation needs at least two cameras"))
     elif not len(queries_with_match(dataset)):
-        found.append(
-            DataError(
-                f"no query of {root} has a match in its gallery from another camera",
-                "Query and gallery must show the same people; put their images back together",
-            )
-        )
+        problem = f"no query of {root} has a match in the gallery from another camera"
+        found.append(DataError(problem, "Query and gallery must show the same identities"))
     return found
 
 
 def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
-    """Indices of the queries that evaluation counts: their gallery shows the same person from another camera."""
+    """Indices of the queries that count in an evaluation: another camera's gallery image shows the same identity."""
     query, gallery = dataset.query, dataset.gallery
     if (gallery.pids == JUNK_PID).all():
         return np.empty(0, np.intp)
-    labels = checked_labels(query.pids, gallery.pids, query.camids, gallery.camids, (len(query), len(gallery)))
-    return np.flatnonzero([len(labels.matches_and_left_out(number)[0]) > 0 for number in range(len(query))])
-
-
-def _split(records: Sequence[Record]) -> Split:
-    pids = np.array([record.pid for record in records], dtype=np.int64)
-    camids = np.array([record.camid for record in records], dtype=np.int64)
-    return Split([record.path for record in records], pids, camids)
-
-
-_REPORTED_EVERY = 256
+    labels = check_labels(query.pids, gallery.pids, query.camids, gallery.camids, (len(query), len(gallery)))
+    return np.flatnonzero([len(labels.matches(number)[0]) > 0 for number in range(len(query))])
 
 
 def data_sha256(paths: Sequence[Path], root: Path, report: Report = silent) -> str:
-    """The SHA-256 over the names and contents of images, in their order.
+    """The SHA-256 of the names and contents of images, in the given order.
 
-    Names are relative to `root`, so that a data set that was moved or copied keeps its hash.
+    Names are relative to `root`, so that moving or copying a data set keeps its hash.
 
     Raises:
         DataError: an image cannot be read.
     """
     digest = hashlib.sha256()
     for number, path in enumerate(paths):
-        if number % _REPORTED_EVERY == 0:
+        if number % 256 == 0:
             report("hashing the data", number, len(paths))
         try:
             line = f"{Path(os.path.relpath(path, root)).as_posix()}\0{sha256(path)}\n"
         except OSError as error:
-            raise DataError(f"cannot hash {path} ({error})", "Check the data set with pmm data --verify") from error
+            raise DataError(f"cannot hash {path} ({error})", "Check the data set with pmm data --decode") from error
         digest.update(line.encode("utf-8", "surrogateescape"))
     report("hashing the data", len(paths), len(paths))
     return digest.hexdigest()
+
+
+def _split(records: Sequence[Record]) -> Split:
+    pids, camids = (np.array([record[column] for record in records], dtype=np.int64) for column in (1, 2))
+    return Split([record.path for record in records], pids, camids)

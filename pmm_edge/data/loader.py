@@ -1,4 +1,4 @@
-"""Crops at network size, decoded once: what training and its evaluation read."""
+"""Load training batches: decoded crops with a cache, replacements for unreadable images, the P x K sampler."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.errors import DataError
+from pmm_edge.errors import DataError, PmmError
 from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
 
 CACHE_BYTES = 8 << 30
-"""Market-1501's training set at 384×128 takes 1.9 GB."""
+"""The training set of Market-1501 at 384x128 takes 1.9 GB."""
 
 
 class Crops:
-    """The images of a split at network size, decoded on first use and then kept while they fit.
+    """The images of a split at network size, decoded on first use and then cached.
 
-    Pillow decodes and resizes without holding the interpreter's lock, so threads do what worker processes
-    would, without copies between them.
+    Threads do the work of data loader processes without copies between processes: Pillow decodes and resizes
+    without the GIL.
 
     Args:
         paths: image files.
         height, width: network size in pixels.
-        cache_bytes: images beyond this much memory are decoded each time they are asked for. Where the system does
-            not give as much, half of what it gives is taken: a network has to fit, too.
-        instead_of: names the image to take for one that cannot be read, or raises; None raises always.
-        workers: threads that decode; one for each usable core by default.
+        cache_bytes: size of the cache. Images that do not fit are decoded again each time.
+        instead_of: called with the index of an unreadable image and the error, returns the index of the image to use
+            instead; None raises the error.
+        workers: number of decoding threads; one for each usable core by default.
+
+    Raises:
+        PmmError: there is not enough memory for the cache.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class Crops:
     ) -> None:
         self.paths = paths
         self.height, self.width = height, width
-        wanted = min(len(paths), cache_bytes // (height * width * 3))
-        kept = _given_by_the_system(wanted, height * width * 3)
-        self.short_of_memory = kept < wanted
-        self._kept = np.empty((kept, height, width, 3), dtype=np.uint8)
-        self._decoded = np.zeros(kept, dtype=bool)
+        cached = min(len(paths), max(0, cache_bytes) // (height * width * 3))
+        try:
+            self._cache = np.empty((cached, height, width, 3), dtype=np.uint8)
+        except MemoryError as error:
+            size = f"{cached * height * width * 3 / 2**30:.1f} GiB"
+            raise PmmError(f"not enough memory to cache {size} of decoded images", "Lower --cache-gib") from error
+        self._decoded = np.zeros(cached, dtype=bool)
         self._instead_of = instead_of
         self.workers = workers or threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -57,27 +62,27 @@ class Crops:
         return len(self.paths)
 
     @property
-    def kept_bytes(self) -> int:
-        """Memory that the images take once all that fit are decoded."""
-        return self._kept.nbytes
+    def cached_bytes(self) -> int:
+        """Size of the cache when it is full."""
+        return self._cache.nbytes
 
     @property
     def all_bytes(self) -> int:
-        """Memory that all images would take."""
+        """Size of a cache for all images."""
         return len(self.paths) * self.height * self.width * 3
 
     def batch(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """(N,) indices -> (N, height, width, 3) uint8 RGB.
+        """Return the images at `indices`: (N,) -> (N, height, width, 3) uint8 RGB.
 
         Raises:
             DataError: an image cannot be read.
         """
-        if indices.max(initial=-1) < len(self._kept) and self._decoded[indices].all():
-            return self._kept[indices]
+        if indices.max(initial=-1) < len(self._cache) and self._decoded[indices].all():
+            return self._cache[indices]
         return np.stack(list(self._pool.map(self._crop, indices.tolist())))
 
     def prefetched(self, batches: Sequence[NDArray[np.int64]], ahead: int = 2) -> Generator[NDArray[np.uint8]]:
-        """Yield `batch(indices)` for each of `batches`, with the next ones decoded in the background."""
+        """Yield `batch(indices)` for each of `batches`, decoding the next ones in the background."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as assembler:
             waiting: list[Future[NDArray[np.uint8]]] = []
             try:
@@ -92,120 +97,110 @@ class Crops:
                     future.cancel()
 
     def _crop(self, index: int) -> NDArray[np.uint8]:
-        if index < len(self._kept) and self._decoded[index]:
-            return self._kept[index]
+        if index < len(self._cache) and self._decoded[index]:
+            return self._cache[index]
         try:
             crop = read_crop(self.paths[index], self.height, self.width)
         except DataError as error:
             if self._instead_of is None:
                 raise
             return self._crop(self._instead_of(index, error))
-        if index < len(self._kept):
-            self._kept[index] = crop
+        if index < len(self._cache):
+            self._cache[index] = crop
             self._decoded[index] = True
         return crop
 
 
-def _given_by_the_system(images: int, bytes_each: int) -> int:
-    """`images` where there is memory for all of them, else half of a number that there is memory for."""
-    left = images
-    while left:
-        try:
-            np.empty(left * bytes_each, dtype=np.uint8)
-            break
-        except MemoryError:
-            left //= 2
-    return left if left == images else left // 2
+Unreadable = tuple[int, str]
+"""The index of an unreadable image and what is wrong with it."""
 
 
 class Replacements:
-    """For each unreadable image the next readable one of its identity: the same in every run.
+    """Replace each unreadable training image by the next readable one of its identity, the same in every run.
 
     Args:
-        paths, pids: of the split's images.
-        limit: unreadable images that are passed over.
-        warn: told of each, once.
+        paths: image files of the split.
+        pids: (N,) their identities.
+        limit: maximum number of unreadable images.
     """
 
-    Found = list[tuple[int, str]]
-    """Of unreadable images the index, and what is wrong."""
-
-    def __init__(self, paths: list[Path], pids: NDArray[np.int64], limit: int, warn: Callable[[str], None]) -> None:
-        self._paths, self._pids, self._limit, self._warn = paths, pids, limit, warn
-        self._bad: set[int] = set()
-        self._told: set[int] = set()
-        self._found: Replacements.Found = []
+    def __init__(self, paths: Sequence[Path], pids: NDArray[np.int64], limit: int) -> None:
+        self._paths, self._pids, self._limit = paths, pids, limit
+        self._bad: dict[int, str] = {}
+        self._taken = 0
+        self._known: set[int] = set()
         self._lock = Lock()
 
     def __call__(self, index: int, error: DataError) -> int:
-        """The image to take instead of `index`.
+        """Return the index of the image to use instead of `index`.
 
         Raises:
-            DataError: no other image of the identity is left.
+            DataError: the identity has no other readable image.
         """
         with self._lock:
-            if index not in self._bad:
-                self._bad.add(index)
-                self._found.append((index, error.problem))
+            self._bad.setdefault(index, error.problem)
             same = np.flatnonzero(self._pids == self._pids[index])
             following = np.roll(same, -int(np.searchsorted(same, index)))
-            left = [int(other) for other in following if int(other) not in self._bad]
-            if not left:
-                raise DataError(f"no image of identity {self._pids[index]} can be read", error.remedy) from error
-            return left[0]
+            replacement = next((int(other) for other in following if int(other) not in self._bad), None)
+        if replacement is None:
+            raise DataError(f"no image of identity {self._pids[index]} can be read", error.remedy) from error
+        return replacement
 
-    def found(self) -> Found:
-        """The unreadable images that this process has met since it was last asked."""
+    def take_new(self) -> list[Unreadable]:
+        """Return the unreadable images that this process has met since the last call."""
         with self._lock:
-            found, self._found = self._found, []
-        return found
+            new = list(self._bad.items())[self._taken :]
+            self._taken = len(self._bad)
+        return new
 
-    def tell(self, found: Found) -> None:
-        """Warn of what all processes have found; what two of them met counts once.
+    def register(self, unreadable: Sequence[Unreadable]) -> list[str]:
+        """Count unreadable images of all processes; return a message for each that was not counted before.
 
         Raises:
-            DataError: the limit is passed.
+            DataError: there are more than the limit.
         """
-        for index, problem in found:
-            if index in self._told:
+        messages = []
+        for index, problem in unreadable:
+            if index in self._known:
                 continue
-            self._told.add(index)
-            if len(self._told) > self._limit:
+            self._known.add(index)
+            if len(self._known) > self._limit:
                 raise DataError(
-                    f"{len(self._told)} training images cannot be read, the last {self._paths[index]}",
-                    "Check the set with pmm data --verify, or allow more with --max-bad-images",
+                    f"{len(self._known)} training images cannot be read, the last of them {self._paths[index]}",
+                    "Check the data set with pmm data --decode, or raise --max-bad-images",
                 )
-            self._warn(f"{problem}; another image of the same identity is taken")
+            messages.append(f"{problem}; training uses another image of the same identity")
+        return messages
 
 
 def identity_batches(
     pids: NDArray[np.int64], identities: int, images: int, generator: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """One epoch: every identity once, with `images` of its images, `identities` of them in a batch.
+    """Sample one epoch of P x K batches: every identity once, with `images` (K) of its images.
 
-    An identity with fewer images gives some of them more than once. The last batch holds the identities that are
-    left; it is dropped where that is a single one, which has no negative.
+    An identity with fewer images repeats some of them. The last batch contains the identities that are left; it is
+    dropped if there is only one, which would have no negative.
 
     Args:
         pids: (N,) identity of each training image.
+        identities: identities in a batch (P).
+        images: images of each identity (K).
         generator: the same state gives the same epoch.
 
     Returns:
-        Index vectors into `pids`, an identity's images side by side.
+        Index vectors into `pids`; the images of an identity are adjacent.
     """
     order = np.argsort(pids, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)
-    drawn = [
-        members[identity][_draw(len(members[identity]), images, generator)]
-        for identity in generator.permutation(len(members))
-    ]
+    drawn = [_draw(members[identity], images, generator) for identity in generator.permutation(len(members))]
     batches = [np.concatenate(drawn[start : start + identities]) for start in range(0, len(drawn), identities)]
     if len(drawn) % identities == 1:
         batches.pop()
     return batches
 
 
-def _draw(available: int, wanted: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    if available >= wanted:
-        return generator.permutation(available)[:wanted]
-    return np.concatenate([generator.permutation(available), generator.integers(available, size=wanted - available)])
+def _draw(members: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    chosen = generator.permutation(len(members))[:count]
+    if len(members) < count:
+        chosen = np.concatenate([chosen, generator.integers(len(members), size=count - len(members))])
+    return members[chosen]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.checks import analyse
+from pmm_edge.data.checks import analyze
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.export.options import Method
@@ -172,7 +172,7 @@ def _wrong_people(dataset: ReidDataset, paths: Sequence[Path], judged_on: ReidDa
     Within a data set an identity is a number. Another data set gives the same numbers to other people, so against
     that the files themselves are compared.
     """
-    findings = [found.text for found in analyse(dataset).warnings if found.kind == "train-test-overlap"]
+    findings = [found.text for found in analyze(dataset).warnings if found.kind == "train-test-overlap"]
     if judged_on and judged_on.root.resolve() != dataset.root.resolve():
         shared = _shared_files(paths, judged_on)
         if shared:

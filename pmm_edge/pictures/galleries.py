@@ -15,7 +15,7 @@ from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
 from pmm_edge.images import read_crop
 from pmm_edge.pictures.grid import Cell, grid
 from pmm_edge.retrieval import euclidean_distances, evaluate_distances
-from pmm_edge.retrieval.metrics import JUNK_PID, checked_labels
+from pmm_edge.retrieval.metrics import JUNK_PID, check_labels
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import Embeddings
 
@@ -98,12 +98,12 @@ def ranked(
     distances = euclidean_distances(query_features, gallery_features)
     labels = (query.pids, gallery.pids, query.camids, gallery.camids)
     result = evaluate_distances(distances, *labels)
-    checked = checked_labels(*labels, distances.shape)
-    kept = np.arange(len(gallery)) if checked.kept is None else checked.kept
+    checked = check_labels(*labels, distances.shape)
+    kept = checked.kept
     rankings = []
     for number in range(len(query)):
         row = distances[number, kept]
-        _, left_out = checked.matches_and_left_out(number)
+        _, left_out = checked.matches(number)
         row[left_out] = np.inf
         order = np.argsort(row, kind="stable")[: min(top, len(row) - len(left_out))]
         hits = [

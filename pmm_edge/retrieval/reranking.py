@@ -1,8 +1,7 @@
-"""k-reciprocal re-ranking.
+"""k-reciprocal re-ranking (Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017).
 
-Source: Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
-Queries and gallery are one set of N = Q + G images. Nothing of N x N is ever stored: a first pass over blocks
-of distances keeps each image's nearest neighbours and its farthest distance, and all that follows is sparse.
+Queries and gallery form one set of N = Q + G images. No N x N matrix is ever stored: a first pass over blocks of
+distances keeps the nearest neighbors and the largest distance of each image, and everything else is sparse.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import checked_pair, squared_distance_blocks
+from pmm_edge.retrieval.distances import check_pair, squared_distance_blocks
 
 _IMAGES_PER_PART = 256
 _PAIRS_PER_PART = 2048
@@ -23,7 +22,7 @@ _PAIRS_PER_PART = 2048
 
 @dataclass(frozen=True)
 class SparseRows:
-    """An (N, N) float32 matrix by its entries: row r holds `columns[starts[r]:starts[r + 1]]`, ascending."""
+    """A sparse (N, N) float32 matrix; row r has the ascending `columns[starts[r]:starts[r + 1]]` and their weights."""
 
     starts: NDArray[np.int64]
     columns: NDArray[np.int32]
@@ -33,7 +32,7 @@ class SparseRows:
         return len(self.starts) - 1
 
     def rows_of_entries(self) -> NDArray[np.int32]:
-        """The row of each entry."""
+        """Row of each entry."""
         return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.starts))
 
 
@@ -45,68 +44,66 @@ def rerank_distances(
     lambda_value: float = 0.3,
     report: Report = silent,
 ) -> NDArray[np.float32]:
-    """Re-ranked distance of every query to every gallery embedding.
+    """Compute the re-ranked distance of every query to every gallery embedding.
 
-    `(1 - lambda) * Jaccard distance of the k-reciprocal neighbours + lambda * squared Euclidean distance`,
-    the latter as a share of the largest from the same query (Zhong et al., equation 12, and their code).
+    `(1 - lambda) * Jaccard distance of the k-reciprocal neighbors + lambda * squared Euclidean distance`, where the
+    latter is divided by the largest squared distance of the query (equation 12, and the authors' code).
 
     Args:
         query_features: (Q, D) real numbers.
         gallery_features: (G, D) real numbers.
-        k1: neighbours of the k-reciprocal sets.
-        k2: neighbours whose encodings are averaged (local query expansion); 1 for none.
-        lambda_value: share of the original distance.
-        report: told how many of the Q + G images have their neighbours, nearly all of the time.
+        k1: number of neighbors for the k-reciprocal sets.
+        k2: number of neighbors whose encodings are averaged (local query expansion); 1 disables it.
+        lambda_value: weight of the original distance.
+        report: called with the number of images whose neighbors are known, which takes most of the time.
 
     Returns:
         (Q, G) float32.
 
     Raises:
-        DataError: shapes that do not fit, NaN or infinity, parameters out of range.
+        DataError: wrong shapes, NaN or infinity, or parameters out of range.
     """
-    query, gallery = checked_pair(query_features, gallery_features)
+    query, gallery = check_pair(query_features, gallery_features)
     total = len(query) + len(gallery)
     if not 1 <= k2 <= k1 or not 0.0 <= lambda_value <= 1.0:
-        raise DataError(
-            f"re-ranking with k1={k1}, k2={k2}, lambda={lambda_value}",
-            "Pass 1 <= k2 <= k1 and lambda in 0..1",
-        )
+        problem = f"re-ranking parameters k1={k1}, k2={k2}, lambda={lambda_value} are out of range"
+        raise DataError(problem, "Pass 1 <= k2 <= k1 and lambda in 0..1")
     # float16 would overflow in the squares of `_encode`.
     images = np.concatenate([query, gallery], dtype=np.result_type(query, gallery, np.float32))
     original = np.empty((len(query), len(gallery)), np.float32)
-    neighbours, farthest = _neighbours(images, min(k1 + 1, total), original, report)
-    encoding = _expand(_encode(images, neighbours, farthest, k1), neighbours[:, :k2])
+    neighbors, farthest = _neighbors(images, min(k1 + 1, total), original, report)
+    encoding = _expand(_encode(images, neighbors, farthest, k1), neighbors[:, :k2])
     return _blend(original, encoding, lambda_value)
 
 
-def _neighbours(
+def _neighbors(
     images: NDArray[Any], count: int, original: NDArray[np.float32], report: Report
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Find each image's nearest, (N, count), and its largest squared distance, (N,).
+    """Find the nearest neighbors of each image, (N, count), and its largest squared distance, (N,).
 
-    The nearest are in order, the image itself first, ties by index. On the way fills `original` (Q, G) with the
-    queries' squared distances as a share of their largest.
+    Neighbors are in order of distance, starting with the image itself; ties are in order of index. Also fills
+    `original` (Q, G) with the queries' squared distances divided by their largest.
     """
-    neighbours = np.empty((len(images), count), np.int32)
+    neighbors = np.empty((len(images), count), np.int32)
     farthest = np.empty(len(images))
     queries = len(original)
     for start, squared in squared_distance_blocks(images, images):
         stop = start + len(squared)
         largest = squared.max(axis=1)
-        farthest[start:stop] = np.where(largest > 0, largest, 1.0)  # all in one place: every share is 0
+        farthest[start:stop] = np.where(largest > 0, largest, 1.0)  # all images are identical: their distances stay 0
         if start < queries:
             to_gallery = squared[: queries - start, queries:]
             rows = slice(start, start + len(to_gallery))
             original[rows] = to_gallery / farthest[rows, None]
         own = np.arange(len(squared))
-        squared[own, start + own] = -1.0  # among duplicates, too, an image is its own nearest
-        _select_nearest(squared.astype(np.float32), neighbours[start:stop])
+        squared[own, start + own] = -1.0  # an image is its own nearest neighbor even if it has duplicates
+        _select_nearest(squared.astype(np.float32), neighbors[start:stop])
         report("re-ranking", stop, len(images))
-    return neighbours, farthest
+    return neighbors, farthest
 
 
 def _select_nearest(squared: NDArray[np.float32], nearest: NDArray[np.int32]) -> None:
-    """Write the columns of the smallest values of each row, in order, into `nearest`."""
+    """Write the columns of the smallest values of each row into `nearest`, in order."""
     count = nearest.shape[1]
     for row, out in zip(squared, nearest, strict=True):
         bound = np.partition(row, count - 1)[count - 1]
@@ -114,25 +111,25 @@ def _select_nearest(squared: NDArray[np.float32], nearest: NDArray[np.int32]) ->
         out[:] = candidates[np.argsort(row[candidates], kind="stable")[:count]]
 
 
-def _mutual(neighbours: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which of each image's neighbours have it among theirs (equation 5): (N, k), bool."""
-    mutual = np.empty(neighbours.shape, bool)
-    for start in range(0, len(neighbours), _IMAGES_PER_PART):
-        part = neighbours[start : start + _IMAGES_PER_PART]
+def _mutual(neighbors: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Whether each image is among the k neighbors of its neighbors (equation 5): (N, k) bool."""
+    mutual = np.empty(neighbors.shape, bool)
+    for start in range(0, len(neighbors), _IMAGES_PER_PART):
+        part = neighbors[start : start + _IMAGES_PER_PART]
         own = np.arange(start, start + len(part), dtype=np.int32)[:, None, None]
-        mutual[start : start + len(part)] = (neighbours[part] == own).any(axis=2)
+        mutual[start : start + len(part)] = (neighbors[part] == own).any(axis=2)
     return mutual
 
 
-def _encode(images: NDArray[Any], neighbours: NDArray[np.int32], farthest: NDArray[np.float64], k1: int) -> SparseRows:
+def _encode(images: NDArray[Any], neighbors: NDArray[np.int32], farthest: NDArray[np.float64], k1: int) -> SparseRows:
     """Encode each image by its expanded k-reciprocal set (equation 7): weights exp(-distance), summing to 1."""
-    # Half of k1, rounded to even as the authors' code does, and the image itself.
-    half = neighbours[:, : round(k1 / 2) + 1]
-    sets = _expanded_sets(neighbours, _mutual(neighbours), half, _mutual(half))
+    # Half of k1, rounded half to even as in the authors' code, and the image itself.
+    half = neighbors[:, : round(k1 / 2) + 1]
+    sets = _expanded_sets(neighbors, _mutual(neighbors), half, _mutual(half))
     rows = sets.rows_of_entries()
     for start in range(0, len(rows), _PAIRS_PER_PART):
         part = slice(start, start + _PAIRS_PER_PART)
-        # Subtracting is exact where the product form cancels, and only these few pairs are needed.
+        # For these few pairs, subtract: the product form would suffer from cancellation.
         difference = images[rows[part]] - images[sets.columns[part]]
         squared = np.einsum("ij,ij->i", difference, difference)
         sets.weights[part] = np.exp(-squared / farthest[rows[part]])
@@ -141,51 +138,45 @@ def _encode(images: NDArray[Any], neighbours: NDArray[np.int32], farthest: NDArr
 
 
 def _expanded_sets(
-    neighbours: NDArray[np.int32],
+    neighbors: NDArray[np.int32],
     mutual: NDArray[np.bool_],
     half: NDArray[np.int32],
     half_mutual: NDArray[np.bool_],
 ) -> SparseRows:
-    """Build the k-reciprocal sets, joined by those of their members that overlap by two thirds (equation 6).
-
-    The weights are all 1.
-    """
-    nobody = np.int32(-1)
-    reciprocal = np.where(mutual, neighbours, nobody)
-    half_reciprocal = np.where(half_mutual, half, nobody)
+    """Build the k-reciprocal sets, and join those of members that overlap by two thirds (equation 6). Weights are 1."""
+    none = np.int32(-1)
+    reciprocal = np.where(mutual, neighbors, none)
+    half_reciprocal = np.where(half_mutual, half, none)
     half_size = half_mutual.sum(axis=1)
     columns, sizes = [], []
-    for start in range(0, len(neighbours), _IMAGES_PER_PART):
+    for start in range(0, len(neighbors), _IMAGES_PER_PART):
         part = slice(start, start + _IMAGES_PER_PART)
         own = reciprocal[part]  # (n, k), -1 where not reciprocal
-        theirs = np.where(own[:, :, None] >= 0, half_reciprocal[own], nobody)  # (n, k, h)
+        theirs = np.where(own[:, :, None] >= 0, half_reciprocal[own], none)  # (n, k, h)
         flat = theirs.reshape(len(own), -1, 1)
         is_own = (flat == own[:, None, :]).any(axis=2) & (flat[:, :, 0] >= 0)
         shared = is_own.reshape(theirs.shape).sum(axis=2)
         joins = 3 * shared > 2 * half_size[own]
-        joined = np.where(joins[:, :, None], theirs, nobody).reshape(len(own), -1)
+        joined = np.where(joins[:, :, None], theirs, none).reshape(len(own), -1)
         members = np.sort(np.concatenate([own, joined], axis=1), axis=1)
         keep = members >= 0
         keep[:, 1:] &= members[:, 1:] != members[:, :-1]
         columns.append(members[keep])
         sizes.append(keep.sum(axis=1))
     starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    everyone = np.concatenate(columns)
-    return SparseRows(starts, everyone, np.ones(len(everyone), np.float32))
+    members_of_all = np.concatenate(columns)
+    return SparseRows(starts, members_of_all, np.ones(len(members_of_all), np.float32))
 
 
 def _entries_of_rows(matrix: SparseRows, rows: NDArray[Any]) -> NDArray[np.int64]:
-    """Where the entries of `rows` are, one row after the other."""
+    """Indices of the entries of `rows`, row after row."""
     sizes = matrix.starts[rows + 1] - matrix.starts[rows]
     ends = np.cumsum(sizes)
     return np.arange(ends[-1]) + np.repeat(matrix.starts[rows] - (ends - sizes), sizes)
 
 
 def _expand(matrix: SparseRows, nearest: NDArray[np.int32]) -> SparseRows:
-    """Average each image's row with those of its neighbours: local query expansion (equation 11).
-
-    `nearest` is (N, k2), the image itself first.
-    """
+    """Average the rows of each image's `nearest`, (N, k2): local query expansion (equation 11)."""
     total, k2 = nearest.shape
     if k2 == 1:
         return matrix
@@ -208,7 +199,7 @@ def _expand(matrix: SparseRows, nearest: NDArray[np.int32]) -> SparseRows:
 
 
 def _by_column(matrix: SparseRows, first_row: int) -> SparseRows:
-    """Invert the rows from `first_row` on: row c of the result lists those that hold column c, from 0."""
+    """Transpose the rows from `first_row` on: row c of the result lists the rows with column c, starting at 0."""
     begin = matrix.starts[first_row]
     columns = matrix.columns[begin:]
     order = np.argsort(columns, kind="stable")
@@ -218,10 +209,10 @@ def _by_column(matrix: SparseRows, first_row: int) -> SparseRows:
 
 
 def _blend(original: NDArray[np.float32], encoding: SparseRows, lambda_value: float) -> NDArray[np.float32]:
-    """Blend, in place, the Jaccard distance of the encodings (equation 10) with the original distance.
+    """Blend the original distances with the Jaccard distances of the encodings (equation 10), in place.
 
-    The minima of two rows add up over the columns that both hold. Rows sum to 1, so with m their sum of minima
-    the sum of maxima is 2 - m, and only images that share a column with the query are touched.
+    Rows sum to 1. If m is the sum of the minima of two rows, which only columns of both contribute to, the sum of the
+    maxima is 2 - m. So only images that share a column with the query are visited.
     """
     queries, gallery = original.shape
     by_column = _by_column(encoding, queries)
@@ -232,7 +223,7 @@ def _blend(original: NDArray[np.float32], encoding: SparseRows, lambda_value: fl
         sizes = by_column.starts[columns + 1] - by_column.starts[columns]
         minima = np.minimum(by_column.weights[entries], np.repeat(encoding.weights[own], sizes))
         shared = np.bincount(by_column.columns[entries], minima, minlength=gallery)
-        np.minimum(shared, 1.0, out=shared)  # float32 weights sum to 1 but for a rounding
+        np.minimum(shared, 1.0, out=shared)  # float32 weights sum to 1 up to rounding
         jaccard = 1.0 - shared / (2.0 - shared)
         distances[:] = (1.0 - lambda_value) * jaccard + lambda_value * distances
     return original

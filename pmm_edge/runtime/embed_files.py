@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data import layouts
 from pmm_edge.data.dataset import ReidDataset, Split, read
+from pmm_edge.data.layouts import is_dataset
 from pmm_edge.errors import CheckFailedError, DataError, PmmError
 from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, Pixels, read_crop
@@ -92,12 +92,6 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"{source} contains no images", f"Name a folder with {kinds} files, or a list of their paths")
     return images
-
-
-def is_dataset(root: Path) -> bool:
-    """Return whether a folder has the layout of a known data set."""
-    known = layouts.market_holds(root) or layouts.cuhk03_holds(root) or layouts.msmt17_holds(root)
-    return known or bool(layouts.kinds_in(root))
 
 
 def _of_dataset(root: Path, layout: str | None) -> ImageList:

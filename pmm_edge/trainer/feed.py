@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,16 +48,13 @@ class Feed:
     A batch is the same in every process; each takes `accumulate` of its `world.size * accumulate` shards.
     """
 
-    def __init__(
-        self, train: Split, config: TrainConfig, world: World, device: torch.device, warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, train: Split, config: TrainConfig, world: World, device: torch.device) -> None:
         used, self.classes = class_indices(train)
         self.paths = [train.paths[index] for index in used]
         self._config, self._device = config, device
         self._count = world.size * config.accumulate
         self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
-        limit = config.max_bad_images
-        self.replacements = Replacements(self.paths, self.classes, limit, warn if world.leads else lambda text: None)
+        self.replacements = Replacements(self.paths, self.classes, config.max_bad_images)
         cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
         self.crops = Crops(self.paths, config.height, config.width, cache, self.replacements, workers)
 

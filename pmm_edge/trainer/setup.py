@@ -137,7 +137,7 @@ def model_spec(
         block_size=config.block_size,
         dataset=dataset.name,
         retrieval=figures,
-        tools={"pmm-edge": pmm_edge.__version__, "torch": torch.__version__},
+        tools={"pmm-edge": pmm_edge.__version__, "torch": str(torch.__version__)},
     )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 import pmm_edge
 from pmm_edge.console import Report, silent
 from pmm_edge.data.augment import normalize
-from pmm_edge.data.checks import not_trained_on
+from pmm_edge.data.checks import untrained_images
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.data.loader import Crops
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
@@ -199,7 +199,7 @@ class Run:
         self.device, dtype = chosen_machine(config, world)
         with self._memory_explained():
             self.trainee = prepare(network, config, self.device, dtype, world)
-        self.feed = Feed(dataset.train, config, world, self.device, self._warn)
+        self.feed = Feed(dataset.train, config, world, self.device)
         self.evaluation = Evaluation(dataset, *self._test_crops(), self.device, self.report, self._warn)
         self.journal: Journal | None = None
         self._seen = fingerprint(dataset) if world.leads else ""
@@ -208,25 +208,24 @@ class Run:
     def _test_crops(self) -> tuple[Crops, Crops]:
         """Of query and gallery, in the memory that this machine's training images leave of `cache_gib`."""
         config, training = self.config, self.feed.crops
-        left = int(config.cache_gib * 2**30) - self.world.local_size * training.kept_bytes
-        if training.short_of_memory or not self.world.leads:
+        left = int(config.cache_gib * 2**30) - self.world.local_size * training.cached_bytes
+        if not self.world.leads:
             left = 0
         query = Crops(self.dataset.query.paths, config.height, config.width, left)
-        gallery = Crops(self.dataset.gallery.paths, config.height, config.width, left - query.kept_bytes)
+        gallery = Crops(self.dataset.gallery.paths, config.height, config.width, left - query.cached_bytes)
         return query, gallery
 
     def _say_what_is_not_kept(self) -> None:
         """Name the cache that would do where images are decoded again and again."""
         crops = [*[self.feed.crops] * self.world.local_size, self.evaluation.query, self.evaluation.gallery]
-        kept, needed = (sum(sizes) / 2**30 for sizes in zip(*((c.kept_bytes, c.all_bytes) for c in crops), strict=True))
+        kept, needed = (
+            sum(sizes) / 2**30 for sizes in zip(*((c.cached_bytes, c.all_bytes) for c in crops), strict=True)
+        )
         if kept == needed or not self.world.leads:
             return
         held = f"{kept:.2g} of {needed:.2g} GiB of decoded images are kept in memory, the others decoded each time"
-        if any(part.short_of_memory for part in crops):
-            self._warn(f"{held}: the system gives no more, and training needs some; --cache-gib bounds what is taken")
-        else:
-            enough = math.ceil(needed * 10) / 10
-            self._warn(f"{held}: --cache-gib is {self.config.cache_gib:.2g}, and {enough:g} would hold all")
+        enough = math.ceil(needed * 10) / 10
+        self._warn(f"{held}: --cache-gib is {self.config.cache_gib:.2g}, and {enough:g} would hold all")
 
     def go(self, position: Position) -> TrainResult:
         """Train from `position` to the last epoch, or until a stop is asked for."""
@@ -290,10 +289,12 @@ class Run:
             position.step += 1
             last = position.step == len(batches)
             if last or self._time_to_look(meter, stop, position.step):
-                unreadable = self.feed.replacements.found()
+                unreadable = self.feed.replacements.take_new()
                 stopping, any_unreadable = self.world.any_of(stop(), bool(unreadable))
                 if any_unreadable:
-                    self.feed.replacements.tell(self.world.gathered(unreadable))
+                    for message in self.feed.replacements.register(self.world.gathered(unreadable)):
+                        if self.world.leads:
+                            self._warn(message)
                 self._require_finite(meter, epoch)
                 done, total = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches)
                 self.report("train", done, total, f"epoch {epoch}/{config.epochs} · {meter.text()}")
@@ -411,7 +412,7 @@ def train(
     with joined(config.device) as world, ExitStack() as held:
         dataset = scan(data, layout)
         if world.leads:
-            for finding in not_trained_on(dataset.train):
+            for finding in untrained_images(dataset.train):
                 warn(finding.text)
         check_shards(config, dataset.train.identities, world)
         chosen_machine(config, world)  # refused before a folder is made

@@ -19,7 +19,7 @@ def test_a_data_set(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path
     assert ended.exit_code == 0, ended.stderr
     printed = json.loads(ended.stdout)
     assert (printed["rows"], printed["embedding_size"], printed["skipped"]) == (36, 1536, [])
-    assert (printed["backend"], printed["source"]) == ("onnxruntime", "market layout")
+    assert (printed["backend"], printed["source"]) == ("onnxruntime", "market-layout")
     with np.load(out) as file:
         query = read(tiny_dataset).query
         expected = pmm_edge.runtime.embed_files(pmm_edge.load(tiny_onnx, "cpu"), query.paths).embeddings
@@ -62,7 +62,7 @@ def test_no_readable_image_is_exit_code_1_and_no_file(
     [
         (["-o", "e.csv"], "must end in .npz or .parquet"),
         (["--batch", "0"], "a batch of 0 images"),
-        (["--layout", "market"], "there is no layout market"),
+        (["--layout", "market"], "unknown layout market"),
     ],
 )
 def test_bad_values(

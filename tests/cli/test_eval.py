@@ -49,11 +49,11 @@ def refused(pmm: Callable, *arguments: object) -> str:
 
 
 def test_data_that_cannot_be_used(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    assert f"{tmp_path / 'none'} is no folder" in refused(pmm, tiny_onnx, tmp_path / "none")
-    assert "is not in the layout of Market-1501" in refused(pmm, tiny_onnx, tmp_path)
+    assert f"{tmp_path / 'none'} is not a folder" in refused(pmm, tiny_onnx, tmp_path / "none")
+    assert "is not a data set" in refused(pmm, tiny_onnx, tmp_path)
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
         (tmp_path / "empty" / folder).mkdir(parents=True)
-    assert "holds no images" in refused(pmm, tiny_onnx, tmp_path / "empty")
+    assert "contains no images" in refused(pmm, tiny_onnx, tmp_path / "empty")
     broken = shutil.copytree(tiny_dataset, tmp_path / "broken")
     image = next((broken / "query").iterdir())
     image.write_bytes(image.read_bytes()[:400])

@@ -108,14 +108,14 @@ def one_camera(data: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (missing, "is no folder"),
-        (empty, "not in the layout of Market-1501"),
+        (missing, "is not a folder"),
+        (empty, "not a data set"),
         (other_layout, "has no folder bounding_box_train"),
-        (no_images, "query holds no images"),
-        (unparsable_name, "holiday.jpg does not say who it shows"),
+        (no_images, "query contains no images"),
+        (unparsable_name, "holiday.jpg has no identity"),
         (truncated, "cannot read image"),
-        (one_identity, "shows 1 identity. Training needs two or more"),
-        (one_camera, "come from one camera"),
+        (one_identity, "has 1 identities. Training needs at least two"),
+        (one_camera, "from one camera"),
     ],
 )
 def test_data_that_cannot_be_used(pmm, data, tmp_path, spoil, message):

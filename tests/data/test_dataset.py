@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pmm_edge.data.checks import analyse
-from pmm_edge.data.dataset import DISTRACTOR_PID, queries_with_match, read, scan
+from pmm_edge.data.checks import FindingKind, analyze
+from pmm_edge.data.dataset import DISTRACTOR_PID, data_sha256, problems, queries_with_match, read, scan
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval import evaluate
 from pmm_edge.retrieval.metrics import JUNK_PID
@@ -20,6 +20,7 @@ NAMES = {
         "Thumbs.db",
     ],
 }
+QUERY = f"query/{NAMES['query'][0]}"
 
 
 @pytest.fixture
@@ -37,59 +38,64 @@ def test_names_are_read_as_market1501_writes_them(market):
     assert sorted(dataset.gallery.pids.tolist()) == [JUNK_PID, DISTRACTOR_PID, 3] == [-1, 0, 3]
     assert dataset.gallery.identities == 1 and dataset.gallery.cameras == 2
     assert dataset.query.pids.dtype == np.int64
-    assert (dataset.name, dataset.layout) == ("mine", "market layout")
-
-
-def break_it(market, how):
-    match how:
-        case "missing":
-            return market / "nowhere"
-        case "no query":
-            (market / "query" / NAMES["query"][0]).unlink()
-            (market / "query").rmdir()
-        case "empty":
-            (market / "query" / NAMES["query"][0]).unlink()
-        case "name":
-            (market / "query" / "anna.jpg").touch()
-        case "endless number":
-            (market / "query" / f"{'9' * 30}_c1.jpg").touch()
-        case "one identity":
-            (market / "bounding_box_train" / "0007_c1s1_000100_01.jpg").unlink()
-        case "one camera":
-            for path in market.glob("*/*_c2*"):
-                path.rename(path.with_name(path.name.replace("_c2", "_c1s9")))
-        case "others":
-            (market / "query" / NAMES["query"][0]).rename(market / "query" / "0099_c1s1_000200_00.jpg")
-        case "junk":
-            (market / "query" / NAMES["query"][0]).rename(market / "query" / "-1_c1s1_000200_00.jpg")
-        case "its own camera":
-            (market / "query" / NAMES["query"][0]).rename(market / "query" / "0003_c2s1_000200_00.jpg")
-    return market
+    assert (dataset.name, dataset.layout) == ("mine", "market-layout")
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("removed", "added", "named"),
     [
-        ("missing", "nowhere is no folder. Name the folder that holds bounding_box_train/"),
-        ("no query", "has no folder query: it is not in the layout of Market-1501"),
-        ("empty", "query holds no images"),
-        ("name", "anna.jpg does not say who it shows"),
-        ("endless number", "_c1.jpg does not say who it shows"),
-        ("one identity", "shows 1 identity"),
-        ("one camera", "come from one camera"),
-        ("others", "no query of .*mine has a match in its gallery from another camera"),
-        ("junk", "no query of .*mine has a match"),
-        ("its own camera", "no query of .*mine has a match"),
+        ([QUERY], [], "query"),
+        ([], ["query/anna.jpg"], "anna.jpg"),
+        ([], [f"query/{'9' * 30}_c1.jpg"], "_c1.jpg"),
     ],
 )
-def test_a_folder_that_cannot_be_used_says_why(market, how, message):
-    with pytest.raises(DataError, match=message):
-        scan(break_it(market, how))
+def test_a_folder_that_cannot_be_read(market, removed, added, named):
+    for name in removed:
+        (market / name).unlink()
+    for name in added:
+        (market / name).touch()
+    with pytest.raises(DataError, match=named):
+        read(market)
 
 
-@pytest.mark.parametrize("how", ["one identity", "one camera", "others", "junk"])
-def test_what_cannot_train_or_judge_can_still_be_looked_at(market, how):
-    assert len(read(break_it(market, how)).query) == 1
+def test_missing_folders_and_folders_nearby(market):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        read(market / "nowhere")
+    for near in (market.parent, market / "bounding_box_train"):
+        with pytest.raises(DataError) as error:
+            read(near)
+        assert error.value.remedy == f"Did you mean {market}?"
+    (market / QUERY).unlink()
+    (market / "query").rmdir()
+    with pytest.raises(DataError, match="has no folder query"):
+        read(market)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("bounding_box_train/0007", "bounding_box_train/0002"),  # one training identity
+        ("bounding_box_test/0003_c2", "bounding_box_test/0003_c1"),  # matches from the query's camera alone
+        ("query/0003", "query/0099"),  # other identities than the gallery
+        ("query/0003", "query/-1"),  # junk
+        ("query/0003_c1", "query/0003_c2"),  # the camera of its match
+    ],
+)
+def test_splits_that_cannot_be_used_can_still_be_read(market, old, new):
+    for path in [path for path in market.rglob("*.jpg") if str(path.relative_to(market)).startswith(old)]:
+        path.rename(market / path.relative_to(market).as_posix().replace(old, new))
+    dataset = read(market)
+    with pytest.raises(DataError) as error:
+        scan(market)
+    assert len(problems(dataset)) == 1 and str(error.value) == str(problems(dataset)[0])
+    unusable = [w for w in analyze(dataset).warnings if w.kind == FindingKind.UNUSABLE]
+    assert [w.text for w in unusable] == [str(error.value)]
+
+
+def test_one_camera_cannot_be_evaluated(market):
+    dataset = read(market)
+    one = {name: replace(split, camids=np.ones_like(split.camids)) for name, split in dataset.splits.items()}
+    assert len(problems(replace(dataset, **one))) == 1
 
 
 def test_only_queries_with_a_right_answer_have_a_match(tiny_dataset):
@@ -108,20 +114,22 @@ def test_only_queries_with_a_right_answer_have_a_match(tiny_dataset):
 
 
 @pytest.mark.parametrize(("pid", "counted"), [(DISTRACTOR_PID, 1), (JUNK_PID, 0), (3, 1), (4, 0)])
-def test_a_warning_says_of_a_query_what_evaluation_does_with_it(market, pid, counted):
+def test_the_finding_about_queries_agrees_with_the_evaluation(market, pid, counted):
     dataset = read(market)
     query = replace(dataset.query, pids=np.array([3, pid]), camids=np.array([1, 3]), paths=2 * dataset.query.paths)
     labels = (query.pids, dataset.gallery.pids, query.camids, dataset.gallery.camids)
     assert evaluate(np.eye(2), np.ones((3, 2)), *labels).valid_queries == 1 + counted
-    warned = [finding.text for finding in analyse(replace(dataset, query=query)).warnings if "queries" in finding.text]
-    assert [f"1 of 2 queries, of 1 identity ({pid})" in text for text in warned] == [True] * (1 - counted)
+    found = [w for w in analyze(replace(dataset, query=query)).warnings if w.kind == FindingKind.UNMATCHED_QUERIES]
+    assert [(w.images, w.pids) for w in found] == [(1, [pid])] * (1 - counted)
 
 
-def test_a_folder_one_level_too_high_is_pointed_out(market):
-    with pytest.raises(DataError, match=f"Did you mean {market}"):
-        scan(market.parent)
-
-
-def test_a_folder_one_level_too_low_is_pointed_out(market):
-    with pytest.raises(DataError, match=f"Did you mean {market}\\?"):
-        scan(market / "bounding_box_train")
+def test_the_hash_depends_on_names_and_contents_and_not_on_the_place(market, tmp_path):
+    paths = read(market).query.paths
+    paths[0].write_bytes(b"one")
+    first = data_sha256(paths, market)
+    moved = market.rename(tmp_path / "moved")
+    assert data_sha256([moved / path.relative_to(market) for path in paths], moved) == first
+    (moved / QUERY).write_bytes(b"two")
+    assert data_sha256([moved / QUERY], moved) != first
+    with pytest.raises(DataError, match="gone"):
+        data_sha256([moved / "gone.jpg"], moved)

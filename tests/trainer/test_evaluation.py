@@ -113,7 +113,7 @@ def test_the_cache_bounds_all_splits_together(tiny_dataset, tmp_path, images, ke
     network = build_model("baseline", num_classes=4, backbone="resnet18")
     run = Run(config, dataset, tmp_path, network, World(), lambda *_, **__: None, print)
     crops = [run.feed.crops, run.evaluation.query, run.evaluation.gallery]
-    assert sum(part.kept_bytes for part in crops) == kept * IMAGE_BYTES
+    assert sum(part.cached_bytes for part in crops) == kept * IMAGE_BYTES
 
 
 @pytest.mark.parametrize(("images", "held"), [(100, False), (20, True)])
@@ -128,17 +128,9 @@ def test_a_cache_that_does_not_hold_all_images_is_named_with_one_that_would(tiny
     assert (expected in (tmp_path / "run" / "log.txt").read_text()) == held
 
 
-def test_memory_that_the_system_does_not_give_is_named_and_left_to_training(tiny_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("pmm_edge.data.loader._given_by_the_system", lambda images, bytes_each: images // 4)
-    said = []
-    run = train(replace(CONFIG, epochs=1), tiny_dataset, out=tmp_path / "run", warn=said.append)
-    assert run.finished and len(said) == 1
-    assert "5.1e-05 of 0.00062 GiB" in said[0] and "--cache-gib bounds what is taken" in said[0]
-
-
 def test_the_processes_of_a_machine_share_its_memory_and_its_cores(tiny_dataset, monkeypatch):
     monkeypatch.setattr("pmm_edge.machine.usable_cores", lambda root=None: 8.0)
     config = replace(CONFIG, cache_gib=20 * IMAGE_BYTES / 2**30)
-    feed = Feed(scan(tiny_dataset).train, config, World(0, 8, 0, local_size=2), torch.device("cpu"), print)
-    assert feed.crops.kept_bytes == 10 * IMAGE_BYTES
+    feed = Feed(scan(tiny_dataset).train, config, World(0, 8, 0, local_size=2), torch.device("cpu"))
+    assert feed.crops.cached_bytes == 10 * IMAGE_BYTES
     assert feed.crops.workers == 4

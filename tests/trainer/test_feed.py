@@ -22,7 +22,7 @@ def feed_of(identities, processes, accumulate=1):
     check_shards(config, identities, world)
     pids = np.repeat(np.arange(1, identities + 1), 2)
     train = Split([Path(f"{number}.jpg") for number in range(len(pids))], pids, np.ones_like(pids))
-    return Feed(train, config, world, torch.device("cpu"), print)
+    return Feed(train, config, world, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
