@@ -54,7 +54,7 @@ def build_engine(
         out: a file that ends in `.engine`.
         settings: see `BuildSettings`.
         report: called as the build proceeds.
-        also: further arguments of the suggested command if the engine cannot be built here, such as `--triton models`.
+        also: further arguments of the command for another machine, such as `--triton models`.
         trt: the TensorRT module; None imports `tensorrt`.
 
     Raises:
@@ -152,20 +152,9 @@ def compile_network(
     report: Report = silent,
     timing_cache: Path | None = None,
 ) -> Any:
-    """Compile an ONNX file into a serialized engine.
+    """Compile an ONNX file into a serialized engine, a buffer of TensorRT; this step alone needs no CUDA calls.
 
-    Args:
-        trt: the TensorRT module.
-        logger: of `error_logger`.
-        onnx_path: the ONNX file.
-        name: of the engine, for progress.
-        spec: of the network.
-        settings: see `BuildSettings`.
-        report: called as the build proceeds.
-        timing_cache: file with layer timings to use and update.
-
-    Returns:
-        The buffer of TensorRT.
+    `name` is that of the engine, for progress; `timing_cache` is a file with layer timings to use and update.
 
     Raises:
         ModelError: TensorRT cannot parse or build the file.
@@ -370,12 +359,6 @@ def commands_elsewhere(
     onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
 ) -> str:
     """Return the commands that build the engine on the target: `pmm`, or `trtexec`, which writes no manifest."""
-    pmm = settings.command(Path(onnx.name), Path(out.name), also)  # folders of this machine do not exist there
-    return f"Copy it to the target and run: {pmm}   (or: {trtexec_command(onnx, out, spec, settings)})"
-
-
-def trtexec_command(onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings) -> str:
-    """Return the `trtexec` command that builds the same engine."""
     batch = settings.batch
     words = ["trtexec", f"--onnx={onnx.name}", f"--saveEngine={out.name}", "--stronglyTyped", "--noTF32"]
     for name, size in (("min", batch.minimum), ("opt", batch.optimal), ("max", batch.maximum)):
@@ -385,4 +368,5 @@ def trtexec_command(onnx: Path, out: Path, spec: ModelSpec, settings: BuildSetti
         words.append(f"--memPoolSize=workspace:{settings.workspace_gib * 1024:g}")
     words += ["--hardwareCompatibilityLevel=ampere+"] * settings.hardware_compatible
     words += ["--versionCompatible"] * settings.version_compatible
-    return shlex.join(words)
+    pmm = settings.command(Path(onnx.name), Path(out.name), also)  # folders of this machine do not exist there
+    return f"Copy it to the target and run: {pmm}   (or: {shlex.join(words)})"

@@ -34,12 +34,10 @@ class Cuda:
     """One GPU with one stream, and the memory allocated on it until `release`.
 
     Not thread-safe: hold a lock to share it, and call `use` first, because the current GPU is a property of a thread.
-
-    Args:
-        index: index of the GPU.
+    All methods raise GpuError if a CUDA call fails.
 
     Raises:
-        NotOnThisMachineError: cuda-python, the driver or the GPU is missing.
+        NotOnThisMachineError: cuda-python, the driver or GPU number `index` is missing.
         GpuError: the GPU cannot be used.
     """
 
@@ -133,9 +131,7 @@ class Cuda:
 
     def milliseconds(self, enqueue: Callable[[], None]) -> float:
         """Run what `enqueue` enqueues and return the time between two events around it; resolution 0.5 µs."""
-        if self._events is None:
-            self._events = self.event(), self.event()
-        before, after = self._events
+        before, after = self._events = self._events or (self.event(), self.event())
         self.record(before)
         enqueue()
         self.record(after)
@@ -191,5 +187,4 @@ def _import_runtime() -> Any:
 
 
 def _version(number: int) -> str:
-    """13020 is 13.2."""
-    return f"{number // 1000}.{number % 1000 // 10}"
+    return f"{number // 1000}.{number % 1000 // 10}"  # 13020 is 13.2

@@ -26,56 +26,42 @@ from pmm_edge.retrieval.metrics import JUNK_PID, RetrievalResult, evaluate
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
-SUFFIXES = (".npz", ".parquet")
-"""Formats of embedding files."""
-
 _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
 class ImageLabels:
-    """The labels that a data set gives its images."""
+    """The labels of N images of a data set."""
 
     pids: NDArray[np.int64]
-    """(N,) identities; -1 is junk, 0 a distractor."""
+    """Identities; -1 is junk, 0 a distractor."""
     camids: NDArray[np.int64]
-    """(N,) cameras."""
     split: NDArray[np.str_]
-    """(N,) `query`, `gallery` or `train`."""
+    """`query`, `gallery` or `train`."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """Image files to embed."""
+    """N image files to embed."""
 
     source: str
     """`image`, `folder`, `list`, `paths`, or the layout of a data set."""
     paths: list[Path]
     names: list[str]
-    """The paths as they are stored: relative to the folder or data set; the lines of a list."""
+    """The paths as they are stored: relative to the folder or data set, or the lines of a list."""
     labels: ImageLabels | None = None
-
-    def __getitem__(self, rows: Sequence[int]) -> ImageList:
-        """The images at these indices."""
-        labels, index = self.labels, np.asarray(rows, np.int64)
-        return replace(
-            self,
-            paths=[self.paths[row] for row in rows],
-            names=[self.names[row] for row in rows],
-            labels=labels and ImageLabels(labels.pids[index], labels.camids[index], labels.split[index]),
-        )
 
 
 def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
     """Find the images to embed, without opening them.
 
     Args:
-        source: an image file; a folder, searched recursively without hidden files; the folder of a data set; a text
-            file with one path per line, relative to the folder of the file; or a sequence of paths.
+        source: an image; a folder, searched recursively without hidden files; a data set; a text file with one path per
+            line, relative to its folder; or a sequence of paths.
         layout: one of `pmm_edge.data.layouts.LAYOUTS`, for a data set that is not recognized.
 
     Raises:
-        DataError: `source` does not exist, cannot be read or names no images, or the data set is invalid.
+        DataError: `source` does not exist, cannot be read or contains no images, or the data set is invalid.
     """
     if not isinstance(source, str | Path):
         return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
@@ -148,12 +134,10 @@ class SkippedImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFiles:
-    """Embeddings of image files."""
+    """Embeddings of N image files."""
 
     spec: ModelSpec
-    """The network that embedded them."""
     images: ImageList
-    """The N images that were embedded."""
     embeddings: Embeddings
     """(N, D) float32."""
     skipped: list[SkippedImage]
@@ -162,34 +146,27 @@ class EmbeddedFiles:
     seconds: float
     """From the first file to the last embedding."""
     model_seconds: float
-    """The share of `seconds` that the network took; the rest was spent waiting for decoded images."""
+    """The part of `seconds` that the network took; the rest was spent waiting for decoded images."""
 
     def save(self, path: Path) -> None:
         """Write the embeddings atomically.
 
-        `.npz`: arrays `embeddings` (N, D) float32, `paths` (N,) text, `spec` (JSON text), and for a data set `pids`,
-        `camids` (N,) int64 and `split` (N,) text. `numpy.load` opens it without pickle.
-
-        `.parquet`: columns `path`, `embedding` (a list of D float32), and for a data set `pid`, `camid`, `split`; the
-        schema metadata holds the spec under `pmm_edge.spec`.
+        `.npz`: arrays `embeddings`, `paths` (text), `spec` (JSON text), and the labels of a data set: `pids`, `camids`
+        and `split`. `numpy.load` opens it without pickle. `.parquet`: columns `path`, `embedding`, `pid`, `camid` and
+        `split`; the schema metadata has the spec under `pmm_edge.spec`.
 
         Raises:
             OutputError: the file cannot be written.
-            PmmError: the file is a Parquet file and pyarrow is not installed.
+            PmmError: it is a Parquet file and pyarrow is not installed.
         """
         check_embedding_file(path)
         with written_whole(path) as temporary:
             if path.suffix.lower() == ".parquet":
                 self._write_parquet(temporary)
             else:
-                self._write_npz(temporary)
-
-    def _write_npz(self, path: Path) -> None:
-        names, labels = np.array(self.images.names, dtype=np.str_), self.images.labels
-        arrays = {"embeddings": self.embeddings, "paths": names, "spec": np.array(self.spec.to_json())}
-        if labels:
-            arrays |= {"pids": labels.pids, "camids": labels.camids, "split": labels.split}
-        save_arrays(path, arrays)
+                names, spec = np.array(self.images.names, dtype=np.str_), np.array(self.spec.to_json())
+                labels = vars(self.images.labels) if self.images.labels else {}
+                _save_npz(temporary, {"embeddings": self.embeddings, "paths": names, "spec": spec, **labels})
 
     def _write_parquet(self, path: Path) -> None:
         import pyarrow as pa
@@ -204,20 +181,14 @@ class EmbeddedFiles:
         pyarrow.parquet.write_table(table, path, use_dictionary=["split"] if labels else False)
 
 
-def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write an .npz file at exactly this path, whatever its suffix."""
-    with path.open("wb") as file:
+def _save_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    with path.open("wb") as file:  # np.savez would append .npz to a name
         np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes any of them for allow_pickle
 
 
 def check_embedding_file(path: Path) -> None:
-    """Check that `EmbeddedFiles.save` can write a file, before embedding anything.
-
-    Raises:
-        OutputError: the suffix is unknown, or the folder cannot be created or written.
-        PmmError: the file is a Parquet file and pyarrow is not installed.
-    """
-    check_output(path, SUFFIXES)
+    """Check that `EmbeddedFiles.save` can write a file, before embedding anything; it raises the same errors."""
+    check_output(path, (".npz", ".parquet"))
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise PmmError(
             f"writing {path} requires pyarrow, which is not installed",
@@ -265,21 +236,18 @@ def embed_files(
         check_embedding_file(Path(out))
     found = images if isinstance(images, ImageList) else find_images(images, layout)
     embedder = model if isinstance(model, Embedder) else load(model, device)
-    done = _embed(embedder, found.paths, batch, report, skip_bad)
-    if found.paths and not done.rows:
+    (embeddings, *_), rows, skipped, seconds, model_seconds = _embed(embedder, found.paths, batch, report, skip_bad)
+    if skipped and not rows:
         raise CheckFailedError(
-            f"none of the {len(found.paths):,} images can be read: {done.skipped[0].path}: {done.skipped[0].reason}",
+            f"none of the {len(skipped):,} images can be read: {skipped[0].path}: {skipped[0].reason}",
             "Replace the files, or name other images",
         )
+    if skipped:
+        labels = found.labels and ImageLabels(*(values[rows] for values in vars(found.labels).values()))
+        paths, names = [found.paths[row] for row in rows], [found.names[row] for row in rows]
+        found = replace(found, paths=paths, names=names, labels=labels)
     embedded = EmbeddedFiles(
-        embedder.spec,
-        found[done.rows],
-        done.embeddings,
-        done.skipped,
-        embedder.backend,
-        embedder.device,
-        done.seconds,
-        done.model_seconds,
+        embedder.spec, found, embeddings, skipped, embedder.backend, embedder.device, seconds, model_seconds
     )
     if out is not None:
         embedded.save(Path(out))
@@ -305,12 +273,9 @@ class EmbeddedDataset:
         flip: bool = False,
         report: Report = silent,
     ) -> RetrievalResult:
-        """Evaluate retrieval under the Market-1501 protocol.
+        """Evaluate retrieval under the Market-1501 protocol; for the arguments see `pmm_edge.evaluate`.
 
-        Args:
-            rerank, ap_cutoff, max_rank: see `pmm_edge.evaluate`.
-            flip: evaluate `flipped` instead of `embeddings`.
-            report: called as the ranking proceeds.
+        With `flip`, evaluate `flipped` instead of `embeddings`.
 
         Raises:
             DataError: the embeddings contain NaN or infinity, no query has a match, or `flip` was not embedded.
@@ -318,19 +283,9 @@ class EmbeddedDataset:
         embeddings = self.flipped if flip else self.embeddings
         if embeddings is None:
             raise DataError("there are no embeddings of mirror images", "Embed with flip=True")
-        query, gallery = self.dataset.query, self.dataset.gallery
-        return evaluate(
-            embeddings[: len(query)],
-            embeddings[len(query) :],
-            query.pids,
-            gallery.pids,
-            query.camids,
-            gallery.camids,
-            max_rank=max_rank,
-            ap_cutoff=ap_cutoff,
-            rerank=rerank,
-            report=report,
-        )
+        query, gallery, count = self.dataset.query, self.dataset.gallery, len(self.dataset.query)
+        labels = query.pids, gallery.pids, query.camids, gallery.camids
+        return evaluate(embeddings[:count], embeddings[count:], *labels, max_rank, ap_cutoff, rerank, report=report)
 
     def save(self, path: Path) -> None:
         """Write an .npz file that `numpy.load` opens without pickle.
@@ -343,17 +298,15 @@ class EmbeddedDataset:
         """
         arrays: dict[str, NDArray[Any]] = {}
         count = len(self.dataset.query)
-        for side, split, rows in (
-            ("query", self.dataset.query, slice(count)),
-            ("gallery", self.dataset.gallery, slice(count, None)),
-        ):
+        for side, rows in (("query", slice(count)), ("gallery", slice(count, None))):
+            split = self.dataset.splits[side]
             arrays[f"{side}_features"] = self.embeddings[rows]
             if self.flipped is not None:
                 arrays[f"{side}_features_flip"] = self.flipped[rows]
             arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
             arrays[f"{side}_names"] = np.array([file.name for file in split.paths])
         with written_whole(path) as temporary:
-            save_arrays(temporary, arrays)
+            _save_npz(temporary, arrays)
 
 
 def embed_dataset(
@@ -361,11 +314,7 @@ def embed_dataset(
 ) -> EmbeddedDataset:
     """Embed the queries and the gallery of a data set, without junk.
 
-    Args:
-        embedder: the network.
-        dataset: the data set to evaluate on.
-        flip: also embed mirror images, which takes twice the time.
-        report: called after each batch.
+    With `flip`, also embed mirror images, which takes twice the time. `report` is called after each batch.
 
     Raises:
         DataError: an image cannot be read.
@@ -373,20 +322,8 @@ def embed_dataset(
     gallery = dataset.gallery
     kept = np.flatnonzero(gallery.pids != JUNK_PID)
     clean = Split([gallery.paths[index] for index in kept], gallery.pids[kept], gallery.camids[kept])
-    dataset = replace(dataset, gallery=clean)
-    done = _embed(embedder, [*dataset.query.paths, *clean.paths], report=report, flip=flip)
-    return EmbeddedDataset(dataset, done.embeddings, done.flipped)
-
-
-@dataclass(frozen=True, eq=False)
-class _Done:
-    embeddings: Embeddings
-    flipped: Embeddings | None
-    rows: list[int]
-    """Which of the paths each embedding belongs to."""
-    skipped: list[SkippedImage]
-    seconds: float
-    model_seconds: float
+    embeddings = _embed(embedder, [*dataset.query.paths, *clean.paths], report=report, flip=flip)[0]
+    return EmbeddedDataset(replace(dataset, gallery=clean), embeddings[0], embeddings.mean(axis=0) if flip else None)
 
 
 def _embed(
@@ -396,7 +333,8 @@ def _embed(
     report: Report = silent,
     skip_bad: bool = False,
     flip: bool = False,
-) -> _Done:
+) -> tuple[NDArray[np.float32], list[int], list[SkippedImage], float, float]:
+    """Return embeddings (views, rows, D), which path each row is of, skipped images, seconds, and the network's."""
     batch = embedder.chunk if batch is None else batch
     if batch < 1:
         raise PmmError(f"a batch of {batch} images cannot be embedded", "Choose 1 or more")
@@ -420,15 +358,12 @@ def _embed(
             pixels, model_start = np.stack(images), time.perf_counter()
             # A mirrored copy: back ends do not take the negative strides of a view.
             views = [pixels, np.ascontiguousarray(pixels[:, :, ::-1])] if flip else [pixels]
-            for filled, view in zip(embeddings, views, strict=True):
-                filled[len(rows) - len(images) : len(rows)] = embedder.embed_prepared(view)
+            for number, view in enumerate(views):
+                embeddings[number, len(rows) - len(images) : len(rows)] = embedder.embed_prepared(view)
             model_seconds += time.perf_counter() - model_start
         done += len(decoded)
         report(what, done, len(paths), f"{done / (time.perf_counter() - start):,.0f} images/s")
-    seconds = time.perf_counter() - start
-    embeddings = embeddings[:, : len(rows)]
-    flipped = embeddings.mean(axis=0) if flip else None
-    return _Done(embeddings[0], flipped, rows, skipped, seconds, model_seconds)
+    return embeddings[:, : len(rows)], rows, skipped, time.perf_counter() - start, model_seconds
 
 
 def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | DataError]]:
