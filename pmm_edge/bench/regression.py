@@ -1,162 +1,67 @@
-"""Whether the times of two reports can be compared: were they of one machine, and what are their ratios to."""
+"""`pmm bench --compare`: what became better or worse between two reports, beyond noise (docs/regressions.md)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
-from typing import Literal
 
-from pmm_edge.bench.environment import MOST_VARIATION
-from pmm_edge.bench.report import BenchReport, Change, Gates, Latency, ModelReport, read_report
+from pmm_edge.bench.environment import MAX_VARIATION
+from pmm_edge.bench.report import BenchReport, Environment, Gates, Latency, ModelReport, Scope, read_report
+from pmm_edge.bench.report import Change as Interval
+from pmm_edge.bench.sentences import describe_failure
 from pmm_edge.bench.tables import Table, milliseconds
-from pmm_edge.files import with_tilde
 
-_MACHINE = ("processor", "board", "cores", "gpu", "power mode")
-"""Entries of the environment that make times comparable, with the settings of threads; versions are what a comparison
-is about."""
-ONLY_RATIOS = "between machines only ratios of the same engines on one device say something"
-"""What one machine's GPU is to its CPU says nothing of another's."""
-
-
-def same_machine(before: BenchReport, now: BenchReport) -> bool:
-    """Times themselves can be compared."""
-    both = _machine(before), _machine(now)
-    # A bench that had nothing to do on a GPU names none: that is no other machine.
-    unknown = {"gpu"} if any("gpu" not in machine for machine in both) else set()
-    old, new = ({key: value for key, value in machine.items() if key not in unknown} for machine in both)
-    return old == new
-
-
-def same_measure(before: BenchReport, now: BenchReport) -> bool:
-    """Ratios are to the same thing: the same file in the same engine on the same device."""
-    old, new = before.reference, now.reference
-    return old.sha256 == new.sha256 and runs_with(old) == runs_with(new)
-
-
-def ratios_hold(pair: tuple[ModelReport, ModelReport], before: BenchReport, now: BenchReport) -> bool:
-    """A model's ratio can be compared on another machine: it is to the same thing, and of one device alone."""
-    old, new = pair
-    return same_measure(before, now) and runs_with(old) == runs_with(new) and new.device == now.reference.device
-
-
-def machine_notes(before: BenchReport, now: BenchReport) -> list[str]:
-    """How times are compared where the machines differ; nothing where they do not."""
-    if same_machine(before, now):
-        return []
-    differ = f"the machines differ ({_words(before)}; {_words(now)})"
-    if same_measure(before, now):
-        how = "times are compared through the ratio to the reference, memory and energy not at all"
-        return [f"{how}: {differ}"]
-    ran = [f"{Path(model.path).name} with {runs_with(model)}" for model in (before.reference, now.reference)]
-    how = "times, memory and energy are not compared"
-    return [f"{how}: {differ}, and there is no ratio to the same reference ({ran[0]}; {ran[1]})"]
-
-
-def runs_with(model: ModelReport) -> str:
-    """Engine and device."""
-    return f"{model.backend} on {model.device}"
-
-
-def _machine(report: BenchReport) -> dict[str, str]:
-    # A new driver is no other machine, but what a comparison may be about.
-    found = {key: report.environment[key].partition(", driver")[0] for key in _MACHINE if key in report.environment}
-    # Of the threads what the user set: the engines' own follow from that, from the cores, and from which are loaded.
-    settings = [part for part in report.environment.get("threads", "").split(", ") if "=" in part]
-    return found | ({"threads": ", ".join(settings)} if settings else {})
-
-
-def _words(report: BenchReport) -> str:
-    return ", ".join(f"{key} {value}" for key, value in _machine(report).items()) or "unknown"
-
-
-LEAST_LATENCY = 0.05
-"""Two runs on a quiet machine agree within this share, whatever their own spread says."""
-LEAST_P90 = 0.10
-"""The same of a 90th percentile, which one run in ten makes."""
-COLD_START = 0.25
-"""Share of the time to the first embedding: one process each, disk caches included."""
-MEMORY = 0.10
-ENERGY = 0.10
-STREAM = 0.10
-FILE_SIZE = 0.01
-LEAST_POINTS = 0.01
-"""Points of mAP, Rank-1 or mINP: what rounding moves on another version of the same engine."""
-# 1.96 standard errors of a median, 1.2533 s / sqrt(n) for n draws of a normal distribution of spread s.
+MIN_LATENCY_NOISE = 0.05
+"""Two runs on a quiet machine agree within this fraction, whatever their spread says."""
+MIN_P90_NOISE = 0.10
+MIN_POINTS = 0.01
+"""Points of mAP, Rank-1 or mINP that rounding moves in another version of the same engine."""
 _MEDIAN_INTERVAL = 1.96 * 1.2533
-# Of the way from the median to p90, down to the 77th percentile: 1.96 sqrt(0.9 * 0.1 / 20) below the 90th.
+"""1.96 standard errors of the median of n normal samples: 1.2533 s / sqrt(n)."""
 _BELOW_P90 = 0.13 / 0.4
+"""Fraction of the distance from p90 to the median at which the 77th percentile lies; see `_p90_noise`."""
 
 
-def latency_noise(old: Latency, new: Latency) -> float:
-    """The share that a median may move by: both medians' 95 % intervals, at least `LEAST_LATENCY`.
+class Metric(Enum):
+    """What was compared."""
 
-    The wider of two estimates for each: from the spread of single runs, and from the interval of the ratio to the
-    reference, which is over turns and so knows of drift.
-    """
-    return max(LEAST_LATENCY, math.hypot(*(max(_of_runs(one), _of_ratio(one)) for one in (old, new))))
-
-
-def ratio_noise(old: Latency, new: Latency) -> float:
-    """The share that a ratio to the reference may move by: both ratios' intervals, at least `LEAST_LATENCY`."""
-    return max(LEAST_LATENCY, math.hypot(_of_ratio(old), _of_ratio(new)))
-
-
-def p90_noise(old: Latency, new: Latency) -> float:
-    """The share that a 90th percentile may move by, at least `LEAST_P90`.
-
-    Runs of one turn are not independent of each other: 50 runs or 5,000 are 10 to 20 turns. Of so many draws the 95 %
-    interval of a 90th percentile reaches from about the 77th percentile (binomial) to beyond the largest, for which p99
-    stands: that of the lower report upwards, that of the higher one downwards. And it is at least both spreads, for of
-    n = 10 to 20 normal draws 1.96 standard errors of a 90th percentile, 1.709 s / sqrt(n), come to 0.7 to 1.1 s.
-    """
-    low, high = sorted((old, new), key=lambda one: one.p90_ms)
-    if not low.p90_ms > 0:
-        return LEAST_P90
-    above, below = low.p99_ms - low.p90_ms, _BELOW_P90 * (high.p90_ms - high.median_ms)
-    spreads = math.hypot(_known(old.variation), _known(new.variation))
-    return max(LEAST_P90, spreads, math.hypot(_known(above), _known(below)) / low.p90_ms)
+    MAP = "mAP"
+    RANK1 = "Rank-1"
+    MINP = "mINP"
+    COSINE_MIN = "minimum cosine"
+    COSINE_MEAN = "mean cosine"
+    MEDIAN = "median, ms"
+    P90 = "p90, ms"
+    RATIO = "ratio to the reference"
+    FIRST_EMBEDDING = "first embedding, ms"
+    MEMORY = "peak memory, MiB"
+    GPU_MEMORY = "peak GPU memory, MiB"
+    ENERGY = "J per embedding"
+    FILE_SIZE = "file, MiB"
 
 
-def points_noise(old: Change | None, new: Change | None) -> float:
-    """The points of 100 that a share may fall by on the same images.
-
-    Both 95 % intervals of the paired bootstrap over queries, at least `LEAST_POINTS`. They are of a model less its
-    reference, and of the model alone only where both have the same one. A reference has no interval; the loss that
-    the usual gate allows stands in.
-    """
-    if old is None or new is None:
-        return Gates().max_map_drop
-    halves = [100 * _known((change.high - change.low) / 2) for change in (old, new)]
-    return max(LEAST_POINTS, math.hypot(*halves))
-
-
-def cosine_is_worse(old: float, new: float, gate: float) -> bool:
-    """Whether an embedding departs more than rounding explains.
-
-    1 - cosine more than doubled, and has come to more than a tenth of what the gate allows.
-    """
-    before, now = 1 - _known(old), 1 - _known(new)
-    return now > 2 * before and now > (1 - gate) / 10
+RETRIEVAL = {Metric.MAP: "mAP", Metric.RANK1: "rank1", Metric.MINP: "mINP"}
+COSINES = (Metric.COSINE_MIN, Metric.COSINE_MEAN)
+NOISE = {
+    Metric.FIRST_EMBEDDING: 0.25,
+    Metric.MEMORY: 0.10,
+    Metric.GPU_MEMORY: 0.10,
+    Metric.ENERGY: 0.10,
+    Metric.FILE_SIZE: 0.01,
+}
+"""Fraction by which a figure may change without meaning."""
 
 
-def _of_runs(latency: Latency) -> float:
-    return _MEDIAN_INTERVAL * _known(latency.variation) / math.sqrt(latency.runs)
+class Outcome(Enum):
+    """How a figure changed."""
 
-
-def _of_ratio(latency: Latency) -> float:
-    return _known((latency.ratio_high - latency.ratio_low) / 2 / latency.ratio) if latency.ratio > 0 else 0.0
-
-
-def _known(value: float) -> float:
-    """0 for a figure that was not finite: no interval, and no cosine."""
-    return value if math.isfinite(value) else 0.0
-
-
-Way = Literal["worse", "better", "same", "unknown"]
-Pair = tuple[ModelReport, ModelReport]
-"""The old one and the new one."""
+    WORSE = "worse"
+    BETTER = "better"
+    SAME = "same"
+    NOISY = "noisy"
 
 
 @dataclass(frozen=True)
@@ -164,135 +69,75 @@ class Finding:
     """One figure of one model in both reports."""
 
     model: str
-    figure: str
-    old: str
-    new: str
-    change: str
-    """With its unit: `-0.31 points`, `x1.20`."""
-    noise: str
-    """The change that may be none: `± 0.25 points`."""
-    way: Way
+    metric: Metric
+    old: float
+    """Retrieval in points of 100."""
+    new: float
+    noise: float
+    """Change that means nothing: points for retrieval, 1 - cosine for cosines, otherwise a fraction of `old`."""
+    outcome: Outcome
+    batch: int | None = None
+    scope: Scope | None = None
+    cuda_graph: bool = False
+    less_reference: bool = False
+    """Retrieval minus that of the report's own reference."""
+
+    @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Name, old, new, change and noise for a table."""
+        name = self.metric.value
+        if self.batch:
+            scope = ", end to end" if self.scope == "end to end" else ""
+            name = f"batch {self.batch}{scope}{', CUDA graph' if self.cuda_graph else ''}, {name}"
+        if self.metric in RETRIEVAL:
+            name, form = (f"{name} minus reference", "+.2f") if self.less_reference else (name, ".2f")
+            change, noise = f"{self.new - self.old:+.2f} points", f"± {self.noise:.2f} points"
+            return name, format(self.old, form), format(self.new, form), change, noise
+        if self.metric in COSINES:
+            change = f"1-c {1 - self.old:.0e} -> {1 - self.new:.0e}"
+            return name, f"{self.old:.6f}", f"{self.new:.6f}", change, f"x2, to {self.noise:.0e}"
+        old, new = (f"{value:.3g}" if abs(value) < 1 else milliseconds(value) for value in (self.old, self.new))
+        return name, old, new, f"x{self.new / self.old:.2f}", f"± {100 * self.noise:.0f} %"
 
     @property
     def sentence(self) -> str:
-        words = {"worse": "became worse", "better": "became better", "same": "is as it was"}
-        became = words.get(self.way, "cannot be compared")
-        return f"{self.model}: {self.figure} {became}: {self.old} -> {self.new} ({self.change}, noise {self.noise})"
+        name, old, new, change, noise = self.cells
+        return f"{self.model}: {name} is {self.outcome.value}: {old} -> {new} ({change}, noise {noise})"
 
 
-def accuracy(name: str, pair: Pair, same_reference: bool) -> Iterator[Finding]:
-    """Retrieval and cosine; both reports must be of the same images. A gate that was loosened makes no more of noise.
+class NoteKind(Enum):
+    """What else differs between two reports."""
 
-    The intervals are of the model less its reference: with another reference only that difference is compared.
-    """
-    old, new = pair
-    for word, entry in (("mAP", "mAP"), ("Rank-1", "rank1"), ("mINP", "mINP")):
-        # None for a reference, which has no change: getattr gives the default of an entry that None lacks.
-        changes = [getattr(model.retrieval_change, entry, None) for model in pair]
-        allowed = points_noise(changes[0], changes[1])
-        if same_reference and old.retrieval and new.retrieval:
-            values = [100 * float(getattr(model.retrieval, entry)) for model in pair]
-            yield _points(name, word, values, allowed, ".2f")
-        elif not same_reference and changes[0] and changes[1]:
-            differences = [100 * float(change.difference) for change in (changes[0], changes[1])]
-            yield _points(name, f"{word} less the reference's", differences, allowed, "+.2f")
-    if old.parity and new.parity and old.parity.images == new.parity.images:
-        before, now = old.parity.whole, new.parity.whole
-        least_gate, mean_gate = (
-            max(getattr(m.gates, entry) for m in pair) for entry in ("min_cosine", "min_mean_cosine")
-        )
-        yield _cosine(name, "least cosine", before.cosine_min, now.cosine_min, least_gate)
-        yield _cosine(name, "mean cosine", before.cosine_mean, now.cosine_mean, max(mean_gate, least_gate))
+    MODEL_MISSING = "model missing"
+    MODEL_FAILS = "model fails"
+    INTERRUPTED = "interrupted"
+    MODEL_NEW = "model new"
+    MODEL_PASSES = "model passes"
+    OTHER_IMAGES = "other images"
+    OTHER_REFERENCE = "other reference"
+    OTHER_MACHINE = "other machine"
+    OTHER_ENGINE = "other engine"
+    NOT_COMPARED = "times not compared"
+    NOT_MEASURED = "not measured"
+    GATES_LOOSENED = "gates loosened"
+    NOISY = "noisy"
+    REFERENCE_MOVED = "reference moved"
 
 
-def _points(name: str, figure: str, values: list[float], allowed: float, form: str) -> Finding:
-    """The old and the new share in points of 100, shown in this form: more is better."""
-    old, new = values
-    moved = new - old
-    way: Way = "same" if abs(moved) <= allowed else "better" if moved > 0 else "worse"
-    return Finding(
-        name, figure, f"{old:{form}}", f"{new:{form}}", f"{moved:+.2f} points", f"± {allowed:.2f} points", way
-    )
+REGRESSIONS = (NoteKind.MODEL_MISSING, NoteKind.MODEL_FAILS, NoteKind.INTERRUPTED)
 
 
-def _cosine(name: str, figure: str, old: float, new: float, gate: float) -> Finding:
-    way: Way = "same"
-    if cosine_is_worse(old, new, gate):
-        way = "worse"
-    elif cosine_is_worse(new, old, gate):
-        way = "better"
-    change = f"1-c {1 - old:.0e} -> {1 - new:.0e}"
-    return Finding(name, figure, f"{old:.6f}", f"{new:.6f}", change, f"x2, to {(1 - gate) / 10:.0e}", way)
+@dataclass(frozen=True)
+class Note:
+    """A difference that is not a figure. Those in `REGRESSIONS` count as regressions."""
 
+    kind: NoteKind
+    text: str
+    model: str = ""
 
-def times(name: str, pair: Pair) -> Iterator[Finding]:
-    """Medians and p90 as they are: the machine is the same."""
-    for what, first, second in _latencies(pair):
-        allowed = latency_noise(first, second)
-        yield _share(name, f"{what}, ms", first.median_ms, second.median_ms, allowed)
-        yield _p90(name, f"{what}, p90 ms", first, second)
-    old, new = pair
-    if old.cold_start and new.cold_start:
-        starts = old.cold_start.first_embedding_ms, new.cold_start.first_embedding_ms
-        yield _share(name, "first embedding, ms", *starts, COLD_START)
-    if old.stream and new.stream and old.stream.clients == new.stream.clients:
-        rates = old.stream.crops_per_second, new.stream.crops_per_second
-        yield _share(name, f"{new.stream.clients} clients, crops a second", *rates, STREAM, more_is_better=True)
-    if old.energy and new.energy and (old.energy.source, old.energy.batch) == (new.energy.source, new.energy.batch):
-        joules = old.energy.joules_per_embedding, new.energy.joules_per_embedding
-        yield _share(name, "J an embedding", *joules, ENERGY)
-
-
-def _p90(name: str, figure: str, old: Latency, new: Latency) -> Finding:
-    """Timings that the bench itself calls noisy show no change of their tail."""
-    found = _share(name, figure, old.p90_ms, new.p90_ms, p90_noise(old, new))
-    variation = max(old.variation, new.variation)
-    if found.way == "same" or variation <= MOST_VARIATION:
-        return found
-    return replace(found, noise=f"varies by {100 * variation:.0f} %", way="unknown")
-
-
-def ratios(name: str, pair: Pair) -> Iterator[Finding]:
-    """On another machine only what the reference took there can be compared with."""
-    for what, first, second in _latencies(pair):
-        if (first.ratio, second.ratio) != (1, 1):  # the reference's own
-            allowed = ratio_noise(first, second)
-            yield _share(name, f"{what}, ratio to the reference", first.ratio, second.ratio, allowed)
-
-
-def sizes(name: str, pair: Pair, same_machine: bool) -> Iterator[Finding]:
-    """The file's size; on the same machine the memory as well."""
-    old, new = pair
-    yield _share(name, "file, MiB", old.file_bytes / 2**20, new.file_bytes / 2**20, FILE_SIZE)
-    starts = old.cold_start, new.cold_start
-    if same_machine and starts[0] and starts[1] and starts[0].batch == starts[1].batch:
-        memory = starts[0].peak_memory_mib, starts[1].peak_memory_mib
-        yield _share(name, "peak memory, MiB", *memory, MEMORY)
-        gpu = starts[0].peak_gpu_memory_mib, starts[1].peak_gpu_memory_mib
-        if gpu[0] is not None and gpu[1] is not None:
-            yield _share(name, "peak GPU memory, MiB", gpu[0], gpu[1], MEMORY)
-
-
-def _share(name: str, figure: str, old: float, new: float, allowed: float, more_is_better: bool = False) -> Finding:
-    """A figure whose noise is a share of it. The bounds are x(1 + share) and its inverse: neither way is easier."""
-    if not (old > 0 and new > 0):
-        return Finding(name, figure, _short(old), _short(new), "not finite or none", "–", "unknown")
-    factor = new / old
-    up = factor > 1 + allowed
-    way: Way = "same" if 1 / (1 + allowed) <= factor <= 1 + allowed else "better" if up == more_is_better else "worse"
-    return Finding(name, figure, _short(old), _short(new), f"x{factor:.2f}", f"± {100 * allowed:.0f} %", way)
-
-
-def _latencies(pair: Pair) -> Iterator[tuple[str, Latency, Latency]]:
-    old = {(own.scope, own.batch, own.cuda_graph): own for own in pair[0].latency}
-    for own in pair[1].latency:
-        if found := old.get((own.scope, own.batch, own.cuda_graph)):
-            scope = "" if own.scope == "model" else ", end to end"
-            yield f"batch {own.batch}{scope}{', CUDA graph' if own.cuda_graph else ''}", found, own
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if 0 < abs(value) < 1 else milliseconds(value)
+    @property
+    def sentence(self) -> str:
+        return f"{self.model}: {self.text}" if self.model else self.text
 
 
 @dataclass(frozen=True)
@@ -302,170 +147,267 @@ class Comparison:
     old: str
     new: str
     findings: list[Finding]
-    broken: list[str]
-    """What is worse and no figure: a model that is gone, a gate that fails now."""
-    notes: list[str]
-    """What could not be compared and why, and what is new."""
+    notes: list[Note]
 
     @property
-    def regressions(self) -> list[str]:
-        """A sentence for everything that became worse; none where the comparison passes."""
-        return self.broken + [finding.sentence for finding in self.findings if finding.way == "worse"]
+    def regressions(self) -> list[Finding | Note]:
+        """Everything that became worse; empty if the comparison passes."""
+        notes = [note for note in self.notes if note.kind in REGRESSIONS]
+        return [*notes, *(finding for finding in self.findings if finding.outcome is Outcome.WORSE)]
 
     @property
-    def improvements(self) -> list[str]:
-        return [finding.sentence for finding in self.findings if finding.way == "better"]
+    def improvements(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.outcome is Outcome.BETTER]
 
 
 def compare_reports(old: Path, new: Path) -> Comparison:
-    """Compare two `bench.json`, models matched by file name and precision.
+    """Compare two bench.json files; models are matched by file name and precision.
 
-    Accuracy is compared on the same images only, with another reference as the model's less its own reference's.
-    Times are compared as they are on the same machine, on another one through the ratio to the same reference.
-    `pmm_edge.bench.regression` says what counts as noise.
+    Accuracy is compared on the same images only, and with another reference only relative to it. Times are compared on
+    the same machine; on another machine only ratios to the same reference are.
 
     Raises:
         DataError: a report cannot be read.
     """
     before, now = read_report(old), read_report(new)
-    same_data = before.data_sha256 == now.data_sha256
-    here = same_machine(before, now)
+    same_images = before.data_sha256 == now.data_sha256
     same_reference = before.reference.sha256 == now.reference.sha256
-    broken, notes = _unmatched(before, now)
+    here, same_ratios = same_machine(before.environment, now.environment), _same_ratios(before, now)
+    notes, findings = [], list[Finding]()
     if not now.complete:
-        broken.append(f"{new} is of a bench that was interrupted: what it lacks is not known to be well")
-    if not same_data:
-        notes.append(
-            f"accuracy is not compared: the images differ ({with_tilde(before.data)} and {with_tilde(now.data)})"
-        )
-    elif not same_reference:
-        notes.append(
-            "mAP, Rank-1 and mINP are compared as each model's less its own reference's, the references' not at all:"
-            " the references differ"
-        )
-    notes += machine_notes(before, now)
-    findings: list[Finding] = []
-    for pair in _matched(before, now):
-        name = _name(pair[1])
-        if pair[1].failures and not pair[0].failures:
-            broken += [f"{name} passed and fails now: {failure}" for failure in pair[1].failures]
-        if pair[0].failures and not pair[1].failures:
-            notes.append(f"{name} failed and passes now")
-        if (before_with := runs_with(pair[0])) != (now_with := runs_with(pair[1])):
-            notes.append(f"{name} ran with {before_with}, now with {now_with}")
-        findings += accuracy(name, pair, same_reference) if same_data else []
+        notes.append(Note(NoteKind.INTERRUPTED, f"{new} is the report of an interrupted bench"))
+    if not same_images:
+        notes.append(Note(NoteKind.OTHER_IMAGES, "the images differ, so that accuracy is not compared"))
+    if not same_reference:
+        text = "the references differ, so that retrieval is compared relative to each report's own reference"
+        notes.append(Note(NoteKind.OTHER_REFERENCE, text))
+    if not here:
+        compared = "ratios to the reference" if same_ratios else "no times"
+        text = f"the machines differ ({before.environment.cpu}; {now.environment.cpu}), so that {compared} are compared"
+        notes.append(Note(NoteKind.OTHER_MACHINE, text))
+    matched = _by_name(before), _by_name(now)
+    for key, model in matched[0].items():
+        if key not in matched[1]:
+            notes.append(Note(NoteKind.MODEL_MISSING, "is missing in the new report", _name(model)))
+    for key, model in matched[1].items():
+        if key not in matched[0]:
+            failed = f" and {'; '.join(map(describe_failure, model.failures))}" if model.failures else ""
+            notes.append(Note(NoteKind.MODEL_NEW, f"is new{failed}", _name(model)))
+            continue
+        was = matched[0][key]
+        notes += _model_notes(was, model)
+        if same_images:
+            findings += _accuracy(was, model, same_reference)
         if here:
-            timed = list(times(name, pair))
-            notes += _noisy(name, timed)
-        elif ratios_hold(pair, before, now):
-            timed = list(ratios(name, pair))
-        else:
-            timed = []
-            notes += [f"{name}: its times are not compared: {ONLY_RATIOS}"] if same_measure(before, now) else []
-        findings += [*timed, *sizes(name, pair, here)]
-        notes += [*_loosened(name, pair), *_not_measured(name, pair)]
-    return Comparison(str(old), str(new), findings, broken, notes + (_drift(before, now) if here else []))
+            findings += [*_latencies(was, model), *_resources(was, model)]
+        elif same_ratios and _engine(was) == _engine(model) and model.device == now.reference.device:
+            findings += _ratios(was, model)
+        elif same_ratios:
+            text = "times are not compared: on another machine only ratios of the same engines on one device are"
+            notes.append(Note(NoteKind.NOT_COMPARED, text, _name(model)))
+        findings += _figure(Metric.FILE_SIZE, model, was.file_bytes / 2**20, model.file_bytes / 2**20)
+    noisy = [finding for finding in findings if finding.outcome is Outcome.NOISY]
+    notes += [Note(NoteKind.NOISY, f"{one.cells[0]} changed, but the timings are too noisy", one.model) for one in noisy]
+    if here and same_reference:
+        notes += [
+            Note(NoteKind.REFERENCE_MOVED, f"{one.cells[0]} changed by {one.cells[3]} for the same file: the machine or"
+                 " the engine changed", one.model)
+            for one in findings
+            if one.model == _name(now.reference) and one.metric is Metric.MEDIAN and one.outcome is not Outcome.SAME
+        ]
+    return Comparison(str(old), str(new), findings, notes)
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """What changed beyond noise; worse first."""
-    shown = [finding for way in ("worse", "better") for finding in comparison.findings if finding.way == way]
-    rows = [
-        (f"{found.model}: {found.figure}", found.old, found.new, f"{found.change}\n{found.noise}", found.way)
-        for found in shown
-    ]
-    title = f"{len(comparison.findings)} figures compared, {len(shown)} changed beyond noise"
-    return Table(title, ("model and figure", "old", "new", "change\nnoise", "became"), rows)
+    """The figures that changed beyond noise, worse ones first."""
+    findings = comparison.findings
+    changed = [one for outcome in (Outcome.WORSE, Outcome.BETTER) for one in findings if one.outcome is outcome]
+    rows = []
+    for one in changed:
+        name, old, new, change, noise = one.cells
+        rows.append((f"{one.model}: {name}", old, new, f"{change}\n{noise}", one.outcome.value))
+    title = f"{len(findings)} figures compared, {len(changed)} changed beyond noise"
+    return Table(title, ("model and figure", "old", "new", "change\nnoise", "result"), rows)
 
 
-def _matched(before: BenchReport, now: BenchReport) -> Iterator[Pair]:
-    yield before.reference, now.reference
-    old = _by_key(before)
-    for key, model in _by_key(now).items():
-        if key in old:
-            yield old[key], model
+# Matching
 
 
-def _by_key(report: BenchReport) -> dict[tuple[str, str, int], ModelReport]:
-    """By file name and precision, numbered where several share both."""
-    found: dict[tuple[str, str, int], ModelReport] = {}
+def same_machine(old: Environment, new: Environment) -> bool:
+    """Whether times can be compared. Software versions may differ, as they are what a comparison is about."""
+    same = ("cpu", "instruction_set", "board", "cores", "usable_cores", "power_mode", "thread_settings")
+    if any(getattr(old, name) != getattr(new, name) for name in same):
+        return False
+    return old.gpu == new.gpu or None in (old.gpu, new.gpu)  # a bench that used no GPU names none
+
+
+def _same_ratios(before: BenchReport, now: BenchReport) -> bool:
+    """Whether ratios are relative to the same file in the same engine on the same kind of device."""
+    old, new = before.reference, now.reference
+    return old.sha256 == new.sha256 and _engine(old) == _engine(new)
+
+
+def _engine(model: ModelReport) -> tuple[str, str]:
+    return model.backend, model.device
+
+
+def _name(model: ModelReport) -> str:
+    return Path(model.path).name
+
+
+def _by_name(report: BenchReport) -> dict[tuple[str, str, int], ModelReport]:
+    """Models by file name and precision, numbered where several share both; the reference is ("", "", 0)."""
+    found = {("", "", 0): report.reference}
     for model in report.models:
         number = 0
-        while (key := (Path(model.path).name, model.precision, number)) in found:
+        while (key := (_name(model), model.precision, number)) in found:
             number += 1
         found[key] = model
     return found
 
 
-def _unmatched(before: BenchReport, now: BenchReport) -> tuple[list[str], list[str]]:
-    """Sentences for models that are gone, and for those that are new."""
-    old, new = _by_key(before), _by_key(now)
-    gone = [f"{_name(old[key])} ({key[1]}) is not in the new report" for key in old if key not in new]
-    added = [f"{_name(new[key])} ({key[1]}) is new" for key in new if key not in old]
-    added += [
-        f"{_name(model)} is new and fails: {failure}"
-        for key, model in new.items()
-        if key not in old
-        for failure in model.failures
+def _model_notes(old: ModelReport, new: ModelReport) -> Iterator[Note]:
+    name = _name(new)
+    if new.failures and not old.failures:
+        yield Note(NoteKind.MODEL_FAILS, f"passed and fails now: {'; '.join(map(describe_failure, new.failures))}", name)
+    if old.failures and not new.failures:
+        yield Note(NoteKind.MODEL_PASSES, "failed and passes now", name)
+    if _engine(old) != _engine(new):
+        yield Note(NoteKind.OTHER_ENGINE, f"ran with {' on '.join(_engine(old))}, now {' on '.join(_engine(new))}", name)
+    looser = [
+        f"{gate.name} {before:g} -> {now:g}"
+        for gate in fields(Gates)
+        if (before := getattr(old.gates, gate.name)) != (now := getattr(new.gates, gate.name))
+        and (before > now) == gate.name.startswith("min_")
     ]
-    if Path(before.reference.path).name != Path(now.reference.path).name:
-        added.append(f"the references differ: {_name(before.reference)} and {_name(now.reference)}")
-    elif before.reference.sha256 != now.reference.sha256:
-        added.append(f"the reference {_name(now.reference)} is another file than before")
-    return gone, added
-
-
-def _loosened(name: str, pair: Pair) -> list[str]:
-    """Gates that ask for less than before: what passes now may not have passed then."""
-    old, new = pair[0].gates, pair[1].gates
-    # A report from before there was a gate on lengths reads as one that had the strictest.
-    stretched = pair[0].parity and pair[0].parity.longest is not None and old.max_stretch < new.max_stretch
-    asked = (
-        ("least cosine", old.min_cosine, new.min_cosine, old.min_cosine > new.min_cosine),
-        ("mean cosine", old.min_mean_cosine, new.min_mean_cosine, old.min_mean_cosine > new.min_mean_cosine),
-        ("loss of mAP", old.max_map_drop, new.max_map_drop, old.max_map_drop < new.max_map_drop),
-        ("ratio of lengths", old.max_stretch, new.max_stretch, stretched),
-    )
-    changes = [f"{words} {before:g} -> {now:g}" for words, before, now, looser in asked if looser]
-    loosened = f"{name}: its gates were loosened ({', '.join(changes)}); cosines are compared by the stricter ones"
-    return [loosened] if changes and pair[1].parity else []
-
-
-def _not_measured(name: str, pair: Pair) -> list[str]:
-    """What the old report has and the new one lacks: no regression, but not to be overlooked."""
-    old, new = pair
-    entries = {
-        "parity": "parity",
-        "retrieval": "retrieval",
-        "cold_start": "the first embedding",
-        "stream": "a stream",
-        "energy": "energy",
-    }
-    lost = [words for entry, words in entries.items() if getattr(old, entry) and not getattr(new, entry)]
-    timed = [{(own.scope, own.batch) for own in model.latency} for model in pair]
-    lost += [f"batch {batch} ({scope})" for scope, batch in sorted(timed[0] - timed[1])]
-    return [f"{name}: measured before and not now: {', '.join(lost)}"] if lost else []
-
-
-def _noisy(name: str, timed: list[Finding]) -> list[str]:
-    """Tails that moved, of timings that vary too much to say so: no regression, but not to be overlooked."""
-    tails = [f"{found.figure} {found.old} -> {found.new}" for found in timed if found.noise.startswith("varies")]
-    return [f"{name}: moved, in timings too noisy to judge it: {'; '.join(tails)}"] if tails else []
-
-
-def _drift(before: BenchReport, now: BenchReport) -> list[str]:
-    """Where the reference itself became slower or faster, the machine may have: that is said beside the times."""
-    if before.reference.sha256 != now.reference.sha256:
-        return []
-    timed = times("", (before.reference, now.reference))
-    moved = [found for found in timed if found.figure.startswith("batch") and found.figure.endswith(", ms")]
-    return [
-        f"the unchanged reference takes {found.change} at {found.figure.removesuffix(', ms')}: its engine or the"
-        " machine changed, not the models alone"
-        for found in moved
-        if found.way in ("worse", "better")
+    if looser and new.parity:
+        yield Note(NoteKind.GATES_LOOSENED, f"gates were loosened: {', '.join(looser)}", name)
+    lost = [
+        part for part in ("parity", "retrieval", "cold_start", "energy") if getattr(old, part) and not getattr(new, part)
     ]
+    timed = [{(one.scope, one.batch) for one in model.latency} for model in (old, new)]
+    lost += [f"batch {batch}, {scope}" for scope, batch in sorted(timed[0] - timed[1])]
+    if lost:
+        yield Note(NoteKind.NOT_MEASURED, f"measured before and not now: {', '.join(lost)}", name)
 
 
-def _name(model: ModelReport) -> str:
-    return Path(model.path).name
+# Figures
+
+
+def _accuracy(old: ModelReport, new: ModelReport, same_reference: bool) -> Iterator[Finding]:
+    """Compare retrieval and cosines on the same images.
+
+    Intervals are those of the change from the reference, so that with another reference only the change is compared.
+    """
+    changes = old.retrieval_change, new.retrieval_change
+    for metric, name in RETRIEVAL.items():
+        intervals: list[Interval] = [getattr(change, name) for change in changes if change]
+        noise = Gates().max_map_drop  # a reference has no interval
+        if len(intervals) == 2:
+            noise = max(MIN_POINTS, 100 * math.hypot(*((one.high - one.low) / 2 for one in intervals)))
+        if same_reference and old.retrieval and new.retrieval:
+            values = [100 * float(getattr(model.retrieval, name)) for model in (old, new)]
+        elif not same_reference and len(intervals) == 2:
+            values = [100 * one.difference for one in intervals]
+        else:
+            continue
+        moved = values[1] - values[0]
+        outcome = Outcome.SAME if abs(moved) <= noise else Outcome.BETTER if moved > 0 else Outcome.WORSE
+        yield Finding(_name(new), metric, *values, noise, outcome, less_reference=not same_reference)
+    if old.parity and new.parity and old.parity.images == new.parity.images:
+        before, now = old.parity.whole, new.parity.whole
+        min_gate = max(old.gates.min_cosine, new.gates.min_cosine)  # the stricter one
+        mean_gate = max(old.gates.min_mean_cosine, new.gates.min_mean_cosine, min_gate)
+        yield _cosine(Metric.COSINE_MIN, new, before.cosine_min, now.cosine_min, min_gate)
+        yield _cosine(Metric.COSINE_MEAN, new, before.cosine_mean, now.cosine_mean, mean_gate)
+
+
+def _cosine(metric: Metric, model: ModelReport, old: float, new: float, gate: float) -> Finding:
+    """Worse where 1 - cosine more than doubled and exceeds a tenth of what the gate allows."""
+    noise, outcome = (1 - gate) / 10, Outcome.SAME
+    if 1 - new > max(2 * (1 - old), noise):
+        outcome = Outcome.WORSE
+    elif 1 - old > max(2 * (1 - new), noise):
+        outcome = Outcome.BETTER
+    return Finding(_name(model), metric, old, new, noise, outcome)
+
+
+def _latencies(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
+    for before, now in _timed(old, new):
+        noise = math.hypot(*(max(_median_noise(one), _ratio_noise(one)) for one in (before, now)))
+        yield _timing(Metric.MEDIAN, new, now, before.median_ms, now.median_ms, max(MIN_LATENCY_NOISE, noise))
+        noisy = max(before.variation, now.variation) > MAX_VARIATION
+        yield _timing(Metric.P90, new, now, before.p90_ms, now.p90_ms, _p90_noise(before, now), noisy)
+
+
+def _ratios(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
+    for before, now in _timed(old, new):
+        if (before.ratio, now.ratio) != (1, 1):  # the reference itself
+            noise = max(MIN_LATENCY_NOISE, math.hypot(_ratio_noise(before), _ratio_noise(now)))
+            yield _timing(Metric.RATIO, new, now, before.ratio, now.ratio, noise)
+
+
+def _timed(old: ModelReport, new: ModelReport) -> Iterator[tuple[Latency, Latency]]:
+    before = {(one.scope, one.batch, one.cuda_graph): one for one in old.latency}
+    for now in new.latency:
+        if found := before.get((now.scope, now.batch, now.cuda_graph)):
+            yield found, now
+
+
+def _resources(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
+    """Compare cold start, memory and energy on the same machine."""
+    if old.cold_start and new.cold_start:
+        before, now = old.cold_start, new.cold_start
+        yield from _figure(Metric.FIRST_EMBEDDING, new, before.first_embedding_ms, now.first_embedding_ms)
+        if before.batch == now.batch:
+            yield from _figure(Metric.MEMORY, new, before.peak_memory_mib, now.peak_memory_mib)
+            yield from _figure(Metric.GPU_MEMORY, new, before.peak_gpu_memory_mib, now.peak_gpu_memory_mib)
+    if old.energy and new.energy and (old.energy.source, old.energy.batch) == (new.energy.source, new.energy.batch):
+        yield from _figure(Metric.ENERGY, new, old.energy.joules_per_embedding, new.energy.joules_per_embedding)
+
+
+def _figure(metric: Metric, model: ModelReport, old: float | None, new: float | None) -> Iterator[Finding]:
+    if old and new:
+        yield Finding(_name(model), metric, old, new, NOISE[metric], _outcome(old, new, NOISE[metric]))
+
+
+def _timing(
+    metric: Metric, model: ModelReport, row: Latency, old: float, new: float, noise: float, noisy: bool = False
+) -> Finding:
+    outcome = _outcome(old, new, noise)
+    if noisy and outcome is not Outcome.SAME:
+        outcome = Outcome.NOISY
+    return Finding(_name(model), metric, old, new, noise, outcome, row.batch, row.scope, row.cuda_graph)
+
+
+def _outcome(old: float, new: float, noise: float) -> Outcome:
+    """Less is better. The bounds are a factor of 1 + noise in either direction."""
+    if 1 / (1 + noise) <= new / old <= 1 + noise:
+        return Outcome.SAME
+    return Outcome.WORSE if new > old else Outcome.BETTER
+
+
+# Noise
+
+
+def _median_noise(latency: Latency) -> float:
+    """Half the 95 % interval of the median of independent runs, as a fraction."""
+    return _MEDIAN_INTERVAL * latency.variation / math.sqrt(latency.runs)
+
+
+def _ratio_noise(latency: Latency) -> float:
+    """Half the 95 % interval of the ratio, as a fraction. It is over turns, so that it includes drift."""
+    return (latency.ratio_high - latency.ratio_low) / 2 / latency.ratio
+
+
+def _p90_noise(old: Latency, new: Latency) -> float:
+    """Fraction by which a 90th percentile may change.
+
+    Runs of one turn are not independent: 50 runs or 5,000 count as 10 to 20 draws. The 95 % interval of a 90th
+    percentile of so few reaches from about the 77th percentile (binomial) to beyond the maximum, for which p99 stands:
+    upwards for the lower report, downwards for the higher. It is at least both spreads together, because 1.96 standard
+    errors of the p90 of 10 to 20 normal draws, 1.709 s / sqrt(n), are 0.7 to 1.1 s.
+    """
+    low, high = sorted((old, new), key=lambda one: one.p90_ms)
+    above, below = low.p99_ms - low.p90_ms, _BELOW_P90 * (high.p90_ms - high.median_ms)
+    return max(MIN_P90_NOISE, math.hypot(old.variation, new.variation), math.hypot(above, below) / low.p90_ms)

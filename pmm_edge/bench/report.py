@@ -1,92 +1,168 @@
-"""Everything that a bench measures, as plain data: this file is the schema of `bench.json`.
+"""The data model of `bench.json`: everything that a bench measures, as plain dataclasses.
 
-Shares (Rank-1, mAP, mINP, cosine) are in 0..1, times and sizes carry their unit in the name. A figure that was not
-measured is None, in JSON null, and so is one that is not finite. New entries may be added; one that changes its meaning
-or goes raises `SCHEMA`.
+Fractions (Rank-1, mAP, mINP, cosine) are in 0..1; times and sizes carry their unit in the name. None, null in JSON, means
+that a figure was not measured or is not finite. Text for people is made from these fields in
+`pmm_edge.bench.sentences`; nothing decides by it. docs/bench-json.md describes every entry.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
-from pmm_edge.errors import DataError, PmmError
-from pmm_edge.files import written_whole
+from msgspec import Meta
+
+from pmm_edge.errors import DataError
+from pmm_edge.files import decode_json, encode_json, written_whole
 from pmm_edge.spec import RetrievalFigures
 
-SCHEMA = 1
 QUANTILES = 101
-"""Of cosines: the least, the 1st to the 99th percentile, the largest."""
+"""Number of stored cosine quantiles: the minimum, the 1st to the 99th percentile, the maximum."""
 
-InvariantName = Literal["finite", "distinct", "unit length", "repeatable", "equal rows", "batch size", "neighbours"]
+Precision = Literal["fp32", "fp16", "int8"]
 Scope = Literal["model", "end to end"]
+Count = Annotated[int, Meta(ge=0)]
+AtLeastOne = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+# What a model must satisfy
 
 
 @dataclass(frozen=True)
 class Gates:
-    """What a model must hold to pass."""
+    """Acceptance thresholds of a model."""
 
     min_cosine: float = 0.9999
-    """Least cosine similarity of any image's embedding to the reference's."""
+    """Minimum cosine similarity of any image's embedding to the reference."""
     max_map_drop: float = 0.1
-    """Largest loss of mAP, in points of 100."""
+    """Maximum loss of mAP, in percentage points."""
     min_mean_cosine: float = 0.0
-    """Least mean of the cosines."""
+    """Minimum mean cosine similarity over all images."""
     max_stretch: float = 1.001
-    """How many times longer or shorter than its reference's any image's embedding may be."""
+    """Maximum factor by which any embedding may be longer or shorter than the reference."""
 
 
-@dataclass(frozen=True)
-class Closeness:
-    """How near a slice of a model's embeddings is to the same slice of its reference's, over all images."""
+class InvariantName(Enum):
+    """Properties that every correct engine has, whatever the weights."""
 
-    cosine_min: float
-    cosine_p1: float
-    """The 1st percentile."""
-    cosine_mean: float
-    largest_difference: float
-    """Of any value; infinite where one is not finite."""
-    largest_relative: float
-    """Of any value, as a share of the largest of its reference embedding."""
-    worst_image: str
-    """The one with the least cosine."""
+    FINITE = "finite"
+    DISTINCT = "distinct"
+    UNIT_LENGTH = "unit length"
+    REPEATABLE = "repeatable"
+    EQUAL_ROWS = "equal rows"
+    BATCH_SIZE = "batch size"
+    NEIGHBORS = "neighbors"
 
 
-@dataclass(frozen=True)
-class Parity:
-    """A model's embeddings beside its reference's."""
+class Neighbors(Enum):
+    """Images that share a batch with the image under test."""
 
-    images: int
-    whole: Closeness
-    stages: dict[str, Closeness]
-    """By the stage's name in the spec; its slice of the embedding alone."""
-    cosine_quantiles: list[float]
-    """`QUANTILES` of the whole embedding's cosines."""
-    shortest: float | None = None
-    """Least length of an image's embedding over its reference's; rows of zeros or not finite are left out."""
-    longest: float | None = None
-    stretched_image: str = ""
-    """The one whose length departs most."""
+    BLACK = "black"
+    WHITE = "white"
+    NOISE = "noise"
+    IMAGES = "images"
 
 
 @dataclass(frozen=True)
 class Invariant:
-    """A property that every network has, whatever its weights; an engine that lacks it is broken."""
+    """The result of checking one invariant."""
 
     name: InvariantName
     held: bool
-    detail: str
-    """What was compared and the largest difference found, or on which image it broke."""
+    value: float | None = None
+    """Largest difference relative to the largest value of the embedding (None where a value is not finite); for
+    `unit length`, the length that departs most from 1."""
+    tolerance: float | None = None
+    """Allowed difference; None for `finite` and `distinct`."""
+    image: str = ""
+    """Image with the largest difference, or the first image that breaks the invariant."""
+    other_image: str = ""
+    """For `distinct`: an image with the same embedding. Empty where the embedding is all zeros."""
+    images: Count = 0
+    """For `finite` and `distinct`: number of images that break it."""
+    batch: int | None = None
+    """Batch size with the largest difference."""
+    row: int | None = None
+    """Row of that batch."""
+    neighbors: Neighbors | None = None
+    """For `neighbors`: what shared the batch."""
+
+
+class FailureKind(Enum):
+    """Why a model fails."""
+
+    COSINE = "cosine"
+    MEAN_COSINE = "mean cosine"
+    LENGTH = "length"
+    MAP_DROP = "mAP drop"
+    INVARIANT = "invariant"
+    PRECISION = "precision"
+    EMBEDDING_SIZE = "embedding size"
+    CANNOT_RUN = "cannot run"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One gate or invariant that a model fails."""
+
+    kind: FailureKind
+    value: float | None = None
+    """Measured: the cosine, the factor of the length, the loss of mAP in points, the fraction of weights in the
+    declared precision, the embedding size."""
+    limit: float | None = None
+    """Threshold for `value`."""
+    image: str = ""
+    """Image with the worst value."""
+    invariant: Invariant | None = None
+    """For `invariant`: which, and what was found."""
+    change: Change | None = None
+    """For `mAP drop`: the change and its 95 % interval."""
+    detail: str = ""
+    """For `precision`: the data type of most weights; for `cannot run`: the error."""
+
+
+# Accuracy
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Distance between a slice of a model's embeddings and the same slice of the reference, over all images."""
+
+    cosine_min: float
+    cosine_p1: float
+    """1st percentile."""
+    cosine_mean: float
+    largest_difference: float | None
+    """Largest absolute difference of any value; None where a value is not finite."""
+    largest_relative: float | None
+    """Largest difference relative to the largest value of the reference embedding."""
+    worst_image: str
+    """Image with the lowest cosine."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Comparison of a model's embeddings with the reference."""
+
+    images: int
+    whole: Closeness
+    stages: dict[str, Closeness]
+    """By stage name; empty where the embedding has one stage."""
+    cosine_quantiles: Annotated[list[float], Meta(min_length=QUANTILES, max_length=QUANTILES)]
+    """Quantiles of the cosine of the whole embedding."""
+    shortest: float
+    """Smallest ratio of an embedding's length to the reference; zero and non-finite rows are excluded."""
+    longest: float
+    stretched_image: str
+    """Image whose length departs most."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure of the model less that of its reference, with the 95 % interval of a paired bootstrap over queries."""
+    """A figure of the model minus that of the reference, with the 95 % interval of a paired bootstrap over queries."""
 
     difference: float
     low: float
@@ -95,403 +171,334 @@ class Change:
 
 @dataclass(frozen=True)
 class FirstHit:
-    """A query that another image comes first for than with the reference."""
+    """A query whose top-ranked gallery image differs from the reference's."""
 
     query: str
     reference: str
+    """Image that the reference ranks first."""
     reference_right: bool
+    """It shows the person of the query."""
     model: str
+    """Image that the model ranks first."""
     model_right: bool
 
 
 @dataclass(frozen=True)
 class RetrievalChange:
-    """What the model's departures do to retrieval."""
+    """Effect of a model's differences on retrieval."""
 
     rank1: Change
     mAP: Change  # noqa: N815  the field's own spelling
     mINP: Change  # noqa: N815
     queries: int
-    """That have a match in the gallery."""
+    """Queries with a match in the gallery."""
     first_hits: list[FirstHit]
-    """All queries whose first hit changed; those that became wrong first."""
-    reference: RetrievalFigures | None = None
-    """What the model's figures are held against: the reference's own, or where only the model gives embeddings of
-    length 1, those of the reference's embeddings brought to length 1."""
+    """All queries whose first hit changed; those that became wrong come first."""
+    reference: RetrievalFigures
+    """Figures of the reference that the model is compared with. They differ from the reference's own figures where only
+    one of the two outputs unit-length embeddings: both are then normalized first."""
+
+
+# Diagnosis
+
+
+class Cause(Enum):
+    """Known mistakes that explain a difference from the reference."""
+
+    BGR = "bgr"
+    BGR_AFTER_NORMALIZATION = "bgr after normalization"
+    NORMALIZED_TWICE = "normalized twice"
+    NORMALIZED_AND_SCALED_TWICE = "normalized and scaled twice"
+    NOT_NORMALIZED_UNIT = "not normalized, 0..1"
+    NOT_NORMALIZED_RAW = "not normalized, 0..255"
+    NORMALIZED_SYMMETRICALLY = "normalized to -1..1"
+    MEAN_MISSING = "mean not subtracted"
+    STD_MISSING = "not divided by std"
+    SCALING_MISSING = "not scaled to 0..1"
+    SCALED_TWICE = "scaled to 0..1 twice"
+    MIRRORED = "mirrored"
+    UPSIDE_DOWN = "upside down"
+    NHWC_AS_NCHW = "NHWC read as NCHW"
+    STAGES_SWAPPED = "stages swapped"
+    STAGES_NORMALIZED = "stages normalized separately"
+    FLOAT16_OVERFLOW = "float16 overflow"
+    OTHER_CHECKPOINT = "other checkpoint"
+
+
+@dataclass(frozen=True)
+class LikelyCause:
+    """A known mistake that explains the failures of a model."""
+
+    cause: Cause
+    cosine: float | None = None
+    """Mean cosine between the model and a reference that makes this mistake; None where no reference was run."""
+    stages: tuple[str, ...] = ()
+    """For `stages swapped`: the order in which the model outputs the stages."""
 
 
 @dataclass(frozen=True)
 class Departure:
-    """Where a model first departs from its reference inside the graph."""
+    """The node of a graph at which a model departs from the reference."""
 
     node: str
     operator: str
     output: str
+    layer: str
+    """Name of the layer in the trained network; empty where the node has no weights."""
     cosine: float
-    """Of the node's output to the reference's, on the image that departs most."""
+    """Cosine of the node's output to the reference, on the image that departs most."""
     before: float
-    """The least cosine of the node's inputs: what it was given was right."""
-    words: str
-    """One sentence for people."""
+    """Lowest cosine of the node's inputs."""
+    gradual: bool
+    """No single node is at fault; this one loses most."""
+    dtype: str
+    """Data type of the output."""
+    value_range: tuple[float, float] | None
+    """Smallest and largest value of the output; None where one is not finite."""
+    reference_range: tuple[float, float] | None
+    weights_cosine: float | None = None
+    """Cosine of the node's weights to those of the reference."""
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether the weights differ by more than quantization to INT8 explains."""
+        return self.weights_cosine is not None and self.weights_cosine < 0.99
+
+
+# Speed and resources
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """The range of a clock, asked at the end of each turn while the device was still hot."""
+    """Range of a clock, read at the end of each turn while the device was under load."""
 
-    least_mhz: int
-    most_mhz: int
+    min_mhz: int
+    max_mhz: int
+
+
+class Throttle(Enum):
+    """Why a GPU lowers its clocks."""
+
+    POWER_LIMIT = "power limit"
+    TEMPERATURE = "temperature"
+    HARDWARE = "hardware slowdown"
+    POWER_BRAKE = "external power brake"
 
 
 @dataclass(frozen=True)
 class Latency:
     """Wall-clock time of one batch."""
 
-    batch: int
+    batch: AtLeastOne
     scope: Scope
     """`model`: from uint8 crops of network size to embeddings in host memory; `end to end`: from image files."""
     cuda_graph: bool
-    runs: int
-    median_ms: float
-    p90_ms: float
-    p99_ms: float
+    runs: AtLeastOne
+    median_ms: Positive
+    p90_ms: Positive
+    p99_ms: Positive
     variation: float
-    """Coefficient of variation: standard deviation over mean."""
+    """Coefficient of variation: standard deviation divided by mean."""
     images_per_second: float
     """At the median."""
-    ratio: float
-    """Of the medians, to the reference's in the same turns."""
+    ratio: Positive
+    """Ratio of the median to that of the reference, timed in the same turns."""
     ratio_low: float
     """95 % interval of the ratio, by bootstrap over turns."""
     ratio_high: float
     gpu_ms: float | None = None
     """Median time between CUDA events around a TensorRT engine; None for other engines."""
     cpu_clocks: Clocks | None = None
-    """Of the fastest core; None where the system does not tell, as in most virtual machines."""
+    """Clock of the fastest core; None where the system does not report it, as on most virtual machines."""
     gpu_clocks: Clocks | None = None
-    """None where it ran on the CPU, or nobody tells."""
-    slowed_by: list[str] = field(default_factory=list)
-    """What kept the GPU's clocks down at the end of any turn, to be read after `slowed down by`."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Single crops from several clients at once, gathered into batches as they come."""
-
-    clients: int
-    largest_batch: int
-    """Of the crops that were gathered; the cap on a batch is the same for all models."""
-    crops: int
-    crops_per_second: float
-    median_ms: float
-    """From a client's call to its embedding."""
-    p90_ms: float
-    p99_ms: float
-    mean_batch: float
+    slowed_by: tuple[Throttle, ...] = ()
+    """Reasons for reduced GPU clocks at the end of any turn."""
 
 
 @dataclass(frozen=True)
 class ColdStart:
-    """A process of its own that loads the model and embeds one crop."""
+    """A new process that loads the model and embeds one crop, then a batch."""
 
-    first_embedding_ms: float
-    """From the start of loading, Python's own start and the imports of the engine included."""
-    peak_memory_mib: float
-    """Largest resident set of that process, after a batch of `batch`."""
-    batch: int
+    first_embedding_ms: Positive
+    """From the start of the process to the first embedding, imports included."""
+    peak_memory_mib: Positive
+    """Largest resident set of the process, after one batch of size `batch`."""
+    batch: AtLeastOne
     peak_gpu_memory_mib: float | None = None
 
 
 @dataclass(frozen=True)
-class Compute:
-    """What the network must compute, and how near the engine comes to what the machine can."""
-
-    gflops: float
-    """Floating-point operations of one image, a multiplication and an addition counted as two."""
-    parameters: int
-    peak_gflops_per_second: float | None
-    """Of a large matrix product in FP32, measured on this device in the same run."""
-    share_of_peak: float | None
-    """Largest over the batch sizes; above 1 where the engine computes in fewer bits than FP32."""
-
-
-@dataclass(frozen=True)
 class Energy:
-    """Energy of the device while the model runs, idle power not subtracted."""
+    """Energy of the device while the model runs; idle power is not subtracted."""
 
-    joules_per_embedding: float
+    joules_per_embedding: Positive
     watts: float
-    source: Literal["NVML", "INA3221", "RAPL"]
-    batch: int
+    source: Literal["NVML", "INA3221"]
+    batch: AtLeastOne
     seconds: float
 
 
 @dataclass(frozen=True)
-class ModelReport:
-    """One model's figures."""
+class Environment:
+    """The machine, its settings and the software versions. None where the system does not report a value."""
 
-    path: str
-    sha256: str
-    file_bytes: int
-    precision: str
-    embedding_size: int
-    backend: str
-    device: str
-    gates: Gates
-    invariants: list[Invariant]
-    parity: Parity | None
-    """None for the reference itself, and where the embeddings cannot be compared."""
-    retrieval: RetrievalFigures | None
-    """None where not all images were embedded, not to finite numbers, or the images have no identities."""
-    cmc: list[float]
-    """Share of queries with a match among the first 1, 2, … 50; empty where `retrieval` is None."""
-    retrieval_change: RetrievalChange | None
-    latency: list[Latency]
-    failures: list[str]
-    """A sentence for each gate that the model fails, to be read after its name."""
-    likely_cause: str | None = None
-    """Where a known mistake explains the failures: which."""
-    departure: Departure | None = None
-    """With `--explain`."""
-    stream: Stream | None = None
-    cold_start: ColdStart | None = None
-    compute: Compute | None = None
-    energy: Energy | None = None
+    cpu: str
+    cores: int
+    usable_cores: float
+    """Cores that this process may use: affinity and container quota."""
+    instruction_set: str
+    """Widest vector instructions of the processor that engines use, such as `avx512_vnni`, `avx2` or `neon`."""
+    os: str
+    python: str
+    versions: dict[str, str]
+    """Installed version by package."""
+    board: str | None = None
+    """Model of a Jetson or other board."""
+    l4t: str | None = None
+    """NVIDIA Jetson Linux release."""
+    power_mode: str | None = None
+    """Power mode of a Jetson."""
+    gpu: str | None = None
+    """The first GPU that a model ran on."""
+    driver: str | None = None
+    load: float | None = None
+    """Number of other processes that were using a core before the measurement."""
+    governors: tuple[str, ...] = ()
+    clocks_locked: bool = False
+    cpu_clocks: Clocks | None = None
+    """Range over all timings."""
+    gpu_clocks: Clocks | None = None
+    gpu_max_mhz: int | None = None
+    thread_settings: dict[str, str] = field(default_factory=dict)
+    """Environment variables that limit threads, such as OMP_NUM_THREADS."""
+    threads: dict[str, int | None] = field(default_factory=dict)
+    """Threads by backend; None where the engine chooses."""
+
+
+# The report
+
+
+class WarningKind(Enum):
+    """Why figures are missing or less reliable."""
+
+    NO_IDENTITIES = "no identities"
+    LIMITED = "limited"
+    PRECISION_NOT_CHECKED = "precision not checked"
+    REFERENCE_BROKEN = "reference broken"
+    SAME_FILE = "same file"
+    UNIT_LENGTH = "unit length"
+    FEW_QUERIES = "few queries"
+    NOT_MEASURED = "not measured"
+    BUSY = "busy"
+    NOISY = "noisy"
+    THROTTLED = "throttled"
 
 
 @dataclass(frozen=True)
+class BenchWarning:
+    """A reason why figures are missing or less reliable."""
+
+    kind: WarningKind
+    model: str = ""
+    """Path of the model that it is about."""
+    value: float | None = None
+    """`unit length`: mAP of the reference with unit-length embeddings; `few queries`: possible loss of mAP in points;
+    `busy`: load; `noisy`: largest coefficient of variation."""
+    limit: float | None = None
+    """`unit length`: mAP of the reference as it is; otherwise the threshold for `value`."""
+    count: int | None = None
+    """`limited`: images; `few queries`: models; `noisy`: timings; `throttled`: events that the kernel counted."""
+    total: int | None = None
+    """What `count` is out of; `few queries`: number of queries."""
+    slowed_by: tuple[Throttle, ...] = ()
+    detail: str = ""
+    """`not measured`: the error."""
+
+
+@dataclass
+class ModelReport:
+    """All figures of one model. The bench fills them in as it measures."""
+
+    path: str
+    sha256: str
+    file_bytes: Count
+    precision: Precision
+    """As the model's spec declares it."""
+    embedding_size: int
+    gflops: float | None
+    """Operations for one image in 10^9, a multiplication and an addition counted as two; from the spec."""
+    parameters: int | None
+    backend: str
+    """`torch`, `onnxruntime`, `onnxruntime-tensorrt` or `tensorrt`."""
+    device: str
+    """Where it ran: `cpu` or `cuda:N`."""
+    gates: Gates
+    invariants: list[Invariant] = field(default_factory=list)
+    parity: Parity | None = None
+    """None for the reference, and where the embeddings cannot be compared."""
+    retrieval: RetrievalFigures | None = None
+    """None where not all images were embedded to finite values, or the images have no identities."""
+    cmc: list[float] = field(default_factory=list)
+    """Fraction of queries with a match in the first 1 to 50 ranks; empty where `retrieval` is None."""
+    retrieval_change: RetrievalChange | None = None
+    failures: list[Failure] = field(default_factory=list)
+    likely_cause: LikelyCause | None = None
+    departure: Departure | None = None
+    """With `--explain`."""
+    latency: list[Latency] = field(default_factory=list)
+    cold_start: ColdStart | None = None
+    energy: Energy | None = None
+
+
+@dataclass
 class BenchReport:
-    """A reference, and the models that were compared with it."""
+    """A reference and the models that were compared with it."""
 
     reference: ModelReport
     models: list[ModelReport]
     data: str
+    """The folder or list of images."""
     data_sha256: str
     """Over the names and contents of all images, in their order."""
     images: int
-    environment: dict[str, str]
+    environment: Environment
     created: str
     """UTC, ISO 8601."""
     complete: bool = True
-    """False where it was interrupted: what had been measured by then."""
-    warnings: list[str] = field(default_factory=list)
-    """What makes the figures less worth: a busy machine, few queries."""
-    schema: int = SCHEMA
+    """False where the bench was interrupted; the report holds what was measured until then."""
+    warnings: list[BenchWarning] = field(default_factory=list)
+    schema: Literal[1] = 1
 
     @property
-    def failures(self) -> list[str]:
-        """A sentence for each gate that failed, with the model's path in front."""
-        return [f"{model.path} {failure}" for model in (self.reference, *self.models) for failure in model.failures]
+    def failures(self) -> list[tuple[ModelReport, Failure]]:
+        return [(model, failure) for model in (self.reference, *self.models) for failure in model.failures]
 
     @property
     def passed(self) -> bool:
         return self.complete and not self.failures
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; null where a figure is not finite, which JSON cannot say."""
-        content: dict[str, Any] = _finite({"passed": self.passed, **asdict(self)})
-        return content
+    def to_json(self) -> str:
+        """Return the text of `bench.json`."""
+        return encode_json({"passed": self.passed, **vars(self)})
 
     def save(self, path: Path) -> None:
-        """Write `bench.json`, whole.
+        """Write `bench.json` atomically.
 
         Raises:
             OutputError: the file cannot be written.
         """
         with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-LOWER_PRECISION = {
-    "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999, max_stretch=1.01),
-    "int8": Gates(min_cosine=0.95, max_map_drop=0.5, min_mean_cosine=0.99, max_stretch=1.1),
-}
-"""What is asked of a model in a lower precision where nothing else is: rounding to 8 bits moves single embeddings."""
-
-
-@dataclass(frozen=True)
-class AskedGates:
-    """What a user asks of all models; None leaves it to the model's precision.
-
-    Raises:
-        PmmError: a gate that is no number that could be held.
-    """
-
-    min_cosine: float | None = None
-    min_mean_cosine: float | None = None
-    max_map_drop: float | None = None
-    max_stretch: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("min_cosine", "min_mean_cosine"):
-            value = getattr(self, name)
-            if value is not None and not -1 <= value <= 1:
-                raise PmmError(f"{name} {value:g} is no cosine", "Choose -1 to 1, such as 0.999")
-        if self.max_map_drop is not None and not 0 <= self.max_map_drop < math.inf:
-            raise PmmError(f"max_map_drop {self.max_map_drop:g} is no loss", "Choose points of mAP, such as 0.5")
-        if self.max_stretch is not None and not 1 <= self.max_stretch < math.inf:
-            raise PmmError(f"max_stretch {self.max_stretch:g} is no ratio of lengths", "Choose 1 or more, such as 1.05")
-
-    def of(self, precision: str) -> Gates:
-        """The gates of a model of this precision."""
-        usual = LOWER_PRECISION.get(precision, Gates())
-        return replace(usual, **{name: asked for name, asked in vars(self).items() if asked is not None})
-
-
-def cosine_failures(whole: Closeness, gates: Gates) -> list[str]:
-    """A sentence for each gate on cosine that a model fails."""
-    failures = []
-    if not whole.cosine_min >= gates.min_cosine:
-        failures.append(
-            f"cosine {whole.cosine_min:.6f} is {gates.min_cosine - whole.cosine_min:.2g} below the least allowed"
-            f" {gates.min_cosine:g}, on {whole.worst_image} (mean {whole.cosine_mean:.6f})"
-        )
-    if not whole.cosine_mean >= gates.min_mean_cosine:
-        failures.append(
-            f"mean cosine {whole.cosine_mean:.6f} is {gates.min_mean_cosine - whole.cosine_mean:.2g} below the least"
-            f" allowed {gates.min_mean_cosine:g}"
-        )
-    return failures
-
-
-def length_failure(parity: Parity, gates: Gates) -> str | None:
-    """The sentence where an embedding points the right way but is longer or shorter than its reference's.
-
-    Cosine does not see it; Euclidean distances, and every threshold on them, do.
-    """
-    shortest, longest, most = parity.shortest, parity.longest, gates.max_stretch
-    if shortest is None or longest is None or 1 / most <= shortest <= longest <= most:
-        return None
-    worst = longest if longest * shortest >= 1 else shortest
-    return (
-        f"the embedding of {parity.stretched_image} is {worst:.4g} times as long as the reference's (all of them"
-        f" {shortest:.4g} to {longest:.4g}), {1 / most:.4g} to {most:.4g} are allowed: distances and every threshold on"
-        " them change"
-    )
-
-
-def map_failure(reference: float, candidate: float, change: RetrievalChange, gates: Gates) -> str | None:
-    """The sentence of the mAP gate, from mAP in 0..1; None where the model passes."""
-    drop = 100 * (reference - candidate)
-    if drop <= gates.max_map_drop:
-        return None
-    return (
-        f"mAP {100 * candidate:.2f} is {drop:.2f} points (95 % interval {-100 * change.mAP.high:.2f} to"
-        f" {-100 * change.mAP.low:.2f}) below the reference's {100 * reference:.2f}, {gates.max_map_drop:g} are allowed"
-    )
-
-
-_LARGEST_FILE = 256 * 2**20
-_REMEDY = "Write it again with pmm bench"
-
-
-class _WrongError(ValueError):
-    """An entry that is not what the schema says; the text names it."""
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
 
 def read_report(path: Path) -> BenchReport:
-    """Read what `BenchReport.save` wrote. Entries that this version does not know are left out.
-
-    A figure that was not finite is null in the file and NaN here.
+    """Read a report that `BenchReport.save` wrote. Unknown entries are ignored.
 
     Raises:
-        DataError: the file is missing, no JSON, of another schema, or has an entry that is missing or wrong.
+        DataError: the file is missing, is not JSON, has another schema, or has a missing or wrong entry.
     """
-    raw = _json_of(path)
-    schema = raw.get("schema") if isinstance(raw, dict) else None
-    if schema is None:
-        raise DataError(f"{path} is no report of pmm bench: it names no schema", "Name a bench.json of this version")
-    if schema != SCHEMA:
-        raise DataError(f"{path} has schema {schema!r:.20}, this version of pmm-edge reads {SCHEMA}", _REMEDY)
     try:
-        report: BenchReport = _read(BenchReport, raw, "")
-        for model in (report.reference, *report.models):
-            _check(model)
-    except _WrongError as error:
-        raise DataError(f"{path} cannot be read: {error}", _REMEDY) from error
-    return report
-
-
-def _json_of(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise DataError(f"{path} is larger than any report", "Name a bench.json")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        text = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "Name a bench.json that pmm bench wrote") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({error})", "Name a bench.json that pmm bench wrote") from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _read(kind: Any, raw: Any, where: str) -> Any:
-    """`raw` as the type `kind`, checked all the way down; `where` is its place in the file, for errors."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):  # only ever `X | None`
-        return None if raw is None else _read(arguments[0], raw, where)
-    if origin is Literal:
-        if not isinstance(raw, str) or raw not in arguments:
-            raise _WrongError(f"{where} is {raw!r:.40}, not one of {', '.join(map(str, arguments))}")
-        return raw
-    if origin is list:
-        return [_read(arguments[0], entry, f"{where}[{n}]") for n, entry in enumerate(_of(list, raw, where))]
-    if origin is dict:
-        entries: dict[str, Any] = _of(dict, raw, where)
-        return {key: _read(arguments[1], value, f"{where}[{key!r:.40}]") for key, value in entries.items()}
-    if is_dataclass(kind):
-        return _object(kind, _of(dict, raw, where or "the file"), f"{where}." if where else "")
-    return _number(raw, where) if kind is float else _of(kind, raw, where)
-
-
-def _object(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
-    types = get_type_hints(kind)
-    values = {}
-    for entry in fields(kind):
-        if entry.name in raw:
-            values[entry.name] = _read(types[entry.name], raw[entry.name], where + entry.name)
-        elif entry.default is MISSING and entry.default_factory is MISSING:
-            raise _WrongError(f"{where}{entry.name} is missing")
-    return kind(**values)
-
-
-def _of(kind: type, raw: Any, where: str) -> Any:
-    # In Python a bool is an int; in the schema it is not.
-    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-        words = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
-        raise _WrongError(f"{where} is {raw!r:.40}, not {words[kind]}")
-    if isinstance(raw, int) and abs(raw) > 2**63:  # nothing that is counted; float() of it may overflow
-        raise _WrongError(f"{where} is larger than anything that is counted")
-    return raw
-
-
-def _number(raw: Any, where: str) -> float:
-    if raw is None:
-        return math.nan
-    if not isinstance(raw, int | float) or isinstance(raw, bool):
-        raise _WrongError(f"{where} is {raw!r:.40}, not a number")
-    value = float(_of(int, raw, where)) if isinstance(raw, int) else raw
-    if not math.isfinite(value):  # 1e999
-        raise _WrongError(f"{where} is larger than any number")
-    return value
-
-
-def _check(model: ModelReport) -> None:
-    """What types cannot say and everything that reads a report relies on."""
-    if model.parity and len(model.parity.cosine_quantiles) != QUANTILES:
-        raise _WrongError(f"cosine_quantiles of {model.path} are {len(model.parity.cosine_quantiles)}, not {QUANTILES}")
-    for latency in model.latency:
-        if latency.batch < 1 or latency.runs < 1 or not latency.median_ms > 0:
-            raise _WrongError(f"a latency of {model.path} has no batch, no runs or no time")
-    if model.file_bytes < 0:
-        raise _WrongError(f"file_bytes of {model.path} is negative")
+    return decode_json(BenchReport, text, str(path), DataError)
