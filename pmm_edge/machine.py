@@ -21,6 +21,20 @@ def cpuinfo(root: Path = Path("/")) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs if value}
 
 
+_INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx", "i8mm", "asimddp", "asimd")
+
+
+def instruction_set(root: Path = Path("/")) -> str:
+    """Return the widest vector instructions of the processor that matter for INT8 and FP32, such as `avx512_vnni`.
+
+    Returns:
+        The name of the flag in /proc/cpuinfo; the machine type, such as `x86_64`, if it lists none of these.
+    """
+    info = cpuinfo(root)
+    flags = {*info.get("flags", "").split(), *info.get("Features", "").split()}
+    return next((name for name in _INSTRUCTION_SETS if name in flags), platform.machine())
+
+
 def cores(root: Path = Path("/")) -> str:
     """Number of cores, and how many of them this process may use: `8, 6 of them usable`."""
     all_, usable = os.cpu_count() or 1, usable_cores(root)

@@ -1,94 +1,98 @@
-"""Pictures of the reference for the report: where its stages look, what it finds, what its training mixed."""
+"""Pictures of the reference for the report: attention, rankings, mixing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from pmm_edge.bench.html import Picture
-from pmm_edge.bench.pipeline import Run
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import queries_with_match
+from pmm_edge.data.dataset import ReidDataset, queries_with_match
 from pmm_edge.errors import PmmError
 from pmm_edge.images import evenly
-from pmm_edge.pictures.attention import UnsuitableError
 from pmm_edge.pictures.galleries import draw_rankings, part, ranked
+from pmm_edge.runtime.embedder import Embeddings
 
-IMAGES, QUERIES, ANCHORS, HITS = 6, 4, 4, 8
+IMAGES, QUERIES, ANCHORS, MATCHES = 6, 4, 4, 8
+_WHAT = "drawing pictures"
 
 
-def network_pictures(run: Run, report: Report = silent) -> list[Picture]:
-    """Draw what the reference and the images allow: Grad-CAM and mixing of checkpoints, rankings of data sets.
+def network_pictures(
+    reference: Path,
+    images: Sequence[Path],
+    dataset: ReidDataset | None,
+    embeddings: Embeddings | None,
+    device: str | None = None,
+    report: Report = silent,
+) -> list[Picture]:
+    """Draw what reference and images allow: Grad-CAM and mixing need a checkpoint, rankings need identities.
 
-    Interrupted (Ctrl-C), it returns what is drawn by then: the figures of the bench are worth more.
+    A picture that fails is left out, and an interrupt (Ctrl-C) keeps the pictures drawn so far: the measurements of
+    the bench are worth more than a picture.
+
+    Args:
+        reference: the reference model.
+        images: the files that were embedded.
+        dataset: the data set that the files come from; None if retrieval was not evaluated.
+        embeddings: the reference's, queries first, then the gallery.
+        device: as for `pmm_edge.load`.
+        report: progress.
     """
-    made: tuple[tuple[str, str, Callable[[], Image.Image]], ...] = (
+    is_checkpoint = reference.suffix in (".pt", ".pth")
+
+    def attention() -> Image.Image:
+        from pmm_edge.pictures.attention import cam_grid
+
+        return cam_grid(reference, [images[row] for row in evenly(len(images), IMAGES)], device=device)
+
+    def rankings() -> Image.Image:
+        assert dataset is not None and embeddings is not None
+        answered = queries_with_match(dataset)
+        chosen = answered[evenly(len(answered), QUERIES)]
+        gallery = embeddings[len(dataset.query) :]
+        found = ranked(embeddings[chosen], gallery, part(dataset.query, chosen), dataset.gallery, MATCHES)
+        return draw_rankings(found, f"{reference.name}, {dataset.name}")
+
+    def mixing() -> Image.Image:
+        from pmm_edge.pictures.mixing_grid import mixing_grid
+
+        assert dataset is not None
+        return mixing_grid(reference, dataset.train, count=ANCHORS, device=device)
+
+    planned: list[tuple[bool, str, str, Callable[[], Image.Image]]] = [
         (
+            is_checkpoint,
             "Attention",
-            "Where each stage finds evidence for the class that it predicts (Grad-CAM, each map scaled by itself)."
-            " Good: bright on the person, and on another part of it in each stage.",
-            lambda: _attention(run),
+            "Grad-CAM of each stage for the class that it predicts, scaled per map. In a good model each stage looks"
+            " at a different part of the person, not at the background.",
+            attention,
         ),
         (
+            dataset is not None and embeddings is not None,
             "Rankings",
-            "Queries and the gallery images nearest to them. A solid green frame and a tick: the same person;"
-            " a dashed red frame and a cross: somebody else.",
-            lambda: _rankings(run),
+            "Queries and their nearest gallery images. Solid green frame and check mark: same person. Dashed red frame"
+            " and cross: different person.",
+            rankings,
         ),
         (
+            is_checkpoint and dataset is not None and len(dataset.train) > 0,
             "Mixing",
-            "What training showed stages II and III: the blocks that the stage before found most salient, replaced by"
-            " those of another person.",
-            lambda: _mixing(run),
+            "What stages II and III see in training: the blocks that the previous stage found most salient are"
+            " replaced by blocks of another person.",
+            mixing,
         ),
-    )
-    pictures = []
-    for number, (title, caption, draw) in enumerate(made):
-        report("drawing what the network sees", number, len(made), title.lower())
+    ]
+    drawn = []
+    for number, (possible, title, caption, draw) in enumerate(planned):
+        report(_WHAT, number, len(planned), title.lower())
         try:
-            pictures.append(Picture(title, caption, draw()))
-        except (PmmError, RuntimeError):
-            # An export has no heads, a folder of crops no identities, another network mixes nothing; torch is out of
-            # memory: no picture is worth the figures.
+            if possible:
+                drawn.append(Picture(title, caption, draw()))
+        except (PmmError, RuntimeError):  # another network that mixes nothing; PyTorch is out of memory
             continue
         except KeyboardInterrupt:
             break
-    report("drawing what the network sees", len(made), len(made))
-    return pictures
-
-
-def _attention(run: Run) -> Image.Image:
-    path = _checkpoint(run)
-    from pmm_edge.pictures.attention import cam_grid
-
-    paths = run.images.paths
-    return cam_grid(path, [paths[row] for row in evenly(len(paths), IMAGES)], device=run.options.device)
-
-
-def _rankings(run: Run) -> Image.Image:
-    dataset, embeddings = run.images.dataset, run.base.embeddings
-    if dataset is None or embeddings is None:
-        raise UnsuitableError(f"{run.images.source} has no identities to rank")
-    answered = queries_with_match(dataset)
-    chosen = answered[evenly(len(answered), QUERIES)]
-    gallery = embeddings[len(dataset.query) :]
-    rankings = ranked(embeddings[chosen], gallery, part(dataset.query, chosen), dataset.gallery, HITS)
-    return draw_rankings(rankings, f"{run.base.name}, {dataset.name}")
-
-
-def _mixing(run: Run) -> Image.Image:
-    path = _checkpoint(run)
-    from pmm_edge.pictures.mixing_grid import mixing_grid
-
-    if run.images.dataset is None or not len(run.images.dataset.train):
-        raise UnsuitableError(f"{run.images.source} has no training split")
-    return mixing_grid(path, run.images.dataset.train, count=ANCHORS, device=run.options.device)
-
-
-def _checkpoint(run: Run) -> Path:
-    """The reference, which only PyTorch runs with its heads: exports have none, and may be here without torch."""
-    if run.base.embedder.path.suffix not in (".pt", ".pth"):
-        raise UnsuitableError(f"{run.base.embedder.path} is an export")
-    return run.base.embedder.path
+    report(_WHAT, len(planned), len(planned))
+    return drawn

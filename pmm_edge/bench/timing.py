@@ -1,7 +1,8 @@
-"""Time several pieces of work in turns, so that drift of the machine hits all alike.
+"""Latency with interleaved timing, and the cold start of a model in a new process.
 
-A turn of one piece begins with a run that is not counted: it brings its code and data back into the caches, and lets
-the threads of the engine before come to rest, which spin for a while after their last task.
+Interleaved timing: all models share the same 10 to 20 turns, so drift of the machine affects all of them alike. Each
+turn of a model starts with one uncounted run, which refills the caches and lets the threads of the previous engine
+stop spinning.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pmm_edge.bench.report import ColdStart, Latency, Scope
-from pmm_edge.bench.resources import Gpu, Reading, clock_range, clock_reader, open_gpu
+from pmm_edge.bench.resources import ClockReading, clock_range, clock_reader, open_gpu
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.images import Pixels
@@ -31,131 +31,116 @@ from pmm_edge.runtime.embedder import Embedder
 
 Clock = Callable[[], float]
 
-MOST_TURNS = 20
-RUNS_A_TURN = 5
-"""At least, so that runs which are not counted are few beside those that are."""
-MARGIN = 1.05
-"""More than the seconds asked for, lest a run that became a little faster costs all a turn more."""
-WARM_UP_SECONDS = 3.0
-"""At most, and two windows of runs at least."""
+MAX_TURNS = 20
+MIN_RUNS_PER_TURN = 5
+"""Keeps uncounted runs few compared with counted ones."""
+TIME_MARGIN = 1.05
+"""Plan this much more time than requested, so that a run that became slightly faster does not need an extra turn."""
+MAX_WARM_UP_SECONDS = 3.0
 WINDOW_RUNS = 3
 WINDOW_SECONDS = 0.1
 STABLE = 0.05
-"""Medians of successive windows that differ by no more than this share are stable."""
+"""The warm-up ends when the medians of two successive windows differ by at most this fraction."""
+MIN_RUNS = 50
+MIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is timed."""
+class Workload:
+    """A function to time."""
 
     run: Callable[[], object]
     gpu_milliseconds: Callable[[], float | None] = lambda: None
-    """Asked once at the end of each turn."""
-    reading: Callable[[], Reading] = Reading
-    """Of the clocks, before that."""
+    """Called once at the end of each turn."""
+    read_clocks: Callable[[], ClockReading] = ClockReading
+    """Called at the end of each turn, while the device is still hot."""
 
 
 @dataclass(frozen=True)
-class Times:
-    """What was timed of one piece of work."""
+class Timings:
+    """Measured times of one workload."""
 
     turns: list[list[float]] = field(default_factory=list)
-    """Seconds of each run, turn by turn; a turn in which it had nothing left to do is empty."""
+    """Seconds of each run, by turn; a turn that the workload did not need is empty."""
     gpu_ms: list[float] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
-    """Of the clocks, at the end of each turn."""
+    clocks: list[ClockReading] = field(default_factory=list)
 
     @property
     def seconds(self) -> list[float]:
         return [seconds for turn in self.turns for seconds in turn]
 
 
-def time_in_turns(
-    works: Sequence[Work],
+def time_interleaved(
+    workloads: Sequence[Workload],
     min_runs: int,
     min_seconds: float,
     report: Report = silent,
     what: str = "timing",
     clock: Clock = time.perf_counter,
-) -> list[Times]:
-    """Warm each piece of work up until it is stable, then time all in turns.
+) -> list[Timings]:
+    """Warm up each workload, then time all of them in turns.
 
-    A turn of fast work has more runs than one of slow work, so that all have enough after the same number of turns.
+    A fast workload gets more runs per turn than a slow one, so that all of them finish after the same number of turns.
 
     Args:
-        min_runs, min_seconds: of each, both reached.
-        report: told after each turn, with how long it may still take.
-        clock: seconds since whenever.
+        workloads: what to time.
+        min_runs, min_seconds: minimum for each workload; both are reached.
+        report: progress, with an estimate of the time left.
+        what: label of the progress bar.
+        clock: returns seconds.
     """
     report(what, 0, 100, "warming up")
-    usual = [warm_up(work.run, clock) for work in works]
-    wanted = [max(min_runs, math.ceil(MARGIN * min_seconds / max(seconds, 1e-9))) for seconds in usual]
-    turns = max(1, min(MOST_TURNS, min(wanted) // RUNS_A_TURN))
-    runs = [math.ceil(number / turns) for number in wanted]
-    times = [Times() for _ in works]
+    typical = [warm_up(workload.run, clock) for workload in workloads]
+    wanted = [max(min_runs, math.ceil(TIME_MARGIN * min_seconds / max(seconds, 1e-9))) for seconds in typical]
+    turns = max(1, min(MAX_TURNS, min(wanted) // MIN_RUNS_PER_TURN))
+    timings = [Timings() for _ in workloads]
+
+    def enough(timing: Timings) -> bool:
+        return len(timing.seconds) >= min_runs and sum(timing.seconds) >= min_seconds
+
     start = clock()
     for turn in count(1):
-        for work, taken, number in zip(works, times, runs, strict=True):
-            taken.turns.append([])
-            # A machine that became faster than in the warm-up asks for turns beyond those planned.
-            if turn <= turns or not _enough(taken, min_runs, min_seconds):
-                _take_turn(work, taken, number, clock)
-        if turn >= turns and all(_enough(taken, min_runs, min_seconds) for taken in times):
+        for workload, timing, number in zip(workloads, timings, wanted, strict=True):
+            timing.turns.append([])
+            # A machine that became faster after the warm-up needs more turns than planned.
+            if turn <= turns or not enough(timing):
+                workload.run()
+                timing.turns[-1].extend(_seconds(workload.run, clock) for _ in range(math.ceil(number / turns)))
+                timing.clocks.append(workload.read_clocks())
+                if (gpu_ms := workload.gpu_milliseconds()) is not None:
+                    timing.gpu_ms.append(gpu_ms)
+        if turn >= turns and all(enough(timing) for timing in timings):
             break
         left = (clock() - start) / turn * max(turns - turn, 1)
         report(what, min(100 * turn // turns, 99), 100, f"{left:.0f} s left")
     report(what, 100, 100)
-    return times
+    return timings
 
 
 def warm_up(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Run until the medians of two successive windows agree, or `WARM_UP_SECONDS` are over.
+    """Run until the medians of two successive windows agree or `MAX_WARM_UP_SECONDS` have passed.
 
     Returns:
-        Median seconds of a run in the last window.
+        Median seconds per run of the last window.
     """
-    start = clock()
-    before = math.inf
+    start, previous = clock(), math.inf
     while True:
-        window = _window(run, clock)
+        opened, window = clock(), list[float]()
+        while len(window) < WINDOW_RUNS or clock() - opened < WINDOW_SECONDS:
+            window.append(_seconds(run, clock))
+            if clock() - opened >= MAX_WARM_UP_SECONDS / 2:
+                break  # one run per window is enough when a run takes seconds
         median = float(np.median(window))
-        settled = abs(median - before) <= STABLE * median
-        late = clock() - start >= WARM_UP_SECONDS and before != math.inf
-        if settled or late:
+        late = clock() - start >= MAX_WARM_UP_SECONDS and previous != math.inf
+        if late or abs(median - previous) <= STABLE * median:
             return median
-        before = median
+        previous = median
 
 
-def _window(run: Callable[[], object], clock: Clock) -> list[float]:
-    start, window = clock(), list[float]()
-    while len(window) < WINDOW_RUNS or clock() - start < WINDOW_SECONDS:
-        window.append(_timed(run, clock))
-        if clock() - start >= WARM_UP_SECONDS / 2:
-            break  # work of seconds is not worth three runs
-    return window
-
-
-def _take_turn(work: Work, taken: Times, runs: int, clock: Clock) -> None:
-    work.run()
-    taken.turns[-1].extend(_timed(work.run, clock) for _ in range(runs))
-    taken.readings.append(work.reading())
-    on_gpu = work.gpu_milliseconds()
-    if on_gpu is not None:
-        taken.gpu_ms.append(on_gpu)
-
-
-def _enough(taken: Times, min_runs: int, min_seconds: float) -> bool:
-    return len(taken.seconds) >= min_runs and sum(taken.seconds) >= min_seconds
-
-
-def _timed(run: Callable[[], object], clock: Clock) -> float:
+def _seconds(run: Callable[[], object], clock: Clock) -> float:
     start = clock()
     run()
     return clock() - start
-
-
-MIN_RUNS = 50
-MIN_SECONDS = 2.0
 
 
 def measure_latency(
@@ -167,31 +152,30 @@ def measure_latency(
     report: Report = silent,
     clock: Clock = time.perf_counter,
 ) -> list[Latency]:
-    """Time embedders on one batch size, from uint8 crops of network size to embeddings in host memory.
-
-    Each is warmed up until it is stable; then they take turns (`pmm_edge.bench.timing`).
+    """Time models on one batch size, from uint8 crops of network size to embeddings in host memory.
 
     Args:
-        embedders: the first is the reference of the ratios.
-        images: for each embedder (N, height, width, 3) uint8 of its size, N >= 1, repeated to fill the batch.
-        batch: images in a run.
-        min_runs, min_seconds: of each embedder, both reached.
-        clock: for tests.
+        embedders: the models; the first is the reference of the ratios.
+        images: for each model (N, height, width, 3) uint8 at its input size, N >= 1; repeated to fill the batch.
+        batch: number of images per run.
+        min_runs, min_seconds: minimum for each model; both are reached.
+        report: progress.
+        clock: returns seconds.
 
     Returns:
-        One for each embedder, of scope `model`.
+        One `Latency` for each model, scope `model`.
     """
     batches = [np.resize(crops, (batch, *crops.shape[1:])) for crops in images]
-    works = [
-        Work(
+    workloads = [
+        Workload(
             partial(embedder.embed_prepared, crops),
             partial(embedder.gpu_milliseconds, crops),
             clock_reader(embedder.device),
         )
         for embedder, crops in zip(embedders, batches, strict=True)
     ]
-    times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch}", clock)
-    return _latencies(embedders, times, batch, "model")
+    timings = time_interleaved(workloads, min_runs, min_seconds, report, f"timing batch {batch}", clock)
+    return _latencies(embedders, timings, batch, "model")
 
 
 def measure_end_to_end(
@@ -202,38 +186,37 @@ def measure_end_to_end(
     min_seconds: float = MIN_SECONDS,
     report: Report = silent,
 ) -> list[Latency]:
-    """Time embedders on one batch of image files: decode and resize on threads, copy, infer, copy back.
+    """Time models on one batch of image files: decode, resize, copy to the device, infer, copy back.
 
-    The files are in the system's cache after the warm-up: no disk is timed.
+    After the warm-up the files are in the page cache: disk access is not timed.
 
     Args:
-        embedders: the first is the reference of the ratios.
-        paths: at least one image file, repeated to fill the batch.
-        batch: images in a run.
+        paths: image files, at least one; repeated to fill the batch.
+        embedders, batch, min_runs, min_seconds, report: as for `measure_latency`.
 
     Returns:
-        One for each embedder, of scope `end to end`.
+        One `Latency` for each model, scope `end to end`.
 
     Raises:
-        DataError: an image is missing, truncated or no image.
-        PmmError: there are no paths.
+        DataError: an image is missing or cannot be decoded.
+        PmmError: `paths` is empty.
     """
     if not paths:
-        raise PmmError("there are no images to time from file to embedding", "Name at least one")
+        raise PmmError("there are no images to time", "Pass at least one image file")
     files = [paths[number % len(paths)] for number in range(batch)]
-    works = [
-        Work(partial(embed_files, embedder, files, batch=batch), reading=clock_reader(embedder.device))
+    workloads = [
+        Workload(partial(embed_files, embedder, files, batch=batch), read_clocks=clock_reader(embedder.device))
         for embedder in embedders
     ]
-    times = time_in_turns(works, min_runs, min_seconds, report, f"timing batch {batch} from files")
-    return _latencies(embedders, times, batch, "end to end")
+    timings = time_interleaved(workloads, min_runs, min_seconds, report, f"timing batch {batch} from files")
+    return _latencies(embedders, timings, batch, "end to end")
 
 
 def without_cuda_graphs(embedder: Embedder) -> Embedder | None:
-    """The same engine, enqueued layer by layer; None where it has no CUDA graphs to leave out.
+    """Load the same TensorRT engine without CUDA graphs; None if the model does not use them.
 
     Raises:
-        GpuError: the GPU has no memory for a second one.
+        GpuError: the GPU has no memory left for a second copy.
     """
     if not embedder.cuda_graphs:
         return None
@@ -245,16 +228,17 @@ def without_cuda_graphs(embedder: Embedder) -> Embedder | None:
 def ratio_interval(
     turns: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], resamples: int = 1000
 ) -> tuple[float, float, float]:
-    """Ratio of the medians, and its 95 % interval by a bootstrap over turns.
+    """Return the ratio of the medians with its 95 % interval from a paired bootstrap over turns.
 
-    Whole turns are drawn, those of both at once: runs of one turn are no independent samples, and what the machine did
-    in a turn hit both (Efron and Tibshirani 1993, chapter 8: the pair is the unit).
+    The bootstrap resamples whole turns of model and reference together: runs of one turn are not independent, and
+    whatever the machine did during a turn affected both (Efron and Tibshirani 1993, chapter 8).
 
     Args:
-        turns, reference: seconds of each run, turn by turn; pairs with an empty turn are left out.
+        turns, reference: seconds of each run, by turn; pairs with an empty turn are ignored.
+        resamples: number of bootstrap samples.
 
     Returns:
-        Ratio, low, high. With fewer than two pairs the interval is the ratio itself.
+        Ratio, lower bound, upper bound. With fewer than two pairs both bounds equal the ratio.
     """
     pairs = [(np.array(own), np.array(other)) for own, other in zip(turns, reference, strict=True) if own and other]
     random = np.random.default_rng(0)
@@ -268,12 +252,13 @@ def ratio_interval(
     return ratio(range(len(pairs))), float(low), float(high)
 
 
-def _latencies(embedders: Sequence[Embedder], times: Sequence[Times], batch: int, scope: Scope) -> list[Latency]:
+def _latencies(embedders: Sequence[Embedder], timings: Sequence[Timings], batch: int, scope: Scope) -> list[Latency]:
     found = []
-    for embedder, taken in zip(embedders, times, strict=True):
-        seconds = np.array(taken.seconds)
+    for embedder, timing in zip(embedders, timings, strict=True):
+        seconds = np.array(timing.seconds)
         median, p90, p99 = (float(value) for value in np.percentile(seconds, [50, 90, 99]))
-        ratio, low, high = ratio_interval(taken.turns, times[0].turns) if taken is not times[0] else (1.0, 1.0, 1.0)
+        is_reference = timing is timings[0]
+        ratio, low, high = (1.0, 1.0, 1.0) if is_reference else ratio_interval(timing.turns, timings[0].turns)
         found.append(
             Latency(
                 batch=batch,
@@ -288,20 +273,20 @@ def _latencies(embedders: Sequence[Embedder], times: Sequence[Times], batch: int
                 ratio=ratio,
                 ratio_low=low,
                 ratio_high=high,
-                gpu_ms=float(np.median(taken.gpu_ms)) if taken.gpu_ms else None,
-                cpu_clocks=clock_range(reading.cpu_mhz for reading in taken.readings),
-                gpu_clocks=clock_range(reading.gpu_mhz for reading in taken.readings),
-                slowed_by=list(dict.fromkeys(why for reading in taken.readings for why in reading.slowed_by)),
+                gpu_ms=float(np.median(timing.gpu_ms)) if timing.gpu_ms else None,
+                cpu_clocks=clock_range(reading.cpu_mhz for reading in timing.clocks),
+                gpu_clocks=clock_range(reading.gpu_mhz for reading in timing.clocks),
+                slowed_by=tuple(dict.fromkeys(reason for reading in timing.clocks for reason in reading.slowed_by)),
             )
         )
     return found
 
 
 TIMEOUT = 600.0
-_TICK = 0.01
+_POLL_SECONDS = 0.01
 
-# No module of pmm_edge.bench: importing the package would be timed. The paths are those of this process, for `-c`
-# puts the working folder in front of them.
+# The child does not import pmm_edge.bench, whose import would be timed. It uses the import paths of this process,
+# because `-c` puts the working directory first.
 _CHILD = """
 import json, sys, time
 path, device, batch, sys.path[:] = json.loads(sys.argv[1])
@@ -314,7 +299,7 @@ embedder.embed(crops[:1])
 first = time.monotonic()
 embedder.embed(crops)
 try:
-    # Not getrusage: what a process begins with there is the size of the one that started it.
+    # Not getrusage: there, the peak of a new process starts at the size of its parent.
     with open("/proc/self/status") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
 except (OSError, StopIteration):
@@ -325,71 +310,54 @@ print(json.dumps([first, peak]))
 
 
 def measure_cold_start(path: Path, device: str | None, batch: int, timeout: float = TIMEOUT) -> ColdStart:
-    """Start Python, load a model, embed one crop, then a batch of crops.
+    """Start Python, load a model, embed one crop, then embed a batch of crops.
 
-    The file is in the system's cache where it was read before; right after a boot the disk comes on top.
+    The model file is usually in the page cache; right after a boot, reading it from disk adds to the time.
 
     Args:
-        path: what `pmm_edge.load` loads.
-        device: as of `pmm_edge.load`.
-        batch: crops whose memory is measured.
+        path: model file, as for `pmm_edge.load`.
+        device: as for `pmm_edge.load`.
+        batch: number of crops for the memory measurement.
         timeout: seconds after which the process is killed.
 
     Returns:
-        Times and memory. That of the GPU is what all processes on it hold at most, less what they held before: None
-        without an NVIDIA GPU, and a Jetson's is part of the process's own.
+        Time and peak memory. GPU memory is the peak of all processes minus what was in use before; None without NVML.
+        On a Jetson, GPU memory is part of the memory of the process.
 
     Raises:
-        ModelError: the process ended before it had embedded, or took too long.
+        ModelError: the process failed or took too long.
         PmmError: `batch` is less than 1.
     """
     if batch < 1:
-        raise PmmError(f"the memory of a batch of {batch} cannot be measured", "Choose 1 or more")
+        raise PmmError(f"cannot measure the memory of a batch of {batch}", "Choose a batch size of 1 or more")
     gpu = open_gpu(device or "cuda")
-    before = gpu.used_mib if gpu else None
+    before = peak_gpu = gpu.used_mib if gpu else None
     arguments = json.dumps([str(path), device, batch, sys.path])
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start = time.monotonic()  # the same clock in all processes
+        start = time.monotonic()  # this clock is the same in all processes
         process = subprocess.Popen([sys.executable, "-c", _CHILD, arguments], stdout=out, stderr=err)
         try:
-            most = _watch(process, gpu, start + timeout)
+            while process.poll() is None and time.monotonic() < start + timeout:
+                if gpu and (used := gpu.used_mib) is not None:
+                    peak_gpu = max(used, peak_gpu or 0.0)
+                time.sleep(_POLL_SECONDS)
         finally:
-            process.kill()  # nothing to do where it has ended
+            process.kill()  # no effect if the process has ended
             process.wait()
         out.seek(0)
         err.seek(0)
-        told = _told(out.read())
-        if told is None or process.returncode:
+        try:
+            first, peak = map(float, json.loads(out.read().splitlines()[-1]))  # engines may have printed lines before
+        except (IndexError, ValueError, TypeError):
+            first = peak = math.nan
+        if process.returncode or math.isnan(first):
+            lines = err.read().decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {process.returncode}"
+            if process.returncode < 0:
+                reason = f"killed by signal {-process.returncode} after {time.monotonic() - start:.0f} s"
             raise ModelError(
-                f"{path} cannot be run in a process of its own: {_end(process.returncode, err.read(), timeout)}",
-                "Is there memory for it a second time? Leave the cold start out otherwise",
+                f"cannot run {path} in a separate process: {reason}",
+                "Free memory for a second copy of the model; the other measurements are not affected",
             )
-    first, peak = told
-    grown = most - before if most is not None and before is not None else None
+    grown = peak_gpu - before if peak_gpu is not None and before is not None else None
     return ColdStart(1000 * (first - start), peak, batch, grown)
-
-
-def _watch(process: subprocess.Popen[bytes], gpu: Gpu | None, until: float) -> float | None:
-    """Wait for the end of a process, at most until then; the most memory that was in use on the GPU meanwhile."""
-    most: float | None = None
-    while process.poll() is None and time.monotonic() < until:
-        used = gpu.used_mib if gpu else None
-        most = used if most is None or (used is not None and used > most) else most
-        time.sleep(_TICK)
-    return most
-
-
-def _told(printed: bytes) -> Any:
-    """What the process printed last: engines may have printed something before."""
-    try:
-        first, peak = json.loads(printed.splitlines()[-1])
-    except (IndexError, ValueError, TypeError):
-        return None
-    return float(first), float(peak)
-
-
-def _end(code: int, errors: bytes, timeout: float) -> str:
-    lines = errors.decode(errors="replace").strip().splitlines()
-    if code < 0:
-        return f"killed by signal {-code}, after {timeout:g} s at the latest"
-    return lines[-1] if lines else f"it ended with exit code {code}"

@@ -64,7 +64,7 @@ def evaluate(
 
     [dim]pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png[/]
     """
-    from pmm_edge.bench.cmc_plot import check_cmc_plot, save_cmc_plot
+    from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
     from pmm_edge.bench.parity import judge
     from pmm_edge.data.dataset import scan
     from pmm_edge.files import check_output
@@ -97,7 +97,11 @@ def evaluate(
         print_table(title, ("model", *_figures(plain)), table)
         note(f"[dim]{_WHY_MAP_50}[/]")
     if cmc:
-        save_cmc_plot(cmc, f"{dataset.name} · {model.name}", rows)
+        curves = [
+            (f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}", row.result.cmc)
+            for row in rows
+        ]
+        save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)
     for file in filter(None, (features, cmc)):
         note(f"[dim]wrote {escape(str(file))}[/]")
 

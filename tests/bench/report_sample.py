@@ -1,7 +1,6 @@
-"""A report that looks like a real one, for tests: a fixture, none of its figures was measured.
+"""A report with made-up figures for tests: one reference, three models that pass, one that fails.
 
-A reference and three models: an FP32 export that passes, an FP16 and an INT8 one that pass their own gates, and one
-whose input is BGR and fails. The data set is real: small JPEG files under a folder that the caller gives.
+The images are real: small JPEG files in a folder that the caller names.
 """
 
 from __future__ import annotations
@@ -14,32 +13,39 @@ from PIL import Image
 
 from pmm_edge.bench.report import (
     BenchReport,
+    BenchWarning,
+    Cause,
     Change,
     Clocks,
     Closeness,
     ColdStart,
-    Compute,
     Departure,
     Energy,
+    Environment,
+    Failure,
+    FailureKind,
     FirstHit,
     Gates,
     Invariant,
     InvariantName,
     Latency,
+    LikelyCause,
     ModelReport,
     Parity,
+    Precision,
     RetrievalChange,
     Scope,
-    Stream,
+    WarningKind,
 )
 from pmm_edge.spec import RetrievalFigures
 
-_INVARIANTS: tuple[InvariantName, ...] = ("finite", "distinct", "repeatable", "equal rows", "batch size", "neighbours")
-_RUNS = 80
+_CHECKED = [name for name in InvariantName if name is not InvariantName.UNIT_LENGTH]
+_GATES = {"fp16": Gates(0.999, 0.1, 0.9999), "int8": Gates(0.9, 0.5, 0.99)}
+_SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.26}
 
 
 def write_images(folder: Path, count: int = 6) -> list[str]:
-    """Paths of new JPEG files in the folder, one of a name that no page may take for HTML."""
+    """Write JPEG files, the first with HTML in its name."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ["<img src=x onerror=alert(1)>.jpg", *(f"{number:04d}_c1s1_000001_00.jpg" for number in range(1, count))]
     for number, name in enumerate(names):
@@ -48,110 +54,99 @@ def write_images(folder: Path, count: int = 6) -> list[str]:
 
 
 def sample_report(folder: Path) -> BenchReport:
-    """The report, its images written into `folder`."""
+    """Return the report, its images written into `folder`."""
     images = write_images(folder)
-    reference = replace(
-        _model("best.pt", "fp32", 0, 1.0),
-        sha256="a" * 64,
-        backend="torch",
-        parity=None,
-        retrieval_change=None,
-        latency=_latencies(22.7, 1.0),
-    )
-    bgr = _model("model-bgr.onnx", "fp32", 5e-2, 0.33, mAP=0.391)
-    failures = [
-        f"cosine 0.712345 is 0.29 below the least allowed 0.9999, on {images[0]} (mean 0.950000)",
-        "mAP 39.10 is 7.60 points below the reference's 46.70, 0.1 are allowed",
+    reference = _model("best.pt", "fp32", 0, 1.0)
+    reference.backend, reference.parity, reference.retrieval_change = "torch", None, None
+    broken = _model("model-bgr.onnx", "fp32", 5e-2, 0.33, mAP=0.391)
+    assert broken.retrieval_change is not None
+    broken.failures = [
+        Failure(FailureKind.COSINE, 0.712345, 0.9999, images[0]),
+        Failure(FailureKind.MAP_DROP, 7.6, 0.1, change=broken.retrieval_change.mAP),
     ]
+    broken.likely_cause = LikelyCause(Cause.BGR, 0.9998)
+    broken.departure = Departure(
+        "/conv1/Conv", "Conv", "x", "conv1", 0.81, 1.0, False, "float32", (-3.0, 4.0), (-2.0, 5.0)
+    )
     return BenchReport(
         reference=reference,
         models=[
             _model("model.onnx", "fp32", 1e-12, 0.33),
             _model("model-fp16.onnx", "fp16", 2e-6, 0.36, mAP=0.4669, hits=_hits(images, 2)),
             _model("model-int8-cpu.onnx", "int8", 2e-3, 0.14, mAP=0.4641, hits=_hits(images, 40)),
-            replace(
-                bgr,
-                failures=failures,
-                likely_cause="the input is BGR",
-                departure=Departure(
-                    "/conv1/Conv", "Conv", "x", 0.81, 1.0, "It begins at /conv1/Conv, the first layer."
-                ),
-            ),
+            broken,
         ],
         data=str(folder),
         data_sha256="d" * 64,
         images=2450,
-        environment={"processor": "AMD EPYC", "cores": "2", "python": "3.11.7", "onnxruntime": "1.31.1"},
+        environment=Environment(
+            cpu="AMD EPYC",
+            cores=2,
+            usable_cores=2.0,
+            instruction_set="avx512_vnni",
+            os="Linux",
+            python="3.11.7",
+            versions={"onnxruntime": "1.31.1"},
+        ),
         created="2026-11-22T18:39:08+00:00",
-        warnings=["the machine is busy: medians of one model differ by 8 % between turns"],
+        warnings=[BenchWarning(WarningKind.BUSY, value=3.2, limit=1.0)],
     )
 
 
 def passing_report(folder: Path) -> BenchReport:
-    """The same without the model that fails."""
+    """Return the same without the model that fails."""
     report = sample_report(folder)
     return replace(report, models=report.models[:-1], warnings=[])
 
 
 def _model(
     name: str,
-    precision: str,
+    precision: Precision,
     departure: float,
     ratio: float,
     mAP: float = 0.467,  # noqa: N803  the field's own spelling
     hits: list[FirstHit] | None = None,
 ) -> ModelReport:
     change = Change(mAP - 0.467, mAP - 0.467 - 0.002, mAP - 0.467 + 0.002)
+    scopes: tuple[Scope, ...] = ("model", "end to end")
     return ModelReport(
         path=f"runs/quick/export/{name}",
         sha256=name.encode().hex().ljust(64, "0")[:64],
-        file_bytes=round(50e6 * {"fp16": 0.5, "int8": 0.26}.get(precision, 1)),
+        file_bytes=round(50e6 * _SIZE[precision]),
         precision=precision,
         embedding_size=1536,
+        gflops=1.36,
+        parameters=13_500_000,
         backend="onnxruntime",
         device="cpu",
-        gates={"fp16": Gates(0.999, 0.1, 0.9999), "int8": Gates(0.9, 0.5, 0.99)}.get(precision, Gates()),
-        invariants=[
-            Invariant(invariant, True, "compared on 24 images, largest difference 0") for invariant in _INVARIANTS
-        ],
+        gates=_GATES.get(precision, Gates()),
+        invariants=[Invariant(invariant, True, 0.0, 1e-5, batch=8, row=0) for invariant in _CHECKED],
         parity=_parity(departure),
         retrieval=RetrievalFigures(0.6354, mAP, 0.1546, mAP - 0.02),
         cmc=[float(share) for share in 1 - 0.3646 * np.exp(-np.arange(50) / 12) + (mAP - 0.467)],
-        retrieval_change=RetrievalChange(change, change, change, 458, hits or []),
-        latency=_latencies(22.7 * ratio, ratio),
-        failures=[],
-        stream=Stream(4, 8, 800, 120 / ratio, 25.0 * ratio, 31.0 * ratio, 44.0 * ratio, 3.6),
+        retrieval_change=RetrievalChange(
+            change, change, change, 458, hits or [], RetrievalFigures(0.6354, 0.467, 0.1546, 0.447)
+        ),
+        latency=[_latency(batch, scope, ratio) for scope in scopes for batch in (1, 8, 32)],
         cold_start=ColdStart(1450.0 * ratio, 410.0, 8),
-        compute=Compute(1.36, 13_500_000, 130.0, 0.41 / ratio),
-        energy=Energy(0.21 * ratio, 31.0, "RAPL", 1, 2.0),
+        energy=Energy(0.21 * ratio, 31.0, "INA3221", 1, 2.0),
     )
 
 
 def _parity(departure: float) -> Parity:
-    cosines = 1 - departure * 10 ** (0.8 - 1.6 * np.linspace(0, 1, 101))
-    whole = Closeness(
-        float(cosines[0]), float(cosines[1]), float(cosines.mean()), 10 * departure, departure, "query/worst.jpg"
-    )
-    quantiles = [float(cosine) for cosine in cosines]
-    return Parity(2450, whole, {"I": whole, "II": whole, "III": whole}, quantiles, 1.0, 1.0)
+    cosines = [float(cosine) for cosine in 1 - departure * 10 ** (0.8 - 1.6 * np.linspace(0, 1, 101))]
+    whole = Closeness(cosines[0], cosines[1], sum(cosines) / 101, 10 * departure, departure, "query/worst.jpg")
+    return Parity(2450, whole, {"I": whole, "II": whole, "III": whole}, cosines, 1.0, 1.0, "query/worst.jpg")
 
 
-def _latencies(first: float, ratio: float) -> list[Latency]:
-    scopes: tuple[Scope, ...] = ("model", "end to end")
-    return [
-        _latency(batch, scope, first * batch**0.8 + (0 if scope == "model" else 1.2 * batch), ratio)
-        for scope in scopes
-        for batch in (1, 8, 32)
-    ]
-
-
-def _latency(batch: int, scope: Scope, median: float, ratio: float) -> Latency:
+def _latency(batch: int, scope: Scope, ratio: float) -> Latency:
+    median = 22.7 * ratio * batch**0.8 + (0 if scope == "model" else 1.2 * batch)
     spread = 0.0 if ratio == 1 else 0.01
     return Latency(
         batch=batch,
         scope=scope,
         cuda_graph=False,
-        runs=_RUNS,
+        runs=80,
         median_ms=median,
         p90_ms=1.18 * median,
         p99_ms=1.4 * median,
@@ -165,7 +160,7 @@ def _latency(batch: int, scope: Scope, median: float, ratio: float) -> Latency:
 
 
 def _hits(images: list[str], count: int) -> list[FirstHit]:
-    """Changed first hits: wrong ones first, then those that became right."""
+    """Return changed first hits: those that became wrong first, then those that became right."""
     return [
         FirstHit(images[number % len(images)], images[1], number % 3 != 2, images[2], number >= count // 2)
         for number in range(count)

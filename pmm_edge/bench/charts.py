@@ -1,0 +1,250 @@
+"""Charts of a bench report as SVG, and the CMC plot of `pmm eval --cmc`. They need matplotlib (extra `train`)."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pmm_edge.bench.report import BenchReport, ModelReport, Scope
+from pmm_edge.bench.tables import fastest, milliseconds, named
+from pmm_edge.errors import OutputError
+from pmm_edge.files import check_output, written_whole
+
+COLORS = ("#3b4149", "#0068b3", "#c44601", "#00795a", "#a63d86", "#8a6100", "#2b8cbe", "#6a51a3")
+DARK_COLORS = ("#ccd2da", "#56b4e9", "#ff8f4a", "#2cc596", "#e08ac4", "#e6b93c", "#8fd0f5", "#b9a5f0")
+_TEXT, _GRID = "#565d68", "#e7eaef"
+_VARIABLES = {_TEXT: "var(--soft)", _GRID: "var(--grid)"} | {c: f"var(--s{n})" for n, c in enumerate(COLORS)}
+"""The page's CSS variables replace colors in the SVG, so that charts follow the light or dark scheme."""
+_DASHES = ("-", "--", ":", "-.", (0, (8, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "p")
+_TEXT_PARTS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+_STYLE = {"font.size": 11, "text.parse_math": False, "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True}
+_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, **dict.fromkeys(_TEXT_PARTS, _TEXT)}
+MIN_DISTANCE = 1e-12
+"""Cosine distances below this are rounding errors and drawn at this height."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: title, the figures in words for screen readers, how to read it, and inline SVG."""
+
+    title: str
+    description: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A model and its line style, which is the same in all charts; color is never the only difference."""
+
+    name: str
+    model: ModelReport
+    style: dict[str, Any]
+
+
+def charts(report: BenchReport) -> dict[str, Chart]:
+    """Draw `cosine`, `cmc`, `accuracy`, `latency` and `end_to_end`, as far as they were measured.
+
+    Returns:
+        The charts by name; empty without matplotlib.
+    """
+    if find_spec("matplotlib") is None:
+        return {}
+    lines = [_Line(name, model, _style(number)) for number, (name, model) in enumerate(named(report))]
+    drawn = (_cosine(lines), _cmc(lines), _accuracy(lines), _latency(lines, "model"), _latency(lines, "end to end"))
+    names = ("cosine", "cmc", "accuracy", "latency", "end_to_end")
+    return {name: chart for name, chart in zip(names, drawn, strict=True) if chart}
+
+
+def check_cmc_plot(path: Path) -> None:
+    """Check before an evaluation that its plot can be written.
+
+    Raises:
+        OutputError: matplotlib is missing, the suffix is not .png or .svg, or the folder is not writable.
+    """
+    check_output(path, (".png", ".svg"))
+    if find_spec("matplotlib") is None:
+        raise OutputError(f"cannot draw {path}: matplotlib is missing", "pip install 'pmm-edge[train]'")
+
+
+def save_cmc_plot(path: Path, title: str, curves: Sequence[tuple[str, Sequence[float]]]) -> None:
+    """Plot CMC curves into a PNG or SVG file.
+
+    Args:
+        path: the file.
+        title: title of the plot.
+        curves: for each one its label and the fractions of queries with a match in the first 1, 2, ... ranks.
+
+    Raises:
+        OutputError: see `check_cmc_plot`; or the disk is full.
+    """
+    check_cmc_plot(path)
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE), written_whole(path) as temporary:
+        figure, axes = _figure(7, 5)
+        axes.set_title(title)
+        plot_cmc(axes, [(label, curve, _style(number)) for number, (label, curve) in enumerate(curves)])
+        axes.legend(loc="lower right")
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+
+
+def plot_cmc(axes: Any, curves: Sequence[tuple[str, Sequence[float], dict[str, Any]]]) -> None:
+    """Draw CMC curves, each with label, fractions by rank and line style, into matplotlib axes."""
+    for label, curve, style in curves:
+        axes.plot(range(1, len(curve) + 1), [100 * share for share in curve], label=label, markevery=10, **style)
+    last = max(2, *(len(curve) for _, curve, _ in curves))
+    axes.set(xlabel="rank k", ylabel="queries matched (%)", xlim=(1, last))
+    axes.set_xticks([1, *range(10, last + 1, 10)])
+    axes.set_ylim(top=100.5)
+
+
+def _cosine(lines: Sequence[_Line]) -> Chart | None:
+    compared = [(line, line.model.parity) for line in lines if line.model.parity]
+
+    def draw(axes: Any) -> None:
+        for line, parity in compared:
+            distances = [max(MIN_DISTANCE, 1 - _finite(cosine)) for cosine in parity.cosine_quantiles]
+            axes.plot(range(len(distances)), distances, label=line.name, markevery=20, **line.style)
+        axes.set(xlabel="images, worst first (%)", ylabel="1 − cosine", yscale="log", xlim=(0, 100))
+        axes.yaxis.set_major_formatter("{x:.0e}")
+        for limit in {line.model.gates.min_cosine for line, _ in compared if line.model.gates.min_cosine < 1}:
+            axes.axhline(1 - limit, color=_TEXT, linewidth=1, linestyle=(0, (1, 2)))
+            axes.text(101, 1 - limit, f"≥ {limit:g}", va="center")
+
+    return _chart(
+        "Cosine distance to the reference",
+        [(line.name, f"minimum cosine {parity.whole.cosine_min:.6f}") for line, parity in compared],
+        "Lower is closer. Each line runs from a model's worst image to its best one. A model passes if the left end of"
+        f" its line is below its limit (dotted). Values below {MIN_DISTANCE:.0e} are drawn at {MIN_DISTANCE:.0e}.",
+        draw,
+    )
+
+
+def _cmc(lines: Sequence[_Line]) -> Chart | None:
+    curves = [(line.name, [*map(_finite, line.model.cmc)], line.style) for line in lines if line.model.cmc]
+    return _chart(
+        "Cumulative matching characteristic (CMC)",
+        [(name, f"Rank-1 {100 * curve[0]:.2f} %") for name, curve, _ in curves],
+        "Queries with a match in the first k ranks; higher is better. Lines of models that retrieve the same people"
+        " coincide; the reference is on top.",
+        lambda axes: plot_cmc(axes, curves),
+    )
+
+
+def _accuracy(lines: Sequence[_Line]) -> Chart | None:
+    judged = [
+        (line, retrieval.mAP, timed[0])
+        for line in lines
+        if (retrieval := line.model.retrieval)
+        and math.isfinite(retrieval.mAP)
+        and (timed := fastest(line.model, "model"))
+    ]
+
+    def draw(axes: Any) -> None:
+        for line, accuracy, timed in judged:
+            change = line.model.retrieval_change
+            ends = (
+                (change.mAP.difference - change.mAP.low, change.mAP.high - change.mAP.difference) if change else (0, 0)
+            )
+            bars = [[100 * max(0.0, _finite(end))] for end in ends]
+            style = line.style | {"markersize": 8}
+            axes.errorbar(timed.median_ms, 100 * accuracy, bars, label=line.name, capsize=3, **style)
+        axes.set(xlabel="median latency (ms)", ylabel="mAP (%)", xscale="log")
+        _log_ticks(axes.xaxis)
+
+    batch = judged[0][2].batch if judged else 0
+    return _chart(
+        "Accuracy and latency",
+        [(line.name, f"mAP {100 * mAP:.2f} % at {milliseconds(timed.median_ms)} ms") for line, mAP, timed in judged],
+        f"Up and left is better. Batch size {batch}, model only; bars are 95 % intervals of the change in mAP.",
+        draw,
+    )
+
+
+def _latency(lines: Sequence[_Line], scope: Scope) -> Chart | None:
+    timed = [(line, found) for line in lines if (found := fastest(line.model, scope))]
+
+    def draw(axes: Any) -> None:
+        for line, found in timed:
+            batches, medians = [one.batch for one in found], [one.median_ms for one in found]
+            axes.plot(batches, medians, label=line.name, **line.style)
+            axes.fill_between(
+                batches, medians, [one.p90_ms for one in found], color=line.style["color"], alpha=0.16, lw=0
+            )
+        axes.set(xlabel="batch size", ylabel="ms", xscale="log", yscale="log")
+        _log_ticks(axes.yaxis)
+        sizes = sorted({one.batch for _, found in timed for one in found})
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.set_xticks([], minor=True)
+
+    return _chart(
+        "Latency per batch, model only" if scope == "model" else "Latency per batch, from image files",
+        [(line.name, f"{milliseconds(own[0].median_ms)} ms at batch size {own[0].batch}") for line, own in timed],
+        "Lower is faster; both axes are logarithmic. Lines are medians; the bands reach up to the 90th percentile.",
+        draw,
+    )
+
+
+def _chart(title: str, figures: Sequence[tuple[str, str]], caption: str, draw: Callable[[Any], None]) -> Chart | None:
+    """Draw one chart as inline SVG with the page's colors; the same report gives the same bytes.
+
+    Args:
+        title: unique on the page.
+        figures: for each model its name and the figures in words; without any there is no chart.
+        caption: how to read it.
+        draw: draws into matplotlib axes.
+    """
+    if not figures:
+        return None
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    columns = 1 if max(len(name) for name, _ in figures) > 22 else 2
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({**_STYLE, "svg.hashsalt": title, "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a font without the characters of a file name: the browser has others
+        figure, axes = _figure(5.2, 3.2 + 0.22 * math.ceil(len(figures) / columns))
+        draw(axes)
+        figure.legend(loc="outside lower left", ncols=columns, frameon=False, handlelength=3.2)
+        figure.savefig(out, format="svg", transparent=True, metadata=metadata)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue().partition("<svg")[2], flags=re.DOTALL)
+    svg = "<svg" + re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)  # keep the ids of markers and clip paths
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
+    return Chart(title, "; ".join(f"{name}: {text}" for name, text in figures), caption, svg)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure and looks for a display
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _style(number: int) -> dict[str, Any]:
+    kinds = (("color", COLORS), ("linestyle", _DASHES), ("marker", _MARKERS))
+    style = {name: values[number % len(values)] for name, values in kinds}
+    return style | {"linewidth": 1.8, "markersize": 5, "zorder": 3 - number / 100}  # the reference on top
+
+
+def _log_ticks(axis: Any) -> None:
+    """Label 1, 2 and 5 times each power of ten: latencies often span less than a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _finite(value: float | None) -> float:
+    """Return 0 for a value that is not finite: such an embedding matches nothing."""
+    return value if value is not None and math.isfinite(value) else 0.0

@@ -1,0 +1,202 @@
+"""The report as one HTML file without scripts and external resources: `templates/report.html.j2` and its data."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from PIL import Image
+
+from pmm_edge.bench import tables
+from pmm_edge.bench.charts import COLORS, DARK_COLORS, charts
+from pmm_edge.bench.report import BenchReport, ModelReport
+from pmm_edge.bench.sentences import describe_warning
+from pmm_edge.files import written_whole
+from pmm_edge.images import IMAGE_FORMATS
+
+MAX_HITS = 12
+"""Queries with a changed first match that are shown per model."""
+_SIGNS = {
+    "passes": "✓",
+    "fails": "✗",
+    "not judged": "◌",
+    "partial": "◐",
+    "reference": "◆",
+    "holds": "✓",
+    "broken": "✗",
+}
+"""A sign for each state, so that color is never the only difference."""
+_SECTIONS = (
+    ("models", "Models"),
+    ("parity", "Parity"),
+    ("retrieval", "Retrieval"),
+    ("first-matches", "Queries whose first match changed"),
+    ("speed", "Speed, memory, energy"),
+    ("pictures", "What the network sees"),
+    ("environment", "Environment"),
+)
+_WIDTH, _HEIGHT = 216, 144
+_MAX_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for the report, such as a grid of Grad-CAM maps."""
+
+    title: str
+    caption: str
+    image: Image.Image
+
+
+class Thumbnail(NamedTuple):
+    """An image inside the page; `uri` is empty if the file cannot be shown."""
+
+    name: str
+    uri: str = ""
+    width: int = 0
+    height: int = 0
+
+
+def write_html(report: BenchReport, path: Path, pictures: Sequence[Picture] = ()) -> None:
+    """Write the report as one HTML file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    text = render(report, pictures)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "replace"))  # paths that are not UTF-8 get question marks
+
+
+def render(report: BenchReport, pictures: Sequence[Picture] = ()) -> str:
+    """Return the page; jinja2 escapes every text of the report."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pmm_edge.bench"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    named = tables.named(report)
+    found = {
+        "models": tables.model_table(report),
+        "parity": tables.parity_table(report),
+        "quantiles": tables.quantile_table(report),
+        "stages": tables.stage_table(report),
+        "invariants": tables.invariant_table(report),
+        "retrieval": tables.retrieval_table(report),
+        "cmc": tables.cmc_table(report),
+        "latency": tables.latency_table(report, "model", full=True),
+        "end_to_end": tables.latency_table(report, "end to end", full=True),
+        "cost": tables.cost_table(report),
+        "environment": tables.environment_table(report),
+    }
+    changes = list(_changes(report))
+    empty = {
+        "retrieval": not found["retrieval"],
+        "first-matches": not changes,
+        "speed": not (found["latency"] or found["end_to_end"] or found["cost"]),
+        "pictures": not pictures,
+    }
+    failures = [(name, tables.failure_lines(model)) for name, model in named]
+    return environment.get_template("report.html.j2").render(
+        signs=_SIGNS,
+        light_colors=_variables(COLORS),
+        dark_colors=_variables(DARK_COLORS),
+        reference=Path(report.reference.path).name,
+        created=report.created.replace("T", " ").replace("+00:00", " UTC"),
+        images=report.images,
+        verdict=tables.verdict(report),
+        failures=[(name, lines) for name, lines in failures if lines],
+        warnings=[describe_warning(warning) for warning in report.warnings],
+        sections=[section for section in _SECTIONS if not empty.get(section[0])],
+        cards=[_card(report, name, model) for name, model in named],
+        tables=found,
+        charts=charts(report),
+        can_draw=find_spec("matplotlib") is not None,
+        changes=changes,
+        pictures=[(one.title, one.caption, _data_uri(one.image, "PNG")) for one in pictures],
+    )
+
+
+def _variables(colors: Sequence[str]) -> str:
+    return " ".join(f"--s{number}: {color};" for number, color in enumerate(colors))
+
+
+def _card(report: BenchReport, name: str, model: ModelReport) -> dict[str, Any]:
+    """The numbers that decide, each with its limit or its comparison to the reference."""
+    state, facts = tables.result(report, model), []
+    if model.parity:
+        facts.append(("Minimum cosine", f"{model.parity.whole.cosine_min:.6f}", f"limit {model.gates.min_cosine:g}"))
+    if model.retrieval:
+        change = model.retrieval_change
+        note = f"{tables.points(change.mAP.difference)} points" if change else ""
+        facts.append(("mAP", f"{100 * model.retrieval.mAP:.2f} %", note))
+    if timed := tables.fastest(model, "model"):
+        note = "" if model is report.reference else f"{timed[0].ratio:.2f} × reference"
+        facts.append((f"Batch size {timed[0].batch}", f"{tables.milliseconds(timed[0].median_ms)} ms", note))
+    facts.append(("File", f"{tables.mebibytes(model.file_bytes)} MiB", ""))
+    kind = f"{model.precision}, {model.backend} {model.device}"
+    return {"name": name, "kind": kind, "state": state, "facts": facts}
+
+
+def _changes(report: BenchReport) -> Iterator[dict[str, Any]]:
+    """For each model its queries with a changed first match, those that became wrong first."""
+    folder = Path(report.data) if Path(report.data).is_dir() else Path(report.data).parent
+    thumbnail = partial(_thumbnail, folder=folder)
+    for name, model in tables.named(report):
+        if not model.retrieval_change or not (hits := model.retrieval_change.first_hits):
+            continue
+        worse = sum(hit.reference_right and not hit.model_right for hit in hits)
+        better = sum(hit.model_right and not hit.reference_right for hit in hits)
+        summary = (
+            f"{len(hits):,} of {model.retrieval_change.queries:,} queries: {worse:,} became wrong, {better:,} became"
+            f" right, {len(hits) - worse - better:,} did not change in correctness."
+        )
+        if len(hits) > MAX_HITS:
+            summary += f" The first {MAX_HITS} are shown; bench.json lists all of them."
+        shown = [
+            (
+                ("Query", thumbnail(hit.query), ""),
+                ("Reference", thumbnail(hit.reference), "right" if hit.reference_right else "wrong"),
+                ("Model", thumbnail(hit.model), "right" if hit.model_right else "wrong"),
+            )
+            for hit in hits[:MAX_HITS]
+        ]
+        yield {"name": name, "summary": summary, "hits": shown}
+
+
+def _thumbnail(path: str, folder: Path) -> Thumbnail:
+    """A small JPEG of an image.
+
+    The report may come from somebody else: only images inside the data set's folder are opened.
+    """
+    name = os.path.basename(path)  # noqa: PTH119
+    inside = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() would follow links, which data sets consist of
+    file = Path(os.path.abspath(path))  # noqa: PTH100
+    if not file.is_relative_to(inside) or not file.is_file():
+        return Thumbnail(name)
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                return Thumbnail(name)
+            image.draft("RGB", (2 * _WIDTH, 2 * _HEIGHT))
+            small = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return Thumbnail(name)
+    small.thumbnail((_WIDTH, _HEIGHT))
+    return Thumbnail(name, _data_uri(small, "JPEG"), small.width, small.height)
+
+
+def _data_uri(image: Image.Image, format_: str) -> str:
+    content = io.BytesIO()
+    image.save(content, format_, quality=80, optimize=True)
+    return f"data:image/{format_.lower()};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
