@@ -25,7 +25,13 @@ _VARIABLES = {_TEXT: "var(--soft)", _GRID: "var(--grid)"} | {c: f"var(--s{n})" f
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "p")
 _TEXT_PARTS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-_STYLE = {"font.size": 11, "text.parse_math": False, "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True}
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "text.parse_math": False,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "axes.axisbelow": True,
+}
 _STYLE |= {"axes.spines.top": False, "axes.spines.right": False, **dict.fromkeys(_TEXT_PARTS, _TEXT)}
 MIN_DISTANCE = 1e-12
 """Cosine distances below this are rounding errors and drawn at this height."""
@@ -58,7 +64,7 @@ def charts(report: BenchReport) -> dict[str, Chart]:
     """
     if find_spec("matplotlib") is None:
         return {}
-    lines = [_Line(name, model, _style(number)) for number, (name, model) in enumerate(named(report))]
+    lines = [_Line(name, model, _style(number, name)) for number, (name, model) in enumerate(named(report))]
     drawn = (_cosine(lines), _cmc(lines), _accuracy(lines), _latency(lines, "model"), _latency(lines, "end to end"))
     names = ("cosine", "cmc", "accuracy", "latency", "end_to_end")
     return {name: chart for name, chart in zip(names, drawn, strict=True) if chart}
@@ -92,16 +98,16 @@ def save_cmc_plot(path: Path, title: str, curves: Sequence[tuple[str, Sequence[f
     with rc_context(_STYLE), written_whole(path) as temporary:
         figure, axes = _figure(7, 5)
         axes.set_title(title)
-        plot_cmc(axes, [(label, curve, _style(number)) for number, (label, curve) in enumerate(curves)])
+        plot_cmc(axes, [(curve, _style(number, label)) for number, (label, curve) in enumerate(curves)])
         axes.legend(loc="lower right")
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
 
 
-def plot_cmc(axes: Any, curves: Sequence[tuple[str, Sequence[float], dict[str, Any]]]) -> None:
-    """Draw CMC curves, each with label, fractions by rank and line style, into matplotlib axes."""
-    for label, curve, style in curves:
-        axes.plot(range(1, len(curve) + 1), [100 * share for share in curve], label=label, markevery=10, **style)
-    last = max(2, *(len(curve) for _, curve, _ in curves))
+def plot_cmc(axes: Any, curves: Sequence[tuple[Sequence[float], dict[str, Any]]]) -> None:
+    """Draw CMC curves, each with its fractions by rank and its label and line style, into matplotlib axes."""
+    for curve, style in curves:
+        axes.plot(range(1, len(curve) + 1), [100 * share for share in curve], markevery=10, **style)
+    last = max(2, *(len(curve) for curve, _ in curves))
     axes.set(xlabel="rank k", ylabel="queries matched (%)", xlim=(1, last))
     axes.set_xticks([1, *range(10, last + 1, 10)])
     axes.set_ylim(top=100.5)
@@ -113,7 +119,7 @@ def _cosine(lines: Sequence[_Line]) -> Chart | None:
     def draw(axes: Any) -> None:
         for line, parity in compared:
             distances = [max(MIN_DISTANCE, 1 - _finite(cosine)) for cosine in parity.cosine_quantiles]
-            axes.plot(range(len(distances)), distances, label=line.name, markevery=20, **line.style)
+            axes.plot(range(len(distances)), distances, markevery=20, **line.style)
         axes.set(xlabel="images, worst first (%)", ylabel="1 − cosine", yscale="log", xlim=(0, 100))
         axes.yaxis.set_major_formatter("{x:.0e}")
         for limit in {line.model.gates.min_cosine for line, _ in compared if line.model.gates.min_cosine < 1}:
@@ -130,13 +136,13 @@ def _cosine(lines: Sequence[_Line]) -> Chart | None:
 
 
 def _cmc(lines: Sequence[_Line]) -> Chart | None:
-    curves = [(line.name, [*map(_finite, line.model.cmc)], line.style) for line in lines if line.model.cmc]
+    judged = [(line, [*map(_finite, line.model.cmc)]) for line in lines if line.model.cmc]
     return _chart(
         "Cumulative matching characteristic (CMC)",
-        [(name, f"Rank-1 {100 * curve[0]:.2f} %") for name, curve, _ in curves],
+        [(line.name, f"Rank-1 {100 * curve[0]:.2f} %") for line, curve in judged],
         "Queries with a match in the first k ranks; higher is better. Lines of models that retrieve the same people"
         " coincide; the reference is on top.",
-        lambda axes: plot_cmc(axes, curves),
+        lambda axes: plot_cmc(axes, [(curve, line.style) for line, curve in judged]),
     )
 
 
@@ -157,7 +163,7 @@ def _accuracy(lines: Sequence[_Line]) -> Chart | None:
             )
             bars = [[100 * max(0.0, _finite(end))] for end in ends]
             style = line.style | {"markersize": 8}
-            axes.errorbar(timed.median_ms, 100 * accuracy, bars, label=line.name, capsize=3, **style)
+            axes.errorbar(timed.median_ms, 100 * accuracy, bars, capsize=3, **style)
         axes.set(xlabel="median latency (ms)", ylabel="mAP (%)", xscale="log")
         _log_ticks(axes.xaxis)
 
@@ -176,7 +182,7 @@ def _latency(lines: Sequence[_Line], scope: Scope) -> Chart | None:
     def draw(axes: Any) -> None:
         for line, found in timed:
             batches, medians = [one.batch for one in found], [one.median_ms for one in found]
-            axes.plot(batches, medians, label=line.name, **line.style)
+            axes.plot(batches, medians, **line.style)
             axes.fill_between(
                 batches, medians, [one.p90_ms for one in found], color=line.style["color"], alpha=0.16, lw=0
             )
@@ -216,8 +222,8 @@ def _chart(title: str, figures: Sequence[tuple[str, str]], caption: str, draw: C
         draw(axes)
         figure.legend(loc="outside lower left", ncols=columns, frameon=False, handlelength=3.2)
         figure.savefig(out, format="svg", transparent=True, metadata=metadata)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue().partition("<svg")[2], flags=re.DOTALL)
-    svg = "<svg" + re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)  # keep the ids of markers and clip paths
+    svg = "<svg" + re.sub(r"<(metadata|style)\b.*?</\1>", "", out.getvalue().partition("<svg")[2], flags=re.DOTALL)
+    svg = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)  # keep the ids of markers and clip paths
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     return Chart(title, "; ".join(f"{name}: {text}" for name, text in figures), caption, svg)
@@ -230,10 +236,11 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _style(number: int) -> dict[str, Any]:
+def _style(number: int, name: str) -> dict[str, Any]:
     kinds = (("color", COLORS), ("linestyle", _DASHES), ("marker", _MARKERS))
-    style = {name: values[number % len(values)] for name, values in kinds}
-    return style | {"linewidth": 1.8, "markersize": 5, "zorder": 3 - number / 100}  # the reference on top
+    style = {kind: values[number % len(values)] for kind, values in kinds}
+    label = f" {name}" if name.startswith("_") else name  # matplotlib hides labels with an underscore in front
+    return style | {"label": label, "linewidth": 1.8, "markersize": 5, "zorder": 3 - number / 100}  # first one on top
 
 
 def _log_ticks(axis: Any) -> None:

@@ -160,7 +160,9 @@ def retrieval_table(report: BenchReport) -> Table | None:
     for name, model in named(report):
         own, change = model.retrieval, model.retrieval_change
         pairs = [(getattr(own, metric, None), getattr(change, metric, None)) for metric in ("mAP", "rank1", "mINP")]
-        rows.append((name, *(_metric(*pair) for pair in pairs), _cell(change and len(change.first_hits), ",d")))
+        rows.append(
+            (name, *(_metric(*pair) for pair in pairs), _cell(len(change.first_hits) if change else None, ",d"))
+        )
     queries = next((model.retrieval_change.queries for model in report.models if model.retrieval_change), None)
     title = "Retrieval in %, with the change in points and its 95 % interval"
     columns = ("model", "mAP", "Rank-1", "mINP", "changed\nmatches")
@@ -306,7 +308,7 @@ def _closeness(closeness: Closeness | None) -> tuple[str, str, str, str]:
         return (NOT_MEASURED,) * 4
     cosines = (closeness.cosine_min, closeness.cosine_p1, closeness.cosine_mean)
     low, first, mean = (_finite(value, ".6f") for value in cosines)
-    return low, first, mean, _finite(closeness.largest_relative, ".1e")
+    return low, first, mean, _cell(closeness.largest_relative, ".1e")
 
 
 def _latency(latency: Latency, full: bool) -> tuple[str, ...]:

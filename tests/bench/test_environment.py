@@ -1,16 +1,19 @@
-"""The machine is described from files as the kernel lays them out."""
+"""The machine and its noise, from files as the kernel lays them out."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pmm_edge.bench import environment as module
-from pmm_edge.bench.environment import environment, machine_state
-from pmm_edge.bench.report import Clocks, Latency
-from pmm_edge.machine import clocks_are_locked, usable_cores
+from pmm_edge.bench.environment import MachineState, environment, machine_state, noise_warnings
+from pmm_edge.bench.report import Clocks, Latency, Throttle, WarningKind
+from pmm_edge.machine import clocks_are_locked, instruction_set, usable_cores
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec
+
+QUIET = MachineState(load=0.1, cores=2, throttle_events=3)
 
 
 def write(path: Path, content: object) -> None:
@@ -18,15 +21,15 @@ def write(path: Path, content: object) -> None:
     path.write_text(f"{content}\n")
 
 
-def cpufreq(root: Path, core: int, governor: str, now: int, least: int, most: int) -> None:
+def cpufreq(root: Path, core: int, governor: str, low: int, high: int) -> None:
     folder = root / f"sys/devices/system/cpu/cpu{core}/cpufreq"
     write(folder / "scaling_governor", governor)
-    for name, value in (("cur", now), ("min", least), ("max", most)):
-        write(folder / f"scaling_{name}_freq", value)
+    write(folder / "scaling_min_freq", low)
+    write(folder / "scaling_max_freq", high)
 
 
 class Engine(Embedder):
-    """What runs where, with how many threads; no network."""
+    """A device and a number of threads; there is no network."""
 
     def __init__(self, device: str, backend: str = "onnxruntime", threads: int | None = None) -> None:
         super().__init__(ModelSpec("pmm", "resnet18", 4, InputSpec(4, 2), 3, {}, 1), Path("model"), backend, device)
@@ -35,8 +38,14 @@ class Engine(Embedder):
     embed_prepared = None
 
 
-def timed(cpu: Clocks | None = None, gpu: Clocks | None = None) -> Latency:
-    return Latency(1, "model", False, 50, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, cpu_clocks=cpu, gpu_clocks=gpu)
+def timed(
+    variation: float = 0.0,
+    cpu: Clocks | None = None,
+    gpu: Clocks | None = None,
+    slowed_by: tuple[Throttle, ...] = (),
+) -> Latency:
+    latency = Latency(1, "model", False, 50, 1.0, 1.0, 1.0, variation, 1.0, 1.0, 1.0, 1.0)
+    return replace(latency, cpu_clocks=cpu, gpu_clocks=gpu, slowed_by=slowed_by)
 
 
 @pytest.fixture
@@ -47,46 +56,50 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_this_machine() -> None:
     found = environment([Engine("cpu")], machine_state())
-    assert {"processor", "cores", "threads", "load", "system", "python", "numpy", "pillow"} <= found.keys()
-    assert all(found.values())
-    assert all("\n" not in value for value in found.values())
+    assert found.cpu
+    assert found.cores >= found.usable_cores > 0
+    assert found.load is not None
+    assert {"numpy", "pillow"} <= found.versions.keys()
 
 
 def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: None) -> None:
     write(tmp_path / "proc/device-tree/model", "NVIDIA Jetson Orin NX Engineering Reference Developer Kit\0")
-    write(tmp_path / "proc/cpuinfo", "processor\t: 0\nBogoMIPS\t: 62.50")
+    write(tmp_path / "proc/cpuinfo", "processor\t: 0\nBogoMIPS\t: 62.50\nFeatures\t: fp asimd aes asimddp")
     write(tmp_path / "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic")
     for core in range(6):
-        cpufreq(tmp_path, core, "schedutil", 1984000, 1984000, 1984000)
-    gpu = tmp_path / "sys/class/devfreq/17000000.gpu"
-    for name, value in (("cur_freq", 918000000), ("min_freq", 918000000), ("max_freq", 918000000)):
-        write(gpu / name, value)
+        cpufreq(tmp_path, core, "schedutil", 1984000, 1984000)
+    write(tmp_path / "sys/class/devfreq/17000000.gpu/max_freq", 918000000)
     tool = tmp_path / "bin/nvpmodel"
     write(tool, "#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\necho 0")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    found = environment([Engine("cuda:0")], None, [timed(Clocks(1728, 1984), Clocks(612, 918))], tmp_path)
-    assert found["board"] == "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
-    assert found["jetson"] == "R36 (release), REVISION: 4.3"
-    assert found["cores"] == "8, 6 of them usable"
-    assert found["cpu clocks"] == "1728 to 1984 MHz, governor schedutil, locked"
-    assert found["gpu clocks"] == "612 to 918 of 918 MHz, locked"
-    assert found["power mode"] == "MAXN_SUPER (0)"
+    found = environment([Engine("cuda:0")], None, [timed(0, Clocks(1728, 1984), Clocks(612, 918))], tmp_path)
+    assert found.board == "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
+    assert (found.l4t, found.power_mode) == ("R36 (release), REVISION: 4.3", "MAXN_SUPER (0)")
+    assert (found.cores, found.usable_cores, found.instruction_set) == (8, 6, "asimddp")
+    assert (found.governors, found.clocks_locked) == (("schedutil",), True)
+    assert (found.gpu_clocks, found.gpu_max_mhz) == (Clocks(612, 918), 918)
 
 
-def test_clocks_are_those_of_the_timings_and_not_of_a_machine_at_rest(tmp_path: Path) -> None:
-    cpufreq(tmp_path, 0, "performance", 800000, 800000, 3500000)
-    cpufreq(tmp_path, 1, "powersave", 800000, 800000, 3500000)
-    latencies = [timed(Clocks(3100, 3400)), timed(Clocks(2900, 3300)), timed()]
-    told = environment(latencies=latencies, root=tmp_path)["cpu clocks"]
-    assert told == "2900 to 3400 MHz, governor performance, powersave"
-    assert environment(latencies=[timed()], root=tmp_path)["cpu clocks"] == "governor performance, powersave"
+def test_clocks_are_those_of_the_timings(tmp_path: Path) -> None:
+    cpufreq(tmp_path, 0, "performance", 800000, 3500000)
+    cpufreq(tmp_path, 1, "powersave", 800000, 3500000)
+    latencies = [timed(cpu=Clocks(3100, 3400)), timed(cpu=Clocks(2900, 3300)), timed()]
+    found = environment(latencies=latencies, root=tmp_path)
+    assert (found.cpu_clocks, found.governors) == (Clocks(2900, 3400), ("performance", "powersave"))
+    assert not found.clocks_locked
     assert not clocks_are_locked(tmp_path)
+    assert environment(latencies=[timed()], root=tmp_path).cpu_clocks is None
 
 
-def test_a_processor_by_name(tmp_path: Path) -> None:
-    write(tmp_path / "proc/cpuinfo", "processor\t: 0\nmodel name\t: AMD EPYC\nprocessor\t: 1\nmodel name\t: AMD EPYC")
-    assert environment(root=tmp_path)["processor"] == "AMD EPYC"
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("sse2 avx avx2", "avx2"), ("avx2 avx512f avx512_vnni", "avx512_vnni"), ("avx2 avx_vnni", "avx_vnni")],
+)
+def test_the_instruction_set(flags: str, name: str, tmp_path: Path) -> None:
+    write(tmp_path / "proc/cpuinfo", f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}")
+    assert instruction_set(tmp_path) == name
+    assert environment(root=tmp_path).cpu == "AMD EPYC"
 
 
 @pytest.mark.parametrize(
@@ -100,32 +113,61 @@ def test_a_processor_by_name(tmp_path: Path) -> None:
         ("", {}, 6),
     ],
 )
-def test_cores_that_may_be_used(
-    cgroup: str, files: dict[str, object], cores: float, tmp_path: Path, eight_cores: None
-) -> None:
+def test_usable_cores(cgroup: str, files: dict[str, object], cores: float, tmp_path: Path, eight_cores: None) -> None:
     write(tmp_path / "proc/self/cgroup", cgroup)
     for name, content in files.items():
         write(tmp_path / "sys/fs/cgroup" / name, content)
     assert usable_cores(tmp_path) == cores
 
 
-def test_threads_are_those_that_were_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_the_engines_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module._THREAD_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    engines = [Engine("cpu", "torch", 3), Engine("cpu", threads=2), Engine("cuda:0", "tensorrt")]
-    engines.append(Engine("cuda:0", "onnxruntime-tensorrt"))
-    assert environment(engines)["threads"] == "OMP_NUM_THREADS=3, torch 3, onnxruntime 2"
-    assert environment([Engine("cpu")])["threads"] == "OMP_NUM_THREADS=3, onnxruntime by default"
+    found = environment([Engine("cpu", "torch", 3), Engine("cpu"), Engine("cuda:0", "tensorrt")])
+    assert found.thread_settings == {"OMP_NUM_THREADS": "3"}
+    assert found.threads == {"torch": 3, "onnxruntime": None}
 
 
-def test_the_gpu_is_that_of_any_model_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_gpu_that_a_model_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gpu:
-        name, driver, most_mhz = "NVIDIA H100", "580.65.06", 1980
+        name, driver, max_mhz = "NVIDIA H100", "580.65.06", 1980
 
     monkeypatch.setattr(module, "open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
     engines = [Engine("cpu", "torch"), Engine("cuda:1"), Engine("cuda:0")]
     found = environment(engines, latencies=[timed(), timed(gpu=Clocks(1410, 1755))])
-    assert (found["gpu"], found["gpu clocks"]) == ("NVIDIA H100, driver 580.65.06", "1410 to 1755 of 1980 MHz")
-    assert environment(engines)["gpu clocks"] == "at most 1980 MHz"
-    assert "gpu" not in environment(engines[:1])
+    assert (found.gpu, found.driver, found.gpu_max_mhz) == ("NVIDIA H100", "580.65.06", 1980)
+    assert found.gpu_clocks == Clocks(1410, 1755)
+    assert environment(engines[:1]).gpu is None
+
+
+def test_a_quiet_machine(tmp_path: Path) -> None:
+    assert noise_warnings([timed(0.02), timed(0.14)], QUIET, tmp_path) == []
+    assert noise_warnings([]) == []
+
+
+def test_a_busy_machine(tmp_path: Path) -> None:
+    (found,) = noise_warnings([timed()], MachineState(3.2, 2, None), tmp_path)
+    assert (found.kind, found.value, found.limit) == (WarningKind.BUSY, 3.2, 1.0)
+    assert not noise_warnings([timed()], MachineState(3.2, 64, None), tmp_path)
+    assert not noise_warnings([timed()], MachineState(None, 2, None), tmp_path)
+    write(tmp_path / "proc/loadavg", "7.25 3.10 1.00 3/120 4711")  # much ran a minute ago; now two others do
+    assert machine_state(tmp_path).load == 2
+
+
+def test_noisy_timings(tmp_path: Path) -> None:
+    (found,) = noise_warnings([timed(0.02), timed(0.2), timed(0.31)], QUIET, tmp_path)
+    assert (found.kind, found.value, found.limit, found.count, found.total) == (WarningKind.NOISY, 0.31, 0.15, 2, 3)
+
+
+def test_throttling(tmp_path: Path) -> None:
+    write(tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", 3)
+    write(tmp_path / "sys/class/hwmon/hwmon2/oc1_event_cnt", 1)
+    before = replace(machine_state(tmp_path), load=0.0)
+    assert before.throttle_events == 4
+    assert noise_warnings([timed()], before, tmp_path) == []
+    write(tmp_path / "sys/class/hwmon/hwmon2/oc1_event_cnt", 3)
+    hot = [timed(slowed_by=(Throttle.TEMPERATURE,)), timed(), timed(slowed_by=(Throttle.POWER_LIMIT,))]
+    (found,) = noise_warnings([*hot, *hot], before, tmp_path)
+    assert (found.kind, found.count) == (WarningKind.THROTTLED, 2)
+    assert found.slowed_by == (Throttle.TEMPERATURE, Throttle.POWER_LIMIT)
