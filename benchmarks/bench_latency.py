@@ -1,11 +1,11 @@
-"""Is what `pmm bench` says of latency true, and does it say the same twice?
+"""Compare the latency that `pmm bench` reports with a direct loop over ONNX Runtime, and with itself.
 
     python benchmarks/bench_latency.py [--backbone resnet50] [--batch 1,8] [--rounds 5] [--json]
 
-Held against a direct loop over ONNX Runtime's own session, as onnxruntime_perf_test has it: the same file, the same
-input, run after run. In each round the bench measures, then the loop, then the bench again, so that drift of the
-machine hits both alike, each time with a session of its own. Exit code 1 where the medians differ from the loop's by
-more than 3 %, or one measurement of the bench from the next by more than 5 %, in the middle one of the rounds.
+The direct loop is that of onnxruntime_perf_test: the same file, the same input, run after run. In each round the bench
+measures, then the loop, then the bench again, each with its own session, so that drift of the machine affects both
+alike. The exit code is 1 if, in the median of the rounds, the bench differs from the loop by more than 3 % or from
+itself by more than 5 %.
 
 The weights are random: latency does not depend on them.
 """
@@ -26,31 +26,31 @@ import onnxruntime
 from inference import HEIGHT, WIDTH, random_checkpoint
 from machine import machine
 
-from pmm_edge.bench import measure_latency
+from pmm_edge.bench.timing import measure_latency
 from pmm_edge.export import export_onnx
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 
-MOST_FROM_LOOP, MOST_FROM_SELF = 0.03, 0.05
+MAX_FROM_LOOP, MAX_FROM_SELF = 0.03, 0.05
 RUNS, SECONDS = 50, 2.0
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Median milliseconds of the rounds, and how far they are apart."""
+    """Median milliseconds over the rounds, and their differences."""
 
     batch: int
     loop_ms: float
     bench_ms: float
     from_loop: float
-    """The middle one of the rounds' departures from the loop; below 0 where the bench is faster."""
+    """Median relative difference from the loop; negative if the bench is faster."""
     from_self: float
-    """The middle one of the departures of two measurements of the bench."""
+    """Median relative difference between two measurements of the bench."""
     from_self_worst: float
 
     @property
-    def held(self) -> bool:
-        return abs(self.from_loop) <= MOST_FROM_LOOP and self.from_self <= MOST_FROM_SELF
+    def passed(self) -> bool:
+        return abs(self.from_loop) <= MAX_FROM_LOOP and self.from_self <= MAX_FROM_SELF
 
 
 def agreement(onnx: Path, crops: np.ndarray, batch: int, rounds: int) -> Agreement:
@@ -102,14 +102,14 @@ def main() -> None:
     else:
         print(where)
         print(f"PMM {arguments.backbone} {HEIGHT}×{WIDTH}, FP32, CPU, medians of {arguments.rounds} rounds")
-        print("batch   direct loop ms   pmm bench ms   departure   of two benches (worst)")
+        print("batch   direct loop ms   pmm bench ms   difference   of two benches (worst)")
         for one in found:
             print(
                 f"{one.batch:5d}   {one.loop_ms:14.2f}   {one.bench_ms:12.2f}   {one.from_loop:+9.1%}"
                 f"   {one.from_self:14.1%} ({one.from_self_worst:.1%})"
             )
-        print(f"allowed {' ' * 33} ±{MOST_FROM_LOOP:.1%}   {MOST_FROM_SELF:14.1%}")
-    if not all(one.held for one in found):
+        print(f"limits  {' ' * 33} ±{MAX_FROM_LOOP:.1%}   {MAX_FROM_SELF:14.1%}")
+    if not all(one.passed for one in found):
         sys.exit(1)
 
 
