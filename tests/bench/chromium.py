@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through a pipe in the DevTools protocol: what a person and a screen reader get."""
+"""A headless Chromium, controlled through a pipe with the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def find_chromium() -> str | None:
-    """The browser that `CHROMIUM` names, else the first on the path."""
+    """Return the browser in the variable CHROMIUM, else the first one on the path."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -33,11 +33,11 @@ class Page:
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Log", "Runtime", "Accessibility"):
+        for domain in ("Page", "Network", "Log", "Runtime"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Ask the browser and wait for its answer; events that come before it are kept."""
+        """Send a command and return its result; events received before are kept."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": params}
         if self._session:
@@ -52,7 +52,7 @@ class Page:
         return result
 
     def open(self, path: Path, width: int, height: int, dark: bool = False) -> None:
-        """Show a file in a window of this size; `events` then holds what happened meanwhile."""
+        """Load a file in a window of this size; `events` then holds the events of loading."""
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
@@ -64,7 +64,7 @@ class Page:
             self.events.append(self._message())
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives; the browser's own, which a page's policy does not hold back."""
+        """Return the value of a JavaScript expression, which the page's policy does not block."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
@@ -74,20 +74,11 @@ class Page:
     def pdf(self) -> bytes:
         return base64.b64decode(self.call("Page.printToPDF", printBackground=True, paperWidth=8.27)["data"])
 
-    def accessible(self) -> list[tuple[str, str]]:
-        """Role and name of everything in the accessibility tree that is not ignored, in its order."""
-        nodes = self.call("Accessibility.getFullAXTree")["nodes"]
-        return [
-            (str(node["role"]["value"]), str(node.get("name", {}).get("value", "")))
-            for node in nodes
-            if not node["ignored"]
-        ]
-
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._left:
             part = os.read(self._receive.fileno(), 1 << 20)
             if not part:
-                raise RuntimeError("the browser ended")
+                raise RuntimeError("the browser stopped")
             self._left += part
         message, _, self._left = self._left.partition(b"\0")
         parsed: dict[str, Any] = json.loads(message)
@@ -96,11 +87,11 @@ class Page:
 
 @contextmanager
 def chromium(binary: str, profile: Path) -> Iterator[Page]:
-    """A tab of a new browser, which is ended afterwards, its children with it."""
+    """Start a browser with one tab; stop it and its children afterwards."""
     to_read, send = os.pipe()
     receive, to_write = os.pipe()
 
-    def pipes_as_three_and_four() -> None:  # where --remote-debugging-pipe looks for them
+    def pipes_as_three_and_four() -> None:  # --remote-debugging-pipe expects them there
         os.dup2(to_read, 60)
         os.dup2(to_write, 61)
         os.dup2(60, 3)

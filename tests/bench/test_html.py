@@ -74,35 +74,34 @@ def bare(model: ModelReport) -> ModelReport:
     return replace(model, **nothing, cmc=[], latency=[], invariants=[])
 
 
-def test_sections_are_those_that_were_measured(tmp_path: Path) -> None:
-    report = sample_report(tmp_path)
-    page = Parsed(render(report, [Picture("Attention", "Grad-CAM", Image.new("RGB", (40, 20)))]))
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    picture = Picture("Attention", "Grad-CAM", Image.new("RGB", (40, 20)))
+    return render(sample_report(tmp_path_factory.mktemp("data")), [picture])
+
+
+def test_sections_are_those_that_were_measured(text: str, tmp_path: Path) -> None:
+    page = Parsed(text)
     measured = ["models", "parity", "retrieval", "first-matches", "speed", "pictures", "environment"]
     assert page.sections() == measured
     assert [link["href"] for link in page.all("a")[1:]] == [f"#{name}" for name in measured]
     assert len(page.all("table")) == 11
-    report = replace(
-        report, reference=bare(report.reference), models=[bare(model) for model in report.models], complete=False
-    )
-    page = Parsed(render(report))
+    report = sample_report(tmp_path)
+    page = Parsed(render(replace(report, reference=bare(report.reference), models=[*map(bare, report.models)])))
     assert page.sections() == ["models", "parity", "environment"]
     assert not page.all("figure")
 
 
-@pytest.mark.parametrize("text", ["<script>alert(1)</script>.jpg", "\"'><img src=x onerror=alert(1)>&amp;", "</style>"])
-def test_no_text_of_a_report_becomes_markup(text: str, tmp_path: Path) -> None:
-    report = sample_report(tmp_path)
-    expected = {tag for tag, _ in Parsed(render(report)).elements}
-    page = Parsed(render(hostile(report, text)))
-    assert text in page.text
-    assert not page.all("script")
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>.jpg", "\"'><img src=x onerror=alert(1)>&amp;</style>"])
+def test_no_text_of_a_report_becomes_markup(name: str, text: str, tmp_path: Path) -> None:
+    page = Parsed(render(hostile(sample_report(tmp_path), name)))
+    assert name in page.text
     assert len(page.all("style")) == 1
-    assert {tag for tag, _ in page.elements} <= expected
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in Parsed(text).elements} - {"script"}
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
 
 
-def test_the_page_is_self_contained(tmp_path: Path) -> None:
-    text = render(sample_report(tmp_path), [Picture("Maps", "three stages", Image.new("RGB", (40, 20)))])
+def test_the_page_is_self_contained(text: str) -> None:
     page = Parsed(text)
     links = [value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")]
     assert links
@@ -113,8 +112,8 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_charts_and_tables_are_accessible(tmp_path: Path) -> None:
-    page = Parsed(render(sample_report(tmp_path)))
+def test_charts_and_tables_are_accessible(text: str) -> None:
+    page = Parsed(text)
     assert len([element for element in page.all("div") if element.get("role") == "img" and element["aria-label"]]) == 5
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -127,14 +126,14 @@ def test_charts_and_tables_are_accessible(tmp_path: Path) -> None:
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
-def test_charts_are_reproducible_and_survive_values_that_are_not_finite(tmp_path: Path) -> None:
+def test_charts_are_reproducible_and_values_may_be_nan(tmp_path: Path) -> None:
     report, nan = sample_report(tmp_path), float("nan")
-    assert charts(report) == charts(report)
     parity = report.models[0].parity
     assert isinstance(parity, Parity)
     latency = [replace(own, p90_ms=nan, ratio=nan) for own in report.models[0].latency]
     broken = replace(report.models[0], parity=replace(parity, cosine_quantiles=[nan] * 101), latency=latency)
     drawn = charts(replace(report, models=[broken]))
+    assert drawn == charts(replace(report, models=[broken]))
     assert drawn.keys() == {"cosine", "cmc", "accuracy", "latency", "end_to_end"}
     assert not any(re.search(r' d="[^"]*(nan|inf)', chart.svg) for chart in drawn.values())
 
@@ -159,10 +158,10 @@ def test_a_cmc_plot_is_a_picture(tmp_path: Path) -> None:
         save_cmc_plot(tmp_path / "cmc.pdf", "CMC", curves)
 
 
-def test_changed_first_matches_are_shown_up_to_a_limit(tmp_path: Path) -> None:
-    page = Parsed(render(sample_report(tmp_path)))
+def test_changed_first_matches_are_shown_up_to_a_limit(text: str) -> None:
+    page = Parsed(text)
     shown = [figure.get("class") for figure in page.all("figure") if figure.get("class") in ("", "right", "wrong")]
-    assert len(shown) == len(page.all("img")) == 3 * (2 + MAX_HITS)
+    assert len(shown) == 3 * (2 + MAX_HITS)
     assert shown[:6] == ["", "right", "wrong", "", "right", "right"]
 
 
@@ -174,14 +173,15 @@ def test_only_images_inside_the_data_set_are_opened(tmp_path: Path) -> None:
     change = report.models[1].retrieval_change
     assert change is not None
     hits = [FirstHit(inside, outside, True, escaping, False), FirstHit("gone.jpg", "/a/b.jpg", True, "text.jpg", False)]
-    changed = replace(report.models[1], retrieval_change=replace(change, first_hits=hits))
-    page = Parsed(render(replace(report, models=[changed])))
+    changed = replace(bare(report.models[1]), retrieval_change=replace(change, first_hits=hits))
+    page = Parsed(render(replace(report, reference=bare(report.reference), models=[changed])))
     assert len(page.all("img")) == 1
     assert all(name in page.text for name in ("gone.jpg", "b.jpg", "text.jpg"))
 
 
 def test_paths_that_are_not_utf_8_and_folders_that_are_not_writable(tmp_path: Path) -> None:
-    report = replace(passing_report(tmp_path), data="caf\udce9")
+    report = passing_report(tmp_path)
+    report = replace(report, reference=bare(report.reference), models=[], data="caf\udce9")
     write_html(report, tmp_path / "report.html")
     assert "caf?" in (tmp_path / "report.html").read_text()
     (tmp_path / "file").write_text("")
@@ -258,13 +258,3 @@ def test_text_and_lines_have_contrast_in_light_and_dark(dark: bool, browser: Pag
     assert len(strokes) >= 5
     assert min(contrast(stroke, card) for stroke in strokes) >= 3
     assert contrast(color("svg text", "fill"), card) >= 4.5
-
-
-def test_a_screen_reader_gets_headings_charts_and_tables(browser: Page, written: Path) -> None:
-    browser.open(written, 1280, 900)
-    tree = browser.accessible()
-    assert {"banner", "main", "navigation", "contentinfo"} <= {role for role, _ in tree}
-    names = [name for role, name in tree if role in ("heading", "region", "image", "img")]
-    assert names
-    assert all(names)
-    assert {("rowheader", "model-bgr.onnx"), ("columnheader", "result"), ("heading", "Parity")} <= set(tree)
