@@ -9,17 +9,18 @@ crops of 384×128 to embeddings, in one run; the ratios are what carries over to
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from pmm_edge.bench import measure_latency
 from pmm_edge.bench.environment import environment
+from pmm_edge.bench.tables import environment_rows
+from pmm_edge.bench.timing import measure_latency
 from pmm_edge.data.synthetic import SyntheticConfig, cached_synthetic
 from pmm_edge.export import Int8, export_onnx
+from pmm_edge.files import encode_json
 from pmm_edge.model import Checkpoint, build_model, save_checkpoint
 from pmm_edge.runtime import load
 from pmm_edge.spec import InputSpec, ModelSpec
@@ -74,9 +75,9 @@ def main() -> None:
 
     where = environment(embedders)
     if arguments.json:
-        print(json.dumps({"environment": where, "backbone": arguments.backbone, "results": results}, indent=2))
+        print(encode_json({"environment": where, "backbone": arguments.backbone, "results": results}), end="")
         return
-    print("; ".join(f"{name} {value}" for name, value in where.items()))
+    print("; ".join(f"{name} {value}" for name, value in environment_rows(where)))
     print(f"PMM {arguments.backbone} {HEIGHT}x{WIDTH}, CPU, median ms of interleaved runs (p90)")
     print("batch       PyTorch eager           ONNX FP32       ONNX INT8 cpu   FP32/eager   INT8/FP32")
     for result in results:

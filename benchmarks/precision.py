@@ -18,13 +18,15 @@ from pathlib import Path
 from inference import random_checkpoint
 from machine import machine
 
-from pmm_edge.bench import compare, evaluate_embeddings, measure_latency
+from pmm_edge.bench.parity import compare
+from pmm_edge.bench.timing import measure_latency
 from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import SyntheticConfig, cached_synthetic
 from pmm_edge.export import Fp16, Int8, export_onnx
 from pmm_edge.images import evenly, read_crops
 from pmm_edge.runs import BEST, about_run
 from pmm_edge.runtime import embed_files, load
+from pmm_edge.runtime.embed_files import EmbeddedDataset
 from pmm_edge.spec import describe_precision
 
 SMALL_SET = SyntheticConfig(train_identities=16, test_identities=8)
@@ -82,7 +84,7 @@ def main() -> None:
             name: embed_files(embedder, paths, report=told).embeddings for name, embedder in embedders.items()
         }
         base = embeddings["PyTorch eager"]
-        base_map = evaluate_embeddings(base, dataset).mAP if whole else float("nan")
+        base_map = EmbeddedDataset(dataset, base).evaluate().mAP if whole else float("nan")
         its_map = f"; its mAP is {100 * base_map:.2f}" if whole else ""
         print(f"\ncloseness to PyTorch on {len(paths)} images of query and gallery{its_map}")
         print("                 cosine mean    cosine min" + ("    mAP drop, points" if whole else ""))
@@ -90,7 +92,7 @@ def main() -> None:
             parity = compare(base, embeddings[name], paths)
             line = f"{name:13}  {parity.whole.cosine_mean:12.7f}  {parity.whole.cosine_min:12.7f}"
             if whole:
-                line += f"  {100 * (base_map - evaluate_embeddings(embeddings[name], dataset).mAP):10.3f}"
+                line += f"  {100 * (base_map - EmbeddedDataset(dataset, embeddings[name]).evaluate().mAP):10.3f}"
             print(line)
 
         crops = read_crops(paths[:8], spec.input.height, spec.input.width)

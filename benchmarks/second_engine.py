@@ -15,10 +15,11 @@ import openvino
 from machine import machine
 from precision import told
 
-from pmm_edge.bench import compare, evaluate_embeddings
+from pmm_edge.bench.parity import compare
 from pmm_edge.data.dataset import scan
 from pmm_edge.images import Pixels, evenly, network_input
 from pmm_edge.runtime import Embedder, embed_files, load
+from pmm_edge.runtime.embed_files import EmbeddedDataset
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embeddings
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 
     print(machine("onnxruntime-gpu", "onnxruntime", "openvino"))
     base = embed_files(load(arguments.models[0], "cpu"), paths, report=told).embeddings
-    base_map = evaluate_embeddings(base, dataset).mAP if whole else None
+    base_map = EmbeddedDataset(dataset, base).evaluate().mAP if whole else None
     its_map = f"; its mAP is {100 * base_map:.2f}" if base_map else ""
     print(
         f"closeness to {arguments.models[0].name} in ONNX Runtime on {len(paths)} images of query and gallery{its_map}"
@@ -62,7 +63,7 @@ def main() -> None:
         closeness = compare(base, embeddings, paths).whole
         line = f"{path.name:28}  {closeness.cosine_mean:11.7f}  {closeness.cosine_min:12.7f}"
         if base_map:
-            line += f"  {100 * (evaluate_embeddings(embeddings, dataset).mAP - base_map):+12.3f}"
+            line += f"  {100 * (EmbeddedDataset(dataset, embeddings).evaluate().mAP - base_map):+12.3f}"
         print(line, flush=True)
 
 

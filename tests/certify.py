@@ -14,23 +14,22 @@ from pmm_edge.spec import RetrievalFigures
 
 def model_report(path: Path) -> ModelReport:
     """The report of a model that passed."""
-    change = Change(-0.0004, -0.001, 0.0)
+    change, figures = Change(-0.0004, -0.001, 0.0), RetrievalFigures(0.62, 0.462, 0.2, 0.4)
     return ModelReport(
         path=path.name,
         sha256=sha256(path),
         file_bytes=path.stat().st_size,
         precision="fp32",
         embedding_size=8,
+        gflops=None,
+        parameters=None,
         backend="onnxruntime",
         device="cpu",
         gates=Gates(),
-        invariants=[],
-        parity=Parity(24, Closeness(0.99995, 1.0, 1.0, 1e-5, 1e-6, ""), {}, [1.0] * 101),
-        retrieval=RetrievalFigures(0.62, 0.462, 0.2, 0.4),
-        cmc=[],
-        retrieval_change=RetrievalChange(change, change, change, 12, []),
+        parity=Parity(24, Closeness(0.99995, 1.0, 1.0, 1e-5, 1e-6, ""), {}, [1.0] * 101, 1.0, 1.0, ""),
+        retrieval=figures,
+        retrieval_change=RetrievalChange(change, change, change, 12, [], figures),
         latency=[Latency(1, "model", False, 50, 7.94, 8.5, 9.0, 0.03, 126.6, 0.3, 0.29, 0.31)],
-        failures=[],
     )
 
 
@@ -49,7 +48,7 @@ def certify(model: Path, **changes: object) -> Certificate:
         data_sha256="1" * 64,
         images=24,
         report=msgspec.to_builtins(model_report(model)),
-        environment={"processor": "AMD EPYC"},
+        environment={"cpu": "AMD EPYC"},
         warnings=[],
         created="2026-11-22T20:00:00+00:00",
         pmm_edge="0.1.0",

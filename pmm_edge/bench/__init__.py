@@ -1,20 +1,7 @@
-"""Prove that an export retrieves the same people as its checkpoint, and measure how fast."""
+"""Compare exported models with their reference, and measure how fast they are."""
 
-from pmm_edge.bench.parity import compare, evaluate_embeddings
-from pmm_edge.bench.pipeline import Options, bench
-from pmm_edge.bench.report import AskedGates, BenchReport, Gates, Latency, ModelReport, Parity
-from pmm_edge.bench.timing import measure_latency
+from pmm_edge.bench.parity import GateOverrides
+from pmm_edge.bench.pipeline import BenchResult, bench
+from pmm_edge.bench.report import BenchReport, ModelReport, read_report
 
-__all__ = [
-    "AskedGates",
-    "BenchReport",
-    "Gates",
-    "Latency",
-    "ModelReport",
-    "Options",
-    "Parity",
-    "bench",
-    "compare",
-    "evaluate_embeddings",
-    "measure_latency",
-]
+__all__ = ["BenchReport", "BenchResult", "GateOverrides", "ModelReport", "bench", "read_report"]

@@ -14,7 +14,7 @@ from pmm_edge.bench.sentences import describe_warning
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import data_sha256, read
 from pmm_edge.errors import ModelError, OutputError, PmmError
-from pmm_edge.files import sha256
+from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.runtime import load
 from pmm_edge.runtime.certificate import Certificate, certificate_path, check_certificate
 from pmm_edge.runtime.manifest import manifest_path, read_manifest
@@ -124,6 +124,15 @@ def _without_paths(model: ModelReport) -> ModelReport:
         ),
         retrieval_change=replace(change, first_hits=[]),
     )
+
+
+def report_of(certificate: Certificate) -> ModelReport:
+    """Return the model's report that a certificate holds.
+
+    Raises:
+        ModelError: it is not a report of this version.
+    """
+    return decode_json(ModelReport, encode_json(certificate.report), f"the report on {certificate.model}", ModelError)
 
 
 def _name(path: Path) -> str:

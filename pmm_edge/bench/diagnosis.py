@@ -176,9 +176,7 @@ def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Depa
     right = _Graph(*_reference_graph(reference, model.spec), image)
     points = list(_points(own, right, _matched(own, right)))
     if not points:
-        raise ModelError(
-            f"--explain: the graphs of {model.path} and {reference.path} have nothing in common", remedy
-        )
+        raise ModelError(f"--explain: the graphs of {model.path} and {reference.path} have nothing in common", remedy)
     max_loss = MAX_LOSS[model.spec.precision]
     at_fault = next((point for point in points if point.lost > max(max_loss, FACTOR * (1 - point.before))), None)
     point = at_fault or max(points, key=lambda point: point.lost)

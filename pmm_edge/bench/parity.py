@@ -1,21 +1,74 @@
-"""How far a model's embeddings depart from its reference's: of the whole embedding, and of each stage's slice."""
+"""Parity: how far a model's embeddings and its retrieval are from the reference, and whether its gates allow that."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.bench.report import QUANTILES, Change, Closeness, FirstHit, Gates, Parity, RetrievalChange
+from pmm_edge.bench.report import (
+    QUANTILES,
+    BenchWarning,
+    Change,
+    Closeness,
+    Failure,
+    FailureKind,
+    FirstHit,
+    Gates,
+    Parity,
+    RetrievalChange,
+    WarningKind,
+)
 from pmm_edge.console import Report, about, silent
 from pmm_edge.data.dataset import ReidDataset
+from pmm_edge.errors import PmmError
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.distances import cosines, finite_rows
 from pmm_edge.runtime.embed_files import EmbeddedDataset
 from pmm_edge.runtime.embedder import Embeddings
+
+DEFAULT_GATES = {
+    "fp32": Gates(),
+    "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999, max_stretch=1.01),
+    "int8": Gates(min_cosine=0.95, max_map_drop=0.5, min_mean_cosine=0.99, max_stretch=1.1),
+}
+"""By precision. Rounding to 8 bits moves single embeddings, so INT8 is judged by the mean cosine and mAP."""
+
+
+@dataclass(frozen=True)
+class GateOverrides:
+    """Gates that apply to all models; None keeps the default of each model's precision.
+
+    Raises:
+        PmmError: a value is out of range.
+    """
+
+    min_cosine: float | None = None
+    min_mean_cosine: float | None = None
+    max_map_drop: float | None = None
+    max_stretch: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("min_cosine", -1.0, 1.0),
+            ("min_mean_cosine", -1.0, 1.0),
+            ("max_map_drop", 0.0, 100.0),
+            ("max_stretch", 1.0, 1e6),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise PmmError(f"the gate {name} is {value:g}", f"Choose a value from {low:g} to {high:g}")
+
+    def gates(self, precision: str) -> Gates:
+        """Return the gates of a model of this precision."""
+        return replace(DEFAULT_GATES[precision], **{k: v for k, v in vars(self).items() if v is not None})
+
+
+# Closeness of embeddings
 
 
 def compare(
@@ -27,18 +80,18 @@ def compare(
     """Compare two models' embeddings of the same images.
 
     Args:
-        reference: (N, D), finite, N >= 1.
-        candidate: (N, D).
-        paths: of the N images.
-        stages: the slice [start, stop) of the embedding that each stage fills; of one stage the whole says it all.
+        reference: (N, D) float32, finite, N >= 1.
+        candidate: (N, D) float32. Rows that are not finite have cosine 0.
+        paths: the N images.
+        stages: the slice [start, stop) of each stage; a single stage is not reported separately.
     """
     whole, stretch = cosines(reference, candidate), _stretch(reference, candidate)
     slices = stages if stages and len(stages) > 1 else {}
     return Parity(
         images=len(paths),
-        whole=closeness(reference, candidate, paths),
+        whole=_closeness(reference, candidate, paths),
         stages={
-            name: closeness(reference[:, start:stop], candidate[:, start:stop], paths)
+            name: _closeness(reference[:, start:stop], candidate[:, start:stop], paths)
             for name, (start, stop) in slices.items()
         },
         cosine_quantiles=[float(value) for value in np.quantile(whole, np.linspace(0, 1, QUANTILES))],
@@ -48,45 +101,153 @@ def compare(
     )
 
 
-def closeness(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path]) -> Closeness:
-    """The figures of one slice; arguments as of `compare`."""
+def _closeness(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path]) -> Closeness:
     cosine = cosines(reference, candidate)
-    difference, relative = _differences(reference.astype(np.float64), candidate.astype(np.float64))
+    difference, relative = differences(reference, candidate)
     return Closeness(
         cosine_min=float(cosine.min()),
         cosine_p1=float(np.percentile(cosine, 1)),
         cosine_mean=float(cosine.mean()),
-        largest_difference=float(difference.max()),
-        largest_relative=float(relative.max()),
+        largest_difference=_finite(difference.max()),
+        largest_relative=_finite(relative.max()),
         worst_image=str(paths[int(cosine.argmin())]),
     )
 
 
-def relative_differences(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
-    """Of each row the largest difference as a share of the reference row's largest value, (N, D), (N, D) -> (N,).
+def differences(reference: Embeddings, candidate: Embeddings) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return each row's largest absolute difference, and that relative to the row's largest reference value.
 
-    Infinite where one of the two is not finite.
+    Args:
+        reference, candidate: (N, D).
+
+    Returns:
+        Two (N,) arrays, infinite where either row is not finite.
     """
-    return _differences(reference.astype(np.float64), candidate.astype(np.float64))[1]
-
-
-def _stretch(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
-    """Of each row its length over the reference row's, (N, D), (N, D) -> (N,); 1 where either has none."""
-    rows = finite_rows(candidate)
-    expected, actual = (np.linalg.norm(rows_.astype(np.float64), axis=1) for rows_ in (reference, candidate))
-    there = rows & (expected > 0) & (actual > 0)
-    return np.divide(actual, expected, out=np.ones(len(rows)), where=there)
-
-
-def _differences(
-    expected: NDArray[np.float64], actual: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The largest of each row, and its share of the largest expected value of the row; infinite where not finite."""
+    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
     finite = finite_rows(actual) & finite_rows(expected)
     expected, actual = (np.where(finite[:, None], rows, 0.0) for rows in (expected, actual))
     difference = np.where(finite, np.abs(actual - expected).max(axis=1), np.inf)
     largest = np.abs(expected).max(axis=1)
     return difference, np.divide(difference, largest, out=difference.copy(), where=largest > 0)
+
+
+def _stretch(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
+    """Return the ratio of each row's length to the reference, (N,); 1 where a row is zero or not finite."""
+    finite = finite_rows(candidate)
+    expected, actual = (np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (reference, candidate))
+    valid = finite & (expected > 0) & (actual > 0)
+    return np.divide(actual, expected, out=np.ones(len(finite)), where=valid)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def parity_failures(parity: Parity, gates: Gates) -> list[Failure]:
+    """Return the gates on cosine and length that a model fails.
+
+    Cosine does not depend on the length of an embedding, but Euclidean distances and thresholds on them do.
+    """
+    whole, failures = parity.whole, []
+    if not whole.cosine_min >= gates.min_cosine:
+        failures.append(Failure(FailureKind.COSINE, whole.cosine_min, gates.min_cosine, whole.worst_image))
+    if not whole.cosine_mean >= gates.min_mean_cosine:
+        failures.append(Failure(FailureKind.MEAN_COSINE, whole.cosine_mean, gates.min_mean_cosine))
+    if not 1 / gates.max_stretch <= parity.shortest <= parity.longest <= gates.max_stretch:
+        worst = parity.longest if parity.longest * parity.shortest >= 1 else parity.shortest
+        failures.append(Failure(FailureKind.LENGTH, worst, gates.max_stretch, parity.stretched_image))
+    return failures
+
+
+# Change of retrieval, and how certain it is
+
+RESAMPLES = 2000
+SEED = 0
+"""Fixed, so that the same embeddings give the same interval."""
+_RESAMPLES_AT_ONCE = 100  # 10 MB for 11,659 queries, the largest public data set
+
+
+def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> RetrievalChange:
+    """Compare a model's retrieval with the reference, query by query."""
+    rank1, mean_ap, mean_inp = paired_changes((_per_query(candidate) - _per_query(reference)).T)
+    return RetrievalChange(
+        rank1=rank1,
+        mAP=mean_ap,
+        mINP=mean_inp,
+        queries=reference.valid_queries,
+        first_hits=_first_hits(reference, candidate, dataset),
+        reference=reference.figures(),
+    )
+
+
+def _per_query(result: RetrievalResult) -> NDArray[np.float64]:
+    """Return (3, valid queries): whether the first hit is correct, average precision, inverse negative penalty."""
+    valid = result.first_match_rank > 0
+    return np.stack([result.first_match_rank == 1, result.average_precision, result.inverse_penalty])[:, valid]
+
+
+def paired_changes(differences: NDArray[np.float64]) -> list[Change]:
+    """Return the mean of each column with its 95 % percentile interval of a bootstrap over rows (Efron, 1979).
+
+    The same rows are drawn for all columns. Rows are differences between two models on one query, so that the
+    difficulty of a query cancels out.
+
+    Args:
+        differences: (queries, figures), finite, at least one query.
+    """
+    random, count = np.random.default_rng(SEED), len(differences)
+    means = []
+    for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):
+        rows = random.integers(0, count, (min(_RESAMPLES_AT_ONCE, RESAMPLES - start), count), dtype=np.int32)
+        means.append(np.stack([column[rows].mean(axis=1) for column in differences.T], axis=1))
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0)
+    return [Change(*map(float, figures)) for figures in zip(differences.mean(axis=0), low, high, strict=True)]
+
+
+def _first_hits(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> list[FirstHit]:
+    """Return the queries whose first hit changed, those that became wrong first."""
+    query, gallery = dataset.query, dataset.gallery
+
+    def hit(index: int, number: int) -> tuple[str, bool]:
+        if index < 0:
+            return "", False
+        return str(gallery.paths[index]), bool(gallery.pids[index] == query.pids[number])
+
+    changed = np.flatnonzero((reference.top1 != candidate.top1) & (reference.first_match_rank > 0))
+    hits = [
+        FirstHit(str(query.paths[i]), *hit(int(reference.top1[i]), i), *hit(int(candidate.top1[i]), i))
+        for i in changed.tolist()
+    ]
+    return sorted(hits, key=lambda one: int(one.model_right) - int(one.reference_right))
+
+
+def map_failure(change: RetrievalChange, gates: Gates) -> Failure | None:
+    """Return the failure of the mAP gate, or None.
+
+    A loss fails by its size and not by its interval: few queries must not make a model pass.
+    """
+    drop = -100 * change.mAP.difference
+    if drop <= gates.max_map_drop:
+        return None
+    return Failure(FailureKind.MAP_DROP, drop, gates.max_map_drop, change=change.mAP)
+
+
+def few_queries_warning(judged: Sequence[tuple[RetrievalChange, Gates]]) -> BenchWarning | None:
+    """Warn where models pass the mAP gate but the interval of the change extends beyond it.
+
+    Args:
+        judged: the change and the gates of each model, all on the same queries.
+    """
+    unsure = [
+        (-100 * change.mAP.low, gates.max_map_drop)
+        for change, gates in judged
+        if -100 * change.mAP.difference <= gates.max_map_drop < -100 * change.mAP.low
+    ]
+    if not unsure:
+        return None
+    loss, limit = max(unsure, key=lambda one: one[0] - one[1])
+    queries = judged[0][0].queries
+    return BenchWarning(WarningKind.FEW_QUERIES, value=loss, limit=limit, count=len(unsure), total=queries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,101 +281,5 @@ def judge(embedded: EmbeddedDataset, rerank: bool = False, report: Report = sile
     return rows
 
 
-def evaluate_embeddings(embeddings: Embeddings, dataset: ReidDataset) -> RetrievalResult:
-    """Evaluate embeddings of the queries followed by the gallery, (queries + gallery images, D)."""
-    return EmbeddedDataset(dataset, embeddings).evaluate()
-
-
 def _name(flip: bool, rerank: bool) -> str:
     return " + ".join(["flip"] * flip + ["re-ranking"] * rerank) or "plain"
-
-
-RESAMPLES = 2000
-SEED = 0
-"""Two runs on the same embeddings give the same interval."""
-_AT_ONCE = 100  # resamples: of 11,659 queries, the largest public set, 10 MB
-
-
-def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> RetrievalChange:
-    """A model's retrieval less its reference's, query by query."""
-    rank1, mean_ap, mean_inp = paired_changes(
-        np.stack([_per_query(candidate)[row] - _per_query(reference)[row] for row in range(3)], axis=1)
-    )
-    return RetrievalChange(
-        rank1=rank1,
-        mAP=mean_ap,
-        mINP=mean_inp,
-        queries=reference.valid_queries,
-        first_hits=first_hits(reference, candidate, dataset),
-    )
-
-
-def paired_changes(differences: NDArray[np.float64]) -> list[Change]:
-    """The mean of each column with a 95 % interval: percentiles of a bootstrap over rows (Efron, 1979).
-
-    Rows are drawn with replacement, all columns with the same rows: the queries are the sample, and both models
-    answered the same ones, so that how hard a query is cancels out.
-
-    Args:
-        differences: (queries, figures), finite, one query or more.
-    """
-    random = np.random.default_rng(SEED)
-    count = len(differences)
-    means = []
-    for start in range(0, RESAMPLES, _AT_ONCE):
-        rows = random.integers(0, count, (min(_AT_ONCE, RESAMPLES - start), count), dtype=np.int32)
-        means.append(np.stack([column[rows].mean(axis=1) for column in differences.T], axis=1))
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0)
-    return [Change(*map(float, figures)) for figures in zip(differences.mean(axis=0), low, high, strict=True)]
-
-
-def first_hits(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> list[FirstHit]:
-    """The queries that another image comes first for: those that became wrong first, those that became right last."""
-    query, gallery = dataset.query, dataset.gallery
-
-    def hit(index: int, number: int) -> tuple[str, bool]:
-        if index < 0:
-            return "", False
-        return str(gallery.paths[index]), bool(gallery.pids[index] == query.pids[number])
-
-    changed = np.flatnonzero((reference.top1 != candidate.top1) & (reference.first_match_rank > 0))
-    before, now = reference.top1.tolist(), candidate.top1.tolist()
-    hits = [
-        FirstHit(str(query.paths[number]), *hit(before[number], number), *hit(now[number], number))
-        for number in changed.tolist()
-    ]
-    return sorted(hits, key=lambda one: int(one.model_right) - int(one.reference_right))
-
-
-def few_queries(changes: Sequence[RetrievalChange], gates: Sequence[Gates] = ()) -> str | None:
-    """A warning where a model holds its gate on mAP and the queries do not show that it would on others.
-
-    Args:
-        changes: of each model, all on the same queries.
-        gates: those that each model had to hold; the usual ones where none are given.
-
-    Returns:
-        What was shown and what not; None where each interval of a model that passes lies within what its gate allows.
-    """
-    allowed = [one.max_map_drop for one in gates] or [Gates().max_map_drop] * len(changes)
-    unsure = [
-        (-100 * change.mAP.low, most)
-        for change, most in zip(changes, allowed, strict=True)
-        if -100 * change.mAP.difference <= most < -100 * change.mAP.low
-    ]
-    if not unsure:
-        return None
-    loss, most = max(unsure, key=lambda one: one[0] - one[1])
-    whose = (
-        f"mAP of {len(unsure)} of {len(changes)} models holds its gate" if len(changes) > 1 else "mAP holds its gate"
-    )
-    return (
-        f"{whose} on these {changes[0].queries:,} queries, which are too few to show that it would on others: the loss"
-        f" may be as large as {loss:.2f} points (95 % interval) where {most:g} are allowed; judge on more queries"
-    )
-
-
-def _per_query(result: RetrievalResult) -> NDArray[np.float64]:
-    """(3, valid queries): whether the first hit is right, average precision, inverse negative penalty."""
-    valid = result.first_match_rank > 0
-    return np.stack([result.first_match_rank == 1, result.average_precision, result.inverse_penalty])[:, valid]

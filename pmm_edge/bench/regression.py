@@ -207,11 +207,16 @@ def compare_reports(old: Path, new: Path) -> Comparison:
             notes.append(Note(NoteKind.NOT_COMPARED, text, _name(model)))
         findings += _figure(Metric.FILE_SIZE, model, was.file_bytes / 2**20, model.file_bytes / 2**20)
     noisy = [finding for finding in findings if finding.outcome is Outcome.NOISY]
-    notes += [Note(NoteKind.NOISY, f"{one.cells[0]} changed, but the timings are too noisy", one.model) for one in noisy]
+    notes += [
+        Note(NoteKind.NOISY, f"{one.cells[0]} changed, but the timings are too noisy", one.model) for one in noisy
+    ]
     if here and same_reference:
         notes += [
-            Note(NoteKind.REFERENCE_MOVED, f"{one.cells[0]} changed by {one.cells[3]} for the same file: the machine or"
-                 " the engine changed", one.model)
+            Note(
+                NoteKind.REFERENCE_MOVED,
+                f"{one.cells[0]} changed by {one.cells[3]} for the same file: the machine or the engine changed",
+                one.model,
+            )
             for one in findings
             if one.model == _name(now.reference) and one.metric is Metric.MEDIAN and one.outcome is not Outcome.SAME
         ]
@@ -269,11 +274,15 @@ def _by_name(report: BenchReport) -> dict[tuple[str, str, int], ModelReport]:
 def _model_notes(old: ModelReport, new: ModelReport) -> Iterator[Note]:
     name = _name(new)
     if new.failures and not old.failures:
-        yield Note(NoteKind.MODEL_FAILS, f"passed and fails now: {'; '.join(map(describe_failure, new.failures))}", name)
+        yield Note(
+            NoteKind.MODEL_FAILS, f"passed and fails now: {'; '.join(map(describe_failure, new.failures))}", name
+        )
     if old.failures and not new.failures:
         yield Note(NoteKind.MODEL_PASSES, "failed and passes now", name)
     if _engine(old) != _engine(new):
-        yield Note(NoteKind.OTHER_ENGINE, f"ran with {' on '.join(_engine(old))}, now {' on '.join(_engine(new))}", name)
+        yield Note(
+            NoteKind.OTHER_ENGINE, f"ran with {' on '.join(_engine(old))}, now {' on '.join(_engine(new))}", name
+        )
     looser = [
         f"{gate.name} {before:g} -> {now:g}"
         for gate in fields(Gates)
@@ -283,7 +292,9 @@ def _model_notes(old: ModelReport, new: ModelReport) -> Iterator[Note]:
     if looser and new.parity:
         yield Note(NoteKind.GATES_LOOSENED, f"gates were loosened: {', '.join(looser)}", name)
     lost = [
-        part for part in ("parity", "retrieval", "cold_start", "energy") if getattr(old, part) and not getattr(new, part)
+        part
+        for part in ("parity", "retrieval", "cold_start", "energy")
+        if getattr(old, part) and not getattr(new, part)
     ]
     timed = [{(one.scope, one.batch) for one in model.latency} for model in (old, new)]
     lost += [f"batch {batch}, {scope}" for scope, batch in sorted(timed[0] - timed[1])]
@@ -306,20 +317,19 @@ def _accuracy(old: ModelReport, new: ModelReport, same_reference: bool) -> Itera
         if len(intervals) == 2:
             noise = max(MIN_POINTS, 100 * math.hypot(*((one.high - one.low) / 2 for one in intervals)))
         if same_reference and old.retrieval and new.retrieval:
-            values = [100 * float(getattr(model.retrieval, name)) for model in (old, new)]
+            before, now = (100 * float(getattr(model.retrieval, name)) for model in (old, new))
         elif not same_reference and len(intervals) == 2:
-            values = [100 * one.difference for one in intervals]
+            before, now = (100 * one.difference for one in intervals)
         else:
             continue
-        moved = values[1] - values[0]
-        outcome = Outcome.SAME if abs(moved) <= noise else Outcome.BETTER if moved > 0 else Outcome.WORSE
-        yield Finding(_name(new), metric, *values, noise, outcome, less_reference=not same_reference)
+        outcome = Outcome.SAME if abs(now - before) <= noise else Outcome.BETTER if now > before else Outcome.WORSE
+        yield Finding(_name(new), metric, before, now, noise, outcome, less_reference=not same_reference)
     if old.parity and new.parity and old.parity.images == new.parity.images:
-        before, now = old.parity.whole, new.parity.whole
+        was, whole = old.parity.whole, new.parity.whole
         min_gate = max(old.gates.min_cosine, new.gates.min_cosine)  # the stricter one
         mean_gate = max(old.gates.min_mean_cosine, new.gates.min_mean_cosine, min_gate)
-        yield _cosine(Metric.COSINE_MIN, new, before.cosine_min, now.cosine_min, min_gate)
-        yield _cosine(Metric.COSINE_MEAN, new, before.cosine_mean, now.cosine_mean, mean_gate)
+        yield _cosine(Metric.COSINE_MIN, new, was.cosine_min, whole.cosine_min, min_gate)
+        yield _cosine(Metric.COSINE_MEAN, new, was.cosine_mean, whole.cosine_mean, mean_gate)
 
 
 def _cosine(metric: Metric, model: ModelReport, old: float, new: float, gate: float) -> Finding:

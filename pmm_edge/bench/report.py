@@ -1,8 +1,8 @@
 """The data model of `bench.json`: everything that a bench measures, as plain dataclasses.
 
-Fractions (Rank-1, mAP, mINP, cosine) are in 0..1; times and sizes carry their unit in the name. None, null in JSON, means
-that a figure was not measured or is not finite. Text for people is made from these fields in
-`pmm_edge.bench.sentences`; nothing decides by it. docs/bench-json.md describes every entry.
+Fractions (Rank-1, mAP, mINP, cosine) are in 0..1; times and sizes carry their unit in the name. None (null in JSON)
+means that a figure was not measured or is not finite. `pmm_edge.bench.sentences` makes text for people from these
+fields. docs/bench-json.md describes every entry.
 """
 
 from __future__ import annotations

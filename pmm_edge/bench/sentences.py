@@ -77,7 +77,7 @@ def describe_invariant(invariant: Invariant) -> str:
             return f"the embedding is all zeros for {count}, first for {invariant.image}"
         return f"{count} have the same embedding, such as {invariant.image} and {invariant.other_image}"
     if name is InvariantName.UNIT_LENGTH:
-        return f"length {invariant.value:.4g} on {invariant.image}, the spec declares 1 (tolerance {invariant.tolerance:g})"
+        return f"length {invariant.value:.4g} instead of 1 on {invariant.image}, tolerance {invariant.tolerance:g}"
     found = "NaN or infinity" if invariant.value is None else f"a difference of {invariant.value:.2g}"
     where = f" beside {_NEIGHBORS[invariant.neighbors]}" if invariant.neighbors else ""
     return (

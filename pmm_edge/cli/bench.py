@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from pmm_edge.console import INTERRUPTED, note, print_json, print_table, progress
-from pmm_edge.errors import CheckFailedError, ModelError, PmmError
-from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, newest_run, run_of
+from pmm_edge.console import INTERRUPTED, note, print_plain, print_table, progress
+from pmm_edge.errors import CheckFailedError, PmmError
 
 if TYPE_CHECKING:
-    from pmm_edge.bench import BenchReport
-    from pmm_edge.bench.html import Picture
+    from pmm_edge.bench import BenchReport, BenchResult
     from pmm_edge.bench.tables import Table
 
-_MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
 _GATES, _SPEED, _COMPARE = "What a model must hold", "What is timed", "Two benches"
 
 
@@ -117,49 +112,43 @@ def bench(
     if compare:
         _compare(*compare, as_json)
         return
-    from pmm_edge.bench import AskedGates, Options
-    from pmm_edge.bench.network_pictures import network_pictures
-    from pmm_edge.bench.pipeline import bench_run
-    from pmm_edge.files import check_output
+    from pmm_edge.bench import GateOverrides, bench
 
-    options = Options(
-        batches=tuple(_batch_sizes(batch)),
-        gates=AskedGates(min_cosine, min_mean_cosine, max_map_drop, max_stretch),
-        limit=limit,
-        device=device,
-        explain=explain,
-        speed=not parity_only,
-    )
-    reference = reference or _reference_of(models)
-    run = run_of(reference)
-    models = models or _exports_beside(reference)
-    data, layout = data_of(reference, data, layout)
-    out = out or (run or Path()) / "bench.json"
-    check_output(out, [".json"])  # the figures of some minutes are not lost with a file that cannot be written
     try:
         with progress() as report:
-            measured = bench_run(models, reference, data, replace(options, layout=layout), report)
-            found = measured.report()
-            found.save(out)  # first of all: what comes now may fail, and these figures took minutes
-            pictures = network_pictures(measured, report) if found.complete else []
+            measured = bench(
+                models,
+                reference=reference,
+                data=data,
+                layout=layout,
+                limit=limit,
+                device=device,
+                batch_sizes=_batch_sizes(batch),
+                gates=GateOverrides(min_cosine, min_mean_cosine, max_map_drop, max_stretch),
+                parity_only=parity_only,
+                explain=explain,
+                out=out,
+                report=report,
+            )
     except KeyboardInterrupt:
-        note("[yellow]interrupted[/] before anything was measured that could be kept")
+        note("[yellow]interrupted[/] before anything was measured")
         raise typer.Exit(INTERRUPTED) from None
-    written = _written(found, out, pictures)
+    found = measured.report
     if as_json:
-        print_json(found.to_json())
+        print_plain(found.to_json())
     else:
         _print(found)
-    _end(found, out, written)
+    _end(measured)
 
 
 def _print(found: BenchReport) -> None:
+    from pmm_edge.bench.sentences import describe_warning
     from pmm_edge.bench.tables import terminal_tables
 
     for table in terminal_tables(found):
         _print_table(table)
     for warning in found.warnings:
-        note(f"[yellow]note:[/] {escape(warning)}")
+        note(f"[yellow]warning:[/] {escape(describe_warning(warning))}")
 
 
 def _print_table(table: Table) -> None:
@@ -167,89 +156,51 @@ def _print_table(table: Table) -> None:
     print_table(escape(table.title), table.columns, rows)
 
 
-def _written(found: BenchReport, out: Path, pictures: Sequence[Picture]) -> list[Path]:
-    """Write everything that a bench leaves behind beside its figures."""
-    from pmm_edge.bench.certification import write_certificates
-    from pmm_edge.bench.html import write_html
-    from pmm_edge.bench.tables import markdown
-    from pmm_edge.files import written_whole
+def _end(measured: BenchResult) -> None:
+    """Print what was written and the outcome, and set the exit code."""
+    from pmm_edge.bench.sentences import describe_cause, describe_departure, describe_failure
 
-    page = out.with_name("report.html") if out.name == "bench.json" else out.with_suffix(".html")
-    with written_whole(out.with_suffix(".md")) as temporary:
-        # A path of undecodable bytes has no UTF-8; it gets question marks.
-        temporary.write_bytes(markdown(found).encode("utf-8", "replace"))
-    write_html(found, page, pictures)
-    certificates = write_certificates(found)
+    found, certificates, out = measured.report, measured.certificates, measured.files[0]
     for path in certificates.removed:
-        note(f"[dim]removed {escape(str(path))}: it certified a model that fails[/]")
-    for model, reason in certificates.none.items():
-        note(f"[dim]no certificate for {escape(model)}: {escape(reason)}[/]")
-    return [out, out.with_suffix(".md"), page, *certificates.certificates]
-
-
-def _end(found: BenchReport, out: Path, written: Sequence[Path]) -> None:
-    """Say how it ended, and where everything is; the exit code with it."""
-    note(f"[dim]wrote {escape(', '.join(map(str, written)))}[/]")
+        note(f"[dim]removed {escape(str(path))}: the model fails[/]")
+    for name, reason in certificates.refused.items():
+        note(f"[dim]no certificate for {escape(name)}: {escape(reason)}[/]")
+    note(f"[dim]wrote {escape(', '.join(map(str, [*measured.files, *certificates.written])))}[/]")
     for model in found.models:
-        for about, text in (("likely cause", model.likely_cause), ("layer", model.departure and model.departure.words)):
-            if text:
-                note(f"[bold]{about}[/] of {escape(model.path)}: {escape(text)}")
+        if model.likely_cause:
+            note(f"[bold]likely cause[/] for {escape(model.path)}: {escape(describe_cause(model.likely_cause))}")
+        if model.departure:
+            note(f"[bold]layer[/] of {escape(model.path)}: {escape(describe_departure(model.departure))}")
+    failed = "; ".join(f"{model.path} {describe_failure(failure)}" for model, failure in found.failures)
     if not found.complete:
-        failed = f"; failed so far: {'; '.join(found.failures)}" if found.failures else ""
-        note(f"[yellow]interrupted[/]: what was measured by now is in {escape(str(out))}{escape(failed)}")
+        note(
+            f"[yellow]interrupted[/]: {escape(str(out))} has what was measured{escape('; ' + failed if failed else '')}"
+        )
         raise typer.Exit(INTERRUPTED)
-    if found.failures:
-        raise CheckFailedError("parity failed: " + "; ".join(found.failures), f"All figures are in {out}")
-    note(f"[green]parity holds[/]: {_gates(found)}")
-
-
-def _gates(found: BenchReport) -> str:
-    """The gates that were held, once for each precision."""
-    held = {model.precision: model.gates for model in found.models}
-    texts = []
-    for precision, gates in held.items():
-        text = f"cosine >= {gates.min_cosine:g}"
-        if found.reference.retrieval:
-            text += f", mAP drop <= {gates.max_map_drop:g} points"
-        texts.append(f"{precision} {text}" if len(held) > 1 else text)
-    return "; ".join(texts)
+    if failed:
+        raise CheckFailedError(f"parity failed: {failed}", f"See {out}")
+    note("[green]parity holds[/]: all models pass their gates")
 
 
 def _compare(old: Path, new: Path, as_json: bool) -> None:
     from pmm_edge.bench.regression import compare_reports, comparison_table
+    from pmm_edge.files import encode_json
 
     found = compare_reports(old, new)
     if as_json:
-        facts: dict[str, Any] = {"passed": not found.regressions, **asdict(found)}
-        print_json(facts)
+        print_plain(encode_json({"passed": not found.regressions, **vars(found)}))
     else:
         _print_table(comparison_table(found))
-        for text in found.notes:
-            note(f"[yellow]note:[/] {escape(text)}")
+        for one in found.notes:
+            note(f"[yellow]note:[/] {escape(one.sentence)}")
     if found.regressions:
-        raise CheckFailedError(
-            "worse than before: " + "; ".join(found.regressions), f"{old} and {new} have the figures"
-        )
+        raise CheckFailedError("worse than before: " + "; ".join(one.sentence for one in found.regressions))
     better = f", {len(found.improvements)} figures are better" if found.improvements else ""
     note(f"[green]no regression[/]: nothing is worse beyond noise{better}")
-
-
-def _reference_of(models: Sequence[Path] | None) -> Path:
-    run = run_of(models[0]) if models else None
-    return (run or newest_run()) / BEST
-
-
-def _exports_beside(reference: Path) -> list[Path]:
-    """The exports of the reference's run, of which the reference may be one."""
-    folder = reference.parent if reference.parent.name == EXPORT_FOLDER else reference.parent / EXPORT_FOLDER
-    found = sorted(path for path in folder.glob("*") if path.suffix in _MODEL_SUFFIXES and path != reference)
-    if not found:
-        raise ModelError(f"{folder} holds no exported model", "Run pmm export first, or name the models")
-    return found
 
 
 def _batch_sizes(text: str) -> list[int]:
     try:
         return [int(size) for size in text.split(",")]
     except ValueError as error:
-        raise PmmError(f"'{text}' is no list of batch sizes", "Write such as --batch 1,8") from error
+        raise PmmError(f"'{text}' is not a list of batch sizes", "Write for example --batch 1,8") from error

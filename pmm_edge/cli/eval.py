@@ -98,7 +98,10 @@ def evaluate(
         note(f"[dim]{_WHY_MAP_50}[/]")
     if cmc:
         curves = [
-            (f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}", row.result.cmc)
+            (
+                f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}",
+                row.result.cmc.tolist(),
+            )
             for row in rows
         ]
         save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)

@@ -13,7 +13,7 @@ from pmm_edge.console import note, out, percent, print_json, print_table, progre
 from pmm_edge.errors import CheckFailedError
 
 if TYPE_CHECKING:
-    from pmm_edge.bench.certification import Verified
+    from pmm_edge.bench.certification import Verification
     from pmm_edge.runtime.certificate import Certificate
 
 _COLUMNS = ("model", "certified", "cosine min", "mAP", "ms, batch")
@@ -60,7 +60,7 @@ def verify(
     note(f"[green]certified[/]: {len(found)} of {len(found)} models are what pmm bench has proven")
 
 
-def _facts(item: Verified) -> dict[str, Any]:
+def _facts(item: Verification) -> dict[str, Any]:
     certificate = asdict(item.certificate) | {"digest": item.certificate.digest} if item.certificate else None
     return {
         "model": str(item.model),
@@ -70,7 +70,7 @@ def _facts(item: Verified) -> dict[str, Any]:
     }
 
 
-def _show(found: list[Verified]) -> None:
+def _show(found: list[Verification]) -> None:
     rows = [(escape(item.model.name), *map(escape, _row(item.certificate))) for item in found if item.certificate]
     if not rows:
         return
@@ -99,7 +99,7 @@ def _sentence(model: Path, certificate: Certificate) -> str:
 
     report = report_of(certificate)
     assert report.retrieval_change
-    machine = certificate.environment.get("processor", "an unnamed machine")
+    machine = certificate.environment.get("cpu", "an unnamed machine")
     gates = report.gates
     mean = f" (mean ≥ {gates.min_mean_cosine:g})" if gates.min_mean_cosine > 0 else ""
     return (

@@ -1,11 +1,26 @@
-"""Differences are found and measured, whole and by stage, also where an embedding is broken beyond comparison."""
+"""Differences are measured for the whole embedding and by stage, gates are applied, and intervals cover chance."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pmm_edge.bench.parity import compare
+from pmm_edge.bench.parity import (
+    GateOverrides,
+    compare,
+    few_queries_warning,
+    map_failure,
+    paired_changes,
+    parity_failures,
+    retrieval_change,
+)
+from pmm_edge.bench.report import Change, FailureKind, Gates, RetrievalChange
+from pmm_edge.data.dataset import ReidDataset, Split
+from pmm_edge.errors import PmmError
+from pmm_edge.retrieval import evaluate_distances
+from pmm_edge.spec import RetrievalFigures
 
 PATHS = [Path(f"{number}.jpg") for number in range(4)]
 
@@ -15,53 +30,165 @@ def reference() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
 
 
-def test_equal_embeddings_are_equal(reference: np.ndarray) -> None:
+def test_equal_embeddings(reference: np.ndarray) -> None:
     parity = compare(reference, reference.copy(), PATHS)
     assert parity.whole.cosine_min == pytest.approx(1, abs=1e-12)
     assert (parity.whole.largest_difference, parity.whole.largest_relative, parity.images) == (0, 0, 4)
-    assert parity.stages == {}
+    assert (parity.shortest, parity.longest, parity.stages) == (1, 1, {})
+    assert parity_failures(parity, Gates()) == []
 
 
-def test_the_worst_image_is_named_with_its_figures(reference: np.ndarray) -> None:
+def test_the_worst_image_is_named(reference: np.ndarray) -> None:
     candidate = reference.copy()
     candidate[2, 3] += 0.5
-    whole = compare(reference, candidate, PATHS).whole
-    a, b = reference[2].astype(float), candidate[2].astype(float)
+    parity = compare(reference, candidate, PATHS)
+    whole, a, b = parity.whole, reference[2].astype(float), candidate[2].astype(float)
     assert whole.worst_image == "2.jpg"
     assert whole.cosine_min == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     assert whole.cosine_min < whole.cosine_p1 < whole.cosine_mean == pytest.approx((3 + whole.cosine_min) / 4)
     assert whole.largest_difference == pytest.approx(0.5)
     assert whole.largest_relative == pytest.approx(0.5 / np.abs(a).max())
+    quantiles = parity.cosine_quantiles
+    assert (len(quantiles), quantiles[0]) == (101, whole.cosine_min)
+    assert quantiles == sorted(quantiles)
 
 
-def test_a_stage_is_judged_by_its_own_slice(reference: np.ndarray) -> None:
+def test_stages_are_compared_by_their_slices(reference: np.ndarray) -> None:
     candidate = reference.copy()
     candidate[:, 4:] *= -1
     stages = compare(reference, candidate, PATHS, {"I": (0, 4), "II": (4, 8)}).stages
     assert stages["I"].cosine_min == pytest.approx(1)
     assert stages["II"].cosine_mean == pytest.approx(-1)
-    assert compare(reference, candidate, PATHS, {"I": (0, 8)}).stages == {}  # one stage is the whole
-
-
-def test_quantiles_go_from_the_least_cosine_to_the_largest(reference: np.ndarray) -> None:
-    parity = compare(reference, reference + 0.1, PATHS)
-    quantiles = parity.cosine_quantiles
-    assert len(quantiles) == 101
-    assert quantiles == sorted(quantiles)
-    assert quantiles[0] == parity.whole.cosine_min
+    assert compare(reference, candidate, PATHS, {"I": (0, 8)}).stages == {}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0])
-def test_a_broken_row_has_nothing_of_the_reference(value: float, reference: np.ndarray) -> None:
+def test_broken_rows_have_cosine_0(value: float, reference: np.ndarray) -> None:
     candidate = reference.copy()
     candidate[1] = value
     with np.errstate(all="raise"):
-        whole = compare(reference, candidate, PATHS).whole
-    assert (whole.cosine_min, whole.worst_image) == (0, "1.jpg")
-    assert np.isinf(whole.largest_difference) == (value != 0)
+        parity = compare(reference, candidate, PATHS)
+    assert (parity.whole.cosine_min, parity.whole.worst_image) == (0, "1.jpg")
+    assert (parity.whole.largest_difference is None) == (value != 0)
+    assert (parity.shortest, parity.longest) == (1, 1)
 
 
-def test_two_rows_of_zeros_are_equal(reference: np.ndarray) -> None:
-    both = reference.copy()
-    both[1] = 0
-    assert compare(both, both, PATHS).whole.cosine_min == pytest.approx(1)
+# Gates
+
+
+def test_gates_follow_the_precision_unless_overridden() -> None:
+    assert GateOverrides().gates("fp16") == Gates(0.999, 0.1, 0.9999, 1.01)
+    assert GateOverrides(min_cosine=0.9).gates("fp32") == Gates(min_cosine=0.9)
+    assert GateOverrides(min_cosine=0.9, max_stretch=2).gates("int8") == Gates(0.9, 0.5, 0.99, 2)
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [
+        {"min_cosine": 1.5},
+        {"min_mean_cosine": math.nan},
+        {"max_map_drop": -1},
+        {"max_map_drop": math.nan},
+        {"max_stretch": 0.9},
+    ],
+)
+def test_gates_out_of_range_are_refused(gates: dict[str, float]) -> None:
+    with pytest.raises(PmmError):
+        GateOverrides(**gates)
+
+
+def test_cosine_gates_give_value_limit_and_image(reference: np.ndarray) -> None:
+    parity, gates = compare(reference, reference, PATHS), Gates(min_cosine=0.999, min_mean_cosine=0.9999)
+    low = replace(parity, whole=replace(parity.whole, cosine_min=0.9, cosine_mean=0.99, worst_image="3.jpg"))
+    found = [(one.kind, one.value, one.limit, one.image) for one in parity_failures(low, gates)]
+    assert found == [(FailureKind.COSINE, 0.9, 0.999, "3.jpg"), (FailureKind.MEAN_COSINE, 0.99, 0.9999, "")]
+    undefined = replace(parity, whole=replace(parity.whole, cosine_min=math.nan, cosine_mean=math.nan))
+    assert len(parity_failures(undefined, gates)) == 2
+
+
+def test_length_gate(reference: np.ndarray) -> None:
+    def failures(factor: object, limit: float = 1.001) -> list[tuple[FailureKind, float, str]]:
+        parity = compare(reference, (reference * factor).astype(np.float32), PATHS)
+        found = parity_failures(parity, Gates(max_stretch=limit))
+        return [(one.kind, round(one.value or 0, 3), one.image) for one in found]
+
+    assert failures(1.0005) == []
+    assert failures(1.2, limit=1.25) == []
+    assert failures(np.array([[1], [1], [1.2], [1.1]])) == [(FailureKind.LENGTH, 1.2, "2.jpg")]
+    assert failures(np.array([[1], [0.5], [1.2], [1]])) == [(FailureKind.LENGTH, 0.5, "1.jpg")]
+
+
+# Change of retrieval
+
+
+def change(points: float, half: float) -> RetrievalChange:
+    """A change of mAP in points, with an interval of `half` points to either side."""
+    own = Change(*(value / 100 for value in (points, points - half, points + half)))
+    return RetrievalChange(own, own, own, 458, [], RetrievalFigures(0.6, 0.5, 0.2, 0.4))
+
+
+def test_map_gate_is_in_points() -> None:
+    assert map_failure(change(-0.2, 0.3), Gates(max_map_drop=0.3)) is None
+    assert map_failure(change(0.2, 0.3), Gates()) is None
+    failure = map_failure(change(-0.2, 0.3), Gates())
+    assert failure is not None
+    assert (failure.kind, failure.limit) == (FailureKind.MAP_DROP, 0.1)
+    assert failure.value == pytest.approx(0.2)
+    assert failure.change == change(-0.2, 0.3).mAP
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    differences = np.random.default_rng(1).normal(0.01, 0.1, (2500, 1))
+    (found,) = paired_changes(differences)
+    error = 1.96 * differences.std() / np.sqrt(len(differences))
+    assert found.difference == pytest.approx(differences.mean())
+    assert found.low == pytest.approx(found.difference - error, abs=0.1 * error)
+    assert found.high == pytest.approx(found.difference + error, abs=0.1 * error)
+    assert paired_changes(differences) == [found]  # seeded
+    (nothing,) = paired_changes(np.zeros((10, 1)))
+    assert (nothing.difference, nothing.low, nothing.high) == (0, 0, 0)
+
+
+def test_the_interval_covers_the_true_mean() -> None:
+    random = np.random.default_rng(2)
+    held = [found.low <= 0 <= found.high for found in paired_changes(random.normal(0, 1, (200, 60)))]
+    assert 0.85 <= np.mean(held) <= 1
+
+
+def test_first_hits_that_became_wrong_come_first() -> None:
+    pids, cameras = np.array([1, 2, 3]), np.array([1, 1, 1])
+    gallery_pids, gallery_cameras = np.array([1, 2, 1, 2]), np.array([2, 2, 2, 2])
+    query = Split([Path(f"q{number}.jpg") for number in range(3)], pids, cameras)
+    gallery = Split([Path(f"g{number}.jpg") for number in range(4)], gallery_pids, gallery_cameras)
+    dataset = ReidDataset("three", Path(), query, query, gallery)
+    right = np.array([[0.1, 0.9, 0.2, 0.8], [0.9, 0.1, 0.8, 0.2], [0.1, 0.2, 0.3, 0.4]])
+    other = np.array(
+        [
+            [0.3, 0.9, 0.2, 0.8],  # another correct image
+            [0.0, 0.1, 0.8, 0.2],  # a wrong one
+            [0.9, 0.1, 0.3, 0.4],  # query 3 has no match and does not count
+        ]
+    )
+    labels = pids, gallery_pids, cameras, gallery_cameras
+    before, now = evaluate_distances(right, *labels), evaluate_distances(other, *labels)
+    found = retrieval_change(before, now, dataset)
+    assert [(hit.query, hit.reference, hit.model) for hit in found.first_hits] == [
+        ("q1.jpg", "g1.jpg", "g0.jpg"),
+        ("q0.jpg", "g0.jpg", "g2.jpg"),
+    ]
+    assert [(hit.reference_right, hit.model_right) for hit in found.first_hits] == [(True, False), (True, True)]
+    assert (found.queries, found.reference) == (2, before.figures())
+    assert found.rank1.difference == pytest.approx(-0.5)
+    assert found.mAP.difference == pytest.approx(now.mAP - before.mAP)
+    assert found.mINP.difference == pytest.approx(now.mINP - before.mINP)
+
+
+def test_too_few_queries_are_a_warning_where_a_passing_interval_exceeds_the_gate() -> None:
+    def judged(*models: tuple[float, float, float]) -> list[tuple[RetrievalChange, Gates]]:
+        return [(change(points, half), Gates(max_map_drop=limit)) for points, half, limit in models]
+
+    for sure in ((-0.05, 0.38, 0.5), (0.6, 0.65, 0.1), (0, 0, 0), (-2, 3, 0.5)):
+        assert few_queries_warning(judged(sure)) is None
+    warning = few_queries_warning(judged((-0.02, 0.2, 0.1), (-0.4, 0.3, 0.5), (-0.1, 0.3, 0.5), (-2, 1, 0.1)))
+    assert warning is not None
+    assert (warning.value, warning.limit, warning.count, warning.total) == (pytest.approx(0.7), 0.5, 2, 458)

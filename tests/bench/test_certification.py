@@ -1,0 +1,123 @@
+"""Models that pass are certified, models that fail lose an older certificate, incomplete benches change nothing."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from report_sample import passing_report
+
+import pmm_edge
+from pmm_edge.bench.certification import verify, write_certificates
+from pmm_edge.bench.report import BenchReport, Failure, FailureKind, FirstHit
+from pmm_edge.data.dataset import data_sha256, scan
+from pmm_edge.errors import DataError, ModelError, PmmError
+from pmm_edge.files import sha256
+from pmm_edge.runtime.certificate import certificate_path, check_certificate
+
+FAILED = [Failure(FailureKind.CANNOT_RUN)]
+
+
+@pytest.fixture
+def report(tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path) -> BenchReport:
+    """A report of two equal models that passed."""
+    sample, dataset = passing_report(tmp_path / "images"), scan(tiny_dataset)
+    hit = FirstHit("/home/somebody/q.jpg", "a.jpg", True, "b.jpg", False)
+    models = []
+    for name in ("a.onnx", "b.onnx"):
+        path, model = Path(shutil.copy(tiny_onnx, tmp_path / name)), sample.models[0]
+        assert model.retrieval_change is not None
+        change = replace(model.retrieval_change, first_hits=[hit])
+        models.append(replace(model, path=str(path), sha256=sha256(path), retrieval_change=change))
+    paths = [*dataset.query.paths, *dataset.gallery.paths]
+    return replace(
+        sample,
+        reference=replace(sample.reference, path=str(tiny_checkpoint), sha256=sha256(tiny_checkpoint)),
+        models=models,
+        data=str(tiny_dataset),
+        data_sha256=data_sha256(paths, dataset.root),
+        images=len(paths),
+    )
+
+
+def paths_of(report: BenchReport) -> list[Path]:
+    return [Path(model.path) for model in report.models]
+
+
+def test_models_that_passed(report: BenchReport, tiny_checkpoint: Path) -> None:
+    found = write_certificates(report)
+    assert found.written == [certificate_path(path) for path in paths_of(report)]
+    assert (found.removed, found.refused) == ([], {})
+    certificate = check_certificate(paths_of(report)[0])
+    benched = json.loads(report.to_json())
+    for entry in ("gates", "retrieval", "latency", "cmc", "embedding_size"):
+        assert certificate.report[entry] == benched["models"][0][entry]
+    assert certificate.environment == benched["environment"]
+    assert certificate.reference_sha256 == sha256(tiny_checkpoint)
+    assert (certificate.images, certificate.data, certificate.data_sha256) == (24, "tiny", report.data_sha256)
+    assert certificate.pmm_edge == pmm_edge.__version__
+    assert pmm_edge.load(paths_of(report)[0], "cpu", require_certificate=True).spec == certificate.spec
+
+
+def test_a_certificate_names_no_folders_and_no_images(report: BenchReport, tmp_path: Path) -> None:
+    write_certificates(report)
+    text = certificate_path(paths_of(report)[0]).read_text()
+    assert str(tmp_path) not in text
+    assert "somebody" not in text
+    assert ".jpg" not in text
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_model_that_fails_loses_its_certificate(complete: bool, report: BenchReport) -> None:
+    write_certificates(report)
+    first, second = report.models
+    found = write_certificates(replace(report, complete=complete, models=[replace(first, failures=FAILED), second]))
+    assert found.removed == [certificate_path(Path(first.path))]
+    assert not certificate_path(Path(first.path)).exists()
+    assert set(found.refused) == (set() if complete else {second.path})
+    check_certificate(Path(second.path))  # an interrupted bench does not refute it
+
+
+def test_a_bench_that_shows_too_little_certifies_nothing(report: BenchReport) -> None:
+    first, second = report.models
+    limited = replace(first, retrieval=None, retrieval_change=None)
+    same = replace(second, sha256=report.reference.sha256)
+    assert set(write_certificates(replace(report, models=[limited, same])).refused) == {first.path, second.path}
+    failed = replace(report, reference=replace(report.reference, failures=FAILED))
+    assert set(write_certificates(failed).refused) == {first.path, second.path}
+    assert not any(certificate_path(path).exists() for path in paths_of(report))
+
+
+def test_a_changed_file_and_one_that_cannot_be_written_do_not_affect_others(report: BenchReport) -> None:
+    first, second = paths_of(report)
+    first.write_bytes(b"exported again")
+    found = write_certificates(report)
+    assert (set(found.refused), found.written) == ({str(first)}, [certificate_path(second)])
+    first.write_bytes(second.read_bytes())
+    certificate_path(first).mkdir()
+    assert set(write_certificates(report).refused) == {str(first)}
+
+
+def test_verify(report: BenchReport, tiny_dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_certificates(report)
+    first, second = paths_of(report)
+    moved = Path(shutil.copytree(tiny_dataset, tmp_path / "moved"))
+    assert all(item.passed for item in verify([first, second], moved, reference=tiny_checkpoint))
+    image = next((moved / "query").iterdir())
+    image.write_bytes(image.read_bytes() + b"\x00")
+    second.write_bytes(second.read_bytes() + b"\x00")
+    found = verify([first, second], moved, reference=first)
+    assert [item.passed for item in found] == [False, False]
+    assert [len(item.failures) for item in found] == [2, 1]  # other images and another reference; another model
+    assert found[1].certificate is None
+
+
+def test_verify_with_wrong_arguments(report: BenchReport, tmp_path: Path) -> None:
+    write_certificates(report)
+    with pytest.raises(PmmError):
+        verify(paths_of(report), digest="0" * 64)
+    with pytest.raises(ModelError, match=r"none\.onnx"):
+        verify([*paths_of(report), tmp_path / "none.onnx"])
+    with pytest.raises(DataError):
+        verify(paths_of(report), tmp_path / "none")
