@@ -131,16 +131,16 @@ def refused(pmm: Callable, *arguments: object) -> str:
 
 
 def test_what_cannot_be_compared(pmm: Callable, run: Path, tiny_checkpoint: Path, tiny_onnx: Path) -> None:
-    assert "'1;8' is no list of batch sizes" in refused(pmm, "--batch", "1;8")
-    assert "does not say which data set" in refused(pmm, tiny_onnx, "--reference", tiny_checkpoint)
+    assert "1;8" in refused(pmm, "--batch", "1;8")
+    assert "--data" in refused(pmm, tiny_onnx, "--reference", tiny_checkpoint)
     assert "none does not exist" in refused(pmm, "--data", "none")
-    assert "min_cosine 2 is no cosine" in refused(pmm, "--min-cosine", 2)
+    assert "min_cosine" in refused(pmm, "--min-cosine", 2)
     bare = onnx.load(tiny_onnx)
     del bare.metadata_props[:]
     onnx.save(bare, "bare.onnx")
-    assert "bare.onnx carries no pmm-edge spec" in refused(pmm, "bare.onnx")
+    assert "bare.onnx" in refused(pmm, "bare.onnx")
     shutil.rmtree(run / "export")
-    assert "holds no exported model. Run pmm export first" in refused(pmm)
+    assert "Run pmm export first" in refused(pmm)
     assert not (run / "bench.json").exists()
 
 
