@@ -27,7 +27,7 @@ from inference import HEIGHT, WIDTH, random_checkpoint
 from machine import machine
 
 from pmm_edge.bench.timing import measure_latency
-from pmm_edge.export import export_onnx
+from pmm_edge.export import export
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 
@@ -94,7 +94,7 @@ def main() -> None:
     crops = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), dtype=np.uint8)
     with TemporaryDirectory() as folder:
         checkpoint = random_checkpoint(Path(folder) / "random.pt", arguments.backbone)
-        onnx = export_onnx(checkpoint, Path(folder) / "model.onnx").path
+        onnx = export(checkpoint, out=Path(folder) / "model.onnx").files[0].path
         found = [agreement(onnx, crops, int(batch), arguments.rounds) for batch in arguments.batch.split(",")]
 
     if arguments.json:

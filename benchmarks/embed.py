@@ -21,7 +21,7 @@ from inference import HEIGHT, WIDTH, random_checkpoint
 from machine import machine
 
 from pmm_edge.data.synthetic import SyntheticConfig, make_synthetic
-from pmm_edge.export import export_onnx
+from pmm_edge.export import export
 from pmm_edge.images import read_crops
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embed_files import embed_files, find_images
@@ -41,7 +41,7 @@ def main() -> None:
         folder = Path(name)
         make_synthetic(folder / "crops", CROPS)
         checkpoint = random_checkpoint(folder / "random.pt", arguments.backbone)
-        embedder = load(export_onnx(checkpoint, folder / "model.onnx").path, "cpu")
+        embedder = load(export(checkpoint, out=folder / "model.onnx").files[0].path, "cpu")
         paths = find_images(folder / "crops").paths
         prepared = read_crops(paths, HEIGHT, WIDTH)
         alone, whole, processor = [], [], []

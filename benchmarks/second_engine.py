@@ -2,8 +2,8 @@
 
     python benchmarks/second_engine.py DATA model.onnx [model-fp16.onnx ...] [--images 400] [--as-written]
 
-The first file, run by ONNX Runtime, is the reference. OpenVINO, one of the `dev` extra's packages, rearranges INT8
-graphs for its own kernels; `--as-written` switches that off.
+The reference is the first file in ONNX Runtime. OpenVINO (in the `dev` extra) rearranges INT8 graphs for its own
+kernels; `--as-written` disables that.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 
 import openvino
 from machine import machine
-from precision import told
+from precision import progress, subset
 
-from pmm_edge.bench.parity import compare
 from pmm_edge.data.dataset import scan
-from pmm_edge.images import Pixels, evenly, network_input
-from pmm_edge.runtime import Embedder, embed_files, load
-from pmm_edge.runtime.embed_files import EmbeddedDataset
+from pmm_edge.images import Pixels, network_input
+from pmm_edge.retrieval.distances import cosines
+from pmm_edge.runtime import Embedder, load
+from pmm_edge.runtime.embed_files import embed_dataset
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embeddings
 
 
 class OpenVinoEmbedder(Embedder):
-    """A graph in OpenVINO. Left alone it computes FP32 in bfloat16 on processors that have it, and FP16 as well."""
+    """A graph in OpenVINO, with FP32 and FP16 in float32: its default on some processors is bfloat16."""
 
     def __init__(self, path: Path, as_written: bool) -> None:
         super().__init__(load(path, "cpu").spec, path, "openvino", "cpu")
@@ -38,32 +38,25 @@ class OpenVinoEmbedder(Embedder):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a data set's folder")
+    parser.add_argument("data", type=Path, help="folder of a data set")
     parser.add_argument("models", type=Path, nargs="+", help="files of pmm export, the reference first")
-    parser.add_argument("--images", type=int, help="at most so many of query and gallery; mAP is then left out")
-    parser.add_argument("--as-written", action="store_true", help="let OpenVINO rearrange nothing for INT8")
+    parser.add_argument("--images", type=int, help="use so many images of query and gallery and omit mAP")
+    parser.add_argument("--as-written", action="store_true", help="do not let OpenVINO rearrange INT8 graphs")
     arguments = parser.parse_args()
 
-    dataset = scan(arguments.data)
-    paths = [*dataset.query.paths, *dataset.gallery.paths]
-    whole = arguments.images is None
-    if not whole:
-        paths = [paths[row] for row in evenly(len(paths), arguments.images)]
-
+    dataset = subset(scan(arguments.data), arguments.images)
     print(machine("onnxruntime-gpu", "onnxruntime", "openvino"))
-    base = embed_files(load(arguments.models[0], "cpu"), paths, report=told).embeddings
-    base_map = EmbeddedDataset(dataset, base).evaluate().mAP if whole else None
-    its_map = f"; its mAP is {100 * base_map:.2f}" if base_map else ""
-    print(
-        f"closeness to {arguments.models[0].name} in ONNX Runtime on {len(paths)} images of query and gallery{its_map}"
-    )
-    print(f"{'in OpenVINO':28}  cosine mean    cosine min" + ("    mAP, points" if whole else ""))
+    base = embed_dataset(load(arguments.models[0], "cpu"), dataset, report=progress)
+    base_map = None if arguments.images else base.evaluate().mAP
+    print(f"closeness to {arguments.models[0].name} in ONNX Runtime on {len(base.embeddings)} images", end="")
+    print("" if base_map is None else f"; its mAP is {100 * base_map:.2f}")
+    print(f"{'in OpenVINO':28}  cosine mean    cosine min" + ("" if base_map is None else "    mAP, points"))
     for path in arguments.models:
-        embeddings = embed_files(OpenVinoEmbedder(path, arguments.as_written), paths, report=told).embeddings
-        closeness = compare(base, embeddings, paths).whole
-        line = f"{path.name:28}  {closeness.cosine_mean:11.7f}  {closeness.cosine_min:12.7f}"
-        if base_map:
-            line += f"  {100 * (EmbeddedDataset(dataset, embeddings).evaluate().mAP - base_map):+12.3f}"
+        embedded = embed_dataset(OpenVinoEmbedder(path, arguments.as_written), dataset, report=progress)
+        cosine = cosines(base.embeddings, embedded.embeddings)
+        line = f"{path.name:28}  {cosine.mean():11.7f}  {cosine.min():12.7f}"
+        if base_map is not None:
+            line += f"  {100 * (embedded.evaluate().mAP - base_map):+12.3f}"
         print(line, flush=True)
 
 

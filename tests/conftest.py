@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from pmm_edge.cli import main
-from pmm_edge.export import Exported, export_onnx
+from pmm_edge.export import ExportedFile, export
 from pmm_edge.model import Checkpoint, build_model, save_checkpoint
 from pmm_edge.spec import InputSpec, ModelSpec
 
@@ -72,13 +72,13 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportedFile:
     """The tiny network, exported with the input form uint8."""
-    return export_onnx(tiny_checkpoint, tmp_path_factory.mktemp("export") / "model.onnx")
+    return export(tiny_checkpoint, out=tmp_path_factory.mktemp("export") / "model.onnx").files[0]
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tiny_export: Exported) -> Path:
+def tiny_onnx(tiny_export: ExportedFile) -> Path:
     return tiny_export.path
 
 

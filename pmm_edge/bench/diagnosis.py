@@ -284,8 +284,7 @@ def _reference_graph(reference: Embedder, spec: ModelSpec) -> tuple[onnx.ModelPr
             f"--explain needs a checkpoint or an ONNX file as the reference, not {reference.path}",
             "Name one with --reference",
         )
-    from pmm_edge.export import inference_network
-    from pmm_edge.export.graph import onnx_graph
+    from pmm_edge.export.graph import inference_network, onnx_graph
     from pmm_edge.runtime.torch_backend import TorchEmbedder
 
     assert isinstance(reference, TorchEmbedder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,15 +11,11 @@ import typer
 from rich.markup import escape
 
 from pmm_edge.console import note, print_json, print_table, progress
-from pmm_edge.errors import DataError, PmmError
-from pmm_edge.export.options import OPSET, Fp16, Graph, Int8, Precision
-from pmm_edge.runs import BEST, data_of, newest_run
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
-from pmm_edge.spec import describe_precision
+from pmm_edge.spec import FLOAT16_MAX, describe_precision
 
 if TYPE_CHECKING:
-    from pmm_edge.export import Exported
-    from pmm_edge.export.exporter import Made
+    from pmm_edge.export import ExportedFile, ExportResult
     from pmm_edge.export.tensorrt import BuiltEngine
 
 _TENSORRT = "TensorRT, with --trt"
@@ -42,13 +37,13 @@ def export(
     form: Annotated[
         Literal["uint8", "raw", "normalized"] | None,
         typer.Option(
-            "--input",
+            "--input-form",
             help="uint8 (the default): (N, H, W, 3) RGB, normalised in the graph. raw: float (N, 3, H, W) of 0..255,"
             " normalised in the graph, for DeepStream. normalized: float (N, 3, H, W), for consumers that normalise"
             " themselves.",
         ),
     ] = None,
-    opset: Annotated[int, typer.Option(help="Of ONNX, 17 to 20.")] = OPSET,
+    opset: Annotated[int, typer.Option(help="Of ONNX, 17 to 20.")] = 18,
     normalize_output: Annotated[
         bool, typer.Option("--normalize-output", help="Give embeddings of length 1 (L2): Euclidean ranks as cosine.")
     ] = False,
@@ -170,84 +165,56 @@ def export(
 
     [dim]pmm export[/]
 
-    [dim]pmm export runs/20261122-174200-quick/best.pt --input raw --out tracker.onnx[/]
+    [dim]pmm export runs/20261122-174200-quick/best.pt --input-form raw --out tracker.onnx[/]
 
     [dim]pmm export --precision int8 --target cpu --max-map-drop 0.5[/]
 
     [dim]pmm export model.onnx --trt --batch 1,16,64[/]
     """
-    from pmm_edge.export.exporter import Asked, carry_out, planned
+    from pmm_edge.export import exporter
 
-    chosen = {
-        "--batch": batch,
-        "--workspace": workspace,
-        "--optimization-level": optimization_level,
-        "--hardware-compatible": hardware_compatible,
-        "--version-compatible": version_compatible,
-        "--no-timing-cache": no_timing_cache,
-    }
-    if not trt and (unused := [name for name, value in chosen.items() if value not in (None, False)]):
-        raise PmmError(f"{', '.join(unused)} says how to build an engine, and none is asked for", "Add --trt")
-    if triton_name and not triton:
-        raise PmmError("--triton-name names a model in a repository, and none is given", "Add --triton DIR")
-    settings = BuildSettings(
-        workspace_gib=workspace,
-        optimization_level=BuildSettings.optimization_level if optimization_level is None else optimization_level,
-        hardware_compatible=hardware_compatible,
-        version_compatible=version_compatible,
-        timing_cache=not no_timing_cache,
-    )
-    checkpoint = checkpoint or newest_run() / BEST
-    lower = _precision(precision, checkpoint, calibration, layout, target, calibration_method, max_map_drop)
-    graph = Graph(opset, normalize_output, static_batch)
-    engine = settings if trt else None
-    asked = Asked(checkpoint, out, form, graph, lower, safetensors, engine, batch, deepstream, triton, triton_name)
-    plan = planned(asked)
     with progress() as report:
-        made = carry_out(asked, plan, report)
+        made = exporter.export(
+            checkpoint,
+            out=out,
+            input_form=form,
+            opset=opset,
+            normalize_output=normalize_output,
+            static_batch=static_batch,
+            precision=precision,
+            calibration=calibration,
+            layout=layout,
+            target=target,
+            calibration_method=calibration_method,
+            max_map_drop=max_map_drop,
+            safetensors=safetensors,
+            deepstream=deepstream,
+            triton=triton,
+            triton_name=triton_name,
+            trt=trt,
+            batch_profile=batch,
+            workspace_gib=workspace,
+            optimization_level=optimization_level,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
+            timing_cache=not no_timing_cache,
+            report=report,
+        )
     if as_json:
-        _print_json(checkpoint, made)
+        _print_json(made)
     else:
         _print(made)
-    if plan.triton and not any(bundle.kind == "triton" for bundle in made.bundles):
-        note(f"[yellow]triton:[/] {escape(str(plan.triton))} is not written")
     if made.failures:
         for failure in made.failures[:-1]:
             note(f"[red]error:[/] {escape(str(failure))}")
         raise made.failures[-1]
     if not as_json:
-        note("[dim]Prove that it retrieves the same people: pmm bench[/]")
+        note("[dim]Compare it with the checkpoint on your data: pmm bench[/]")
 
 
-def _precision(
-    precision: Literal["fp32", "fp16", "int8"],
-    checkpoint: Path,
-    calibration: Path | None,
-    layout: str | None,
-    target: Literal["tensorrt", "cpu"] | None,
-    method: Literal["minmax", "percentile", "entropy"] | None,
-    max_map_drop: float | None,
-) -> Precision | None:
-    """What was asked for; the calibration data is by default that of the checkpoint's run."""
-    of_int8 = {"--target": target, "--calibration-method": method, "--max-map-drop": max_map_drop}
-    asked = {"--calibration": calibration, "--layout": layout, **of_int8} if precision == "fp32" else of_int8
-    if precision != "int8" and (unused := [name for name, value in asked.items() if value is not None]):
-        raise PmmError(f"{', '.join(unused)} says nothing of --precision {precision}", "Add --precision int8")
-    if precision == "fp32":
-        return None
-    with suppress(DataError):  # a checkpoint that lies in no run
-        of_run, layout = data_of(checkpoint, calibration, layout)
-        calibration = calibration or (of_run if of_run.is_dir() else None)
-    if precision == "fp16":
-        return Fp16(calibration, layout)
-    if calibration is None:
-        raise DataError("INT8 needs images to calibrate on, and the run's data set is not there", "Add --calibration")
-    return Int8(calibration, target or "tensorrt", method, max_map_drop, layout)
-
-
-def _print_json(checkpoint: Path, made: Made) -> None:
-    files = [{**asdict(item), "path": str(item.path)} for item in made.exported]
-    printed: dict[str, object] = {"checkpoint": str(checkpoint), "exported": files}
+def _print_json(made: ExportResult) -> None:
+    files = [{**asdict(item), "path": str(item.path)} for item in made.files]
+    printed: dict[str, object] = {"checkpoint": str(made.checkpoint), "exported": files}
     for name, engine in (("engine", made.engine), ("served_engine", made.served_engine)):
         if engine:
             printed[name] = {"path": str(engine.path)} | json.loads(engine.manifest.to_json())
@@ -256,8 +223,8 @@ def _print_json(checkpoint: Path, made: Made) -> None:
     print_json(printed)
 
 
-def _print(made: Made) -> None:
-    if made.exported:
+def _print(made: ExportResult) -> None:
+    if made.files:
         rows = [
             (
                 escape(item.path.name),
@@ -267,16 +234,16 @@ def _print(made: Made) -> None:
                 f"{item.departure:.1e}",
                 f"{item.cosine_mean:.6f}",
             )
-            for item in made.exported
+            for item in made.files
         ]
-        columns = ("file", "MB", "precision", "input", "departure", "cosine")
-        print_table(f"exported to {escape(str(made.exported[0].path.parent))}", columns, rows)
-        _print_precision(made.exported[0])  # the other forms hold the same network
+        columns = ("file", "MB", "precision", "input", "difference", "cosine")
+        print_table(f"exported to {escape(str(made.files[0].path.parent))}", columns, rows)
+        _print_precision(made.files[0])  # the other forms hold the same network
     for engine in (made.engine, made.served_engine):
         if engine:
             _print_engine(engine)
     for bundle in made.bundles:
-        note(f"{bundle.kind}: {escape(str(bundle.folder))} [dim](README.md there says what to do with it)[/]")
+        note(f"{bundle.kind}: {escape(str(bundle.folder))} [dim](see its README.md)[/]")
 
 
 def _print_engine(engine: BuiltEngine) -> None:
@@ -297,19 +264,21 @@ def _print_engine(engine: BuiltEngine) -> None:
     )
 
 
-def _print_precision(item: Exported) -> None:
-    for warning in item.warnings:
-        note(f"[yellow]warning:[/] {escape(warning)}")
+def _print_precision(item: ExportedFile) -> None:
     if item.spec.precision != "fp32":
         note(f"{escape(item.path.name)}: {escape(describe_precision(item.spec))}")
-    if item.layers:
-        rows = [
-            (
-                escape(layer.layer),
-                f"{layer.loss:.1e}",
-                f"{100 * layer.cost:.1f} %",
-                "float" if layer.in_float else "int8",
-            )
-            for layer in item.layers
-        ]
-        print_table("what INT8 costs each layer", ("layer", "cosine lost", "of the work", "runs in"), rows)
+    if item.largest_value is not None:
+        note(f"largest value between the nodes {item.largest_value:.4g}, limit of float16 {FLOAT16_MAX:.0f}")
+    if search := item.search:
+        note(f"mAP {100 * search.map_float32:.2f} in FP32, {100 * search.map_int8:.2f} in INT8")
+        if search.layers:
+            rows = [
+                (
+                    escape(layer.layer),
+                    f"{layer.loss:.1e}",
+                    f"{100 * layer.work:.1f} %",
+                    "float32" if layer.float32 else "int8",
+                )
+                for layer in search.layers
+            ]
+            print_table("sensitivity of layers to INT8", ("layer", "1 - cosine", "work", "precision"), rows)

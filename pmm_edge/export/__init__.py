@@ -1,41 +1,33 @@
-"""From a checkpoint to what runs without torch. Names load on first use: building an engine needs no torch."""
+"""From a checkpoint to ONNX, TensorRT, DeepStream and Triton. Names load on first use: not all of it needs torch."""
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-_HOME_OF = {
-    "Exported": "pmm_edge.export.exporter",
-    "export_forms": "pmm_edge.export.exporter",
-    "export_onnx": "pmm_edge.export.exporter",
-    "export_safetensors": "pmm_edge.export.exporter",
-    "Fp16": "pmm_edge.export.options",
-    "Graph": "pmm_edge.export.options",
-    "Int8": "pmm_edge.export.options",
-    "inference_network": "pmm_edge.export.graph",
-}
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pmm_edge.export.exporter import Exported, export_forms, export_onnx, export_safetensors
-    from pmm_edge.export.graph import inference_network
-    from pmm_edge.export.options import Fp16 as Fp16
-    from pmm_edge.export.options import Graph as Graph
-    from pmm_edge.export.options import Int8 as Int8
+    from pmm_edge.export.exporter import ExportedFile as ExportedFile
+    from pmm_edge.export.exporter import ExportResult as ExportResult
+    from pmm_edge.export.exporter import export as export
 
-__all__ = [
-    "Exported",
-    "Fp16",
-    "Graph",
-    "Int8",
-    "export_forms",
-    "export_onnx",
-    "export_safetensors",
-    "inference_network",
-]
+__all__ = ["ExportResult", "ExportedFile", "export"]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
+    if name not in __all__:
         raise AttributeError(f"module 'pmm_edge.export' has no attribute '{name}'")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module("pmm_edge.export.exporter"), name)
+
+
+class _CallableModule(ModuleType):
+    """Lets `pmm_edge.export(...)` call the function although Python finds this package under the same name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> ExportResult:
+        from pmm_edge.export.exporter import export
+
+        return export(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

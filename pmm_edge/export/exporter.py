@@ -1,527 +1,474 @@
-"""Export a checkpoint: strip, write, and run what was written before it gets its name."""
+"""Export a checkpoint: strip and fuse, write ONNX, reduce precision, verify; then build engines and bundles.
+
+Importing this module does not import torch: engines and bundles are made from an exported ONNX file without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from onnxruntime import __version__ as onnxruntime_version
-from safetensors.torch import save
+import onnxruntime
 
 from pmm_edge import __version__
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, read
-from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
-from pmm_edge.export.bundles import Bundle, deepstream, deepstream_bundle, triton, triton_bundle
-from pmm_edge.export.bundles.bundle import check_feeding
-from pmm_edge.export.graph import MANIFEST_KEY, finished, graph_manifest, inference_network, onnx_graph
-from pmm_edge.export.options import Fp16, Graph, Int8, Precision
-from pmm_edge.export.quantize import LayerLoss, Reduced, reduced
-from pmm_edge.export.tensorrt import BuiltEngine, build_engine, check_quantised_for_tensorrt, what_builds
+from pmm_edge.errors import CheckFailedError, DataError, PmmError, PmmWarning
+from pmm_edge.export import bundles
+from pmm_edge.export.tensorrt import BuiltEngine, build_engine, check_quantised_for_tensorrt
 from pmm_edge.files import check_new_folder, check_place, sha256, written_whole
 from pmm_edge.images import Pixels
-from pmm_edge.model import Checkpoint, load_checkpoint
 from pmm_edge.retrieval.distances import cosines, unit_length
-from pmm_edge.runs import EXPORT_FOLDER, data_of
-from pmm_edge.runtime.cuda import NotOnThisMachineError
+from pmm_edge.runs import EXPORT_FOLDER, data_of, resolve_checkpoint
 from pmm_edge.runtime.embedder import Embedder
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
-from pmm_edge.runtime.torch_backend import CLASSIFIER, TorchEmbedder
-from pmm_edge.spec import METADATA_KEY, InputForm, InputSpec, ModelSpec, Quantization
+from pmm_edge.spec import (
+    FLOAT16_MAX,
+    METADATA_KEY,
+    CalibrationMethod,
+    InputForm,
+    ModelSpec,
+    Precision,
+    Quantization,
+    QuantizationTarget,
+)
+
+if TYPE_CHECKING:
+    from pmm_edge.export.calibration import Calibration
+    from pmm_edge.export.quantize import SensitivitySearch
+    from pmm_edge.model import Checkpoint
+
+OPSET = 18
+"""Default opset: what torch's exporter writes without conversion."""
+OPSETS = range(17, 21)
 
 TOLERANCE = 1e-3
-"""How far an export may depart, as a share of the largest embedding value: rounding stays a hundredfold below."""
-
-LEAST_COSINE = {"fp16": 0.999, "int8": 0.95}
-"""Of an export in a lower precision, below which it is no export of this network: of FP16 any image, of INT8 the mean.
-`pmm bench` asks for more."""
-
-_STEPS = ("reading the checkpoint", "tracing and writing the graph", "running it against the checkpoint", "done")
+"""Largest allowed difference of an FP32 export to its checkpoint, as a share of the largest embedding value. Rounding
+stays a hundred times below."""
+MIN_COSINE = {"fp16": 0.999, "int8": 0.95}
+"""Smallest allowed cosine to the checkpoint: of any image in FP16, of the mean in INT8. `pmm bench` requires more."""
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What an export wrote."""
+class ExportedFile:
+    """A file that `export` wrote, and how close it is to the checkpoint.
+
+    Differences are measured on random images, or on calibration crops (of INT8 the held-out ones).
+    """
 
     path: Path
     spec: ModelSpec
     size: int
-    """Of the file, in bytes."""
-    departure: float
-    """The largest difference to the checkpoint's embeddings, as a share of their largest value: on random images,
-    of a lower precision on crops of the calibration data that nothing was tuned on, where there are any."""
+    """In bytes."""
+    departure: float = 0.0
+    """Largest difference of an embedding value to the checkpoint's, as a share of the largest value."""
     cosine_mean: float = 1.0
-    """Of the embeddings to the checkpoint's, on the same images."""
+    """Mean cosine to the checkpoint's embeddings."""
     cosine_min: float = 1.0
-    layers: list[LayerLoss] = field(default_factory=list)
-    """What a sensitivity search found, if there was one."""
-    warnings: list[str] = field(default_factory=list)
+    largest_value: float | None = None
+    """Largest value between the nodes of an FP16 network on the calibration crops; the limit is 65504."""
+    search: SensitivitySearch | None = None
+    """With `max_map_drop`: mAP before and after, and the sensitivity of each layer."""
 
 
-def export_onnx(
-    checkpoint_path: Path,
-    out: Path,
-    form: InputForm = "uint8",
-    graph: Graph | None = None,
-    precision: Precision | None = None,
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` wrote."""
+
+    checkpoint: Path
+    """The checkpoint, or the ONNX file that was exported before."""
+    files: list[ExportedFile] = field(default_factory=list)
+    """The requested input form first."""
+    engine: BuiltEngine | None = None
+    """The TensorRT engine of the first file."""
+    served_engine: BuiltEngine | None = None
+    """The engine that Triton serves, if that is another one."""
+    bundles: list[bundles.Bundle] = field(default_factory=list)
+    failures: list[PmmError] = field(default_factory=list)
+    """Why engines or bundles are missing; the files are complete all the same."""
+
+
+def export(
+    checkpoint: Path | str | None = None,
+    *,
+    out: Path | str | None = None,
+    input_form: InputForm | None = None,
+    opset: int = OPSET,
+    normalize_output: bool = False,
+    static_batch: int | None = None,
+    precision: Precision = "fp32",
+    calibration: Path | str | None = None,
+    layout: str | None = None,
+    target: QuantizationTarget | None = None,
+    calibration_method: CalibrationMethod | None = None,
+    max_map_drop: float | None = None,
+    safetensors: bool = False,
+    deepstream: Path | str | None = None,
+    triton: Path | str | None = None,
+    triton_name: str | None = None,
+    trt: bool = False,
+    batch_profile: BatchProfile | str | None = None,
+    workspace_gib: float | None = None,
+    optimization_level: int | None = None,
+    hardware_compatible: bool = False,
+    version_compatible: bool = False,
+    timing_cache: bool = True,
     report: Report = silent,
-) -> Exported:
-    """Write a checkpoint as one ONNX file, checked against it in ONNX Runtime before it gets its name.
+) -> ExportResult:
+    """Export a checkpoint to ONNX, and optionally to TensorRT, DeepStream and Triton.
+
+    Every ONNX file is run and compared with the checkpoint before it gets its name. Engines and bundles that fail are
+    listed in the result's `failures`; they do not affect other outputs.
+
+        pmm.export()                                                  # the newest run's best checkpoint
+        pmm.export("runs/20261122-174200-quick", precision="int8", target="cpu", max_map_drop=0.5)
+        pmm.export("model.onnx", trt=True, batch_profile="1,16,64")
 
     Args:
-        checkpoint_path: of `pmm train`.
-        out: a file that ends in `.onnx`.
-        form: of the input; see `InputSpec`.
-        graph: opset, output and batch; None for the defaults.
-        precision: FP16 or INT8, and how; None for FP32.
+        checkpoint: a checkpoint or run folder; default: the newest run. With `trt`, `deepstream` or `triton` also an
+            ONNX file that was exported before, which needs no torch.
+        out: the ONNX file to write; default: in the run's `export` folder. For an ONNX file: the engine to write.
+        input_form: `uint8` (default), `raw` or `normalized`; see `InputSpec`.
+        opset: 17 to 20.
+        normalize_output: scale embeddings to unit L2 length.
+        static_batch: the only batch size that the graph accepts; default: any.
+        precision: `fp32`, `fp16` or `int8`.
+        calibration: data set whose training images calibrate INT8 and check FP16; default: the run's data set.
+        layout: of the data set, if it is not detected.
+        target: engine of the INT8 graph, `tensorrt` (default) or `cpu`.
+        calibration_method: of INT8; default: the best of all.
+        max_map_drop: keep the layers that INT8 affects most in float32 until mAP drops by at most so many points.
+        safetensors: also write the weights, without classifiers, for PyTorch.
+        deepstream: folder to write for DeepStream's tracker.
+        triton: model repository to add the network (or, with `trt`, the engine) to.
+        triton_name: name of the model there; default such as `pmm_resnet50_fp16_trt`.
+        trt: build a TensorRT engine for this machine's GPU.
+        batch_profile: smallest, optimal and largest batch of the engine; default 1,16,64.
+        workspace_gib, optimization_level, hardware_compatible, version_compatible, timing_cache: of the engine, see
+            `BuildSettings`.
+        report: receives progress.
 
     Raises:
-        ModelError: the checkpoint is missing, truncated or not ours.
+        PmmError: options contradict each other, or a required package is missing.
+        ModelError: the checkpoint cannot be used, or the network does not suit TensorRT, DeepStream or Triton.
         DataError: the calibration data cannot be used.
-        OutputError: `out` cannot be written.
-        CheckFailedError: the export's embeddings depart from the checkpoint's, the checkpoint gives NaN, or a
-            precision cannot be reached.
+        OutputError: a file or folder cannot be written.
+        CheckFailedError: the export differs from the checkpoint, or cannot reach the precision.
     """
-    (exported,) = export_forms(checkpoint_path, {form: out}, graph, precision, report)
-    return exported
+    # Check the options before any work.
+    unused: dict[str, object] = {}
+    if precision != "int8":
+        unused = {"--target": target, "--calibration-method": calibration_method, "--max-map-drop": max_map_drop}
+    if precision == "fp32":
+        unused |= {"--calibration": calibration, "--layout": layout}
+    _reject(unused, "--precision int8")
+    _reject({} if triton else {"--triton-name": triton_name}, "--triton")
+    engine_options = {
+        "--batch-profile": batch_profile,
+        "--workspace": workspace_gib,
+        "--optimization-level": optimization_level,
+        "--hardware-compatible": hardware_compatible,
+        "--version-compatible": version_compatible,
+        "--no-timing-cache": not timing_cache,
+    }
+    _reject({} if trt else engine_options, "--trt")
+    if opset not in OPSETS:
+        raise PmmError(f"opset {opset} is not supported", f"Choose {OPSETS[0]} to {OPSETS[-1]}")
+    if static_batch is not None and static_batch < 1:
+        raise PmmError(f"a static batch of {static_batch} is invalid", "Choose 1 or more")
+    if max_map_drop is not None and not 0 <= max_map_drop <= 100:
+        raise PmmError(f"a mAP drop of {max_map_drop} points is invalid", "Choose a value such as 0.5")
+    source = resolve_checkpoint(Path(checkpoint) if checkpoint else None)
+    out = Path(out) if out else None
+    deepstream = Path(deepstream) if deepstream else None
+    triton = Path(triton) if triton else None
 
-
-def export_forms(
-    checkpoint_path: Path,
-    outs: Mapping[InputForm, Path],
-    graph: Graph | None = None,
-    precision: Precision | None = None,
-    report: Report = silent,
-) -> list[Exported]:
-    """Write a checkpoint as an ONNX file for each of several input forms, with one network in all of them.
-
-    A lower precision is calibrated, and searched for, once: the files differ in their preprocessing alone.
-
-    Args:
-        outs: the file of each form, that ends in `.onnx`.
-
-    The others, and what is raised: as of `export_onnx`.
-    """
-    for out in outs.values():
-        _check_name(out, ".onnx")
-        check_place(out)  # a plan has done so; this is for whoever calls without one
-    report(f"exporting {next(iter(outs.values())).name}", 0, len(_STEPS) - 1, _STEPS[0])
-    checkpoint = load_checkpoint(checkpoint_path)
-    reference = TorchEmbedder(checkpoint.network(), checkpoint.spec, checkpoint_path, "cpu")
-    made: Reduced | None = None
-    exported = []
-    for form, out in outs.items():
-        one, made = _export_form(checkpoint, reference, out, form, graph or Graph(), precision, made, report)
-        exported.append(one)
-    return exported
-
-
-def _export_form(
-    checkpoint: Checkpoint,
-    reference: TorchEmbedder,
-    out: Path,
-    form: InputForm,
-    graph: Graph,
-    precision: Precision | None,
-    made: Reduced | None,
-    report: Report,
-) -> tuple[Exported, Reduced | None]:
-    """One file, and the network in the lower precision, if any, for the forms that follow."""
-
-    def step(number: int) -> None:
-        report(f"exporting {out.name}", number, len(_STEPS) - 1, _STEPS[number])
-
-    spec = _exported_spec(checkpoint, reference.path, ("torch", "onnx", "onnxscript"))
-    spec = replace(
-        spec,
-        input=replace(spec.input, form=form),
-        normalized_output=graph.normalize_output,
-        tools={**spec.tools, "opset": str(graph.opset)},
-    )
-    step(1)
-    network = inference_network(checkpoint.network(), spec.input, graph.normalize_output)
-    model = unreduced = onnx_graph(network, spec, graph.opset)
-    if precision:
-        spec = replace(spec, tools={**spec.tools, "onnxruntime": onnxruntime_version})
-        made = reduced(model, spec, precision, _judging_data(reference.path), report, made)
-        model, spec = made.model, made.spec
-    metadata = {MANIFEST_KEY: graph_manifest(model, unreduced)}
-    content = finished(model, spec, graph.static_batch, metadata).SerializeToString()
-    with written_whole(out) as temporary:  # nothing else in here: it takes every failure of a file for one of `out`
-        temporary.write_bytes(content)
-        step(2)
-        candidate = OnnxEmbedder(temporary, "cpu")
-        images = made.images if made and made.images is not None else _random_images(spec.input)
-        closeness = _check(reference, candidate, images, out)
-    step(3)
-    exported = Exported(
-        out,
-        spec,
-        out.stat().st_size,
-        *closeness,
-        layers=made.layers if made else [],
-        warnings=made.warnings if made else [],
-    )
-    return exported, made
-
-
-def export_safetensors(checkpoint_path: Path, out: Path) -> Exported:
-    """Write a checkpoint's weights without classifiers, its spec in the file's metadata, as safetensors.
-
-    Raises:
-        ModelError: the checkpoint is missing, truncated or not ours.
-        OutputError: `out` cannot be written.
-    """
-    _check_name(out, ".safetensors")
-    checkpoint = load_checkpoint(checkpoint_path)
-    spec = _exported_spec(checkpoint, checkpoint_path, ("torch", "safetensors"))
-    weights = {name: tensor for name, tensor in checkpoint.weights.items() if CLASSIFIER not in name}
-    with written_whole(out) as temporary:
-        temporary.write_bytes(save(weights, metadata={METADATA_KEY: spec.to_json()}))
-    return Exported(out, spec, out.stat().st_size, departure=0.0)
-
-
-def _judging_data(checkpoint_path: Path) -> ReidDataset | None:
-    """The data set of the checkpoint's run, whose query and gallery `pmm bench` judges with."""
-    try:
-        return read(*data_of(checkpoint_path))
-    except DataError:
-        return None  # there is no run, or its data set is gone or another now: nothing here can judge with it
-
-
-def _check_name(out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
-        raise PmmError(
-            f"{out} does not end in {suffix}", f"Name it {out.with_suffix(suffix)}: loading goes by the name"
+    # Describe the network, and name a file for each input form that is needed.
+    loaded = None
+    if source.suffix == ".onnx":
+        embedder = OnnxEmbedder(source, "cpu")
+        spec, static_batch_before = embedder.spec, embedder.profile.maximum if embedder.profile else None
+        changed = (opset, normalize_output, static_batch, precision, safetensors) != (OPSET, False, None, "fp32", False)
+        if changed or input_form not in (None, spec.input.form):
+            raise PmmError(
+                f"{source} is exported already: its graph, input form ({spec.input.form}) and precision are fixed",
+                "Name the checkpoint it was exported from",
+            )
+        if not (trt or deepstream or triton) or (out and not (trt and out.suffix == ".engine")):
+            raise PmmError(
+                f"{source} is exported already, so there is nothing to write to {out or 'a file'}",
+                "Name an .engine with --trt, or a folder with --deepstream or --triton",
+            )
+        files, static_batch = {spec.input.form: source}, static_batch_before
+    else:
+        loaded = _load(source)
+        form = input_form or "uint8"
+        spec = replace(
+            loaded.spec,
+            input=replace(loaded.spec.input, form=form),
+            normalized_output=normalize_output,
+            precision=precision,
+            # Method and images are filled in after calibration.
+            quantization=Quantization(target or "tensorrt", "minmax", 0) if precision == "int8" else None,
         )
+        main = out or source.parent / EXPORT_FOLDER / _default_name(spec)
+        if main.suffix != ".onnx":
+            raise PmmError(f"{main} does not end in .onnx", f"Name it {main.with_suffix('.onnx')}")
+        files = {form: main}
+        for wanted, needed in ((bundles.DEEPSTREAM_FORM, deepstream), (bundles.TRITON_FORM, triton)):
+            if needed and wanted not in files:
+                name = f"{main.stem}-{wanted}.onnx" if out else _default_name(_with_form(spec, wanted))
+                files[wanted] = main.with_name(name)
+    main = next(iter(files.values()))
+
+    # Check what engines and bundles need, and every place to write to.
+    settings = None
+    if trt:
+        settings = BuildSettings(
+            batch=BatchProfile.chosen(None if batch_profile is None else str(batch_profile), static_batch),
+            workspace_gib=workspace_gib,
+            optimization_level=BuildSettings.optimization_level if optimization_level is None else optimization_level,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
+            timing_cache=timing_cache,
+        )
+    if trt or deepstream:
+        check_quantised_for_tensorrt(spec, main)
+    for form, needed in ((bundles.DEEPSTREAM_FORM, deepstream), (bundles.TRITON_FORM, triton)):
+        if needed:
+            bundles.check_accepts(_with_form(spec, form) if form in files else spec, static_batch, main, form)
+    engine_forms: list[InputForm] = [next(iter(files))] if settings else []
+    model_name = ""
+    if triton:
+        model_name = bundles.check_triton_name(triton_name or bundles.triton_name(spec, as_engine=trt))
+        if settings:
+            bundles.check_batch_of_one(settings.batch)
+            engine_forms = list(dict.fromkeys((*engine_forms, bundles.TRITON_FORM)))
+    weights = main.with_suffix(".safetensors") if safetensors else None
+    engine_paths = {
+        form: out if out and loaded is None else files[form].with_suffix(".engine") for form in engine_forms
+    }
+    for path in (*(files.values() if loaded else ()), *engine_paths.values(), *([weights] if weights else [])):
+        check_place(path)
+    if deepstream:
+        check_new_folder(deepstream)
+    if triton:
+        check_new_folder(triton / model_name, bundles.NAME_TAKEN)
+
+    # Write the ONNX files and the weights.
+    exported: list[ExportedFile] = []
+    if loaded:
+        crops = None
+        if precision != "fp32":
+            crops = _read_calibration(source, spec, Path(calibration) if calibration else None, layout)
+        exported = _write_onnx(
+            loaded, source, files, spec, opset, static_batch, crops, calibration_method, max_map_drop, report
+        )
+        if weights:
+            exported.insert(1, _write_safetensors(loaded, exported[0].spec, weights))
+
+    # Build engines and bundles. One that fails does not prevent the others.
+    engines: dict[InputForm, BuiltEngine] = {}
+    written: list[bundles.Bundle] = []
+    failures: list[PmmError] = []
+    for form, path in engine_paths.items():
+        also = ["--triton", str(triton)] if triton and form == bundles.TRITON_FORM else []
+        also += ["--triton-name", triton_name] if also and triton_name else []
+        with _collect(failures):
+            engines[form] = build_engine(files[form], path, settings or BuildSettings(), report, also)
+    if deepstream:
+        with _collect(failures):
+            written.append(bundles.deepstream_bundle(files[bundles.DEEPSTREAM_FORM], deepstream))
+    served = engines.get(bundles.TRITON_FORM)
+    if triton and (served or not settings):
+        with _collect(failures):
+            onnx, plan = files[bundles.TRITON_FORM], served.path if served else None
+            written.append(bundles.triton_bundle(onnx, triton, plan, model_name))
+    engine = engines.get(next(iter(files)))
+    return ExportResult(source, exported, engine, served if served is not engine else None, written, failures)
 
 
-def _exported_spec(checkpoint: Checkpoint, path: Path, tools: tuple[str, ...]) -> ModelSpec:
-    versions = {"pmm-edge": __version__} | {tool: version(tool) for tool in tools}
-    return replace(checkpoint.spec, checkpoint_sha256=sha256(path), precision="fp32", tools=versions)
+def _reject(options: Mapping[str, object], needed: str) -> None:
+    """Raise an error if an option is set that has no effect."""
+    if names := [name for name, value in options.items() if value is not None and value is not False]:
+        raise PmmError(f"{', '.join(names)} has no effect without {needed}", f"Add {needed}")
 
 
-def _random_images(size: InputSpec) -> Pixels:
-    return np.random.default_rng(0).integers(0, 256, (4, size.height, size.width, 3), dtype=np.uint8)
+@contextmanager
+def _collect(failures: list[PmmError]) -> Iterator[None]:
+    try:
+        yield
+    except PmmError as failure:
+        failures.append(failure)
 
 
-def _check(reference: Embedder, candidate: Embedder, images: Pixels, out: Path) -> tuple[float, float, float]:
-    """An export beside its checkpoint, at a batch of one and of several: largest difference, cosine mean and min.
+def _load(source: Path) -> Checkpoint:
+    try:
+        # What `_write_onnx` imports as well: a missing package is reported before any work.
+        from pmm_edge.export import graph, quantize  # noqa: F401
+        from pmm_edge.model import load_checkpoint
+    except ModuleNotFoundError as error:
+        raise PmmError(
+            f"exporting a checkpoint needs {error.name}, which is not installed",
+            "pip install 'pmm-edge[train]'; pmm export model.onnx --trt works without it",
+        ) from error
+    return load_checkpoint(source)
+
+
+def _with_form(spec: ModelSpec, form: InputForm) -> ModelSpec:
+    return replace(spec, input=replace(spec.input, form=form))
+
+
+def _default_name(spec: ModelSpec) -> str:
+    """Return a file name such as `model.onnx`, `model-raw-fp16.onnx` or `model-int8-cpu.onnx`."""
+    words = ["model"] if spec.input.form == "uint8" else ["model", spec.input.form]
+    if spec.precision != "fp32":
+        words.append(spec.precision)
+    if spec.quantization:
+        words.append(spec.quantization.target)
+    return "-".join(words) + ".onnx"
+
+
+def _read_calibration(source: Path, spec: ModelSpec, data: Path | None, layout: str | None) -> Calibration | None:
+    """Read the calibration crops; None for FP16 without a data set, with a warning."""
+    from pmm_edge.data.dataset import read
+    from pmm_edge.export.calibration import read_calibration
+
+    evaluated_on = None
+    with suppress(DataError):  # the checkpoint is not in a run, or the run's data set is gone
+        evaluated_on = read(*data_of(source))
+    with suppress(DataError):
+        of_run, layout = data_of(source, data, layout)
+        data = data or (of_run if of_run.is_dir() else None)
+    if data:
+        return read_calibration(data, spec.input, layout, evaluated_on)
+    if spec.precision == "int8":
+        raise DataError("INT8 needs calibration images, and the run's data set does not exist", "Add --calibration")
+    warnings.warn(
+        f"FP16 was not checked on images: a value above {FLOAT16_MAX:.0f} would become infinite. Add --calibration",
+        PmmWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _write_onnx(
+    checkpoint: Checkpoint,
+    source: Path,
+    files: Mapping[InputForm, Path],
+    spec: ModelSpec,
+    opset: int,
+    static_batch: int | None,
+    calibration: Calibration | None,
+    method: CalibrationMethod | None,
+    max_map_drop: float | None,
+    report: Report,
+) -> list[ExportedFile]:
+    """Write one ONNX file for each input form. They share one network, whose precision is reduced once."""
+    from pmm_edge.export import graph, quantize
+    from pmm_edge.export.calibration import value_ranges
+    from pmm_edge.runtime.torch_backend import TorchEmbedder
+
+    reference = TorchEmbedder(checkpoint.network(), checkpoint.spec, source, "cpu")
+    tools = _versions("torch", "onnx", "onnxscript") | {"onnxruntime": onnxruntime.__version__, "opset": str(opset)}
+    spec = replace(spec, checkpoint_sha256=sha256(source), tools=tools)
+    size = (spec.input.height, spec.input.width)
+    images: Pixels = np.random.default_rng(0).integers(0, 256, (4, *size, 3), dtype=np.uint8)
+    if calibration:
+        images = calibration.held_out if spec.precision == "int8" else calibration.all
+    reduced = largest = search = None
+    exported = []
+    for form, out in files.items():
+        report(f"exporting {out.name}", 0, 2, "writing the graph")
+        spec = _with_form(spec, form)
+        stripped = graph.inference_network(checkpoint.network(), spec.input, spec.normalized_output)
+        model = graph.onnx_graph(stripped, spec, opset)
+        parts = graph.split(model)
+        gflops, parameters = graph.count_work(parts.network)
+        spec = replace(spec, gflops=gflops, parameters=parameters)
+        if spec.precision == "fp16":
+            if reduced is None and calibration:
+                ranges = value_ranges(parts.network, calibration.all, spec.input, report=report)
+                largest = quantize.largest_value(parts.network, ranges)
+            reduced = reduced or quantize.cast_to_fp16(parts.network)
+        elif spec.quantization and calibration:
+            if spec.quantization.target == "cpu" and form == "uint8" and parts.before:
+                parts = replace(parts, before=graph.row_preprocessing(parts.before, spec.input))
+            if reduced is None:
+                quantized = quantize.quantize_network(parts, spec, calibration, method, max_map_drop, report)
+                reduced, search = quantized.network, quantized.search
+                spec = replace(spec, quantization=quantized.quantization)
+        content = graph.finalize(parts.join(reduced) if reduced else model, spec, static_batch).SerializeToString()
+        with written_whole(out) as temporary:  # reports every OSError of this block as one of `out`
+            temporary.write_bytes(content)
+            report(f"exporting {out.name}", 1, 2, "comparing it with the checkpoint")
+            closeness = _verify(reference, OnnxEmbedder(temporary, "cpu"), images, out)
+        report(f"exporting {out.name}", 2, 2)
+        exported.append(ExportedFile(out, spec, len(content), *closeness, largest, search))
+    return exported
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {"pmm-edge": __version__} | {package: version(package) for package in packages}
+
+
+def _verify(reference: Embedder, candidate: Embedder, images: Pixels, out: Path) -> tuple[float, float, float]:
+    """Compare an export with its checkpoint, at batch 1 and at a larger batch.
+
+    Returns:
+        Largest difference as a share of the largest value, mean cosine, smallest cosine.
 
     Raises:
-        CheckFailedError: it departs too far, or the checkpoint gives NaN.
+        CheckFailedError: the difference is too large, or the checkpoint produces NaN or infinity.
     """
     expected = reference.embed(images)
     if not np.isfinite(expected).all():
-        raise CheckFailedError(f"{reference.path} gives NaN or infinity", "Train again, at a lower learning rate")
+        raise CheckFailedError(f"{reference.path} produces NaN or infinity", "Train again with a lower learning rate")
     if candidate.spec.normalized_output:
         expected = unit_length(expected)
     actual = np.concatenate([candidate.embed(images[:1]), candidate.embed(images[1:])])
     departures = np.abs(actual - expected).max(axis=1) / (float(np.abs(expected).max()) or 1.0)
     departure, cosine, precision = float(departures.max()), cosines(expected, actual), candidate.spec.precision
-    if precision in LEAST_COSINE:
-        least, kind = (cosine.min(), "least") if precision == "fp16" else (cosine.mean(), "mean")
-        if least < LEAST_COSINE[precision]:
+    if precision == "fp32":
+        if not departure <= TOLERANCE:  # NaN fails as well
+            batch = 1 if not departures[0] <= TOLERANCE else len(images) - 1
+            raise CheckFailedError(
+                f"{out} was not written: at batch {batch} its embeddings differ from those of {reference.path} by"
+                f" {departure:.2g} of the largest value, and the tolerance is {TOLERANCE:g}",
+                "Try another version of torch or onnxscript",
+            )
+    else:
+        smallest, kind = (cosine.min(), "smallest") if precision == "fp16" else (cosine.mean(), "mean")
+        if not smallest >= MIN_COSINE[precision]:
             raise CheckFailedError(
                 f"{out} was not written: in {precision} the {kind} cosine of its embeddings to those of"
-                f" {reference.path} is {least:.4f}, {LEAST_COSINE[precision]:g} is wanted",
-                "Export FP32" if precision == "fp16" else "Is the calibration data like the training data?",
+                f" {reference.path} is {smallest:.4f}, below {MIN_COSINE[precision]:g}",
+                "Export FP32" if precision == "fp16" else "Calibrate on images like those of the training data",
             )
-    elif not departure <= TOLERANCE:  # so that NaN fails as well
-        batch = 1 if not departures[0] <= TOLERANCE else len(images) - 1
-        raise CheckFailedError(
-            f"{out} was not written: at batch {batch} its embeddings depart from those of {reference.path}"
-            f" by {departure:.2g} of the largest value, {TOLERANCE:g} is allowed",
-            "Another version of torch or onnxscript may export it rightly",
-        )
     return departure, float(cosine.mean()), float(cosine.min())
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The options of `pmm export` that decide what is written; None where one was not given."""
+def _write_safetensors(checkpoint: Checkpoint, exported: ModelSpec, out: Path) -> ExportedFile:
+    """Write the weights without classifiers, with the spec as metadata."""
+    from safetensors.torch import save
 
-    source: Path
-    """A checkpoint, or a .onnx that was exported before."""
-    out: Path | None = None
-    form: InputForm | None = None
-    graph: Graph = field(default_factory=Graph)
-    precision: Precision | None = None
-    safetensors: bool = False
-    settings: BuildSettings | None = None
-    """Of an engine, but for its batches; None for no engine."""
-    batch: str | None = None
-    """The engine's, as typed."""
-    deepstream: Path | None = None
-    triton: Path | None = None
-    """The model repository."""
-    triton_name: str | None = None
+    from pmm_edge.runtime.torch_backend import CLASSIFIER
 
-
-@dataclass(frozen=True)
-class PlannedEngine:
-    """An engine, and the file that it is built from."""
-
-    onnx: Path
-    path: Path
-    settings: BuildSettings
-    served: bool
-    """Triton is to serve it."""
-    also: tuple[str, ...] = ()
-    """What belongs to the command that builds it on another machine."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is written."""
-
-    onnx: dict[InputForm, Path]
-    """A file for each input form that something needs, the one that was asked for first."""
-    to_export: bool
-    """The files are still to be made, from a checkpoint."""
-    safetensors: Path | None
-    """The weights beside the first file."""
-    engines: tuple[PlannedEngine, ...]
-    deepstream: Path | None
-    triton: Path | None
-    """The model's folder in the repository."""
-
-
-def planned(asked: Asked) -> Plan:
-    """Decide what is written.
-
-    Raises:
-        ModelError: the source cannot be used, or what it gives is nothing that TensorRT, DeepStream or Triton take.
-        OutputError: a file cannot be written where it is meant to be, or a bundle's folder has something in it.
-        PmmError: options that contradict each other, or torch is missing where a checkpoint is read.
-    """
-    consumed = asked.settings or asked.deepstream or asked.triton
-    if consumed and asked.source.suffix == ".onnx":
-        return _of_exported(asked)
-    form = asked.form or "uint8"
-    forms = [form]
-    forms += ["raw"] if asked.deepstream and "raw" not in forms else []
-    forms += ["uint8"] if asked.triton and "uint8" not in forms else []
-    onnx = {form: _name(asked, form, main=number == 0) for number, form in enumerate(forms)}
-    if not consumed:
-        plan = Plan(onnx, True, _safetensors(asked, onnx), (), None, None)
-        _check_places(plan)
-        return plan
-    settings = _settings(asked, asked.graph.static_batch)
-    return _checked(asked, onnx, settings, _spec_to_be(asked), asked.graph.static_batch)
-
-
-def _of_exported(asked: Asked) -> Plan:
-    """The plan for a file whose graph is what it is."""
-    if asked.safetensors:
-        raise PmmError(f"{asked.source} has no weights for --safetensors", "Name the checkpoint it was exported from")
-    network = OnnxEmbedder(asked.source, "cpu")
-    form = network.spec.input.form
-    if asked.precision or asked.graph != Graph() or asked.form not in (None, form):
-        raise PmmError(
-            f"{asked.source} is exported already: its graph, input ({form}) and precision stay as they are",
-            "Name the checkpoint it was exported from",
-        )
-    if asked.out and (not asked.settings or asked.out.suffix != ".engine"):
-        raise PmmError(
-            f"nothing would be written to {asked.out}: {asked.source} is exported already",
-            "Leave --out out, or name an .engine with --trt",
-        )
-    static = network.profile.maximum if network.profile else None
-    return _checked(asked, {form: asked.source}, _settings(asked, static), network.spec, static)
-
-
-def _settings(asked: Asked, static: int | None) -> BuildSettings | None:
-    return asked.settings and replace(asked.settings, batch=BatchProfile.chosen(asked.batch, static))
-
-
-def _checked(
-    asked: Asked,
-    onnx: dict[InputForm, Path],
-    settings: BuildSettings | None,
-    spec: ModelSpec,
-    static: int | None,
-) -> Plan:
-    """The plan for these files, held against what engines and bundles take.
-
-    Args:
-        asked: what it is for.
-        onnx: of each input form its file; the first is what was asked for.
-        settings: of an engine; None for no engine.
-        spec: of the first file.
-        static: the only batch size that the graph takes; None for any.
-    """
-    path = next(iter(onnx.values()))
-
-    def of_form(wanted: InputForm) -> tuple[ModelSpec, int | None, Path]:
-        if wanted not in onnx:
-            return spec, static, path
-        return replace(spec, input=replace(spec.input, form=wanted)), static, onnx[wanted]
-
-    if settings or asked.deepstream:
-        check_quantised_for_tensorrt(spec, path)
-    if asked.deepstream:
-        check_feeding(*of_form(deepstream.FORM), deepstream.FORM)
-    model_folder = None
-    if asked.triton:
-        check_feeding(*of_form(triton.FORM), triton.FORM)
-        if settings:
-            triton.check_least_batch(settings.batch)
-        name = asked.triton_name or triton.model_name(spec, settings is not None)
-        model_folder = asked.triton / triton.checked_name(name)
-    engines = _engines(asked, onnx, settings) if settings else ()
-    plan = Plan(onnx, asked.source != path, _safetensors(asked, onnx), engines, asked.deepstream, model_folder)
-    try:
-        _check_places(plan)
-    except OutputError as error:
-        if plan.to_export or not plan.engines:
-            raise
-        _tell_what_is_missing(plan.engines[0], spec, error)
-        raise
-    return plan
-
-
-def _safetensors(asked: Asked, onnx: dict[InputForm, Path]) -> Path | None:
-    return next(iter(onnx.values())).with_suffix(".safetensors") if asked.safetensors else None
-
-
-def _check_places(plan: Plan) -> None:
-    """Refuse what could not be written in the end.
-
-    Raises:
-        OutputError: a file's folder cannot be written, or a bundle's has something in it.
-    """
-    files = [*plan.onnx.values()] if plan.to_export else []
-    files += [plan.safetensors] if plan.safetensors else []
-    for path in (*files, *(engine.path for engine in plan.engines)):
-        check_place(path)
-    if plan.deepstream:
-        check_new_folder(plan.deepstream)
-    if plan.triton:
-        check_new_folder(plan.triton, triton.TAKEN)
-
-
-def _engines(asked: Asked, onnx: dict[InputForm, Path], settings: BuildSettings) -> tuple[PlannedEngine, ...]:
-    """The engine of the file that was asked for, and the one that Triton serves where that is another."""
-    also: tuple[str, ...] = ()
-    if asked.triton:
-        also = ("--triton", str(asked.triton), *(("--triton-name", asked.triton_name) if asked.triton_name else ()))
-    main = next(iter(onnx))
-    engines = []
-    for form in dict.fromkeys((main, triton.FORM) if asked.triton else (main,)):
-        named = asked.out if asked.out and asked.out.suffix == ".engine" else onnx[form]
-        served = asked.triton is not None and form == triton.FORM
-        engines.append(
-            PlannedEngine(onnx[form], named.with_suffix(".engine"), settings, served, also if served else ())
-        )
-    return tuple(engines)
-
-
-def _tell_what_is_missing(engine: PlannedEngine, spec: ModelSpec, refused: OutputError) -> None:
-    """Where no engine can be built here either, say so together with what was refused.
-
-    Raises:
-        OutputError: that.
-    """
-    try:
-        _, cuda = what_builds(engine.onnx, engine.path, spec, engine.settings, engine.also)
-    except NotOnThisMachineError as missing:
-        raise OutputError(f"{refused.problem}; {missing.problem}", f"{refused.remedy}. {missing.remedy}") from missing
-    cuda.release()
-
-
-def _spec_to_be(asked: Asked) -> ModelSpec:
-    """The spec of the first export, as far as anything is decided by it."""
-    try:
-        from pmm_edge.model import load_checkpoint
-    except ModuleNotFoundError as error:
-        raise without(error) from error
-    spec = load_checkpoint(asked.source).spec
-    spec = replace(spec, input=replace(spec.input, form=asked.form or "uint8"))
-    if isinstance(asked.precision, Int8):
-        return replace(spec, precision="int8", quantization=Quantization(asked.precision.target, "minmax", 0))
-    return replace(spec, precision="fp16" if asked.precision else "fp32")
-
-
-def without(missing: ModuleNotFoundError) -> PmmError:
-    """What to say where a checkpoint is to be exported, and a package that it takes is not there."""
-    return PmmError(
-        f"exporting needs {missing.name}, which is not installed",
-        "pip install 'pmm-edge[train]'; an engine from a .onnx needs none of it: pmm export model.onnx --trt",
+    spec = replace(
+        checkpoint.spec,
+        checkpoint_sha256=exported.checkpoint_sha256,
+        gflops=exported.gflops,
+        parameters=exported.parameters,
+        tools=_versions("torch", "safetensors"),
     )
-
-
-def _name(asked: Asked, form: InputForm, main: bool) -> Path:
-    """Where the export with this input form goes."""
-    if asked.out:
-        return asked.out if main else asked.out.with_name(f"{asked.out.stem}-{form}.onnx")
-    parts: Sequence[str] = ["model"] if form == "uint8" else ["model", form]
-    if asked.precision:
-        precision = "fp16" if isinstance(asked.precision, Fp16) else f"int8-{asked.precision.target}"
-        parts = [*parts, precision]
-    return asked.source.parent / EXPORT_FOLDER / ("-".join(parts) + ".onnx")
-
-
-@dataclass(frozen=True)
-class Made:
-    """What there is now."""
-
-    exported: list[Exported]
-    engine: BuiltEngine | None
-    """Of the input form that was asked for."""
-    served_engine: BuiltEngine | None
-    """What Triton serves, where that is another."""
-    bundles: list[Bundle]
-    failures: list[PmmError]
-    """Why engines and bundles are missing. The networks are there all the same."""
-
-
-def carry_out(asked: Asked, plan: Plan, report: Report = silent) -> Made:
-    """Write what was planned. An engine or a bundle that fails does not keep the others from being written.
-
-    Raises:
-        ModelError, DataError, OutputError, CheckFailedError: a network cannot be exported; see `export_onnx`.
-        PmmError: a package that exporting takes is missing.
-    """
-    exported = _export(asked, plan, report) if plan.to_export else []
-    engines: list[BuiltEngine | None] = []
-    bundles: list[Bundle] = []
-    failures: list[PmmError] = []
-    for engine in plan.engines:
-        try:
-            engines.append(build_engine(engine.onnx, engine.path, engine.settings, report, engine.also))
-        except PmmError as failure:
-            failures.append(failure)
-            engines.append(None)
-    to_write: list[Callable[[], Bundle]] = []
-    if plan.deepstream:
-        to_write.append(partial(deepstream_bundle, plan.onnx["raw"], plan.deepstream))
-    served = next((built for engine, built in zip(plan.engines, engines, strict=True) if engine.served), None)
-    if plan.triton and (served or not plan.engines):
-        path = served.path if served else None
-        to_write.append(partial(triton_bundle, plan.onnx["uint8"], plan.triton.parent, path, plan.triton.name))
-    for write in to_write:
-        try:
-            bundles.append(write())
-        except PmmError as failure:
-            failures.append(failure)
-    main, other = (*engines, None, None)[:2]
-    return Made(exported, main, other, bundles, failures)
-
-
-def _export(asked: Asked, plan: Plan, report: Report) -> list[Exported]:
-    """Write the file of each input form, and the weights beside the first."""
-    try:
-        from pmm_edge.export.exporter import export_forms, export_safetensors
-    except ModuleNotFoundError as error:
-        raise without(error) from error
-
-    exported = export_forms(asked.source, plan.onnx, asked.graph, asked.precision, report)
-    if plan.safetensors:
-        exported.insert(1, export_safetensors(asked.source, plan.safetensors))
-    return exported
+    weights = {name: tensor for name, tensor in checkpoint.weights.items() if CLASSIFIER not in name}
+    content = save(weights, metadata={METADATA_KEY: spec.to_json()})
+    with written_whole(out) as temporary:
+        temporary.write_bytes(content)
+    return ExportedFile(out, spec, len(content))

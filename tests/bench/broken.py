@@ -8,13 +8,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pmm_edge.export.calibration import value_ranges
-from pmm_edge.export.graph import finished, parts_of
-from pmm_edge.export.options import Target
-from pmm_edge.export.quantize import calibrated_operators, cast_to_fp16, quantize
+from pmm_edge.export.graph import finalize, split
+from pmm_edge.export.quantize import cast_to_fp16, int8_ranges, quantize
 from pmm_edge.images import Pixels
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
+from pmm_edge.spec import QuantizationTarget
 
 
 class Constants(dict[str, np.ndarray]):
@@ -143,8 +142,8 @@ def with_large_values(source: Path, out: Path) -> Path:
 
 def fp16(source: Path, out: Path) -> Path:
     """An export in FP16."""
-    parts = parts_of(onnx.load(source))
-    return _saved(parts.around(cast_to_fp16(parts.network)), source, out, "fp16")
+    parts = split(onnx.load(source))
+    return _saved(parts.join(cast_to_fp16(parts.network)), source, out, "fp16")
 
 
 def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
@@ -152,25 +151,24 @@ def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
 
     On CPUs ONNX Runtime computes float16 graphs in float32: values between the nodes do not overflow there, weights do.
     """
-    parts, whole = parts_of(onnx.load(source)), Constants(onnx.load(large).graph)
+    parts, whole = split(onnx.load(source)), Constants(onnx.load(large).graph)
     half = cast_to_fp16(parts.network)
     for tensor in half.graph.initializer:
         if tensor.name.startswith("1.backbone.layer3.0.conv"):
             with np.errstate(over="ignore"):
                 tensor.CopyFrom(numpy_helper.from_array(whole[tensor.name].astype(np.float16), tensor.name))
-    return _saved(parts.around(half), source, out, "fp16")
+    return _saved(parts.join(half), source, out, "fp16")
 
 
-def int8(source: Path, out: Path, target: Target, crops: Pixels) -> Path:
+def int8(source: Path, out: Path, target: QuantizationTarget, crops: Pixels) -> Path:
     """An export in INT8, calibrated on crops (N, height, width, 3) uint8."""
-    parts, size = parts_of(onnx.load(source)), load(source, "cpu").spec.input
-    operators, symmetric = calibrated_operators(target), target == "tensorrt"
-    ranges = value_ranges(parts.network, crops, size, "minmax", symmetric, operators)
-    return _saved(parts.around(quantize(parts.network, ranges, target)), source, out, "int8")
+    parts, size = split(onnx.load(source)), load(source, "cpu").spec.input
+    ranges = int8_ranges(parts.network, crops, size, target, "minmax")
+    return _saved(parts.join(quantize(parts.network, ranges, target)), source, out, "int8")
 
 
 def _saved(model: onnx.ModelProto, source: Path, out: Path, precision: str) -> Path:
-    onnx.save(finished(model, replace(load(source, "cpu").spec, precision=precision)), out)
+    onnx.save(finalize(model, replace(load(source, "cpu").spec, precision=precision)), out)
     return out
 
 
@@ -233,5 +231,5 @@ def bakes_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
 
 def labelled(source: Path, out: Path, precision: str) -> Path:
     """The same graph under another name, as a tool leaves it that converts nothing."""
-    onnx.save(finished(onnx.load(source), replace(load(source, "cpu").spec, precision=precision)), out)
+    onnx.save(finalize(onnx.load(source), replace(load(source, "cpu").spec, precision=precision)), out)
     return out

@@ -12,7 +12,7 @@ from torch import nn
 
 from pmm_edge.bench import ModelReport, bench, pipeline
 from pmm_edge.bench.report import Cause, FailureKind, InvariantName, LikelyCause
-from pmm_edge.export import export_onnx
+from pmm_edge.export import export
 from pmm_edge.images import read_crop
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.runtime.torch_backend import Preprocess
@@ -56,7 +56,7 @@ def checkpoint(tiny_checkpoint: Path, tiny_dataset: Path, tmp_path_factory: pyte
 @pytest.fixture(scope="module")
 def good(checkpoint: Path) -> Path:
     """Its export in FP32."""
-    return export_onnx(checkpoint, checkpoint.with_name("model.onnx")).path
+    return export(checkpoint, out=checkpoint.with_name("model.onnx")).files[0].path
 
 
 def crops_of(folder: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from pmm_edge.bench.pipeline import bench_images
 from pmm_edge.bench.report import Cause, FailureKind, InvariantName, ModelReport, WarningKind
 from pmm_edge.data.dataset import data_sha256
 from pmm_edge.errors import DataError, ModelError, PmmError
-from pmm_edge.export import Graph, export_onnx
+from pmm_edge.export import export
 from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.runtime import Embedder, load
 
@@ -171,7 +171,7 @@ def test_an_export_of_another_checkpoint(
 def test_unit_length_embeddings_are_compared_by_direction(
     tiny_checkpoint: Path, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    unit = export_onnx(tiny_checkpoint, tmp_path / "unit.onnx", graph=Graph(normalize_output=True)).path
+    unit = export(tiny_checkpoint, out=tmp_path / "unit.onnx", normalize_output=True).files[0].path
     report = run([unit], tiny_onnx, tiny_dataset)
     (model,) = report.models
     assert model.failures == []

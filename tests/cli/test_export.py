@@ -20,7 +20,7 @@ def test_the_newest_run_is_exported_into_its_folder(
         run = new_run_folder(AboutRun(name, "data", "0"), Path("runs") / name)
         shutil.copy(tiny_checkpoint, run / "best.pt")
         os.utime(run / "best.pt", (1e9 - age, 1e9 - age))
-    ended = pmm("export", "--input", "raw", "--safetensors", "--json")
+    ended = pmm("export", "--input-form", "raw", "--safetensors", "--json")
     assert ended.exit_code == 0, ended.stderr
     printed = json.loads(ended.stdout)
     assert printed["checkpoint"] == "runs/new/best.pt"
@@ -70,7 +70,7 @@ def test_places_are_tried_before_minutes_of_work(
     def minutes(*_: object) -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("pmm_edge.export.exporter.export_forms", minutes)
+    monkeypatch.setattr("pmm_edge.export.exporter._write_onnx", minutes)
     (tmp_path / f"model{suffix}").mkdir()
     said = refused(pmm, tiny_checkpoint, "--out", tmp_path / "model.onnx", "--safetensors", "--trt")
     assert f"cannot write {tmp_path}/model{suffix}: {tmp_path}/model{suffix} is a folder" in said

@@ -1,11 +1,11 @@
-"""The tiny network in lower precisions, exported once for all tests that look at it."""
+"""The tiny network in every input form and precision, exported once for all tests."""
 
 from pathlib import Path
 
 import pytest
 from people import write_people
 
-from pmm_edge.export import Exported, Fp16, Int8, export_onnx
+from pmm_edge.export import ExportedFile, ExportResult, export
 
 
 @pytest.fixture(scope="session")
@@ -14,14 +14,68 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def int8(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    folder = tmp_path_factory.mktemp("int8")
-    return {
-        target: export_onnx(tiny_checkpoint, folder / f"{target}.onnx", precision=Int8(people, target, method="minmax"))
-        for target in ("tensorrt", "cpu")
-    }
+def fp32_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportResult, list[str]]:
+    """FP32 in all three input forms with the DeepStream and Triton bundles, and the progress reports."""
+    folder, progress = tmp_path_factory.mktemp("fp32"), []
+
+    def report(what: str, done: int, total: int, detail: str = "") -> None:
+        progress.append(f"{what} {done}/{total}")
+
+    result = export(
+        tiny_checkpoint,
+        out=folder / "model.onnx",
+        input_form="normalized",
+        deepstream=folder / "tracker",
+        triton=folder / "models",
+        report=report,
+    )
+    return result, progress
 
 
 @pytest.fixture(scope="session")
-def fp16(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_onnx(tiny_checkpoint, tmp_path_factory.mktemp("fp16") / "model.onnx", precision=Fp16(people))
+def fp32(fp32_export: tuple[ExportResult, list[str]]) -> dict[str, ExportedFile]:
+    """FP32, by input form."""
+    return {item.spec.input.form: item for item in fp32_export[0].files}
+
+
+@pytest.fixture(scope="session")
+def raw_onnx(fp32: dict[str, ExportedFile]) -> Path:
+    return fp32["raw"].path
+
+
+@pytest.fixture(scope="session")
+def fp16(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportedFile:
+    out = tmp_path_factory.mktemp("fp16") / "model.onnx"
+    return export(tiny_checkpoint, out=out, precision="fp16", calibration=people).files[0]
+
+
+@pytest.fixture(scope="session")
+def int8_cpu(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> list[ExportedFile]:
+    """INT8 for CPUs in the forms `normalized` and `uint8`, from one network."""
+    folder = tmp_path_factory.mktemp("int8_cpu")
+    return export(
+        tiny_checkpoint,
+        out=folder / "model.onnx",
+        input_form="normalized",
+        precision="int8",
+        calibration=people,
+        target="cpu",
+        calibration_method="minmax",
+        max_map_drop=100,
+        triton=folder / "models",
+    ).files
+
+
+@pytest.fixture(scope="session")
+def int8(
+    tiny_checkpoint: Path, people: Path, int8_cpu: list[ExportedFile], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, ExportedFile]:
+    """INT8 for each target, of the form `uint8`."""
+    tensorrt = export(
+        tiny_checkpoint,
+        out=tmp_path_factory.mktemp("int8_tensorrt") / "model.onnx",
+        precision="int8",
+        calibration=people,
+        calibration_method="minmax",
+    ).files[0]
+    return {"tensorrt": tensorrt, "cpu": int8_cpu[1]}

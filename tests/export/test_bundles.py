@@ -1,9 +1,8 @@
-"""What DeepStream and Triton are given follows from the spec, and their own formats say that it is well-formed."""
+"""DeepStream and Triton folders follow from the spec, and parse as their own formats."""
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,8 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import pmm_edge
 from pmm_edge.errors import ModelError, OutputError, PmmError
-from pmm_edge.export import Graph, export_onnx
-from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
-from pmm_edge.export.bundles.deepstream import reid_section
-from pmm_edge.export.bundles.triton import model_config, model_name
-from pmm_edge.export.exporter import Asked, Plan, carry_out
+from pmm_edge.export import ExportResult, export
+from pmm_edge.export.bundles import deepstream_bundle, reid_section, triton_bundle, triton_config, triton_name
 from pmm_edge.files import sha256
 from pmm_edge.runtime.manifest import (
     BatchProfile,
@@ -33,24 +29,19 @@ from pmm_edge.runtime.manifest import (
     Machine,
     PrecisionCount,
     manifest_path,
-    onnx_seen_from,
+    relative_onnx,
 )
-from pmm_edge.spec import METADATA_KEY, ModelSpec
+from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization
 
 
 @pytest.fixture(scope="module")
-def raw_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(tiny_checkpoint, tmp_path_factory.mktemp("raw") / "model-raw.onnx", form="raw").path
+def deepstream(fp32_export: tuple[ExportResult, list[str]]) -> Path:
+    return fp32_export[0].bundles[0].folder
 
 
 @pytest.fixture(scope="module")
-def deepstream(raw_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return deepstream_bundle(raw_onnx, tmp_path_factory.mktemp("bundle") / "tracker").folder
-
-
-@pytest.fixture(scope="module")
-def triton(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return triton_bundle(tiny_onnx, tmp_path_factory.mktemp("repository")).folder
+def triton(fp32_export: tuple[ExportResult, list[str]]) -> Path:
+    return fp32_export[0].bundles[1].folder
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +49,20 @@ def spec(tiny_onnx: Path) -> ModelSpec:
     return pmm_edge.load(tiny_onnx, "cpu").spec
 
 
-def test_the_trackers_section_is_that_of_the_spec(deepstream: Path) -> None:
+def relabeled(onnx: Path, out: Path, **changes: object) -> Path:
+    """The same graph with another spec."""
+    model = onnx_package.load(onnx)
+    metadata = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+    metadata.value = replace(ModelSpec.from_json(metadata.value), **changes).to_json()
+    onnx_package.save(model, out)
+    return out
+
+
+def test_reid_section_follows_from_the_spec(deepstream: Path) -> None:
     spec = pmm_edge.load(deepstream / "reid.onnx", "cpu").spec
-    reid = yaml.safe_load((deepstream / "config_tracker_NvDCF.yml").read_text())["ReID"]
-    assert reid == yaml.safe_load((deepstream / "reid_section.yml").read_text())["ReID"]
-    assert reid == {
+    config = yaml.safe_load((deepstream / "config_tracker_NvDCF.yml").read_text())
+    assert config["ReID"] == yaml.safe_load((deepstream / "reid_section.yml").read_text())["ReID"]
+    assert config["ReID"] == {
         "reidType": 2,
         "batchSize": 100,
         "workspaceSize": 1000,
@@ -80,10 +80,14 @@ def test_the_trackers_section_is_that_of_the_spec(deepstream: Path) -> None:
         "onnxFile": "reid.onnx",
         "modelEngineFile": "reid.onnx_b100_gpu0_fp32.engine",
     }
+    assert config.pop("ReID") and config["TrajectoryManagement"]["enableReAssoc"] == 1
+    parts = "BaseConfig DataAssociator StateEstimator TargetManagement TrajectoryManagement VisualTracker"
+    assert " ".join(sorted(config)) == parts
+    assert all(isinstance(value, int | float) for part in config.values() for value in part.values())
 
 
-def test_what_the_tracker_feeds_gives_the_networks_embeddings(deepstream: Path, tiny_onnx: Path) -> None:
-    """The tracker's arithmetic, from its own configuration, on 8-bit crops of network size."""
+def test_input_of_the_tracker_gives_the_embeddings(deepstream: Path, tiny_onnx: Path) -> None:
+    """The tracker's arithmetic, with the values of its configuration."""
     reid = yaml.safe_load((deepstream / "reid_section.yml").read_text())["ReID"]
     _, height, width = reid["inferDims"]
     crops = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
@@ -91,39 +95,18 @@ def test_what_the_tracker_feeds_gives_the_networks_embeddings(deepstream: Path, 
     planes = np.float32(reid["netScaleFactor"]) * (crops.transpose(0, 3, 1, 2).astype(np.float32) - offsets)
     session = onnxruntime.InferenceSession(deepstream / reid["onnxFile"], providers=["CPUExecutionProvider"])
     (embeddings,) = session.run(None, {"images": planes})
-    expected = pmm_edge.load(tiny_onnx, "cpu").embed(crops)
     assert embeddings.shape[1] == reid["reidFeatureSize"]
-    np.testing.assert_allclose(embeddings, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_trackers_configuration_is_complete(deepstream: Path) -> None:
-    config = yaml.safe_load((deepstream / "config_tracker_NvDCF.yml").read_text())
-    assert set(config) == {
-        "BaseConfig",
-        "TargetManagement",
-        "TrajectoryManagement",
-        "DataAssociator",
-        "StateEstimator",
-        "VisualTracker",
-        "ReID",
-    }
-    assert config["TrajectoryManagement"]["enableReAssoc"] == 1
-    assert all(isinstance(value, int | float) for name in set(config) - {"ReID"} for value in config[name].values())
+    np.testing.assert_allclose(embeddings, pmm_edge.load(tiny_onnx, "cpu").embed(crops), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "mode"), [("fp32", 0), ("fp16", 1), ("int8", 2)])
-def test_the_network_mode_is_that_of_the_precision(precision: str, mode: int, spec: ModelSpec) -> None:
+def test_network_mode_is_the_precision(precision: str, mode: int, spec: ModelSpec) -> None:
     reid = yaml.safe_load(reid_section(replace(spec, precision=precision)))["ReID"]
     assert reid["networkMode"] == mode
     assert reid["modelEngineFile"].endswith(f"_{precision}.engine")
 
 
-def test_a_precision_that_the_tracker_lacks(spec: ModelSpec) -> None:
-    with pytest.raises(ModelError, match="no network mode for precision fp8"):
-        reid_section(replace(spec, precision="fp8"))
-
-
-def test_the_readmes_command_makes_paths_absolute(raw_onnx: Path, tmp_path: Path) -> None:
+def test_command_in_the_readme_makes_paths_absolute(raw_onnx: Path, tmp_path: Path) -> None:
     folder = deepstream_bundle(raw_onnx, tmp_path / "tracker").folder
     readme = (folder / "README.md").read_text()
     (command,) = [line.strip() for line in readme.splitlines() if line.strip().startswith("sed ")]
@@ -137,7 +120,7 @@ def parsed(config: str) -> Any:
     return text_format.Parse(config, model_config_pb2.ModelConfig())
 
 
-def test_tritons_own_schema_reads_the_configuration(triton: Path, spec: ModelSpec) -> None:
+def test_triton_configuration_parses_and_matches_the_network(triton: Path, spec: ModelSpec) -> None:
     config = parsed((triton / "config.pbtxt").read_text())
     assert config.name == triton.name == "pmm_resnet18"
     assert (config.platform, config.max_batch_size) == ("onnxruntime_onnx", 64)
@@ -146,21 +129,28 @@ def test_tritons_own_schema_reads_the_configuration(triton: Path, spec: ModelSpe
         (session.get_inputs(), config.input, model_config_pb2.TYPE_UINT8),
         (session.get_outputs(), config.output, model_config_pb2.TYPE_FP32),
     ):
-        assert declared.name == tensor.name
+        assert (declared.name, declared.data_type) == (tensor.name, kind)
         assert list(declared.dims) == tensor.shape[1:]
-        assert declared.data_type == kind
-    assert list(config.input[0].dims) == [spec.input.height, spec.input.width, 3]
     assert list(config.dynamic_batching.preferred_batch_size) == [16, 64]
     assert config.dynamic_batching.max_queue_delay_microseconds == 2000
     assert ModelSpec.from_json(config.parameters[METADATA_KEY].string_value) == spec
 
 
+def test_triton_configuration_of_other_inputs(spec: ModelSpec) -> None:
+    raw = replace(spec, input=replace(spec.input, form="raw"), dataset='Höhle "2"\n')
+    config = parsed(triton_config(raw, "m", "onnxruntime_onnx", (1, 1)))
+    assert config.input[0].data_type == model_config_pb2.TYPE_FP32
+    assert list(config.input[0].dims) == [3, 96, 64]
+    assert list(config.dynamic_batching.preferred_batch_size) == [1]
+    assert ModelSpec.from_json(config.parameters[METADATA_KEY].string_value) == raw
+
+
 def engine_of(onnx: Path, engine: Path, batch: BatchProfile = BatchProfile(1, 8, 32)) -> Path:
-    """What a build leaves, as far as it is looked at: a file, and the manifest that describes it."""
+    """A file and a manifest that describes it as an engine."""
     engine.write_bytes(b"engine")
     manifest = EngineManifest(
         spec=pmm_edge.load(onnx, "cpu").spec,
-        onnx=onnx_seen_from(engine, onnx),
+        onnx=relative_onnx(engine, onnx),
         onnx_sha256=sha256(onnx),
         engine_sha256=sha256(engine),
         engine_size=6,
@@ -173,7 +163,7 @@ def engine_of(onnx: Path, engine: Path, batch: BatchProfile = BatchProfile(1, 8,
     return engine
 
 
-def test_an_engine_is_served_as_a_tensorrt_plan(tiny_onnx: Path, tmp_path: Path) -> None:
+def test_engine_is_served_as_a_plan(tiny_onnx: Path, tmp_path: Path) -> None:
     engine = engine_of(tiny_onnx, tmp_path / "model.engine")
     folder = triton_bundle(tiny_onnx, tmp_path / "repository", engine).folder
     config = parsed((folder / "config.pbtxt").read_text())
@@ -183,97 +173,70 @@ def test_an_engine_is_served_as_a_tensorrt_plan(tiny_onnx: Path, tmp_path: Path)
     assert [path.name for path in (folder / "1").iterdir()] == ["model.plan"]
 
 
-def test_an_engine_is_served_only_with_the_file_that_describes_it(
-    tiny_onnx: Path, raw_onnx: Path, tmp_path: Path
-) -> None:
-    def refuses(engine: Path, message: str) -> None:
-        with pytest.raises(PmmError, match=message):
-            triton_bundle(tiny_onnx, tmp_path / "repository", engine)
-
-    refuses(tmp_path / "none.engine", r"none\.engine does not exist")
-    refuses(
-        engine_of(raw_onnx, tmp_path / "raw.engine"), r"raw\.engine was not built from .*model\.onnx, .* Build it: pmm"
-    )
+def test_unsuitable_engines_are_rejected(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
     cut = engine_of(tiny_onnx, tmp_path / "cut.engine")
     cut.write_bytes(b"engin")
-    refuses(cut, "truncated")
-    lone = engine_of(tiny_onnx, tmp_path / "lone.engine", BatchProfile(4, 8, 16))
-    refuses(lone, r"cannot answer a lone request in Triton\. Build it with --batch 1,8,16")
+    engines = {
+        tmp_path / "missing.engine": ModelError,
+        engine_of(raw_onnx, tmp_path / "raw.engine"): ModelError,
+        cut: ModelError,
+        engine_of(tiny_onnx, tmp_path / "large.engine", BatchProfile(4, 8, 16)): PmmError,
+    }
+    for engine, error in engines.items():
+        with pytest.raises(error):
+            triton_bundle(tiny_onnx, tmp_path / "repository", engine)
     assert not (tmp_path / "repository").exists()
 
 
-def test_names_tell_networks_apart(spec: ModelSpec) -> None:
-    int8 = replace(spec, precision="int8", target="tensorrt")
-    assert model_name(spec, as_engine=False) == "pmm_resnet18"
-    assert model_name(int8, as_engine=False) == "pmm_resnet18_int8"
-    assert model_name(int8, as_engine=True) == "pmm_resnet18_int8_trt"
-    assert model_name(replace(int8, target="cpu"), as_engine=False) == "pmm_resnet18_int8_cpu"
+def test_default_names_differ_by_precision_and_engine(spec: ModelSpec) -> None:
+    int8 = replace(spec, precision="int8", quantization=Quantization("tensorrt", "minmax", 64))
+    cpu = replace(spec, precision="int8", quantization=Quantization("cpu", "minmax", 64))
+    names = [triton_name(spec, False), triton_name(int8, False), triton_name(int8, True), triton_name(cpu, False)]
+    assert names == ["pmm_resnet18", "pmm_resnet18_int8", "pmm_resnet18_int8_trt", "pmm_resnet18_int8_cpu"]
 
 
-def test_networks_of_one_repository(pmm: Callable, tiny_onnx: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    repository, fp16 = tmp_path / "models", tmp_path / "fp16.onnx"
-    for source in ((tiny_onnx,), (tiny_checkpoint, "--out", fp16, "--precision", "fp16")):
-        ended = pmm("export", *source, "--triton", repository)
-        assert ended.exit_code == 0, ended.stderr
-    ended = pmm("export", tiny_onnx, "--triton", repository, "--triton-name", "people.v2")
-    assert ended.exit_code == 0, ended.stderr
-    names = ["people.v2", "pmm_resnet18", "pmm_resnet18_fp16"]
-    assert sorted(path.name for path in repository.iterdir()) == names
-    assert [parsed((repository / name / "config.pbtxt").read_text()).name for name in names] == names
-    assert 'MODEL, HEIGHT, WIDTH, LARGEST_BATCH = "people.v2",' in (repository / "people.v2" / "client.py").read_text()
+def test_models_share_a_repository(tiny_onnx: Path, tmp_path: Path) -> None:
+    for name in ("people.v2", None):
+        (bundle,) = export(tiny_onnx, triton=tmp_path, triton_name=name).bundles
+        assert bundle.folder == tmp_path / (name or "pmm_resnet18")
+        assert parsed((bundle.folder / "config.pbtxt").read_text()).name == bundle.folder.name
+    assert '"people.v2"' in (tmp_path / "people.v2" / "client.py").read_text()
+    with pytest.raises(OutputError, match="pmm_resnet18"):
+        triton_bundle(tiny_onnx, tmp_path)
 
 
-def test_a_static_batch_is_no_network_for_a_server_or_a_tracker(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    for bundle, form in ((triton_bundle, "uint8"), (deepstream_bundle, "raw")):
-        onnx = export_onnx(tiny_checkpoint, tmp_path / "a.onnx", form, Graph(static_batch=4)).path
-        with pytest.raises(ModelError, match=r"takes batches of 4 alone.*Export it without --static-batch"):
-            bundle(onnx, tmp_path / "folder")
-
-
-def relabelled(onnx: Path, out: Path, **changes: object) -> Path:
-    """The same graph with other claims in its spec."""
-    model = onnx_package.load(onnx)
-    metadata = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
-    metadata.value = replace(ModelSpec.from_json(metadata.value), **changes).to_json()
-    onnx_package.save(model, out)
-    return out
-
-
-def test_int8_for_cpus_goes_nowhere_near_tensorrt(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
-    cpu = {"precision": "int8", "target": "cpu"}
-    raw, uint8 = (relabelled(onnx, tmp_path / onnx.name, **cpu) for onnx in (raw_onnx, tiny_onnx))
-    with pytest.raises(ModelError, match=r"is INT8 for CPUs.*Export it with --target tensorrt"):
+def test_int8_for_cpus_is_rejected_for_tensorrt(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
+    cpu = {"precision": "int8", "quantization": Quantization("cpu", "minmax", 64)}
+    raw, uint8 = (relabeled(onnx, tmp_path / onnx.name, **cpu) for onnx in (raw_onnx, tiny_onnx))
+    with pytest.raises(ModelError):
         deepstream_bundle(raw, tmp_path / "d")
-    with pytest.raises(ModelError, match="is INT8 for CPUs"):
+    with pytest.raises(ModelError):
         triton_bundle(uint8, tmp_path / "t", engine_of(uint8, tmp_path / "x.engine"))
     assert triton_bundle(uint8, tmp_path / "t").folder.name == "pmm_resnet18_int8_cpu"
 
 
-@pytest.mark.parametrize(("normalized", "said"), [(False, "are longer"), (True, "have it already, and this leaves")])
-def test_what_is_said_of_the_embeddings_length_holds(
-    normalized: bool, said: str, raw_onnx: Path, tmp_path: Path
-) -> None:
-    onnx = relabelled(raw_onnx, tmp_path / "a.onnx", normalized_output=normalized)
+def test_input_form_must_be_the_bundles(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
+    for bundle, onnx in (
+        (deepstream_bundle, tiny_onnx),
+        (triton_bundle, raw_onnx),
+        (deepstream_bundle, tmp_path / "missing.onnx"),
+    ):
+        with pytest.raises(ModelError):
+            bundle(onnx, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("normalized", "phrase"), [(False, "are longer"), (True, "have unit length already")])
+def test_length_of_embeddings_is_described(normalized: bool, phrase: str, raw_onnx: Path, tmp_path: Path) -> None:
+    onnx = relabeled(raw_onnx, tmp_path / "a.onnx", normalized_output=normalized)
     folder = deepstream_bundle(onnx, tmp_path / "tracker").folder
     for name in ("README.md", "reid_section.yml", "config_tracker_NvDCF.yml"):
-        text = " ".join((folder / name).read_text().replace("#", "").split())
-        assert f"vectors of length 1; the network's {said}" in text, name
-    assert yaml.safe_load((folder / "config_tracker_NvDCF.yml").read_text())["ReID"]["addFeatureNormalization"] == 1
-
-
-def test_other_inputs_and_batches(spec: ModelSpec) -> None:
-    raw = replace(spec, input=replace(spec.input, form="raw"))
-    config = parsed(model_config(raw, "m", "onnxruntime_onnx", (1, 1)))
-    assert config.input[0].data_type == model_config_pb2.TYPE_FP32
-    assert list(config.input[0].dims) == [3, 96, 64]
-    assert list(config.dynamic_batching.preferred_batch_size) == [1]
-    with pytest.raises(PmmError, match="a preferred batch of 8 does not fit a largest of 4"):
-        model_config(spec, "m", "onnxruntime_onnx", (8, 4))
+        assert phrase in " ".join((folder / name).read_text().replace("#", "").split()), name
 
 
 @pytest.fixture
 def server(triton: Path) -> Iterator[str]:
-    """Triton's own gRPC service, answered by ONNX Runtime: what the client sends goes into the network as it is."""
+    """Triton's gRPC service, answered by ONNX Runtime: the request goes into the network as it is."""
     session = onnxruntime.InferenceSession(triton / "1" / "model.onnx", providers=["CPUExecutionProvider"])
 
     class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -295,77 +258,17 @@ def server(triton: Path) -> Iterator[str]:
     service.stop(None).wait()
 
 
-def test_the_client_ranks_images_as_the_network_does(
+def test_client_ranks_images_by_their_embeddings(
     server: str, triton: Path, tiny_onnx: Path, tiny_dataset: Path
 ) -> None:
     images = sorted((tiny_dataset / "query").iterdir())[:5]
     command = [sys.executable, triton / "client.py", "--url", server, *images]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    embeddings = pmm_edge.runtime.embed_files(pmm_edge.load(tiny_onnx, "cpu"), images).embeddings
+    embedder = pmm_edge.load(tiny_onnx, "cpu")
+    crops = pmm_edge.images.read_crops(images, embedder.spec.input.height, embedder.spec.input.width)
+    embeddings = embedder.embed(crops)
     distances = np.linalg.norm(embeddings - embeddings[0], axis=1)
     printed = [line.split(maxsplit=1) for line in ended.stdout.splitlines()]
     assert [path for _, path in printed] == [str(images[index]) for index in np.argsort(distances, kind="stable")]
     np.testing.assert_allclose([float(value) for value, _ in printed], np.sort(distances), atol=2e-3)
-
-
-def test_bundles_take_the_form_they_feed(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"form uint8, the bundle feeds raw\. Export it with --input raw"):
-        deepstream_bundle(tiny_onnx, tmp_path / "d")
-    with pytest.raises(ModelError, match="form raw, the bundle feeds uint8"):
-        triton_bundle(raw_onnx, tmp_path / "t")
-    with pytest.raises(ModelError, match=r"none\.onnx does not exist"):
-        deepstream_bundle(tmp_path / "none.onnx", tmp_path / "d")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_there_is_not_overwritten(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
-    (tmp_path / "other_model").mkdir()
-    (tmp_path / "other_model" / "config.pbtxt").touch()
-    triton_bundle(tiny_onnx, tmp_path)
-    with pytest.raises(OutputError, match="pmm_resnet18 exists and is not an empty folder"):
-        triton_bundle(tiny_onnx, tmp_path)
-    with pytest.raises(OutputError, match="is not an empty folder"):
-        deepstream_bundle(raw_onnx, tmp_path)
-
-
-def test_pmm_export_writes_both(pmm: Callable, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folders = [tmp_path / "tracker", tmp_path / "repository"]
-    out = tmp_path / "model.onnx"
-    ended = pmm("export", tiny_checkpoint, "--out", out, "--deepstream", folders[0], "--triton", folders[1], "--json")
-    assert ended.exit_code == 0, ended.stderr
-    printed = json.loads(ended.stdout)
-    assert printed["bundles"] == {"deepstream": str(folders[0]), "triton": str(folders[1] / "pmm_resnet18")}
-    assert [Path(item["path"]).name for item in printed["exported"]] == ["model.onnx", "model-raw.onnx"]
-    assert pmm_edge.load(folders[0] / "reid.onnx", "cpu").spec.input.form == "raw"
-    ended = pmm("export", out, "--deepstream", tmp_path / "again")
-    assert ended.exit_code == 2
-    assert "Export it with --input raw" in ended.stderr
-
-
-def test_a_bundle_that_fails_does_not_keep_the_other_from_being_written(
-    tiny_onnx: Path, raw_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OutputError("cannot write tracker: No space left on device")
-
-    monkeypatch.setattr("pmm_edge.export.exporter.deepstream_bundle", full)
-    forms = {"uint8": tiny_onnx, "raw": raw_onnx}
-    plan = Plan(forms, False, None, (), deepstream=tmp_path / "d", triton=tmp_path / "models" / "people")
-    made = carry_out(Asked(tiny_onnx), plan)
-    assert [bundle.folder for bundle in made.bundles] == [tmp_path / "models" / "people"]
-    assert [str(failure) for failure in made.failures] == ["cannot write tracker: No space left on device"]
-
-
-def test_a_bundle_from_an_exported_file_needs_no_torch(raw_onnx: Path, tmp_path: Path) -> None:
-    script = """
-import sys
-for absent in ("torch", "torchvision", "onnx", "onnxscript", "safetensors"):
-    sys.modules[absent] = None
-from pmm_edge.cli import main
-main()
-"""
-    command = [sys.executable, "-c", script, "export", raw_onnx, "--deepstream", tmp_path / "tracker"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "tracker" / "reid.onnx").read_bytes() == raw_onnx.read_bytes()

@@ -1,8 +1,8 @@
-"""What is exported computes the same, is a clean graph, carries its spec, and is never written wrong."""
+"""`export` checks its arguments first, writes verified files, and leaves nothing behind where it fails."""
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,120 +13,232 @@ import torch
 from safetensors import safe_open
 
 import pmm_edge
-from pmm_edge.errors import CheckFailedError, OutputError, PmmError
-from pmm_edge.export import Exported, export_onnx, export_safetensors, exporter, inference_network
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError
+from pmm_edge.export import ExportedFile, ExportResult, export, exporter, graph
 from pmm_edge.files import sha256
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
+from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.spec import IMAGENET_MEAN, IMAGENET_STD, METADATA_KEY, InputSpec, ModelSpec
 
 FORMS = ("uint8", "raw", "normalized")
 
 
-@pytest.fixture(scope="module")
-def exports(tiny_checkpoint: Path, tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("forms")
-    others = {form: export_onnx(tiny_checkpoint, folder / f"{form}.onnx", form).path for form in FORMS[1:]}
-    return {"uint8": tiny_onnx, **others}
-
-
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_and_batch_size_gives_the_checkpoints_embeddings(
-    form: str, exports: dict[str, Path], tiny_checkpoint: Path
+def test_embeddings_are_those_of_the_checkpoint(
+    form: str, fp32: dict[str, ExportedFile], tiny_checkpoint: Path
 ) -> None:
     crops = np.random.default_rng(1).integers(0, 256, (5, 96, 64, 3), dtype=np.uint8)
     normalized = ((crops / 255 - IMAGENET_MEAN) / IMAGENET_STD).transpose(0, 3, 1, 2).astype(np.float32)
     fed = {"uint8": crops, "raw": crops.transpose(0, 3, 1, 2).astype(np.float32), "normalized": normalized}[form]
     with torch.inference_mode():
         expected = load_checkpoint(tiny_checkpoint).network()(torch.from_numpy(normalized)).numpy()
-    session = onnxruntime.InferenceSession(exports[form], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(fp32[form].path, providers=["CPUExecutionProvider"])
     for batch in range(1, 6):
         (actual,) = session.run(["embeddings"], {"images": fed[:batch]})
         np.testing.assert_allclose(actual, expected[:batch], rtol=0, atol=1e-5 * expected.max())
 
 
-def test_graphs_hold_the_network_and_its_preprocessing_alone(exports: dict[str, Path]) -> None:
-    network = {"Conv": 23, "Relu": 21, "Add": 9, "MaxPool": 1, "ReduceMean": 1, "ReduceMax": 1, "Gemm": 2, "Concat": 1}
-    before = {
-        "uint8": {"Cast": 1, "Transpose": 1, "Mul": 1, "Add": 10},
-        "raw": {"Mul": 1, "Add": 10},
-        "normalized": {},
-    }
-    for form, path in exports.items():
-        nodes = onnx.load(path).graph.node
-        assert Counter(node.op_type for node in nodes) == network | before[form], form
-    assert onnx.load(exports["uint8"]).graph.node[0].op_type == "Cast"
+@pytest.mark.parametrize("form", FORMS)
+def test_spec_describes_the_file(form: str, fp32: dict[str, ExportedFile], tiny_checkpoint: Path) -> None:
+    exported, trained = fp32[form], load_checkpoint(tiny_checkpoint).spec
+    metadata = {entry.key: entry.value for entry in onnx.load(exported.path).metadata_props}
+    spec = ModelSpec.from_json(metadata[METADATA_KEY])
+    assert spec == exported.spec
+    assert spec.input == InputSpec(96, 64, form=form)
+    assert spec.checkpoint_sha256 == sha256(tiny_checkpoint)
+    assert spec.tools["torch"] == torch.__version__.partition("+")[0]
+    assert spec.tools["opset"] == "18"
+    assert (spec.stages, spec.embedding_size, spec.precision) == (trained.stages, 1536, "fp32")
+    assert exported.size == exported.path.stat().st_size
+    assert 0 <= exported.departure < 1e-5
+    assert exported.cosine_min == pytest.approx(1, abs=1e-6)
 
 
-def test_metadata_says_what_the_file_is(exports: dict[str, Path], tiny_checkpoint: Path) -> None:
-    trained = load_checkpoint(tiny_checkpoint).spec
-    for form, path in exports.items():
-        metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-        spec = ModelSpec.from_json(metadata[METADATA_KEY])
-        assert spec.checkpoint_sha256 == sha256(tiny_checkpoint)
-        assert spec.tools["torch"] == torch.__version__.partition("+")[0]
-        assert spec == replace(
-            trained,
-            input=InputSpec(96, 64, form=form),
-            checkpoint_sha256=spec.checkpoint_sha256,
-            tools=spec.tools,
-        )
+def test_progress_covers_every_file(fp32_export: tuple[ExportResult, list[str]]) -> None:
+    result, progress = fp32_export
+    names = [item.path.name for item in result.files]
+    assert names == ["model.onnx", "model-raw.onnx", "model-uint8.onnx"]
+    assert progress == [f"exporting {name} {step}/2" for name in names for step in range(3)]
 
 
-def test_files_hold_no_paths_of_the_machine_that_made_them(tiny_onnx: Path) -> None:
+def test_files_contain_no_local_paths(tiny_onnx: Path) -> None:
     content = tiny_onnx.read_bytes()
     for folder in (Path(pmm_edge.__file__).parent, Path(torch.__file__).parent, Path.home()):
         assert str(folder).encode() + b"/" not in content
 
 
-def test_an_export_that_departs_is_not_written(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_same_checkpoint_gives_same_file(fp32: dict[str, ExportedFile], tiny_onnx: Path) -> None:
+    assert fp32["uint8"].path.read_bytes() == tiny_onnx.read_bytes()
+
+
+def test_newest_run_is_exported_by_default(
+    tiny_checkpoint: Path, raw_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(network: torch.nn.Module, spec: InputSpec, normalize_output: bool) -> torch.nn.Module:
-        return inference_network(network, replace(spec, std=(0.25, 0.25, 0.25)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError):
+        export()
+    monkeypatch.setattr(graph, "onnx_graph", lambda *_: onnx.load(raw_onnx))
+    run = new_run_folder(AboutRun("new", "data", "0"), Path("runs") / "new")
+    shutil.copy(tiny_checkpoint, run / "best.pt")
+    result = pmm_edge.export.export(input_form="raw", safetensors=True)
+    assert result.checkpoint == Path("runs/new/best.pt")
+    paths = [item.path for item in result.files]
+    assert paths == [run / "export/model-raw.onnx", run / "export/model-raw.safetensors"]
 
-    def report(what: str, done: int, total: int, detail: str = "") -> None:
-        heard.append(f"{done}/{total}")
+    trained = load_checkpoint(tiny_checkpoint).weights
+    with safe_open(paths[1], framework="pt") as file:
+        assert ModelSpec.from_json(file.metadata()[METADATA_KEY]) == result.files[1].spec
+        assert set(file.keys()) == {name for name in trained if "classifier" not in name}
+        assert all(torch.equal(file.get_tensor(name), trained[name]) for name in file.keys())  # noqa: SIM118
 
-    heard: list[str] = []
-    monkeypatch.setattr(exporter, "inference_network", wrong)
-    with pytest.raises(CheckFailedError, match=r"model\.onnx was not written: at batch 1 .* depart"):
-        export_onnx(tiny_checkpoint, tmp_path / "model.onnx", report=report)
+
+def test_wrong_export_is_not_written(
+    tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> onnx.ModelProto:
+        model = onnx.load(tiny_onnx)
+        (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "0.scale")
+        scale.CopyFrom(onnx.numpy_helper.from_array(1.1 * onnx.numpy_helper.to_array(scale), scale.name))
+        return model
+
+    monkeypatch.setattr(graph, "onnx_graph", wrong)
+    with pytest.raises(CheckFailedError, match="batch 1"):
+        export(tiny_checkpoint, out=tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
-    assert heard == ["0/3", "1/3", "2/3"]
 
 
-def test_a_checkpoint_of_nan_is_not_exported(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_nan_is_not_exported(
+    tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
     weights = {**checkpoint.weights, "stage1.linear.bias": torch.full((512,), torch.nan)}
     save_checkpoint(tmp_path / "nan.pt", Checkpoint(checkpoint.spec, weights))
-    with pytest.raises(CheckFailedError, match=r"nan\.pt gives NaN"):
-        export_onnx(tmp_path / "nan.pt", tmp_path / "out" / "model.onnx")
+    monkeypatch.setattr(graph, "onnx_graph", lambda *_: onnx.load(tiny_onnx))
+    with pytest.raises(CheckFailedError, match=r"nan\.pt"):
+        export(tmp_path / "nan.pt", out=tmp_path / "out" / "model.onnx")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_safetensors_are_the_evaluation_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    exported = export_safetensors(tiny_checkpoint, tmp_path / "model.safetensors")
-    trained = load_checkpoint(tiny_checkpoint).weights
-    with safe_open(exported.path, framework="pt") as file:
-        assert ModelSpec.from_json(file.metadata()[METADATA_KEY]) == exported.spec
-        assert set(file.keys()) == {name for name in trained if "classifier" not in name}
-        assert all(torch.equal(file.get_tensor(name), trained[name]) for name in file.keys())  # noqa: SIM118
-    crops = np.random.default_rng(0).integers(0, 256, (2, 96, 64, 3), dtype=np.uint8)
-    actual, expected = (pmm_edge.load(path, "cpu").embed(crops) for path in (exported.path, tiny_checkpoint))
-    np.testing.assert_array_equal(actual, expected)
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if the export begins."""
+
+    def begun(*_: object) -> None:
+        raise AssertionError("the export began")
+
+    monkeypatch.setattr(exporter, "_write_onnx", begun)
+    monkeypatch.setattr(exporter, "build_engine", begun)
 
 
-@pytest.mark.parametrize(("export", "suffix"), [(export_onnx, ".onnx"), (export_safetensors, ".safetensors")])
-def test_places_that_cannot_be_written(
-    export: Callable[[Path, Path], Exported], suffix: str, tiny_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"opset": 16}, PmmError),
+        ({"opset": 21}, PmmError),
+        ({"static_batch": 0}, PmmError),
+        ({"target": "cpu"}, PmmError),
+        ({"layout": "msmt17"}, PmmError),
+        ({"precision": "fp16", "max_map_drop": 1}, PmmError),
+        ({"precision": "int8", "max_map_drop": -1}, PmmError),
+        ({"precision": "int8"}, DataError),
+        ({"triton_name": "people"}, PmmError),
+        ({"triton": "models", "triton_name": "a/b"}, PmmError),
+        ({"optimization_level": 0}, PmmError),
+        ({"timing_cache": False}, PmmError),
+        ({"trt": True, "optimization_level": 9}, PmmError),
+        ({"trt": True, "batch_profile": "64,16,1"}, PmmError),
+        ({"trt": True, "static_batch": 4, "batch_profile": "1,4,8"}, PmmError),
+        ({"trt": True, "batch_profile": "4,8,16", "triton": "models"}, PmmError),
+        ({"static_batch": 4, "triton": "models"}, ModelError),
+        ({"static_batch": 4, "deepstream": "tracker"}, ModelError),
+        ({"precision": "int8", "target": "cpu", "trt": True}, ModelError),
+        ({"precision": "int8", "target": "cpu", "deepstream": "tracker"}, ModelError),
+        ({"out": "model.bin"}, PmmError),
+        ({"out": "/proc/model.onnx"}, OutputError),
+        ({"deepstream": "full"}, OutputError),
+        ({"triton": "full", "triton_name": "taken"}, OutputError),
+    ],
+)
+def test_invalid_options_are_rejected_before_any_work(
+    options: dict[str, object],
+    error: type[PmmError],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_work: None,
 ) -> None:
-    with pytest.raises(PmmError, match=f"does not end in \\{suffix}. Name it"):
-        export(tiny_checkpoint, tmp_path / "model.bin")
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"cannot write .*Choose (a folder|another name)"):
-        export(tiny_checkpoint, tmp_path / "file" / f"model{suffix}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full" / "taken").mkdir(parents=True)
+    (tmp_path / "full" / "taken" / "file").touch()
+    with pytest.raises(error) as caught:
+        export(tiny_checkpoint, **{"out": "model.onnx"} | options)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_what_is_returned_describes_the_file(tiny_export: Exported) -> None:
-    assert tiny_export.size == tiny_export.path.stat().st_size
-    assert 0 <= tiny_export.departure < 1e-5
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".engine"])
+def test_places_are_checked_before_any_work(suffix: str, tiny_checkpoint: Path, tmp_path: Path, no_work: None) -> None:
+    (tmp_path / f"model{suffix}").mkdir()
+    with pytest.raises(OutputError, match=f"model{suffix}"):
+        export(tiny_checkpoint, out=tmp_path / "model.onnx", safetensors=True, trt=True)
+    assert [path.name for path in tmp_path.iterdir()] == [f"model{suffix}"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"trt": True, "input_form": "raw"},
+        {"trt": True, "opset": 17},
+        {"trt": True, "precision": "fp16"},
+        {"trt": True, "safetensors": True},
+        {"trt": True, "out": "other.onnx"},
+        {"triton": "models", "out": "other.engine"},
+        {"deepstream": "tracker"},
+    ],
+)
+def test_exported_file_is_not_exported_again(options: dict[str, object], tiny_onnx: Path, no_work: None) -> None:
+    with pytest.raises(PmmError):
+        export(tiny_onnx, **options)
+
+
+def test_failed_bundle_does_not_prevent_others(
+    tiny_checkpoint: Path, fp32: dict[str, ExportedFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise failure
+
+    def copied(checkpoint: Checkpoint, source: Path, files: dict[str, Path], *_: object) -> list[ExportedFile]:
+        for form, out in files.items():
+            shutil.copy(fp32[form].path, out)
+        return list(fp32.values())
+
+    failure = OutputError("no space left")
+    monkeypatch.setattr("pmm_edge.export.bundles.deepstream_bundle", full)
+    monkeypatch.setattr(exporter, "_write_onnx", copied)
+    folder = tmp_path / "models"
+    result = export(tiny_checkpoint, out=tmp_path / "model.onnx", deepstream=tmp_path / "tracker", triton=folder)
+    assert [bundle.folder for bundle in result.bundles] == [folder / "pmm_resnet18"]
+    assert result.failures == [failure]
+
+
+def test_exported_file_needs_no_torch(raw_onnx: Path, tmp_path: Path) -> None:
+    script = """
+import sys
+for absent in ("torch", "torchvision", "onnx", "onnxscript", "safetensors"):
+    sys.modules[absent] = None
+import pmm_edge.export
+result = pmm_edge.export(sys.argv[1], deepstream=sys.argv[2])
+assert not result.failures, result.failures
+try:
+    pmm_edge.export(sys.argv[3])
+except pmm_edge.PmmError as error:
+    print(error)
+"""
+    checkpoint = tmp_path / "best.pt"
+    checkpoint.touch()
+    command = [sys.executable, "-c", script, raw_onnx, tmp_path / "tracker", checkpoint]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "pmm-edge[train]" in ended.stdout
+    assert (tmp_path / "tracker" / "reid.onnx").read_bytes() == raw_onnx.read_bytes()

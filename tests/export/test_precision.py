@@ -1,8 +1,10 @@
-"""FP16 and INT8 are what their names say, close to FP32, and placed where their engine fuses them."""
+"""FP16 and INT8 graphs have the types of their names, are close to FP32, and quantize where engines fuse."""
 
 import shutil
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,116 +15,162 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from people import write_people
+from torch import Tensor, nn
 
 import pmm_edge
 from pmm_edge.data.dataset import read
-from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
-from pmm_edge.export import Exported, Fp16, Graph, Int8, export_forms, export_onnx
-from pmm_edge.export.calibration import Ranges, read_calibration, value_ranges
-from pmm_edge.export.graph import layers_of, parts_of, row_preprocessing
-from pmm_edge.export.quantize import calibrated_operators, hold_map, mean_average_precision, quantize
-from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
+from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmWarning
+from pmm_edge.export import ExportedFile, export, quantize
+from pmm_edge.export.calibration import METHODS, Calibration, Ranges, read_calibration, value_ranges
+from pmm_edge.export.graph import Parts, layer_names, onnx_graph, row_preprocessing, split
+from pmm_edge.model import load_checkpoint
 from pmm_edge.retrieval.distances import cosines
-from pmm_edge.spec import InputSpec, Quantization
+from pmm_edge.runtime.torch_backend import Preprocess
+from pmm_edge.spec import FLOAT16_MAX, InputSpec, ModelSpec, Quantization
+
+SIZE = InputSpec(96, 64)
+CROPS = np.random.default_rng(3).integers(0, 256, (5, 96, 64, 3), dtype=np.uint8)
+TARGETS = ("cpu", "tensorrt")
 
 
-def types_of(model: onnx.ModelProto) -> dict[str, int]:
+class Mini(nn.Module):
+    """Two residual blocks and two linear layers, small enough to quantize many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 7, 8)
+        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.heads = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images).relu()
+        for first, second in (self.convolutions[:2], self.convolutions[2:]):
+            features = (second(first(features).relu()) + features).relu()
+        pooled = features.mean(dim=(2, 3)), features.amax(dim=(2, 3))
+        return torch.cat([head(values) for head, values in zip(self.heads, pooled, strict=True)], dim=1).relu()
+
+
+@pytest.fixture(scope="module")
+def mini_spec(tiny_checkpoint: Path) -> ModelSpec:
+    trained = load_checkpoint(tiny_checkpoint).spec
+    quantization = Quantization("tensorrt", "minmax", 0)
+    return replace(trained, input=InputSpec(96, 64, "uint8"), embedding_size=32, quantization=quantization)
+
+
+@pytest.fixture(scope="module")
+def mini(mini_spec: ModelSpec) -> Parts:
+    return split(onnx_graph(nn.Sequential(Preprocess(mini_spec.input), Mini()).eval(), mini_spec))
+
+
+@pytest.fixture(scope="module")
+def calibration(people: Path) -> Calibration:
+    return read_calibration(people, SIZE)
+
+
+@pytest.fixture(scope="module")
+def ranges(mini: Parts, calibration: Calibration) -> dict[str, Ranges]:
+    return {kind: quantize.int8_ranges(mini.network, calibration.ranges, SIZE, kind, "minmax") for kind in TARGETS}
+
+
+def embed(parts: Parts, network: onnx.ModelProto, crops: np.ndarray) -> np.ndarray:
+    content = parts.join(network).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": crops})[0]
+
+
+class Graph:
+    """An ONNX file, indexed."""
+
+    def __init__(self, path: Path) -> None:
+        model = onnx.load(path)
+        self.nodes, self.opsets = model.graph.node, [(entry.domain, entry.version) for entry in model.opset_import]
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        self.producer = {name: node for node in self.nodes for name in node.output}
+        self.layers = [node for node in self.nodes if node.op_type in ("Conv", "Gemm")]
+        self.zero_points = [self.constants[node.input[2]] for node in self.nodes if node.op_type == "QuantizeLinear"]
+
+    def producers(self, node: onnx.NodeProto) -> list[str]:
+        return [self.producer[name].op_type for name in node.input]
+
+
+def test_fp16_is_float16_from_first_convolution_to_output(fp16: ExportedFile) -> None:
+    model = onnx.load(fp16.path)
     inferred = onnx.shape_inference.infer_shapes(model).graph
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
-    return types | {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-
-
-def test_fp16_is_fp16_between_the_first_convolution_and_the_output(fp16: Exported) -> None:
-    model = onnx.load(fp16.path)
-    types = types_of(model)
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert (types["images"], types["embeddings"]) == (TensorProto.UINT8, TensorProto.FLOAT)
     for node in model.graph.node:
-        kinds = {types[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
         if node.op_type in ("Cast", "Transpose", "Mul"):
-            continue  # the preprocessing, and the casts at both ends
-        before_network = "0.shift" in node.input
-        assert kinds == {TensorProto.FLOAT if before_network else TensorProto.FLOAT16}, node.name
+            continue  # preprocessing, and the casts at both ends
+        kinds = {types[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
+        is_preprocessing = "0.shift" in node.input
+        assert kinds == {TensorProto.FLOAT if is_preprocessing else TensorProto.FLOAT16}, node.name
     assert sum(node.op_type == "Cast" for node in model.graph.node) == 3
 
 
-def test_fp16_is_close_and_says_how_it_was_checked(fp16: Exported, tiny_export: Exported) -> None:
+def test_fp16_is_close(fp16: ExportedFile, tiny_export: ExportedFile) -> None:
     assert fp16.cosine_min >= 0.9999
     assert fp16.size < 0.51 * tiny_export.size
-    assert fp16.spec.precision == "fp16"
-    assert fp16.spec.precision == "fp16"
+    assert (fp16.spec.precision, fp16.spec.quantization) == ("fp16", None)
+    assert 0 < fp16.largest_value < FLOAT16_MAX
     assert pmm_edge.load(fp16.path, "cpu").spec == fp16.spec
 
 
-def test_fp16_that_would_overflow_is_not_written(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    weights = {**checkpoint.weights}
-    weights["backbone.layer2.0.bn1.bias"] = weights["backbone.layer2.0.bn1.bias"].clone()
-    weights["backbone.layer2.0.bn1.bias"][3] = 60000.0
-    weights["backbone.layer2.0.bn1.weight"] = torch.full_like(weights["backbone.layer2.0.bn1.weight"], 9000.0)
-    save_checkpoint(tmp_path / "large.pt", Checkpoint(checkpoint.spec, weights))
-    with pytest.raises(CheckFailedError, match=r"node_conv2d_5 \(Conv\) has a value of .* float16 holds 65504"):
-        export_onnx(tmp_path / "large.pt", tmp_path / "out" / "model.onnx", precision=Fp16(people))
-    assert not (tmp_path / "out").exists()
+def test_values_beyond_float16_are_an_error(mini: Parts, calibration: Calibration) -> None:
+    network = onnx.ModelProto.FromString(mini.network.SerializeToString())
+    weight = next(tensor for tensor in network.graph.initializer if tensor.name.endswith("convolutions.0.weight"))
+    weight.CopyFrom(numpy_helper.from_array(np.full((8, 8, 3, 3), 6e4, np.float32), weight.name))
+    quantize.cast_to_fp16(network)
+    with pytest.raises(CheckFailedError, match=r"\(Conv\)"):
+        quantize.largest_value(network, value_ranges(network, calibration.held_out, SIZE))
+    weight.CopyFrom(numpy_helper.from_array(np.full((8, 8, 3, 3), 7e4, np.float32), weight.name))
+    with pytest.raises(CheckFailedError, match=weight.name):
+        quantize.cast_to_fp16(network)
 
 
-def test_int8_is_close_on_crops_that_it_was_not_calibrated_on(int8: dict[str, Exported], tiny_export: Exported) -> None:
-    for target, exported in int8.items():
-        assert exported.cosine_mean >= 0.99, target
-        assert exported.size < 0.27 * tiny_export.size
-        assert exported.spec.precision == "int8"
-        assert exported.spec.quantization == Quantization(target, "minmax", 48, "people")
-        assert pmm_edge.load(exported.path, "cpu").spec == exported.spec
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_is_close_on_held_out_crops(target: str, int8: dict[str, ExportedFile], tiny_export: ExportedFile) -> None:
+    exported = int8[target]
+    assert exported.cosine_mean >= 0.99
+    assert exported.size < 0.27 * tiny_export.size
+    assert exported.spec.quantization == Quantization(target, "minmax", 48, "people", ())
+    assert pmm_edge.load(exported.path, "cpu").spec == exported.spec
 
 
-def test_weights_are_symmetric_with_a_scale_for_each_channel(int8: dict[str, Exported]) -> None:
-    for target, exported in int8.items():
-        graph = onnx.load(exported.path).graph
-        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        maker = {node.output[0]: node for node in graph.node}
-        layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
-        assert len(layers) == 25
-        for layer in layers:
-            weights, scales, zeros = (constants[name] for name in maker[layer.input[1]].input)
-            assert weights.dtype == np.int8, target
-            assert scales.shape == (weights.shape[0],)
-            assert not zeros.any()
-            assert maker[layer.input[0]].op_type == "DequantizeLinear", layer.name
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_are_symmetric_per_channel(target: str, int8: dict[str, ExportedFile]) -> None:
+    graph = Graph(int8[target].path)
+    assert len(graph.layers) == 25
+    for layer in graph.layers:
+        weights, scales, zeros = (graph.constants[name] for name in graph.producer[layer.input[1]].input)
+        assert weights.dtype == np.int8
+        assert scales.shape == (weights.shape[0],)
+        assert not zeros.any()
+        assert graph.producer[layer.input[0]].op_type == "DequantizeLinear", layer.name
+    assert graph.opsets == [("", 18)]
 
 
-def test_tensorrt_gets_signed_activations_around_zero_where_it_fuses_them(int8: dict[str, Exported]) -> None:
-    graph = onnx.load(int8["tensorrt"].path).graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    maker = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
-        if node.op_type == "QuantizeLinear":
-            zero = constants[node.input[2]]
-            assert (zero.dtype, zero.item()) == (np.int8, 0)
-    residual = [node for node in graph.node if node.op_type == "Add" and "0.shift" not in node.input]
-    assert len(residual) == 9
-    for node in residual:
-        assert [maker[name].op_type for name in node.input] == ["Conv", "DequantizeLinear"], node.name
-    for node in graph.node:
-        if node.op_type in ("Conv", "Gemm"):
-            assert constants[node.input[2]].dtype == np.float32  # a bias that TensorRT adds in float
-        if node.op_type == "DequantizeLinear":
-            assert constants.get(node.input[0], np.int8(0)).dtype == np.int8
-    (heads,) = (maker[name] for name in maker["embeddings"].input)
-    assert [maker[name].op_type for name in heads.input] == ["Gemm", "Gemm"]
+def test_tensorrt_gets_symmetric_activations_where_it_fuses_them(int8: dict[str, ExportedFile]) -> None:
+    graph = Graph(int8["tensorrt"].path)
+    assert {(zero.dtype, zero.item()) for zero in graph.zero_points} == {(np.dtype(np.int8), 0)}
+    additions = [node for node in graph.nodes if node.op_type == "Add" and node.input[1] not in graph.constants]
+    assert [graph.producers(node) for node in additions] == 9 * [["Conv", "DequantizeLinear"]]
+    assert all(graph.constants[layer.input[2]].dtype == np.float32 for layer in graph.layers)  # TensorRT's biases
+    (heads,) = (graph.producer[name] for name in graph.producer["embeddings"].input)
+    assert graph.producers(heads) == ["Gemm", "Gemm"]
 
 
-def test_cpu_gets_unsigned_activations(int8: dict[str, Exported]) -> None:
-    graph = onnx.load(int8["cpu"].path).graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    zeros = [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
-    assert {zero.dtype for zero in zeros} == {np.dtype(np.uint8)}
-    assert sum(node.op_type == "Relu" for node in graph.node) == 1  # the others are the rounding at zero
-
-
-def test_onnx_runtime_computes_every_layer_of_the_cpu_graph_in_int8(int8: dict[str, Exported], tmp_path: Path) -> None:
+def test_onnx_runtime_computes_every_layer_of_the_cpu_graph_in_int8(
+    int8: dict[str, ExportedFile], tmp_path: Path
+) -> None:
+    graph = Graph(int8["cpu"].path)
+    assert {zero.dtype for zero in graph.zero_points} == {np.dtype(np.uint8)}
+    assert sum(node.op_type == "Relu" for node in graph.nodes) == 1  # the others are rounding at zero
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "run.onnx")
-    options.log_severity_level = 3  # it warns that what it writes is for this processor
+    options.log_severity_level = 3
     onnxruntime.InferenceSession(int8["cpu"].path, options, providers=["CPUExecutionProvider"])
     run = Counter(node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node)
     assert (run["QLinearConv"], run["QGemm"], run["QLinearAdd"]) == (23, 2, 9)
@@ -130,315 +178,196 @@ def test_onnx_runtime_computes_every_layer_of_the_cpu_graph_in_int8(int8: dict[s
     assert run["QuantizeLinear"] + run["DequantizeLinear"] == 3  # the image, and around the mean of the last map
 
 
-def test_the_cpu_graph_prepares_whole_rows_to_the_same_numbers(int8: dict[str, Exported], tiny_onnx: Path) -> None:
-    crops = np.random.default_rng(5).integers(0, 256, (3, 96, 64, 3), dtype=np.uint8)
-    before = parts_of(onnx.load(tiny_onnx)).before
+def test_row_preprocessing_gives_the_same_numbers(int8: dict[str, ExportedFile], tiny_onnx: Path) -> None:
+    before = split(onnx.load(tiny_onnx)).before
     assert before
     by_pixel, by_row = (
         onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        for model in (before, row_preprocessing(before, InputSpec(96, 64)))
+        for model in (before, row_preprocessing(before, SIZE))
     )
-    np.testing.assert_array_equal(by_row.run(None, {"images": crops})[0], by_pixel.run(None, {"images": crops})[0])
-    assert "rows" in {node.name for node in onnx.load(int8["cpu"].path).graph.node}
+    np.testing.assert_array_equal(by_row.run(None, {"images": CROPS})[0], by_pixel.run(None, {"images": CROPS})[0])
+    assert [node.op_type for node in Graph(int8["cpu"].path).nodes[:3]] == ["Reshape", "Cast", "Mul"]
 
 
-def test_a_lower_precision_with_every_graph_option(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
-    crops = np.random.default_rng(3).integers(0, 256, (3, 96, 64, 3), dtype=np.uint8)
-    for opset, precision in ((17, Fp16()), (20, Int8(people, "cpu", "minmax"))):
-        graph = Graph(opset=opset, normalize_output=True, static_batch=2)
-        exported = export_onnx(tiny_checkpoint, tmp_path / f"{opset}.onnx", "raw", graph, precision)
-        embeddings = pmm_edge.load(exported.path, "cpu").embed(crops)
-        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
-        model = onnx.load(exported.path)
-        assert model.opset_import[0].version == opset
-        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+def test_forms_share_one_quantized_network(int8_cpu: list[ExportedFile]) -> None:
+    normalized, uint8 = int8_cpu
+    assert replace(normalized.spec, input=uint8.spec.input) == uint8.spec
+    first, second = (Graph(item.path).constants for item in int8_cpu)
+    weights = [name for name in first if name.endswith(".weight_quantized")]
+    assert len(weights) == 25
+    assert all(np.array_equal(first[name], second[name]) for name in weights)
+    base, other = (pmm_edge.load(item.path, "cpu").embed(CROPS) for item in int8_cpu)
+    assert cosines(base, other).min() > 0.9999
 
 
-def test_fp16_that_was_not_checked_on_images_is_warned_of(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    exported = export_onnx(tiny_checkpoint, tmp_path / "unchecked.onnx", precision=Fp16())
-    (warning,) = exported.warnings
-    assert "nothing was checked on images" in warning
-
-
-def test_every_precision_names_its_opset_once(tiny_onnx: Path, fp16: Exported, int8: dict[str, Exported]) -> None:
-    for path in (tiny_onnx, fp16.path, *(exported.path for exported in int8.values())):
-        imported = [(entry.domain, entry.version) for entry in onnx.load(path).opset_import]
-        assert imported == [("", 18)], path
-
-
-def test_forms_share_one_network_that_was_calibrated_once(
-    tiny_checkpoint: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("opset", "precision"), [(17, "fp16"), (20, "int8")])
+def test_reduced_precision_follows_the_graph_options(
+    opset: int, precision: str, tiny_checkpoint: Path, people: Path, tmp_path: Path
 ) -> None:
-    calibrated = []
-
-    def counted(*arguments: object, **options: object) -> Ranges:
-        calibrated.append(arguments)
-        return value_ranges(*arguments, **options)
-
-    monkeypatch.setattr("pmm_edge.export.quantize.value_ranges", counted)
-    crops = np.random.default_rng(3).integers(0, 256, (5, 96, 64, 3), dtype=np.uint8)
-    for number, forms in enumerate((("uint8", "raw", "normalized"), ("normalized", "uint8"))):
-        outs = {form: tmp_path / f"{number}-{form}.onnx" for form in forms}
-        graph = Graph(normalize_output=bool(number))
-        exports = export_forms(tiny_checkpoint, outs, graph, Int8(people, "cpu", "minmax"))
-        assert len(calibrated) == number + 1
-        assert [item.spec.input.form for item in exports] == list(forms)
-        assert exports[0].spec.quantization.target == "cpu"
-        for item in exports:
-            assert pmm_edge.load(item.path, "cpu").spec == replace(exports[0].spec, input=item.spec.input)
-        first, *others = (int8_weights(item.path) for item in exports)
-        assert len(first) == 25
-        assert all(other == first for other in others)
-        base, *rest = (pmm_edge.load(item.path, "cpu").embed(crops) for item in exports)
-        for embeddings in rest:
-            assert cosines(base, embeddings).min() > 0.9999  # what rounds to the next of 256 steps
-    kinds = [node.op_type for node in onnx.load(outs["uint8"]).graph.node]
-    assert kinds[:3] == ["Reshape", "Cast", "Mul"]  # whole rows, as when it is exported alone
+    out, int8 = tmp_path / "model.onnx", {}
+    if precision == "int8":
+        int8 = {"calibration": people, "target": "cpu", "calibration_method": "minmax"}
+    options = {"input_form": "raw", "opset": opset, "normalize_output": True, "static_batch": 2}
+    with pmm_warnings(precision == "fp16"):  # of values that were not checked on images
+        exported = export(tiny_checkpoint, out=out, precision=precision, **options, **int8).files[0]
+    assert (exported.largest_value, exported.spec.tools["opset"]) == (None, str(opset))
+    embeddings = pmm_edge.load(out, "cpu").embed(CROPS)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    model = onnx.load(out)
+    assert model.opset_import[0].version == opset
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
 
 
-def int8_weights(path: Path) -> dict[str, bytes]:
-    tensors = onnx.load(path).graph.initializer
-    return {tensor.name: tensor.raw_data for tensor in tensors if tensor.name.endswith(".weight_quantized")}
+def test_best_calibration_method_is_selected(mini: Parts, mini_spec: ModelSpec, calibration: Calibration) -> None:
+    expected = embed(mini, mini.network, calibration.selection)
+    losses = {}
+    for method in METHODS:
+        found = quantize.quantize_network(mini, mini_spec, calibration, method)
+        assert found.quantization == Quantization("tensorrt", method, 48, "people")
+        losses[method] = 1 - cosines(embed(mini, found.network, calibration.selection), expected).mean()
+    best = quantize.quantize_network(mini, mini_spec, calibration)
+    assert best.quantization.method == min(losses, key=losses.__getitem__)
 
 
-def test_the_method_that_loses_least_is_taken(
-    int8: dict[str, Exported], tiny_checkpoint: Path, people: Path, tmp_path: Path
+def test_ranges_are_those_of_the_values(mini: Parts, calibration: Calibration) -> None:
+    found = value_ranges(mini.network, calibration.ranges, SIZE)
+    embeddings = embed(mini, mini.network, calibration.ranges)
+    assert found["embeddings"] == pytest.approx((embeddings.min(), embeddings.max()), rel=1e-4)
+    assert min(found["relu"]) == 0
+
+
+def int8_layers(model: onnx.ModelProto) -> list[str]:
+    producer = {name: node for node in model.graph.node for name in node.output}
+    layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+    return [node.name for node in layers if node.input[1] in producer]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_layers_are_quantized_as_requested(target: str, mini: Parts, ranges: dict[str, Ranges]) -> None:
+    network, nodes, found = mini.network, list(layer_names(mini.network)), ranges[target]
+    assert int8_layers(quantize.quantize(network, found, target)) == nodes
+    assert int8_layers(quantize.quantize(network, found, target, nodes[2:4])) == nodes[:2] + nodes[4:]
+    assert int8_layers(quantize.quantize(network, found, target, only=nodes[3:4])) == nodes[3:4]
+    all_float = quantize.quantize(network, found, target, nodes)
+    assert [node.op_type for node in all_float.graph.node] == [node.op_type for node in network.graph.node]
+
+
+def test_operators_after_a_float_layer_stay_float(mini: Parts, ranges: dict[str, Ranges]) -> None:
+    def float_additions(float_layers: list[str]) -> list[bool]:
+        nodes = quantize.quantize(mini.network, ranges["cpu"], "cpu", float_layers).graph.node
+        producer = {name: node.op_type for node in nodes for name in node.output}
+        additions = [node for node in nodes if node.op_type == "Add"]
+        return [not all(producer[name] == "DequantizeLinear" for name in node.input) for node in additions]
+
+    second_of_first_block = list(layer_names(mini.network))[2]
+    assert float_additions([]) == [False, False]
+    # The addition of its own block. The shortcut of the next one comes from it, but its convolution is INT8.
+    assert float_additions([second_of_first_block]) == [True, False]
+
+
+def test_sensitivity_search_keeps_the_most_sensitive_layers_in_float(
+    mini: Parts, mini_spec: ModelSpec, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = int8["cpu"]
-    assert asked.spec.quantization.method == "minmax"
-    best = export_onnx(tiny_checkpoint, tmp_path / "best.onnx", precision=Int8(people, "cpu"))
-    assert best.cosine_mean is not None and asked.cosine_mean is not None
-    assert best.cosine_mean >= asked.cosine_mean - 1e-4
-
-
-def test_ranges_are_those_of_the_values(tiny_onnx: Path, people: Path) -> None:
-    network = parts_of(onnx.load(tiny_onnx)).network
-    calibration = read_calibration(people, InputSpec(96, 64))
-    ranges = value_ranges(network, calibration.crops, InputSpec(96, 64))
-    embeddings = pmm_edge.load(tiny_onnx, "cpu").embed(calibration.crops)
-    assert ranges["embeddings"] == pytest.approx((embeddings.min(), embeddings.max()), rel=1e-4)
-    assert min(ranges["relu"]) == 0
-
-
-def test_a_sensitivity_search_keeps_the_layers_that_lose_most_in_float(
-    tiny_checkpoint: Path,
-    tiny_onnx: Path,
-    int8: dict[str, Exported],
-    people: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The mAP of so few images does not see INT8: the mean cosine to float32 stands for it."""
-    crops = read_calibration(people, InputSpec(96, 64)).judging
-    float32 = pmm_edge.load(tiny_onnx, "cpu").embed(crops)
+    """The mAP of so few images does not react to INT8: the mean cosine to float32 takes its place."""
+    float32 = embed(mini, mini.network, calibration.held_out)
 
     def closeness(embedder: pmm_edge.runtime.Embedder, *_: object) -> float:
-        return float(cosines(float32, embedder.embed(crops)).mean())
+        return float(cosines(float32, embedder.embed(calibration.held_out)).mean())
 
-    monkeypatch.setattr("pmm_edge.export.quantize.mean_average_precision", closeness)
-    plain = 100 * (1 - closeness(pmm_edge.load(int8["tensorrt"].path, "cpu")))
-    asked = Int8(people, "tensorrt", "minmax", max_map_drop=plain / 2)
-    exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=asked)
-    assert 100 * (1 - closeness(pmm_edge.load(exported.path, "cpu"))) <= plain / 2
-    losses = [layer.loss for layer in exported.layers]
-    assert len(losses) == 25
-    assert losses == sorted(losses, reverse=True)
-    assert sum(layer.cost for layer in exported.layers) == pytest.approx(1)
-    kept = [layer.layer for layer in exported.layers if layer.in_float]
-    assert kept == [layer.layer for layer in exported.layers[: len(kept)]]
-    assert 1 <= len(kept) < 25
-    assert exported.spec.quantization.float_layers == tuple(kept)
-    floats = {tensor.name for tensor in onnx.load(exported.path).graph.initializer if len(tensor.dims) > 1}
-    in_float = {name.removesuffix(".weight") for name in floats if name.endswith(".weight")}
-    assert {name.partition(".")[2] for name in in_float} == set(kept)
-
-
-@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
-def test_layers_are_quantised_as_asked(target: str, tiny_onnx: Path, people: Path) -> None:
-    network = parts_of(onnx.load(tiny_onnx)).network
-    crops = read_calibration(people, InputSpec(96, 64)).crops[:8]
-    ranges = value_ranges(
-        network, crops, InputSpec(96, 64), "minmax", target == "tensorrt", calibrated_operators(target)
-    )
-    nodes = list(layers_of(network))
-
-    def in_int8(model: onnx.ModelProto) -> list[str]:
-        maker = {name: node for node in model.graph.node for name in node.output}
-        layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
-        return [node.name for node in layers if node.input[1] in maker]
-
-    assert in_int8(quantize(network, ranges, target)) == nodes
-    assert in_int8(quantize(network, ranges, target, in_float=nodes[3:5])) == nodes[:3] + nodes[5:]
-    assert in_int8(quantize(network, ranges, target, only=nodes[3:4])) == nodes[3:4]
-    in_float = quantize(network, ranges, target, in_float=nodes)
-    assert [node.op_type for node in in_float.graph.node] == [node.op_type for node in network.graph.node]
+    monkeypatch.setattr(quantize, "mean_average_precision", closeness)
+    plain = quantize.quantize_network(mini, mini_spec, calibration, "minmax")
+    allowed = 50 * (1 - cosines(float32, embed(mini, plain.network, calibration.held_out)).mean())
+    found = quantize.quantize_network(mini, mini_spec, calibration, "minmax", max_map_drop=allowed)
+    assert found.search
+    assert found.search.map_float32 == pytest.approx(1)
+    assert 100 * (found.search.map_float32 - found.search.map_int8) <= allowed
+    layers = found.search.layers
+    assert len(layers) == 7
+    assert [layer.loss for layer in layers] == sorted((layer.loss for layer in layers), reverse=True)
+    assert sum(layer.work for layer in layers) == pytest.approx(1)
+    kept = tuple(layer.layer for layer in layers if layer.float32)
+    assert 1 <= len(kept) < 7
+    assert kept == found.quantization.float_layers == tuple(layer.layer for layer in layers[: len(kept)])
+    names = layer_names(mini.network)
+    assert {names[node] for node in set(names) - set(int8_layers(found.network))} == set(kept)
 
 
-def test_what_follows_a_layer_in_float_is_in_float_up_to_the_next_layer(tiny_onnx: Path, people: Path) -> None:
-    network = parts_of(onnx.load(tiny_onnx)).network
-    crops = read_calibration(people, InputSpec(96, 64)).crops[:8]
-    ranges = value_ranges(network, crops, InputSpec(96, 64), "minmax", False, calibrated_operators("cpu"))
+def test_search_ends_at_the_fewest_layers(mini: Parts) -> None:
+    names = layer_names(mini.network)
+    damage = dict(zip(names, (0.1, 0.5, 0.0, 0.3, 0.2, 0.05, 0.0), strict=True))
+    ordered = [names[node] for node in sorted(damage, key=lambda node: -damage[node])]
 
-    def additions_in_float(in_float: list[str]) -> list[bool]:
-        graph = quantize(network, ranges, "cpu", in_float).graph
-        maker = {name: node.op_type for node in graph.node for name in node.output}
-        adds = [node for node in graph.node if node.op_type == "Add"]
-        return [not all(maker[name] == "DequantizeLinear" for name in add.input) for add in adds]
+    def damaged(model: onnx.ModelProto) -> float:
+        return float(model.producer_version) if model is not mini.network else 0.0
 
-    convolutions = [node.name for node in network.graph.node if node.op_type == "Conv"]
-    assert not any(additions_in_float([]))
-    second_of_its_block = convolutions[2]
-    # Its own addition; the next one, whose skipping branch comes from it, has a convolution in INT8.
-    assert additions_in_float([second_of_its_block])[:2] == [True, False]
-
-
-def test_a_search_that_is_not_needed_says_what_int8_loses(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
-    precision = Int8(people, "cpu", "minmax", max_map_drop=100)
-    exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=precision)
-    assert exported.layers == []  # all of INT8 holds: nothing had to be searched
-    assert exported.spec.quantization.float_layers == ()
-
-
-def test_the_search_ends_at_the_fewest_layers(tiny_onnx: Path) -> None:
-    network = parts_of(onnx.load(tiny_onnx)).network
-    names = dict(list(layers_of(network).items())[:6])
-    damage = dict(zip(names, (0.1, 0.5, 0.0, 0.3, 0.2, 0.05), strict=True))
-    evaluations = []
-
-    def stand_in(damaged: float) -> onnx.ModelProto:
-        return onnx.ModelProto(producer_version=str(damaged))
-
-    def mean_ap(model: onnx.ModelProto) -> float:
-        evaluations.append(model)
-        return 0.9 - 0.01 * float(model.producer_version)
-
-    def search(max_drop: float) -> tuple[list[str], str]:
-        held = hold_map(
-            names,
-            dict.fromkeys(names, 10),
-            lambda in_float, only: stand_in(sum(damage[node] for node in only or set(names) - set(in_float))),
-            lambda model: float(model.producer_version),
-            mean_ap,
-            stand_in(0),
+    def search(max_drop: float) -> tuple[list[str], float]:
+        _, found = quantize.search_float_layers(
+            mini.network,
+            lambda float_layers, only: onnx.ModelProto(
+                producer_version=str(sum(damage[node] for node in only or set(names) - set(float_layers)))
+            ),
+            damaged,
+            lambda model: 0.9 - 0.01 * damaged(model),
             max_drop,
         )
-        return [layer.layer for layer in held.layers if layer.in_float], held.outcome
+        return [layer.layer for layer in found.layers if layer.float32], found.map_int8
 
-    ordered = [names[node] for node in sorted(damage, key=lambda node: -damage[node])]
-    assert search(0.2)[0] == ordered[:3]  # 0.1 + 0.05 are left
+    assert search(0.2) == (ordered[:3], pytest.approx(0.9 - 0.0015))
     assert search(0.4)[0] == ordered[:2]
-    kept, outcome = search(2)
-    assert kept == []
-    assert outcome.startswith("mAP 90.00 to 88.85, a drop of 2 allowed, which INT8 throughout holds")
-    assert outcome.endswith("in float32: none")
-    with pytest.raises(CheckFailedError, match="even with 5 layers in float32"):
+    assert search(2) == ([], pytest.approx(0.9 - 0.0115))
+    with pytest.raises(CheckFailedError):
         search(-1)
 
 
-def test_the_map_of_a_search_does_not_wait_for_junk(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    embedder = pmm_edge.load(tiny_onnx, "cpu")
-    with_junk = shutil.copytree(tiny_dataset, tmp_path / "junk")
-    (with_junk / "bounding_box_test" / "-1_c1s1_000000_00.jpg").write_text("whoever opens it fails")
-    assert mean_average_precision(embedder, read(with_junk)) == mean_average_precision(embedder, read(tiny_dataset))
+def test_search_is_skipped_if_map_holds(int8_cpu: list[ExportedFile]) -> None:
+    search = int8_cpu[0].search
+    assert search and search.layers == []
+    assert 0 < search.map_float32 <= 1 and 0 < search.map_int8 <= 1
 
 
-def test_bad_calibration_data(tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out" / "model.onnx"
-    few = write_people(tmp_path / "few", train=60)
-    for data, problem in (
-        (few, "has 60 training images"),
-        (tmp_path / "none", "cannot be used"),
-        (people / "query", "query.*layout"),
-    ):
-        with pytest.raises(DataError, match=problem) as raised:
-            export_onnx(tiny_checkpoint, out, precision=Int8(data))
-        assert "\n" not in str(raised.value)
-    with pytest.raises(DataError, match="has 60 training images"):
-        export_onnx(tiny_checkpoint, out, precision=Fp16(few))
-    assert not out.parent.exists()
+@pytest.mark.parametrize("problem", ["too few", "missing", "not a data set"])
+def test_unusable_calibration_data(problem: str, people: Path, tmp_path: Path) -> None:
+    data = {"missing": tmp_path / "none", "not a data set": people / "query"}.get(problem)
+    data = data or write_people(tmp_path / "few", train=60)
+    with pytest.raises(DataError, match=str(data)) as caught:
+        read_calibration(data, SIZE)
+    assert "\n" not in str(caught.value)
 
 
-def test_temporary_files_that_cannot_be_written_are_no_fault_of_the_model_file(
-    tiny_checkpoint: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_full_temporary_folder_is_not_blamed_on_the_model(
+    mini: Parts, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/proc/full")
-    with pytest.raises(OutputError) as caught:
-        export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=Fp16(people))
-    assert str(caught.value) == (
-        "cannot write temporary files in /proc/full: No such file or directory."
-        " Set TMPDIR to a folder that is writable and has space left"
-    )
+    with pytest.raises(OutputError, match="/proc/full"):
+        value_ranges(mini.network, calibration.ranges[:4], SIZE)
 
 
-def test_a_broken_link_among_the_judges_is_no_calibration_image(people: Path, tmp_path: Path) -> None:
-    judges, other = (shutil.copytree(people, tmp_path / name) for name in ("judges", "other"))
+@contextmanager
+def pmm_warnings(expected: int) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert sum(issubclass(warning.category, PmmWarning) for warning in caught) == expected
+
+
+def test_evaluation_data_among_calibration_data_gives_a_warning(people: Path, tmp_path: Path) -> None:
+    judges = shutil.copytree(people, tmp_path / "judges")
     image = next((judges / "bounding_box_test").iterdir())
     image.unlink()
-    image.symlink_to(tmp_path / "gone.png")
-    assert read_calibration(other, InputSpec(96, 64), judged_on=read(judges)).warnings == []
-
-
-def test_people_of_the_test_split_are_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    same = write_people(tmp_path / "same", train=64, train_pid=101)
-    exported = export_onnx(tiny_checkpoint, tmp_path / "model.onnx", precision=Fp16(same))
-    assert "4 identities" in exported.warnings[0]
-
-
-def test_images_that_judge_elsewhere_are_told(people: Path, tmp_path: Path) -> None:
+    image.symlink_to(tmp_path / "gone.png")  # pmm bench reports it
+    evaluated_on = read(judges)
+    with pmm_warnings(1):  # identities of its own test split
+        read_calibration(write_people(tmp_path / "same", train=64, train_pid=101), SIZE)
     other = shutil.copytree(people, tmp_path / "other")
-    spec, judges = InputSpec(96, 64), read(people)
-    assert read_calibration(people, spec, judged_on=judges).warnings == []
-    assert read_calibration(other, spec, judged_on=judges).warnings == []  # the same numbers may be other people
+    with pmm_warnings(0):  # the same numbers may be other people
+        read_calibration(other, SIZE, evaluated_on=evaluated_on)
     for number, image in enumerate(sorted((people / "bounding_box_test").iterdir())):
         shutil.copyfile(image, other / "bounding_box_train" / f"0009_c1s1_{number:06d}_00.png")
-    (warning,) = read_calibration(other, spec, judged_on=judges).warnings
-    assert f"8 of the 80 calibration images are also in the query or gallery of {people}" in warning
+    with pmm_warnings(1):
+        read_calibration(other, SIZE, evaluated_on=evaluated_on)
 
 
-def test_a_layout_that_must_be_named(pmm: Callable, tiny_checkpoint: Path, people: Path, tmp_path: Path) -> None:
-    both = tmp_path / "CUHK03-NP"
-    for crops in ("detected", "labeled"):
-        shutil.copytree(people, both / crops)
-    wanted = ("export", tiny_checkpoint, "--precision", "fp16", "--calibration", both, "--out", tmp_path / "model.onnx")
-    ended = pmm(*wanted)
-    assert ended.exit_code == 2
-    assert "labeled" in ended.stderr.splitlines()[-1]
-    ended = pmm(*wanted, "--layout", "cuhk03-np-labeled")
-    assert ended.exit_code == 0, ended.stderr
-    assert "on 72 crops of cuhk03-np-labeled" in ended.stderr
-
-
-def test_the_parts_of_calibration_share_no_image(people: Path) -> None:
-    calibration = read_calibration(people, InputSpec(96, 64))
-    parts = (calibration.crops, calibration.choosing, calibration.judging)
+def test_parts_of_the_calibration_data_are_disjoint(calibration: Calibration, people: Path, tmp_path: Path) -> None:
+    parts = (calibration.ranges, calibration.selection, calibration.held_out)
     assert [len(part) for part in parts] == [48, 12, 12]
-    assert len({crop.tobytes() for part in parts for crop in part}) == 72
-
-
-def test_a_map_drop_that_makes_no_sense() -> None:
-    with pytest.raises(PmmError, match=r"Choose such as 0\.5"):
-        Int8(Path("data"), max_map_drop=-1)
-
-
-def test_options_that_do_not_go_together(pmm: Callable, tiny_checkpoint: Path, tiny_onnx: Path) -> None:
-    for arguments, said in (
-        (("--target", "cpu"), "--target says nothing of --precision fp32"),
-        (("--layout", "msmt17"), "--layout says nothing of --precision fp32"),
-        (("--precision", "fp16", "--max-map-drop", 1), "--max-map-drop says nothing of --precision fp16"),
-        (("--precision", "int8"), "Add --calibration"),
-        (("--opset", 16), "Choose 17 to 20"),
-    ):
-        ended = pmm("export", tiny_checkpoint, *arguments)
-        assert (ended.exit_code, ended.stdout) == (2, "")
-        assert said in ended.stderr.strip().splitlines()[-1]
-
-
-def test_the_command_names_files_by_precision(pmm: Callable, tiny_checkpoint: Path, people: Path) -> None:
-    folder = tiny_checkpoint.parent / "export"
-    ended = pmm("export", tiny_checkpoint, "--precision", "fp16", "--calibration", people)
-    assert ended.exit_code == 0, ended.stderr
-    assert "largest value" in ended.stderr
-    assert (folder / "model-fp16.onnx").is_file()
-    chosen = ("--precision", "int8", "--target", "cpu", "--calibration-method", "minmax", "--calibration", people)
-    assert pmm("export", tiny_checkpoint, *chosen, "--input", "raw").exit_code == 0
-    assert (folder / "model-raw-int8-cpu.onnx").is_file()
+    assert len({crop.tobytes() for part in parts for crop in part}) == len(calibration.all) == 72

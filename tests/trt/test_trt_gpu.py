@@ -9,7 +9,7 @@ from PIL import Image
 
 import pmm_edge
 from pmm_edge.errors import PmmError
-from pmm_edge.export import Fp16, Int8, export_onnx
+from pmm_edge.export import export
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.runtime.cuda import Cuda
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
@@ -41,16 +41,16 @@ def expected(onnx: Path) -> np.ndarray:
     return pmm_edge.load(onnx, "cpu").embed(CROPS)
 
 
-@pytest.fixture(scope="module", params=["fp16", "tensorrt"])
+@pytest.fixture(scope="module", params=["fp16", "int8"])
 def lower(request: pytest.FixtureRequest, onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The tiny network in FP16, and in INT8 for TensorRT: the file and the type that its products must run in."""
     folder = tmp_path_factory.mktemp("lower")
     checkpoint = request.getfixturevalue("tiny_checkpoint")
-    precision = Fp16()
-    if request.param == "tensorrt":
-        precision = Int8(write_noise(folder / "noise"), "tensorrt", "minmax")
-    exported = export_onnx(checkpoint, folder / f"{request.param}.onnx", precision=precision)
-    return exported.path, "FP16" if request.param == "fp16" else "INT8"
+    noise = write_noise(folder / "noise")
+    options = {"calibration_method": "minmax"} if request.param == "int8" else {}
+    out = folder / f"{request.param}.onnx"
+    exported = export(checkpoint, out=out, precision=request.param, calibration=noise, **options).files[0]
+    return exported.path, request.param.upper()
 
 
 def write_noise(root: Path) -> Path:

@@ -1,0 +1,245 @@
+"""Deployment folders: a ReID configuration for DeepStream's tracker, a model for Triton Inference Server.
+
+Names, ranges and defaults of the tracker's keys are from the tables in "Gst-nvtracker" of NVIDIA's DeepStream 7.0
+developer guide; values of reidType and visualTrackerType are also in the 9.2 API reference. Triton's fields are those
+of `ModelConfig` in model_config.proto of https://github.com/triton-inference-server/common.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from pmm_edge.errors import ModelError, PmmError
+from pmm_edge.export.tensorrt import check_quantised_for_tensorrt
+from pmm_edge.files import check_new_folder, folder_written_whole, sha256
+from pmm_edge.runtime.embedder import INPUT, OUTPUT
+from pmm_edge.runtime.manifest import BatchProfile, check_files, read_manifest
+from pmm_edge.runtime.onnx_backend import OnnxEmbedder
+from pmm_edge.spec import METADATA_KEY, InputForm, ModelSpec
+
+DEEPSTREAM_FORM: InputForm = "raw"
+"""The tracker feeds floats with one scale for all channels, so it cannot normalize with ImageNet's three."""
+TRITON_FORM: InputForm = "uint8"
+"""A quarter of the traffic of floats, and no client can normalize wrongly."""
+
+TRACKER_BATCH = 100
+PREFERRED_BATCH, MAX_BATCH = 16, 64
+QUEUE_DELAY_US = 2000
+"""How long Triton holds a request to batch it with others: less than a batch takes."""
+NAME_TAKEN = "Give the model another name with --triton-name"
+
+_NETWORK_MODES = {"fp32": 0, "fp16": 1, "int8": 2}
+_INPUT_ORDERS = {"NCHW": 0, "NHWC": 1}
+_COLOR_FORMATS = {"RGB": 0, "BGR": 1}
+_TRITON_TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
+_LENGTHS = {False: "are longer", True: "have unit length already and do not change"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A deployment folder."""
+
+    kind: Literal["deepstream", "triton"]
+    folder: Path
+    spec: ModelSpec
+    """Spec of the model in it, from which all values in the folder's files follow."""
+
+
+def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
+    """Write a folder for DeepStream's tracker: network, complete NvDCF configuration, `ReID:` section, README.
+
+    Args:
+        onnx: an export with the input form `raw`.
+        folder: new or empty; it is written atomically.
+
+    Raises:
+        ModelError: the file cannot be loaded, has another input form or a static batch, or is INT8 for CPUs.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    spec = _load_spec(onnx, DEEPSTREAM_FORM)
+    check_quantised_for_tensorrt(spec, onnx)
+    section = reid_section(spec)
+    readme = _fill(
+        "deepstream_readme.md",
+        architecture=spec.architecture,
+        backbone=spec.backbone,
+        height=spec.input.height,
+        width=spec.input.width,
+        size=spec.embedding_size,
+        precision=spec.precision,
+        batch=TRACKER_BATCH,
+        length=_LENGTHS[spec.normalized_output],
+    )
+    with folder_written_whole(folder) as temporary:
+        shutil.copyfile(onnx, temporary / "reid.onnx")
+        (temporary / "reid_section.yml").write_text(section, encoding="utf-8")
+        tracker = _fill("deepstream_nvdcf.yml", reid=section)
+        (temporary / "config_tracker_NvDCF.yml").write_text(tracker, encoding="utf-8")
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
+    return Bundle("deepstream", folder, spec)
+
+
+def reid_section(spec: ModelSpec) -> str:
+    """Return the `ReID:` section of the tracker's YAML."""
+    return _fill(
+        "deepstream_reid.yml",
+        model="reid.onnx",
+        engine=f"reid.onnx_b{TRACKER_BATCH}_gpu0_{spec.precision}.engine",
+        batch=TRACKER_BATCH,
+        feature_size=spec.embedding_size,
+        infer_dims=list(spec.input.shape(1)[1:]),
+        network_mode=_NETWORK_MODES[spec.precision],
+        input_order=_INPUT_ORDERS[spec.input.layout],
+        color_format=_COLOR_FORMATS[spec.input.color],
+        resize=spec.input.resize,
+        length=_LENGTHS[spec.normalized_output],
+    )
+
+
+def triton_bundle(onnx: Path, repository: Path, engine: Path | None = None, name: str | None = None) -> Bundle:
+    """Write `repository/name/`: network, config.pbtxt, client and README. Other models there are left alone.
+
+    Args:
+        onnx: an export with the input form `uint8`.
+        engine: a TensorRT engine built from `onnx`, with its manifest, to serve instead.
+        name: of the model, used by clients; default `triton_name`.
+
+    Raises:
+        ModelError: a file cannot be loaded, the network has another input form or a static batch, or the engine was not
+            built from `onnx`.
+        OutputError: the repository has a model of that name, or cannot be written.
+        PmmError: the name is invalid, or the engine does not support a batch of 1.
+    """
+    spec = _load_spec(onnx, TRITON_FORM)
+    batches = (PREFERRED_BATCH, MAX_BATCH)
+    if engine:
+        check_quantised_for_tensorrt(spec, onnx)
+        profile = _engine_profile(engine, onnx, spec)
+        batches = (profile.optimal, profile.maximum)
+    name = check_triton_name(name) if name else triton_name(spec, engine is not None)
+    folder = repository / name
+    check_new_folder(folder, NAME_TAKEN)
+    platform, file = ("tensorrt_plan", "model.plan") if engine else ("onnxruntime_onnx", "model.onnx")
+    values = {
+        "name": name,
+        "file": file,
+        "height": spec.input.height,
+        "width": spec.input.width,
+        "size": spec.embedding_size,
+        "input": INPUT,
+        "output": OUTPUT,
+        "largest": batches[1],
+    }
+    with folder_written_whole(folder) as temporary:
+        (temporary / "1").mkdir()
+        shutil.copyfile(engine or onnx, temporary / "1" / file)
+        (temporary / "config.pbtxt").write_text(triton_config(spec, name, platform, batches), encoding="utf-8")
+        (temporary / "client.py").write_text(_fill("triton_client.py.txt", **values), encoding="utf-8")
+        (temporary / "README.md").write_text(_fill("triton_readme.md", **values), encoding="utf-8")
+    return Bundle("triton", folder, spec)
+
+
+def triton_config(spec: ModelSpec, name: str, platform: str, batches: tuple[int, int]) -> str:
+    """Return the text of config.pbtxt.
+
+    Args:
+        platform: `onnxruntime_onnx` or `tensorrt_plan`.
+        batches: preferred and maximum batch size.
+    """
+    preferred, largest = batches
+    return _fill(
+        "triton_config.pbtxt",
+        name=name,
+        platform=platform,
+        input=INPUT,
+        input_type=_TRITON_TYPES[spec.input.dtype],
+        input_dims=list(spec.input.shape(1)[1:]),
+        output=OUTPUT,
+        output_dims=[spec.embedding_size],
+        largest=largest,
+        preferred=sorted({preferred, largest}),
+        delay=QUEUE_DELAY_US,
+        key=METADATA_KEY,
+        spec=json.dumps(spec.to_json()),  # escapes the same characters as protobuf's text format
+    )
+
+
+def triton_name(spec: ModelSpec, as_engine: bool) -> str:
+    """Return a model name such as `pmm_resnet50`, `pmm_resnet50_fp16_trt` (an engine) or `pmm_resnet50_int8_cpu`."""
+    words = [spec.architecture, spec.backbone]
+    if spec.precision != "fp32":
+        words.append(spec.precision)
+    if spec.quantization and spec.quantization.target == "cpu":
+        words.append("cpu")
+    return "_".join([*words, "trt"] if as_engine else words)
+
+
+def check_triton_name(name: str) -> str:
+    """Return the name if it is valid for a folder and in config.pbtxt.
+
+    Raises:
+        PmmError: it is not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise PmmError(f"'{name}' is not a valid model name", "Use letters, digits, _, . and -")
+    return name
+
+
+def check_accepts(spec: ModelSpec, static_batch: int | None, onnx: Path, form: InputForm) -> None:
+    """Check that a network accepts what DeepStream or Triton feeds: one input form and any number of crops.
+
+    Raises:
+        ModelError: it has another input form or a static batch.
+    """
+    if spec.input.form != form:
+        raise ModelError(
+            f"{onnx} has the input form {spec.input.form}, but the bundle needs {form}",
+            f"Export it with --input-form {form}",
+        )
+    if static_batch is not None:
+        raise ModelError(
+            f"{onnx} has a static batch of {static_batch}, but DeepStream and Triton use any batch size",
+            "Export it without --static-batch",
+        )
+
+
+def check_batch_of_one(profile: BatchProfile) -> None:
+    """Check that an engine can serve a single crop: Triton does not pad batches.
+
+    Raises:
+        PmmError: its smallest batch is greater than 1.
+    """
+    if profile.minimum != 1:
+        raise PmmError(
+            f"Triton sends single requests, but the smallest batch of the engine is {profile.minimum}",
+            f"Build it with --batch-profile {replace(profile, minimum=1)}",
+        )
+
+
+def _load_spec(onnx: Path, form: InputForm) -> ModelSpec:
+    network = OnnxEmbedder(onnx, "cpu")
+    check_accepts(network.spec, network.profile.maximum if network.profile else None, onnx, form)
+    return network.spec
+
+
+def _engine_profile(engine: Path, onnx: Path, spec: ModelSpec) -> BatchProfile:
+    """Return the batch profile of an engine that was built from `onnx`."""
+    manifest = read_manifest(engine)
+    check_files(manifest, engine)
+    if (manifest.spec, manifest.onnx_sha256) != (spec, sha256(onnx)):
+        raise ModelError(f"{engine} was not built from {onnx}", f"Build it: {manifest.settings.command(onnx, engine)}")
+    check_batch_of_one(manifest.settings.batch)
+    return manifest.settings.batch
+
+
+def _fill(template: str, **values: object) -> str:
+    """Fill in a file of `templates/`: `$name` is a value, `$$` a dollar sign."""
+    text = (files("pmm_edge.export") / "templates" / template).read_text(encoding="utf-8")
+    return Template(text).substitute(values)
