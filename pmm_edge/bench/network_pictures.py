@@ -12,7 +12,7 @@ from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, queries_with_match
 from pmm_edge.errors import PmmError
 from pmm_edge.images import evenly
-from pmm_edge.pictures.galleries import draw_rankings, part, ranked
+from pmm_edge.pictures.galleries import draw_rankings, part, rank
 from pmm_edge.runtime.embedder import Embeddings
 
 IMAGES, QUERIES, ANCHORS, MATCHES = 6, 4, 4, 8
@@ -52,7 +52,7 @@ def network_pictures(
         answered = queries_with_match(dataset)
         chosen = answered[evenly(len(answered), QUERIES)]
         gallery = embeddings[len(dataset.query) :]
-        found = ranked(embeddings[chosen], gallery, part(dataset.query, chosen), dataset.gallery, MATCHES)
+        found = rank(embeddings[chosen], gallery, part(dataset.query, chosen), dataset.gallery, MATCHES)
         return draw_rankings(found, f"{reference.name}, {dataset.name}")
 
     def mixing() -> Image.Image:

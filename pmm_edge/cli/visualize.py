@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
 from pmm_edge.console import note, print_json, print_table, progress
-from pmm_edge.runs import BEST, data_of, newest_run, run_of
 
-if TYPE_CHECKING:
-    from pmm_edge.pictures.attention import Overlap
-
-_FOLDER = "pictures"
 _SHOWS = {
     "cams": "where each stage finds its evidence (Grad-CAM)",
     "galleries": "what is ranked nearest to each query, right and wrong",
@@ -84,51 +78,28 @@ def visualize(
 
     [dim]pmm visualize galleries model.onnx --data market1501[/]
     """
-    from pmm_edge.pictures.album import Request, write_album
+    from pmm_edge.pictures.album import visualize as run
 
-    chosen = [path / BEST if path.is_dir() else path for path in models or [newest_run()]]
-    run = run_of(chosen[0])
-    request = Request(
-        tuple(chosen),
-        *data_of(chosen[0], data, layout),
-        images,
-        top,
-        seed,
-        true_class,
-        device,
-    )
-    folder = out or (run or Path()) / _FOLDER
     with progress() as report:
-        album = write_album(request, folder, None if what == "all" else [what], report)
+        album = run(
+            models,
+            what=what,
+            data=data,
+            layout=layout,
+            images=images,
+            top=top,
+            seed=seed,
+            true_class=true_class,
+            out=out,
+            device=device,
+            report=report,
+        )
     if as_json:
         print_json(album.to_json())
         return
     rows = [(_SHOWS[kind], escape(path.name)) for kind, path in album.files.items()]
-    print_table(f"pictures in {escape(str(folder))}", ("shows", "file"), rows)
-    if any(found.pairs for _, found in album.overlaps):  # a baseline has one map
-        _print_overlaps(album.overlaps)
+    print_table(f"pictures in {escape(str(album.folder))}", ("shows", "file"), rows)
+    for table in album.tables():
+        print_table(*table)
     for kind, reason in album.left_out.items():
         note(f"[yellow]no {kind}:[/] {escape(reason)}")
-
-
-def _print_overlaps(overlaps: Sequence[tuple[Path, Overlap]]) -> None:
-    pairs = list(dict.fromkeys(pair for _, found in overlaps for pair in found.pairs))
-    rows = [
-        (
-            escape(path.resolve().parent.name),
-            f"{found.images:,}",
-            *(_figure(found.pair_means.get(pair)) for pair in pairs),
-            _figure(found.mean),
-            _figure(found.chance),
-        )
-        for path, found in overlaps
-    ]
-    print_table(
-        "overlap of the stages' maps; chance: of two images' maps",
-        ("model", "images", *pairs, "mean", "chance"),
-        rows,
-    )
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

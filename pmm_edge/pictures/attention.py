@@ -1,204 +1,73 @@
-"""The error of a kind of picture that this model or these images do not allow, where another kind can be drawn."""
+"""Attention of a network's stages: Grad-CAM maps, drawn over the images (paper figure 4)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, combinations
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import DISTRACTOR_PID
-from pmm_edge.errors import PmmError
 from pmm_edge.images import read_crop, read_crops
 from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint
 from pmm_edge.model.mixing import grad_cam
 from pmm_edge.model.network import Head, average_pool, max_pool
+from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.grid import Cell, enlargement, grid
 from pmm_edge.runtime.torch_backend import Preprocess, torch_device
 from pmm_edge.spec import InputSpec, ModelSpec
 
-
-class UnsuitableError(PmmError):
-    """Asked for every kind of picture, those that raise this are left out and the reason is told."""
-
-
-def training_classes(pids: NDArray[np.int64], spec: ModelSpec, data: str) -> NDArray[np.int64]:
-    """The class of each training image: identities numbered from 0 in their order, as training numbers them.
-
-    Args:
-        pids: (N,) of the whole training set.
-        data: the data set, for messages.
-
-    Returns:
-        (N,) int64; -1 for junk and distractors, which no training uses.
-
-    Raises:
-        UnsuitableError: the network was not trained on as many people.
-    """
-    people = np.unique(pids[pids > DISTRACTOR_PID])
-    if len(people) != spec.num_classes:
-        raise UnsuitableError(
-            f"the network knows {spec.num_classes:,} people, the training set of {data} shows {len(people):,}",
-            "The classes of images are known for the data set that it was trained on: name that one with --data",
-        )
-    return np.where(pids > DISTRACTOR_PID, np.searchsorted(people, pids), -1)
-
-
-_STOPS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_COLOURS = np.array([(30, 10, 70), (120, 28, 109), (206, 66, 58), (250, 153, 20), (252, 246, 130)], dtype=np.float64)
-"""Dark violet, red, orange, light yellow: lightness rises all the way, so it reads without colour as well."""
-_STRONGEST = 0.72
-"""Opacity of the colour where the map is highest."""
-
-
-def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:
-    """Lay a map over a photograph turned grey. The map's own maximum is the brightest colour.
-
-    Args:
-        cam: (h, w), not negative; spread smoothly over the photograph. A map of nothing but 0 colours nothing.
-    """
-    peak = float(cam.max())
-    small = Image.fromarray((cam / peak if peak > 0 else cam).astype(np.float32))  # mode F
-    heat = np.asarray(small.resize(photo.size, Image.Resampling.BILINEAR), dtype=np.float64)
-    colour = np.stack([np.interp(heat, _STOPS, channel) for channel in _COLOURS.T], axis=2)
-    opacity = _STRONGEST * np.sqrt(heat)[..., None]
-    grey = np.asarray(photo.convert("L"), dtype=np.float64)[..., None]
-    mixed = (1 - opacity) * grey + opacity * colour
-    return Image.fromarray(mixed.round().astype(np.uint8))
-
-
-@dataclass(frozen=True, eq=False)
-class Overlap:
-    """The overlap of a network's stages on N images, in 0..1. Fewer than two stages have no pair and no figure."""
-
-    stages: tuple[str, ...]
-    """Such as I, II, III."""
-    per_image: NDArray[np.float64]
-    """(N, pairs); NaN where one of the two maps is empty."""
-    chance: float | None
-    """The mean over the same pairs, but with the second map of another image: what overlaps in any case, because
-    people stand in the middle of their crops. None for a single image."""
-    empty: int
-    """Images with a map that is 0 everywhere: no evidence for the class."""
-
-    @property
-    def images(self) -> int:
-        return len(self.per_image)
-
-    @property
-    def pairs(self) -> tuple[str, ...]:
-        """I-II, I-III, II-III: the columns of `per_image`."""
-        return tuple(f"{first}-{second}" for first, second in combinations(self.stages, 2))
-
-    @property
-    def pair_means(self) -> dict[str, float | None]:
-        """The mean over the images, for each pair."""
-        return {pair: _mean(column) for pair, column in zip(self.pairs, self.per_image.T, strict=True)}
-
-    @property
-    def mean(self) -> float | None:
-        """The mean of the pairs' means; None where there is no pair or no map."""
-        means = list(self.pair_means.values())
-        known = [value for value in means if value is not None]
-        return float(np.mean(known)) if known and len(known) == len(means) else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "images": self.images,
-            "pairs": self.pair_means,
-            "mean": self.mean,
-            "chance": self.chance,
-            "empty": self.empty,
-        }
-
-
-def overlap(maps: ArrayLike, stages: tuple[str, ...]) -> Overlap:
-    """Histogram intersection of each pair of stages: the share of their attention that lies in the same places.
-
-    With p = a / sum(a) and q = b / sum(b), it is sum over positions of min(p, q) = 1 - |p - q|_1 / 2: 1 for maps
-    that are equal up to a factor, 0 for maps with no position in common (Swain and Ballard, Color Indexing, 1991).
-    It has no threshold to choose, and does not depend on how strong a map is, only on where it is strong.
-
-    Args:
-        maps: (N, S, h, w), not negative, one for each stage; N >= 1.
-        stages: the S names.
-    """
-    shares, filled = _shares(np.asarray(maps, dtype=np.float64))
-    pairs = list(combinations(range(len(stages)), 2))
-    # Half of the images away: neighbours in a data set are often the same person.
-    moved = np.roll(np.arange(len(shares)), -(len(shares) // 2))
-    same = [_intersection(shares[:, first], shares[:, second]) for first, second in pairs]
-    other = [_intersection(shares[:, first], shares[moved, second]) for first, second in pairs]
-    return Overlap(
-        stages,
-        np.stack(same, axis=1) if pairs else np.empty((len(shares), 0)),
-        _mean(np.stack(other)) if pairs and len(shares) > 1 else None,
-        int((~filled).any(axis=1).sum()),
-    )
-
-
-def _shares(maps: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(N, S, h, w) -> (N, S, h * w) that sum to 1, NaN for an empty map; (N, S) whether it is not empty."""
-    flat = maps.reshape(*maps.shape[:2], -1)
-    sums = flat.sum(axis=2, keepdims=True)
-    return np.divide(flat, sums, out=np.full_like(flat, np.nan), where=sums > 0), sums[..., 0] > 0
-
-
-def _intersection(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    shared: NDArray[np.float64] = np.minimum(first, second).sum(axis=1)
-    return shared
-
-
-def _mean(values: NDArray[np.float64]) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
-
-
 BATCH = 32
+METHODS = {"pmm": "PMM", "bdb": "BDB", "baseline": "Baseline"}
+COLUMNS = 8
+"""Approximate number of pictures in a row."""
+STOPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+COLORS = np.array([(30, 10, 70), (120, 28, 109), (206, 66, 58), (250, 153, 20), (252, 246, 130)], dtype=np.float64)
+"""Color map from dark violet to light yellow; lightness increases throughout, so it is readable without color."""
+OPACITY = 0.72
+"""Opacity at the maximum of a map."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """The stages' maps of N images, and the class whose evidence each one shows."""
+    """Grad-CAM maps of the stages for N images."""
 
     stages: tuple[str, ...]
-    """Such as I, II, III."""
+    """Names of the S stages, such as I, II, III."""
     maps: NDArray[np.float32]
     """(N, S, h, w), ReLU applied, not rescaled."""
     classes: NDArray[np.int64]
-    """(N, S), indices of training identities."""
+    """(N, S), the class whose evidence each map shows."""
 
     def __getitem__(self, rows: NDArray[np.intp]) -> Attention:
         return Attention(self.stages, self.maps[rows], self.classes[rows])
 
 
 def stage_maps(network: ReidNetwork, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Grad-CAM of each stage as the network is at test time: nothing mixed, nothing dropped (paper figure 4).
+    """Grad-CAM of each stage in evaluation mode: nothing is mixed or dropped.
 
-    Each stage's map lies on the features that it pools: the backbone's for average heads, the extra bottleneck's for
-    the others. PMM has three, BDB two (global, part), the baseline one.
+    Each map lies on the features that its stage pools: the backbone's for average pooling, the extra bottleneck's for
+    max pooling. PMM has three stages, BDB two, the baseline one.
 
     Args:
-        network: of any method; its mode is put back.
-        images: (N, 3, H, W), normalised.
-        targets: (N,) int64, the class whose evidence is mapped; None takes the one that each stage itself predicts,
-            as the paper's figure does.
+        network: any method; its training mode is restored.
+        images: (N, 3, H, W) float32, normalized.
+        targets: (N,) int64, the class to explain; None takes the class that each stage predicts, as in the paper.
 
     Returns:
-        (N, S, h, w) float32 maps, and their classes (N, S) int64.
+        (N, S, h, w) float32 maps and (N, S) int64 classes.
     """
     was_training = network.training
     network.eval()
     maps, classes = [], []
-    for features, pooled, head in _seen_by_heads(network, images):
+    for features, pooled, head in _head_inputs(network, images):
         with torch.enable_grad():
             logits = head(pooled.requires_grad_())[1]
         chosen = logits.argmax(dim=1) if targets is None else targets
@@ -208,58 +77,8 @@ def stage_maps(network: ReidNetwork, images: Tensor, targets: Tensor | None = No
     return torch.stack(maps, dim=1), torch.stack(classes, dim=1)
 
 
-def attention_of(
-    checkpoint: Checkpoint,
-    paths: Sequence[Path],
-    targets: NDArray[np.int64] | None = None,
-    *,
-    device: str | None = None,
-    report: Report = silent,
-) -> Attention:
-    """`stage_maps` of image files, read and normalised as the checkpoint's spec says.
-
-    Args:
-        paths: at least one.
-        targets: (N,) classes; None for those that the stages predict.
-        device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
-
-    Raises:
-        DataError: an image cannot be read.
-        ModelError: the weights are not those of the spec, or the device does not exist.
-    """
-    place = torch_device(device)
-    network, size = checkpoint.network().to(place), checkpoint.spec.input
-    prepare = Preprocess(replace(size, form="uint8")).to(place)
-    maps, classes = [], []
-    what = f"attention of {checkpoint.spec.architecture}"
-    report(what, 0, len(paths))
-    for start in range(0, len(paths), BATCH):
-        crops = torch.from_numpy(read_crops(paths[start : start + BATCH], size.height, size.width)).to(place)
-        asked = None if targets is None else torch.from_numpy(targets[start : start + BATCH]).to(place)
-        found, chosen = stage_maps(network, prepare(crops), asked)
-        maps.append(found.cpu().numpy())
-        classes.append(chosen.cpu().numpy())
-        report(what, start + len(crops), len(paths))
-    return Attention(tuple(network.stages), np.concatenate(maps), np.concatenate(classes))
-
-
-def checkpoint_with_heads(path: Path) -> Checkpoint:
-    """Read a checkpoint that has its classifiers, from which attention is computed.
-
-    Raises:
-        UnsuitableError: the file is an export.
-        ModelError: it is missing, truncated or no checkpoint of ours.
-    """
-    if path.suffix in (".onnx", ".engine", ".safetensors"):
-        raise UnsuitableError(
-            f"{path} is an export without classifiers, and attention is a gradient of theirs",
-            "Name the checkpoint that it was made from, best.pt of its run; pmm visualize galleries takes exports",
-        )
-    return load_checkpoint(path)
-
-
-def _seen_by_heads(network: ReidNetwork, images: Tensor) -> Iterator[tuple[Tensor, Tensor, Head]]:
-    """The map, the vector pooled from it, and the head that reads the vector; without a graph."""
+def _head_inputs(network: ReidNetwork, images: Tensor) -> Iterator[tuple[Tensor, Tensor, Head]]:
+    """The feature map, the pooled vector and the head that reads it, for each stage."""
     with torch.no_grad():
         features = network.backbone(images)
         average = average_pool(features)
@@ -273,101 +92,170 @@ def _seen_by_heads(network: ReidNetwork, images: Tensor) -> Iterator[tuple[Tenso
             yield features, maximum, head
 
 
-_METHODS = {"pmm": "PMM", "bdb": "BDB", "baseline": "Baseline"}
-_ACROSS = 8
-"""Pictures in a row, about."""
-_PREDICTED = "each stage's own predicted class"
-_TRUE = "the true class"
-
-
-def cam_grid(
-    checkpoints: Path | Sequence[Path],
+def attention_of(
+    checkpoint: Checkpoint,
     paths: Sequence[Path],
+    targets: NDArray[np.int64] | None = None,
     *,
     device: str | None = None,
-) -> Image.Image:
-    """Draw the stages' Grad-CAM maps, each for the class that it predicts, beside each image.
+    report: Report = silent,
+) -> Attention:
+    """Compute `stage_maps` of image files, preprocessed as the checkpoint's spec says.
 
     Args:
-        checkpoints: one of `pmm train`, or several to compare, such as of PMM, BDB and the baseline.
-        paths: image files, at least one.
+        checkpoint: with classifiers.
+        paths: at least one.
+        targets: (N,) classes; None for the predicted ones.
+        device: `cpu`, `cuda` or `cuda:N`; None uses a GPU if there is one.
+        report: progress.
 
     Raises:
         DataError: an image cannot be read.
-        ModelError, UnsuitableError: a file is no checkpoint.
+        ModelError: the weights do not match the spec, or the device does not exist.
+    """
+    place = torch_device(device)
+    network, size = checkpoint.network().to(place), checkpoint.spec.input
+    prepare = Preprocess(replace(size, form="uint8")).to(place)
+    maps, classes = [], []
+    what = f"attention of {checkpoint.spec.architecture}"
+    report(what, 0, len(paths))
+    for start in range(0, len(paths), BATCH):
+        crops = torch.from_numpy(read_crops(paths[start : start + BATCH], size.height, size.width)).to(place)
+        chosen = None if targets is None else torch.from_numpy(targets[start : start + BATCH]).to(place)
+        found, explained = stage_maps(network, prepare(crops), chosen)
+        maps.append(found.cpu().numpy())
+        classes.append(explained.cpu().numpy())
+        report(what, start + len(crops), len(paths))
+    return Attention(tuple(network.stages), np.concatenate(maps), np.concatenate(classes))
+
+
+def checkpoint_with_heads(path: Path) -> Checkpoint:
+    """Load a checkpoint with classifiers, which Grad-CAM needs.
+
+    Raises:
+        UnsuitableError: the file is an export.
+        ModelError: it is missing, truncated or not a checkpoint.
+    """
+    if path.suffix in (".onnx", ".engine", ".safetensors"):
+        raise UnsuitableError(
+            f"{path} is an export without classifiers, and Grad-CAM needs their gradient",
+            "Name the checkpoint it was exported from; --what galleries accepts exports",
+        )
+    return load_checkpoint(path)
+
+
+def training_classes(pids: NDArray[np.int64], spec: ModelSpec, data: str) -> NDArray[np.int64]:
+    """Class of each training image: identities numbered from 0 in ascending order, as in training.
+
+    Args:
+        pids: (N,) of the whole training set.
+        spec: the spec of the checkpoint.
+        data: the data set, for messages.
+
+    Returns:
+        (N,) int64; -1 for junk and distractors.
+
+    Raises:
+        UnsuitableError: the network was trained on another number of identities.
+    """
+    people = np.unique(pids[pids > DISTRACTOR_PID])
+    if len(people) != spec.num_classes:
+        raise UnsuitableError(
+            f"the network has {spec.num_classes:,} classes, the training set of {data} {len(people):,} identities",
+            "Name the data set it was trained on with --data",
+        )
+    return np.where(pids > DISTRACTOR_PID, np.searchsorted(people, pids), -1)
+
+
+def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:
+    """Draw a map over the image in gray; the map's own maximum gets the brightest color.
+
+    Args:
+        photo: the image.
+        cam: (h, w), not negative; a map of zeros adds no color.
+    """
+    peak = float(cam.max())
+    small = Image.fromarray((cam / peak if peak > 0 else cam).astype(np.float32))
+    heat = np.asarray(small.resize(photo.size, Image.Resampling.BILINEAR), dtype=np.float64)
+    color = np.stack([np.interp(heat, STOPS, channel) for channel in COLORS.T], axis=2)
+    opacity = OPACITY * np.sqrt(heat)[..., None]
+    gray = np.asarray(photo.convert("L"), dtype=np.float64)[..., None]
+    return Image.fromarray(((1 - opacity) * gray + opacity * color).round().astype(np.uint8))
+
+
+def cam_grid(checkpoints: Path | Sequence[Path], paths: Sequence[Path], *, device: str | None = None) -> Image.Image:
+    """Draw the Grad-CAM maps of each image for the classes that the stages predict.
+
+    Args:
+        checkpoints: one, or several to compare, such as PMM, BDB and the baseline.
+        paths: image files, at least one.
+        device: as in `attention_of`.
+
+    Raises:
+        DataError: an image cannot be read.
+        ModelError: a file is not a checkpoint.
+        UnsuitableError: a file is an export.
     """
     files = [checkpoints] if isinstance(checkpoints, Path) else list(checkpoints)
     read = [checkpoint_with_heads(path) for path in files]
     found = [attention_of(checkpoint, paths, device=device) for checkpoint in read]
-    photos = [photo_of(path, read[0].spec.input) for path in paths]
-    names = names_of([checkpoint.spec for checkpoint in read], files)
-    return draw_cams(photos, [path.name for path in paths], found, names)
+    return draw_cams(paths, read[0].spec.input, found, names_of([checkpoint.spec for checkpoint in read], files))
 
 
 def names_of(specs: Sequence[ModelSpec], paths: Sequence[Path]) -> list[str]:
-    """The methods; with the names of their folders where one method comes twice."""
-    methods = [_METHODS[spec.architecture] for spec in specs]
+    """Names of the methods, followed by the folder if a method appears twice."""
+    methods = [METHODS[spec.architecture] for spec in specs]
     if len(set(methods)) == len(methods):
         return methods
     return [f"{method} {path.resolve().parent.name}" for method, path in zip(methods, paths, strict=True)]
 
 
-def photo_of(path: Path, size: InputSpec) -> Image.Image:
-    """An image as large as one can look at, a whole number of times the network's input.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    factor = enlargement(size.height)
-    return Image.fromarray(read_crop(path, factor * size.height, factor * size.width))
-
-
 def draw_cams(
-    photos: Sequence[Image.Image],
-    captions: Sequence[str],
+    paths: Sequence[Path],
+    size: InputSpec,
     networks: Sequence[Attention],
     names: Sequence[str],
     *,
     true_class: bool = False,
 ) -> Image.Image:
-    """Draw maps that are already computed, of the same images for each network.
+    """Draw maps of the same images for one or more networks.
 
     Args:
-        photos, captions: N of each.
-        networks, names: one or more.
-        true_class: whether the maps are of the images' true classes, for the text under them.
+        paths: the N images.
+        size: the input size; images are enlarged by a whole factor.
+        networks: maps of each network.
+        names: name of each network.
+        true_class: whether the maps explain the true class, for the note.
+
+    Raises:
+        DataError: an image cannot be read.
     """
-    compared = len(networks) > 1
+    factor = enlargement(size.height)
     counts = [len(found.stages) for found in networks]
-    group = 1 + sum(counts)  # columns for an image; as many images side by side as fit
-    groups = min(len(photos), max(1, _ACROSS // group))
-    images = [
-        [Cell(photo, caption), *(_stage(photo, found, row, s) for found in networks for s in range(len(found.stages)))]
-        for row, (photo, caption) in enumerate(zip(photos, captions, strict=True))
+    group = 1 + sum(counts)  # columns per image
+    groups = min(len(paths), max(1, COLUMNS // group))
+    images = []
+    for row, path in enumerate(paths):
+        photo = Image.fromarray(read_crop(path, factor * size.height, factor * size.width))
+        cells = [Cell(photo, path.name)]
+        for found in networks:
+            for cam, chosen in zip(found.maps[row], found.classes[row], strict=True):
+                cells.append(Cell(overlay(photo, cam), f"class {chosen}" if cam.any() else "no evidence"))
+        images.append(cells)
+    compared = len(networks) > 1
+    heads = [
+        f"{name}\n{stage}" if compared else f"stage {stage}"
+        for found, name in zip(networks, names, strict=True)
+        for stage in found.stages
     ]
-    heads = ["input"]
-    for found, name in zip(networks, names, strict=True):
-        heads += [_head(name, stage, compared) for stage in found.stages]
-    apart = [0, *accumulate([1, *counts[:-1]])] if compared else [0]
+    starts = [0, *accumulate([1, *counts[:-1]])] if compared else [0]
     return grid(
         [list(chain(*images[start : start + groups])) for start in range(0, len(images), groups)],
-        heads * groups,
-        title=f"{' · '.join(names)}: where each stage finds its evidence",
+        ["input", *heads] * groups,
+        title=f"{', '.join(names)}: Grad-CAM of each stage",
         notes=[
-            f"Grad-CAM for {_TRUE if true_class else _PREDICTED}, written under the map. Bright yellow is each map's"
-            " own maximum, grey is none: maps compare by where they are bright, not by how bright."
+            f"Evidence for {'the true class' if true_class else 'the class that each stage predicts'}, named below each"
+            " map. Each map is scaled to its own maximum (yellow): compare where maps are bright, not how bright."
         ],
-        wide_before=[start + column for start in range(0, group * groups, group) for column in apart if start + column],
+        wide_before=[start + at for start in range(0, group * groups, group) for at in starts if start + at],
     )
-
-
-def _stage(photo: Image.Image, found: Attention, row: int, stage: int) -> Cell:
-    cam = found.maps[row, stage]
-    caption = f"class {found.classes[row, stage]}" if cam.any() else "no evidence"
-    return Cell(overlay(photo, cam), caption)
-
-
-def _head(name: str, stage: str, compared: bool) -> str:
-    if not compared:
-        return f"stage {stage}"
-    return f"{name}\n{stage}" if " " in name else f"{name} {stage}"  # with its folder a name fills the line

@@ -1,38 +1,35 @@
-"""Pictures in rows and columns with captions, drawn with Pillow alone: no plotting library, no font on the system."""
+"""Pictures in rows and columns with captions, drawn by matplotlib without global state."""
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
 MARGIN, GAP, WIDE_GAP = 20, 10, 30
-FRAME = 5
-"""Width of a right or wrong hit's frame."""
-INK, FAINT, PAPER = "#1a1a1a", "#5c5c5c", "#ffffff"
-RIGHT, WRONG = "#0a7d33", "#c8102e"
-_DASH, _DASH_GAP = 14, 9
-_BADGE = 24
-_TITLE, _HEAD, _CAPTION = 24, 18, 15
-"""Sizes of the text in pixels."""
-_LEAST_HEIGHT, _LEAST_WIDTH = 256, 560
-"""Of a picture, and of the grid."""
-
-Box = tuple[int, int, int, int]
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+RIGHT, WRONG, INK, FAINT = "#0a7d33", "#c8102e", "#1a1a1a", "#5c5c5c"
+TITLE, HEAD, CAPTION = 20, 15, 12
+"""Text sizes in pixels."""
+MIN_HEIGHT, MIN_WIDTH = 256, 560
+"""Of a picture, and of the grid, in pixels."""
+DPI = 100
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A picture with what is written under it."""
+    """A picture with a caption below it."""
 
     picture: Image.Image
     caption: str = ""
-    """Lines; one that is wider than its column is shortened in the middle."""
+    """Lines; a line that is wider than the picture is shortened in the middle."""
     right: bool | None = None
-    """True frames it solid green with a tick, False dashed red with a cross; None leaves it as it is."""
+    """True draws a solid green frame and a tick, False a dashed red frame and a cross, None neither."""
 
 
 def grid(
@@ -47,137 +44,90 @@ def grid(
 
     Args:
         rows: None leaves a place empty; rows may differ in length.
-        heads: above the columns.
-        notes: paragraphs under the pictures, wrapped.
-        wide_before: columns that stand apart from the one before.
+        heads: titles of the columns.
+        title: title of the whole picture.
+        notes: paragraphs below the pictures.
+        wide_before: columns with a wider gap on their left.
     """
-    columns = max(map(len, rows))
-    widths = [
-        max((cell.picture.width for row in rows for cell in row[c : c + 1] if cell), default=0) for c in range(columns)
-    ]
-    lefts = _starts(widths, wide_before)
-    width = max(lefts[-1] + widths[-1] + MARGIN, _LEAST_WIDTH)
-    titles = _wrapped(title, _font(_TITLE), width - 2 * MARGIN)
-    under = [line for note in notes for line in _wrapped(note, _font(_CAPTION), width - 2 * MARGIN)]
-    top = MARGIN + len(titles) * _line(_TITLE) + (GAP if titles else 0)
-    heads_top = top
-    if heads:
-        top += max(head.count("\n") + 1 for head in heads) * _line(_HEAD) + GAP // 2
-    tops, bottom = [], top
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = range(max(map(len, rows)))
+    widths = [max((cell.picture.width for row in rows for cell in row[c : c + 1] if cell), default=0) for c in columns]
+    gaps = [WIDE_GAP if column in wide_before else GAP for column in columns]
+    lefts = [MARGIN + sum(widths[:column]) + sum(gaps[1 : column + 1]) for column in columns]
+    width = max(lefts[-1] + widths[-1] + MARGIN, MIN_WIDTH)
+    titles, under = _wrap([title], TITLE, width), _wrap(notes, CAPTION, width)
+    head_lines = max((head.count("\n") + 1 for head in heads), default=0)
+    top = MARGIN + len(titles) * _line(TITLE) + head_lines * _line(HEAD) + GAP
+    tops = [top]
     for row in rows:
-        tops.append(bottom)
-        bottom += max(map(_height, filter(None, row)), default=0) + GAP
-    sheet = Image.new("RGB", (width, bottom + len(under) * _line(_CAPTION) + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    _write(draw, (MARGIN, MARGIN), titles, _TITLE, INK)
+        tops.append(tops[-1] + max((_height(cell) for cell in row if cell), default=0) + GAP)
+    height = tops[-1] + len(under) * _line(CAPTION) + MARGIN
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+
+    def write(lines: Sequence[str], x: float, y: float, size: int, color: str) -> None:
+        for number, line in enumerate(lines):
+            text: dict[str, Any] = {"va": "top", "size": size * 72 / DPI, "color": color, "parse_math": False}
+            figure.text(x / width, 1 - (y + number * _line(size)) / height, line, **text)
+
+    write(titles, MARGIN, MARGIN, TITLE, INK)
     for head, left, room in zip(heads, lefts, widths, strict=False):
-        _write(draw, (left, heads_top), [_fitted(line, _font(_HEAD), room) for line in head.split("\n")], _HEAD, INK)
-    for row, y in zip(rows, tops, strict=True):
+        write(_fit(head, HEAD, room), left, top - GAP - head_lines * _line(HEAD), HEAD, INK)
+    for row, y in zip(rows, tops, strict=False):
         for cell, left, room in zip(row, lefts, widths, strict=False):
-            if cell:
-                _place(sheet, draw, cell, (left, y), room)
-    _write(draw, (MARGIN, bottom), under, _CAPTION, FAINT)
-    return sheet
+            if cell is None:
+                continue
+            wide, high = cell.picture.size
+            axes = figure.add_axes((left / width, 1 - (y + high) / height, wide / width, high / height))
+            axes.imshow(np.asarray(cell.picture.convert("RGB")), interpolation="nearest", aspect="auto")
+            axes.set_xticks([]), axes.set_yticks([])
+            color = {True: RIGHT, False: WRONG, None: "none"}[cell.right]
+            for spine in axes.spines.values():
+                spine.set(color=color, linewidth=4, linestyle="-" if cell.right else (0, (3, 2)))
+            if cell.right is not None:
+                mark: dict[str, Any] = {"ha": "right", "va": "top", "color": "white", "weight": "bold", "size": CAPTION}
+                box = {"facecolor": color, "edgecolor": "white", "boxstyle": "circle" if cell.right else "square"}
+                axes.text(0.95, 0.97, "✓" if cell.right else "✗", transform=axes.transAxes, bbox=box, **mark)
+            write(_fit(cell.caption, CAPTION, room), left, y + high + 4, CAPTION, INK)
+    write(under, MARGIN, tops[-1], CAPTION, FAINT)
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a file name in a script that the font lacks
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def enlargement(height: int) -> int:
-    """How many times as large a picture of this height must be to look at; whole, so that blocks end on pixels."""
-    return max(1, ceil(_LEAST_HEIGHT / height))
+    """Factor by which a picture must be enlarged to be readable; whole, so that blocks end on pixels."""
+    return max(1, ceil(MIN_HEIGHT / height))
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """A picture a whole number of times as large."""
+    """A picture enlarged by `enlargement`."""
     factor = enlargement(picture.height)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
 
 
-def _starts(widths: Sequence[int], wide_before: Sequence[int]) -> list[int]:
-    left, lefts = MARGIN, []
-    for column, width in enumerate(widths):
-        left += WIDE_GAP - GAP if column in wide_before else 0
-        lefts.append(left)
-        left += width + GAP
-    return lefts
+def _line(size: int) -> int:
+    return round(1.35 * size)
 
 
 def _height(cell: Cell) -> int:
-    return cell.picture.height + (_line(_CAPTION) * (cell.caption.count("\n") + 1) + 4 if cell.caption else 0)
+    return cell.picture.height + (_line(CAPTION) * (cell.caption.count("\n") + 1) + 4 if cell.caption else 0)
 
 
-def _place(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, corner: tuple[int, int], room: int) -> None:
-    x, y = corner
-    sheet.paste(cell.picture, corner)
-    if cell.right is not None:
-        box = (x, y, x + cell.picture.width - 1, y + cell.picture.height - 1)
-        (_solid_frame if cell.right else _dashed_frame)(draw, box)
-        (_tick if cell.right else _cross)(draw, (box[2] - _BADGE, y + 1))
-    if cell.caption:
-        lines = [_fitted(line, _font(_CAPTION), room) for line in cell.caption.split("\n")]
-        _write(draw, (x, y + cell.picture.height + 4), lines, _CAPTION, INK)
+def _characters(size: int, room: int) -> int:
+    return max(3, int(room / (0.57 * size)))  # average width of DejaVu Sans, the font that matplotlib ships
 
 
-def _solid_frame(draw: ImageDraw.ImageDraw, box: Box) -> None:
-    draw.rectangle(box, outline=RIGHT, width=FRAME)
+def _fit(text: str, size: int, room: int) -> list[str]:
+    most = _characters(size, room)
+    lines = ["".join(char if char.isprintable() else "?" for char in line) for line in text.split("\n")]
+    return [x if len(x) <= most else f"{x[: most // 2]}…{x[len(x) - (most - 1) // 2 :]}" for x in lines]
 
 
-def _dashed_frame(draw: ImageDraw.ImageDraw, box: Box) -> None:
-    left, top, right, bottom = box
-    draw.rectangle(box, outline=PAPER, width=FRAME)
-    for x in range(left, right, _DASH + _DASH_GAP):
-        for y in (top, bottom - FRAME + 1):
-            draw.rectangle((x, y, min(x + _DASH, right), y + FRAME - 1), fill=WRONG)
-    for y in range(top, bottom, _DASH + _DASH_GAP):
-        for x in (left, right - FRAME + 1):
-            draw.rectangle((x, y, x + FRAME - 1, min(y + _DASH, bottom)), fill=WRONG)
-
-
-def _tick(draw: ImageDraw.ImageDraw, corner: tuple[int, int]) -> None:
-    x, y = corner
-    draw.ellipse((x, y, x + _BADGE - 1, y + _BADGE - 1), fill=RIGHT, outline=PAPER, width=2)
-    draw.line([(x + 6, y + 12), (x + 10, y + 16), (x + 17, y + 8)], fill=PAPER, width=3, joint="curve")
-
-
-def _cross(draw: ImageDraw.ImageDraw, corner: tuple[int, int]) -> None:
-    x, y = corner
-    draw.rectangle((x, y, x + _BADGE - 1, y + _BADGE - 1), fill=WRONG, outline=PAPER, width=2)
-    draw.line([(x + 7, y + 7), (x + 16, y + 16)], fill=PAPER, width=3)
-    draw.line([(x + 16, y + 7), (x + 7, y + 16)], fill=PAPER, width=3)
-
-
-def _font(size: int) -> _Font:
-    return ImageFont.load_default(size)
-
-
-def _line(size: int) -> int:
-    return round(size * 1.35)
-
-
-def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], size: int, ink: str) -> None:
-    x, y = corner
-    for line in lines:
-        draw.text((x, y), _drawable(line), fill=ink, font=_font(size))
-        y += _line(size)
-
-
-def _drawable(text: str) -> str:
-    """Pillow's own font has no letters beyond ASCII but these; a file's name may have any."""
-    return "".join(c if c.isprintable() and (c.isascii() or c in "·…") else "?" for c in text)
-
-
-def _fitted(text: str, font: _Font, width: int) -> str:
-    text, kept = _drawable(text), len(text)
-    fitted = text
-    while font.getlength(fitted) > width and kept > 2:
-        kept -= 1
-        fitted = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
-    return fitted
-
-
-def _wrapped(text: str, font: _Font, width: int) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(_drawable(f"{lines[-1]} {word}")) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return [_fitted(line, font, width) for line in lines]
+def _wrap(paragraphs: Sequence[str], size: int, width: int) -> list[str]:
+    most = _characters(size, width - 2 * MARGIN)
+    return [line for text in paragraphs for line in textwrap.wrap(text, most)]

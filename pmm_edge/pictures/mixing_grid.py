@@ -1,4 +1,4 @@
-"""A-Hard-Mix at work: what stages II and III see in training, projected onto the pixels (paper section 2.2)."""
+"""A-Hard-Mix: what stages II and III see in training, projected onto the pixels (paper section 2.2)."""
 
 from __future__ import annotations
 
@@ -19,42 +19,43 @@ from pmm_edge.images import read_crops
 from pmm_edge.model import PMM, ReidNetwork
 from pmm_edge.model.backbone import STRIDE
 from pmm_edge.model.mixing import spread, top_blocks
-from pmm_edge.pictures.attention import UnsuitableError, checkpoint_with_heads, overlay, training_classes
+from pmm_edge.pictures import UnsuitableError
+from pmm_edge.pictures.attention import checkpoint_with_heads, overlay, training_classes
 from pmm_edge.pictures.grid import Cell, enlarged, grid
 from pmm_edge.runtime.torch_backend import Preprocess, torch_device
 from pmm_edge.spec import InputSpec
 
 PEOPLE, IMAGES_EACH = 8, 4
-"""Of the batch: four images of each, as in training; of more people where more are drawn."""
-_BLOCK = "#ffd60a"
+"""Identities and images per identity of the batch, as in training; more identities if more are drawn."""
+BLOCK = "#ffd60a"
 
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
-    """One batch of training: B images, and what became of each for stages II and III (the axis of 2)."""
+    """One training batch of B images, and what it becomes for stages II and III (the axis of size 2)."""
 
     crops: NDArray[np.uint8]
-    """(B, H, W, 3) RGB, the anchors."""
+    """(B, H, W, 3) RGB anchors."""
     classes: NDArray[np.int64]
     """(B,)."""
     negatives: NDArray[np.int64]
-    """(2, B), which image of the batch each one was mixed with."""
+    """(2, B), index of the image that each anchor was mixed with."""
     cams: NDArray[np.float32]
-    """(2, B, h, w), the Grad-CAM of the stage before, which chose the blocks."""
+    """(2, B, h, w), Grad-CAM of the previous stage, which selects the blocks."""
     masks: NDArray[np.bool_]
-    """(2, B, h, w), True where the map was replaced."""
+    """(2, B, h, w), True where features were replaced."""
     block_size: tuple[int, int]
 
     @property
     def pixel_masks(self) -> NDArray[np.bool_]:
-        """(2, B, H, W): each position of the map over the STRIDE x STRIDE pixels that it lies on."""
+        """(2, B, H, W): each position of the map covers STRIDE x STRIDE pixels."""
         height, width = self.crops.shape[1:3]
         wide = spread(torch.from_numpy(self.masks), (STRIDE, STRIDE))
         return wide[..., :height, :width].numpy()
 
     @property
     def seen(self) -> NDArray[np.uint8]:
-        """(2, B, H, W, 3), what stages II and III saw: the anchor with the negative's pixels in the blocks."""
+        """(2, B, H, W, 3), the anchor with the negative's pixels in the replaced blocks."""
         return np.where(self.pixel_masks[..., None], self.crops[self.negatives], self.crops)
 
 
@@ -67,17 +68,20 @@ def mixing_grid(
     device: str | None = None,
     report: Report = silent,
 ) -> Image.Image:
-    """Draw the mixing of one batch: a row for each of `count` people, at most those of the batch.
+    """Draw the mixing of one batch, one row for each of `count` identities.
 
     Args:
-        path: a PMM checkpoint, trained with A-Hard-Mix.
-        train: the training set of its data set.
-        seed: of the batch and of the negatives.
+        path: a PMM checkpoint trained with A-Hard-Mix.
+        train: its training set.
+        count: number of rows.
+        seed: seed for the batch and the negatives.
+        device: as in `attention_of`.
+        report: progress.
 
     Raises:
-        UnsuitableError: the network does not mix features, was trained on another data set, or is an export.
+        UnsuitableError: the network does not mix features, was trained on other data, or is an export.
         DataError: an image cannot be read.
-        ModelError: the file is no checkpoint.
+        ModelError: the file is not a checkpoint.
     """
     checkpoint = checkpoint_with_heads(path)
     network = checkpoint.network()
@@ -86,7 +90,7 @@ def mixing_grid(
     used = np.flatnonzero(classes >= 0)
     batches = identity_batches(classes[used], max(PEOPLE, count), IMAGES_EACH, np.random.default_rng(seed))
     if not batches:
-        raise UnsuitableError(f"{path} was trained on one person, and mixing takes two", "Name another checkpoint")
+        raise UnsuitableError(f"{path} was trained on one identity, and mixing needs two", "Name another checkpoint")
     chosen = used[batches[0]]
     report("mixing", 0, 1, f"a batch of {len(chosen)}")
     size = checkpoint.spec.input
@@ -97,17 +101,17 @@ def mixing_grid(
 
 
 def check_mixes(network: ReidNetwork, path: Path) -> None:
-    """Refuse a network whose training replaces no blocks by attention.
+    """Check that the network was trained with A-Hard-Mix.
 
     Raises:
-        UnsuitableError: it is no PMM, or was trained with another mix.
+        UnsuitableError: it is not PMM, or was trained with another mix.
     """
     if isinstance(network, PMM) and network.mix == "a-hard-mix":
         return
     what = f"is a PMM with --mix {network.mix}" if isinstance(network, PMM) else f"is a {type(network).__name__}"
     raise UnsuitableError(
-        f"{path} {what}, whose training mixes no features by attention",
-        "Name a checkpoint of PMM with A-Hard-Mix; pmm visualize cams takes any method",
+        f"{path} {what}, whose training does not mix features by attention",
+        "Name a PMM checkpoint trained with A-Hard-Mix; --what cams accepts any method",
     )
 
 
@@ -119,22 +123,22 @@ def mixed_batch(
     seed: int,
     device: torch.device | None = None,
 ) -> Mixing:
-    """Take a batch through the forward pass of training, as it stands in `pmm_edge.model`, in training mode.
-
-    Only the augmentation is left out, so that the images are easy to read. The network given is not changed.
+    """Run the training forward pass of `pmm_edge.model` on a batch, without augmentation. The network is not changed.
 
     Args:
         network: a PMM with A-Hard-Mix.
         crops: (B, H, W, 3) uint8 RGB at network size, of two or more classes.
         classes: (B,).
-        seed: of the drawing of negatives.
+        size: the input of the network.
+        seed: seed for the negatives.
+        device: where to run.
     """
     place = device or torch.device("cpu")
-    trained = copy.deepcopy(network).to(place).train()  # training mode updates the running statistics
+    trained = copy.deepcopy(network).to(place).train()  # which updates the running statistics
     assert isinstance(trained, PMM)
     images = Preprocess(replace(size, form="uint8")).to(place)(torch.from_numpy(crops).to(place))
     pids = torch.from_numpy(classes).to(place)
-    with torch.no_grad():  # the graph that Grad-CAM needs begins behind the backbone
+    with torch.no_grad():  # Grad-CAM needs no gradient of the backbone
         features = trained.backbone(images)
     generator = torch.Generator(place).manual_seed(seed)
     stages = trained.train_stages(features.requires_grad_(), pids, None, generator)[:2]
@@ -152,21 +156,21 @@ def mixed_batch(
 
 
 def draw_mixing(found: Mixing, rows: Sequence[int]) -> Image.Image:
-    """Draw some images of a batch, a row each: the anchor, and for each mixing the map, the negative, the mixture."""
+    """Draw one row per anchor: the anchor and, for each mixing, the map, the negative and the mixed image."""
     count = int(found.masks[0, 0].sum()) // (found.block_size[0] * found.block_size[1])
     blocks = "the most salient block" if count == 1 else f"the {count} most salient blocks"
     return grid(
         [_row(found, row) for row in rows],
         [
             "anchor",
-            *("Grad-CAM\nof stage I", "negative", "what stage II\nsaw"),
-            *("Grad-CAM\nof stage II", "negative", "what stage III\nsaw"),
+            *("Grad-CAM\nof stage I", "negative", "input of\nstage II"),
+            *("Grad-CAM\nof stage II", "negative", "input of\nstage III"),
         ],
-        title="Attentive feature Hard-Mix: each stage loses what the one before it looked at",
+        title="A-Hard-Mix: each stage loses what the previous stage looked at",
         notes=[
-            f"Outlined: {blocks} of the true class's Grad-CAM, replaced by the same place of a negative, a sample of"
-            " another identity; the anchor keeps its label. The mixing is of the feature map: each of its positions is"
-            f" drawn on the {STRIDE} x {STRIDE} pixels where it lies, though it has seen more of the image than these."
+            f"Outlined: {blocks} of the true class's Grad-CAM, replaced by the same blocks of a negative (another"
+            " identity); the anchor keeps its label. Features are mixed: each position is drawn on its"
+            f" {STRIDE} x {STRIDE} pixels, although its receptive field is larger."
         ],
         wide_before=[1, 4],
     )
@@ -188,7 +192,7 @@ def _row(found: Mixing, row: int) -> list[Cell]:
 
 
 def _boxes(found: Mixing, turn: int, row: int) -> list[tuple[float, float, float, float]]:
-    """Left, top, right and bottom of each replaced block, as shares of the image's width and height."""
+    """Left, top, right and bottom of each replaced block, relative to the width and height of the image."""
     high, wide = found.block_size
     height, width = found.crops.shape[1:3]
     across, down = STRIDE / width, STRIDE / height
@@ -204,5 +208,5 @@ def _outlined(picture: Image.Image, boxes: Sequence[tuple[float, float, float, f
     for left, top, right, bottom in boxes:
         corners = (left * picture.width, top * picture.height, right * picture.width - 1, bottom * picture.height - 1)
         draw.rectangle(corners, outline="#000000", width=5)
-        draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], outline=_BLOCK, width=3)
+        draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], outline=BLOCK, width=3)
     return drawn

@@ -89,7 +89,7 @@ def test_files_are_read_as_the_network_is_fed(tiny_checkpoint: Path, tiny_datase
 
 
 def test_an_export_has_no_classifiers(tiny_onnx: Path) -> None:
-    with pytest.raises(UnsuitableError, match=r"model.onnx is an export .* Name the checkpoint"):
+    with pytest.raises(UnsuitableError, match=r"model\.onnx is an export"):
         checkpoint_with_heads(tiny_onnx)
 
 
@@ -106,5 +106,5 @@ def test_classes_are_numbered_as_training_numbers_them(tiny_checkpoint: Path, ti
         classes = training_classes(split.pids, spec, "tiny")
         np.testing.assert_array_equal(np.flatnonzero(classes >= 0), used)
         np.testing.assert_array_equal(classes[used], expected)
-    with pytest.raises(UnsuitableError, match="knows 4 people, the training set of tiny shows 3"):
+    with pytest.raises(UnsuitableError, match=r"4 classes.* 3 identities"):
         training_classes(train.pids[train.pids != 1], spec, "tiny")

@@ -7,7 +7,7 @@ import pytest
 
 import pmm_edge
 from pmm_edge.data.dataset import Split, read
-from pmm_edge.pictures.galleries import draw_rankings, gallery_grid, ranked
+from pmm_edge.pictures.galleries import draw_rankings, gallery_grid, rank
 from pmm_edge.retrieval import euclidean_distances, evaluate
 
 
@@ -30,25 +30,27 @@ def test_the_order_is_that_of_retrieval_and_of_the_protocol(features: tuple[np.n
     assert {-1, 0} <= set(gallery.pids.tolist())
     distances = euclidean_distances(*features)
     result = evaluate(*features, query.pids, gallery.pids, query.camids, gallery.camids)
-    for number, ranking in enumerate(ranked(*features, query, gallery, top=90)):
+    for number, ranking in enumerate(rank(*features, query, gallery, top=90)):
         same = (gallery.pids == query.pids[number]) & (gallery.camids == query.camids[number])
         allowed = np.flatnonzero((gallery.pids != -1) & ~same)
         order = sorted(allowed, key=lambda at: (distances[number, at], at))
-        assert [hit.image.path for hit in ranking.hits] == [gallery.paths[at] for at in order]
+        assert [hit.path for hit in ranking.hits] == [gallery.paths[at] for at in order]
         assert [hit.distance for hit in ranking.hits] == pytest.approx([float(distances[number, at]) for at in order])
-        assert [hit.right for hit in ranking.hits] == [gallery.pids[at] == query.pids[number] for at in order]
-        assert ranking.hits[0].image.path == gallery.paths[result.top1[number]]
+        assert [hit.pid == ranking.pid for hit in ranking.hits] == [
+            gallery.pids[at] == query.pids[number] for at in order
+        ]
+        assert ranking.hits[0].path == gallery.paths[result.top1[number]]
         assert ranking.first_match_rank == result.first_match_rank[number]
         assert ranking.average_precision == pytest.approx(result.average_precision[number])
-        assert ranking.hits[ranking.first_match_rank - 1].right
+        assert ranking.hits[ranking.first_match_rank - 1].pid == ranking.pid
 
 
 def test_as_many_hits_as_asked_for_and_as_there_are(features: tuple[np.ndarray, np.ndarray]) -> None:
     query, gallery = split_of(20, 0, 1), split_of(90, 1, 1)
-    assert {len(ranking.hits) for ranking in ranked(*features, query, gallery, top=4)} == {4}
+    assert {len(ranking.hits) for ranking in rank(*features, query, gallery, top=4)} == {4}
     few = Split(gallery.paths[:5], np.array([1, 1, 2, 3, 4]), np.array([1, 2, 3, 1, 2]))
     one = Split(query.paths[:1], np.array([1]), np.array([1]))
-    assert len(ranked(features[0][:1], features[1][:5], one, few, top=10)[0].hits) == 4  # its own camera's left out
+    assert len(rank(features[0][:1], features[1][:5], one, few, top=10)[0].hits) == 4  # its own camera's left out
 
 
 def test_any_embedder_is_drawn(tiny_onnx: Path, tiny_dataset: Path) -> None:
@@ -65,8 +67,8 @@ def test_the_drawing_follows_the_ranking(tiny_dataset: Path) -> None:
     good = 100.0 * np.eye(200, dtype=np.float32)  # a person is a direction
     query, gallery = good[dataset.query.pids], good[dataset.gallery.pids]
     noise = random.random((12, 200)).astype(np.float32)
-    right = draw_rankings(ranked(query, gallery, dataset.query, dataset.gallery, top=2), "right")
-    wrong = draw_rankings(ranked(query, -gallery + noise, dataset.query, dataset.gallery, top=2), "wrong")
+    right = draw_rankings(rank(query, gallery, dataset.query, dataset.gallery, top=2), "right")
+    wrong = draw_rankings(rank(query, -gallery + noise, dataset.query, dataset.gallery, top=2), "wrong")
     assert count(right, (10, 125, 51)) > 0
     assert count(right, (200, 16, 46)) == 0
     assert count(wrong, (10, 125, 51)) == 0

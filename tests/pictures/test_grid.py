@@ -1,5 +1,3 @@
-"""A grid reads well: whatever the names are, and also without colour."""
-
 import numpy as np
 from PIL import Image
 
@@ -7,64 +5,60 @@ from pmm_edge.pictures.attention import overlay
 from pmm_edge.pictures.grid import RIGHT, WRONG, Cell, enlarged, grid
 
 
-def plain(width: int = 100, height: int = 200, grey: int = 90) -> Image.Image:
-    return Image.new("RGB", (width, height), (grey, grey, grey))
+def plain(width: int = 100, height: int = 200, gray: int = 90) -> Image.Image:
+    return Image.new("RGB", (width, height), (gray, gray, gray))
 
 
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def is_colour(image: Image.Image, colour: str) -> np.ndarray:
-    rgb = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
-    return (pixels(image) == rgb).all(axis=2)
+def has_color(image: Image.Image, color: str) -> np.ndarray:
+    rgb = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+    return np.abs(pixels(image) - rgb).max(axis=2) <= 4
 
 
-def test_pictures_stand_whole_in_rows_and_columns() -> None:
-    colours = ("#2040c0", "#20c040", "#c04020")  # no text has one of them
-    first, second, third = (Cell(Image.new("RGB", (100, 200), colour), "under it") for colour in colours)
+def test_pictures_are_whole_and_in_rows_and_columns() -> None:
+    colors = ("#2040c0", "#20c040", "#c04020")  # no text has one of them
+    first, second, third = (Cell(Image.new("RGB", (100, 200), color), "caption") for color in colors)
     sheet = grid([[first, second], [third, None]], ["a", "b"], title="t")
     corners = []
-    for colour in colours:
-        places = np.argwhere(is_colour(sheet, colour))
-        assert len(places) == 100 * 200
+    for color in colors:
+        places = np.argwhere(has_color(sheet, color))
+        assert abs(len(places) - 100 * 200) <= 400  # a border may be blended
         corners.append(places[0].tolist())
-    (top, left), (beside_top, beside_left), (below_top, below_left) = corners
-    assert (beside_top, below_left) == (top, left)
-    assert beside_left >= left + 100
+    (top, left), (right_top, right_left), (below_top, below_left) = corners
+    assert (right_top, below_left) == (top, left)
+    assert right_left >= left + 100
     assert below_top >= top + 200
 
 
-def test_right_and_wrong_differ_without_colour() -> None:
+def test_right_and_wrong_differ_without_color() -> None:
     right, wrong = (grid([[Cell(plain(), right=value)]]) for value in (True, False))
-    top, left = np.argwhere(is_colour(right, RIGHT))[0]
-    edge = slice(left, left + 70)
-    assert is_colour(right, RIGHT)[top, edge].all()  # solid
-    dashes = is_colour(wrong, WRONG)[top, edge]
-    assert 0.3 < dashes.mean() < 0.9  # dashed
-    assert pixels(wrong)[top, edge][~dashes].min() == 255  # on white, whatever the picture is
+    solid, dashed = has_color(right, RIGHT)[:, 21].sum(), has_color(wrong, WRONG)[:, 21].sum()
+    assert solid > 180
+    assert 0.2 * solid < dashed < 0.9 * solid
 
 
-def test_a_long_or_foreign_name_stays_under_its_picture() -> None:
-    names = ["0101_c1s1_000151_01_and_what_else_a_camera_writes.jpg", "\u4eba\u7269\u00e9.jpg", "a\x07b"]
-    sheet = grid([[Cell(plain(), name), Cell(plain(grey=255))] for name in names])
-    beside = pixels(sheet)[:, 20 + 100 + 10 :]
-    assert beside.min() == 255
+def test_long_and_foreign_names_stay_below_their_picture() -> None:
+    names = ["0101_c1s1_000151_01_and_what_else_a_camera_writes.jpg", "\u4eba\u7269\u00e9.jpg", "a\x07$b$"]
+    sheet = grid([[Cell(plain(), name), Cell(plain(gray=255))] for name in names])
+    outside = pixels(sheet)[:, 20 + 100 + 8 :]
+    assert outside.min() >= 250
 
 
-def test_text_is_wrapped_and_empty_places_stay_empty() -> None:
-    short = grid([[Cell(plain())]], notes=["word"])
-    long = grid([[Cell(plain())]], notes=["word " * 60])
+def test_notes_are_wrapped() -> None:
+    short, long = (grid([[Cell(plain())]], notes=[text]) for text in ("word", "word " * 60))
     assert long.width == short.width
     assert long.height > short.height + 40
 
 
-def test_small_pictures_grow_by_a_whole_number() -> None:
+def test_small_pictures_are_enlarged_by_a_whole_factor() -> None:
     assert enlarged(plain(64, 144)).size == (128, 288)
     assert enlarged(plain(128, 384)).size == (128, 384)
 
 
-def test_the_heat_is_where_the_map_is() -> None:
+def test_the_overlay_colors_where_the_map_is_high() -> None:
     cam = np.zeros((4, 2), np.float32)
     cam[0, 0] = 3
     photo = plain(32, 64)

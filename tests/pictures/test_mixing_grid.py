@@ -9,7 +9,7 @@ import torch
 from pmm_edge.data.augment import normalize
 from pmm_edge.data.dataset import read
 from pmm_edge.model import build_model
-from pmm_edge.pictures.attention import UnsuitableError
+from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.mixing_grid import Mixing, check_mixes, draw_mixing, mixed_batch, mixing_grid
 from pmm_edge.spec import InputSpec
 
@@ -82,5 +82,5 @@ def test_a_row_for_each_anchor(found: Mixing, tiny_checkpoint: Path, tiny_datase
 )
 def test_a_training_that_mixes_nothing_has_no_such_picture(method: str, mix: str, said: str) -> None:
     network = build_model(method, num_classes=2, backbone="resnet18", height=96, width=64, mix=mix)
-    with pytest.raises(UnsuitableError, match=f"best.pt is a {said}, whose training mixes no features"):
+    with pytest.raises(UnsuitableError, match=f"best.pt is a {said}, whose training does not mix"):
         check_mixes(network, Path("best.pt"))
