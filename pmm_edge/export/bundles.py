@@ -17,7 +17,7 @@ from string import Template
 from typing import Literal
 
 from pmm_edge.errors import ModelError, PmmError
-from pmm_edge.export.tensorrt import check_quantised_for_tensorrt
+from pmm_edge.export.tensorrt import check_quantized_for_tensorrt
 from pmm_edge.files import check_new_folder, folder_written_whole, sha256
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 from pmm_edge.runtime.manifest import BatchProfile, check_files, read_manifest
@@ -64,7 +64,7 @@ def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
         OutputError: the folder is not empty or cannot be written.
     """
     spec = _load_spec(onnx, DEEPSTREAM_FORM)
-    check_quantised_for_tensorrt(spec, onnx)
+    check_quantized_for_tensorrt(spec, onnx)
     section = reid_section(spec)
     readme = _fill(
         "deepstream_readme.md",
@@ -120,7 +120,7 @@ def triton_bundle(onnx: Path, repository: Path, engine: Path | None = None, name
     spec = _load_spec(onnx, TRITON_FORM)
     batches = (PREFERRED_BATCH, MAX_BATCH)
     if engine:
-        check_quantised_for_tensorrt(spec, onnx)
+        check_quantized_for_tensorrt(spec, onnx)
         profile = _engine_profile(engine, onnx, spec)
         batches = (profile.optimal, profile.maximum)
     name = check_triton_name(name) if name else triton_name(spec, engine is not None)

@@ -20,7 +20,7 @@ from pmm_edge import __version__
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, PmmWarning
 from pmm_edge.export import bundles
-from pmm_edge.export.tensorrt import BuiltEngine, build_engine, check_quantised_for_tensorrt
+from pmm_edge.export.tensorrt import BuiltEngine, build_engine, check_quantized_for_tensorrt
 from pmm_edge.files import check_new_folder, check_place, sha256, written_whole
 from pmm_edge.images import Pixels
 from pmm_edge.retrieval.distances import cosines, unit_length
@@ -231,7 +231,7 @@ def export(
     settings = None
     if trt:
         settings = BuildSettings(
-            batch=BatchProfile.chosen(None if batch_profile is None else str(batch_profile), static_batch),
+            batch=BatchProfile.chosen(batch_profile, static_batch),
             workspace_gib=workspace_gib,
             optimization_level=BuildSettings.optimization_level if optimization_level is None else optimization_level,
             hardware_compatible=hardware_compatible,
@@ -239,7 +239,7 @@ def export(
             timing_cache=timing_cache,
         )
     if trt or deepstream:
-        check_quantised_for_tensorrt(spec, main)
+        check_quantized_for_tensorrt(spec, main)
     for form, needed in ((bundles.DEEPSTREAM_FORM, deepstream), (bundles.TRITON_FORM, triton)):
         if needed:
             bundles.check_accepts(_with_form(spec, form) if form in files else spec, static_batch, main, form)

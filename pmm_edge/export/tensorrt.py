@@ -71,37 +71,26 @@ def build_engine(
         raise PmmError(f"{out} does not end in .engine", f"Name it {out.with_suffix('.engine')}")
     exported = OnnxEmbedder(onnx_path, "cpu")
     spec, static = exported.spec, exported.profile
-    check_quantised_for_tensorrt(spec, onnx_path)
+    check_quantized_for_tensorrt(spec, onnx_path)
     if static and settings.batch != static:
         raise PmmError(
             f"the batch profile {settings.batch} contradicts the static batch {static.maximum} of {onnx_path}",
             f"Build it with --batch-profile {static}",
         )
-    trt, cuda = what_builds(onnx_path, out, spec, settings, also, trt)
+    try:
+        trt, cuda = trt or import_tensorrt(), Cuda()
+    except NotOnThisMachineError as error:
+        raise NotOnThisMachineError(
+            f"{onnx_path} is ready, but its engine cannot be built here: {error}",
+            commands_elsewhere(onnx_path, out, spec, settings, also),
+        ) from error
     try:
         return _build(trt, cuda, onnx_path, out, spec, settings, report)
     finally:
         cuda.release()
 
 
-def what_builds(
-    onnx_path: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = (), trt: Any = None
-) -> tuple[Any, Cuda]:
-    """Return TensorRT and the GPU of this machine, which the caller releases.
-
-    Raises:
-        NotOnThisMachineError: one of them is missing; the remedy is the command to run elsewhere.
-    """
-    try:
-        return trt or import_tensorrt(), Cuda()
-    except NotOnThisMachineError as error:
-        raise NotOnThisMachineError(
-            f"{onnx_path} is ready, but its engine cannot be built here: {error}",
-            commands_elsewhere(onnx_path, out, spec, settings, also),
-        ) from error
-
-
-def check_quantised_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
+def check_quantized_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
     """Refuse a graph that the TensorRT parser refuses, whether pmm-edge, DeepStream or Triton calls it.
 
     Raises:
@@ -239,12 +228,12 @@ def progress_monitor(trt: Any, name: str, report: Report) -> Any:
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._lock = threading.Lock()  # TensorRT calls from several threads
-            self._parents: dict[str, str | None] = {}
+            self._root: dict[str | None, str] = {}
             self._progress: dict[str, tuple[int, int]] = {}
             self._caught: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._parents[phase_name] = parent_phase
+            self._root[phase_name] = self._root.get(parent_phase, phase_name)
             self._show(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
@@ -259,9 +248,7 @@ def progress_monitor(trt: Any, name: str, report: Report) -> Any:
             try:
                 with self._lock:
                     self._progress[phase] = done, steps
-                    root = phase
-                    while (parent := self._parents[root]) in self._parents:
-                        root = parent
+                    root = self._root[phase]
                     report(f"{name}: {root}", *self._progress[root], "" if root == phase else f"{phase} {done}/{steps}")
             except BaseException as error:
                 self._caught = self._caught or error

@@ -117,30 +117,19 @@ def check_certificate(model: str | Path, digest: str | None = None) -> Certifica
         CertificateError: the certificate is missing, invalid, changed, of another model or not the pinned one, or the
             model or its manifest has changed.
     """
-    model = Path(model)
-    _check_exists(model)
-    return _checked(model, sha256(model), digest)
+    return read_certified(Path(model), digest)[0]
 
 
-def read_certified(model: Path) -> tuple[Certificate, bytes]:
+def read_certified(model: Path, digest: str | None = None) -> tuple[Certificate, bytes]:
     """Check a model as `check_certificate` does, and return the bytes that were checked."""
-    _check_exists(model)
-    content = model.read_bytes()
-    return _checked(model, hashlib.sha256(content).hexdigest(), None), content
-
-
-def _check_exists(model: Path) -> None:
     if not model.is_file():
         raise ModelError(f"{model} does not exist", "Name a model that pmm bench has certified")
-
-
-def _checked(model: Path, actual: str, digest: str | None) -> Certificate:
-    certificate, path = read_certificate(model), certificate_path(model)
+    content, certificate, path = model.read_bytes(), read_certificate(model), certificate_path(model)
     if digest is not None and digest.strip().lower() != certificate.digest:
         raise CertificateError(
             f"{path} has the digest {certificate.digest}, not {digest}", "Use the certificate that was pinned"
         )
-    if actual != certificate.sha256:
+    if hashlib.sha256(content).hexdigest() != certificate.sha256:
         if certificate.model != model.name:
             raise CertificateError(f"{path} is the certificate of another model, {certificate.model}", _BENCH)
         raise CertificateError(f"{model} has changed since it was certified on {certificate.created[:10]}", _BENCH)
@@ -150,7 +139,7 @@ def _checked(model: Path, actual: str, digest: str | None) -> Certificate:
         found = sha256(manifest_path(model)), manifest.onnx_sha256
         if found != (certificate.engine_manifest_sha256, certificate.engine_onnx_sha256):
             raise CertificateError(f"{manifest_path(model)} has changed since {model.name} was certified", _BENCH)
-    return certificate
+    return certificate, content
 
 
 def _digest_of(content: dict[str, Any]) -> str:

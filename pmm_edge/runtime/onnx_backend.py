@@ -52,27 +52,33 @@ def open_session(
     kind, index = ("cuda", 0) if device is None else parse_device(device, tensorrt=True)
     if kind == "cpu" or (device is None and not driver_is_there()):
         return _session(path, content, [_CPU]), "cpu", None
-    wanted = TENSORRT if kind == "tensorrt" else _CUDA
     providers: list[Any] = [(_CUDA, _cuda_options(index)), _CPU]
-    profile, session = None, None
+    wanted, profile = (TENSORRT, BatchProfile()) if kind == "tensorrt" else (_CUDA, None)
     if wanted not in onnxruntime.get_available_providers():
         reason = f"it was built without the {wanted}"
     elif not driver_is_there():
         reason = "there is no NVIDIA driver (libcuda.so.1)"
     else:
-        if wanted == TENSORRT:
-            profile = BatchProfile()
+        load_cuda_libraries()
+        if profile:
+            with suppress(Exception):  # the wheels of TensorRT load their libraries, which are in no searched folder
+                import_module("tensorrt")
             digest = hashlib.sha256(content).hexdigest() if content else sha256(path)
             shape = _session(path, content, [_CPU]).get_inputs()[0].shape
             providers.insert(0, (TENSORRT, tensorrt_options(index, digest, shape, profile)))
-        session, reason = _gpu_session(path, content, providers)
-    if session:
-        return session, f"cuda:{index}", profile
+        reason = "onnxruntime gives no reason"
+        try:
+            session = _session(path, content, providers)
+            if session.get_providers()[0] == wanted:
+                return session, f"cuda:{index}", profile
+        except ModelError as error:
+            reason = _message(error.__cause__)
+        reason = _load_error(wanted) or reason
     on_cpu = _session(path, content, [_CPU])  # raises if the file is the problem
     version = onnxruntime.__version__
     if device is not None:
         remedy = "Omit the device, or install onnxruntime-gpu with its CUDA and cuDNN libraries"
-        if wanted == TENSORRT:
+        if profile:
             remedy += " and TensorRT; pmm export --trt builds an engine that does not need onnxruntime"
         raise ModelError(f"onnxruntime {version} cannot use the device {device}: {reason}", remedy)
     warnings.warn(
@@ -82,25 +88,6 @@ def open_session(
         stacklevel=2,
     )
     return on_cpu, "cpu", None
-
-
-def _gpu_session(
-    path: Path, content: bytes | None, providers: list[Any]
-) -> tuple[onnxruntime.InferenceSession | None, str]:
-    """Return a session that uses the first provider, or None and the reason."""
-    wanted: str = providers[0][0]
-    load_cuda_libraries()
-    if wanted == TENSORRT:
-        with suppress(Exception):  # its wheels load their libraries, which are in no searched folder
-            import_module("tensorrt")
-    reason = "onnxruntime gives no reason"
-    try:
-        session = _session(path, content, providers)
-        if session.get_providers()[0] == wanted:
-            return session, ""
-    except ModelError as error:
-        reason = _message(error.__cause__)
-    return None, _load_error(wanted) or reason
 
 
 def _load_error(provider: str) -> str | None:

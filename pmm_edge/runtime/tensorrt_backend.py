@@ -141,10 +141,6 @@ class TensorRTEmbedder(Embedder):
         self._contexts: dict[int, Any] = {}
         """By batch size: a CUDA graph is valid only with the context that it was captured from."""
         self._graphs: dict[int, Callable[[], None]] = {}
-        self._allocate()
-
-    def _allocate(self) -> None:
-        """Allocate two buffers for the largest batch, and the scratch memory that all contexts share."""
         cuda, size, batch = self._cuda, self.spec.input, self._batch.maximum
         outputs = (batch, self.spec.embedding_size)
         self._buffers = [
@@ -154,7 +150,7 @@ class TensorRTEmbedder(Embedder):
         self._images = cuda.device_memory(self._buffers[0].images.nbytes)
         self._embeddings = cuda.device_memory(self._buffers[0].embeddings.nbytes)
         self._scratch_size: int = self._engine.device_memory_size_v2
-        self._scratch = cuda.device_memory(self._scratch_size)
+        self._scratch = cuda.device_memory(self._scratch_size)  # shared by all contexts
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
         embeddings = np.empty((len(images), self.spec.embedding_size), np.float32)

@@ -153,8 +153,8 @@ def replaced_after_the_check(monkeypatch: pytest.MonkeyPatch, content: bytes) ->
     """Replace a model between the check of its certificate and its loading."""
     checked = certificates.read_certified
 
-    def then_replaced(path: Path) -> tuple[Certificate, bytes]:
-        found = checked(path)
+    def then_replaced(path: Path, *digest: str) -> tuple[Certificate, bytes]:
+        found = checked(path, *digest)
         path.write_bytes(content)
         return found
 
