@@ -38,18 +38,12 @@ class SplitCounts:
 class FindingKind(str, Enum):
     """What is wrong with a data set."""
 
-    UNUSABLE = "unusable"
-    """Training or evaluation is impossible."""
-    UNEXPECTED_SIZE = "unexpected-size"
-    """A split of a known data set does not have the published size."""
-    UNTRAINED_IMAGES = "untrained-images"
-    """Training images have a label that means "nobody"."""
-    TRAIN_TEST_OVERLAP = "train-test-overlap"
-    """Identities are in the training set and in query or gallery."""
-    UNMATCHED_QUERIES = "unmatched-queries"
-    """Queries have no right answer in the gallery."""
-    ONE_CAMERA = "one-camera"
-    """Only one camera has seen an identity."""
+    UNUSABLE = "unusable"  # training or evaluation is impossible
+    UNEXPECTED_SIZE = "unexpected-size"  # a split of a known data set does not have the published size
+    UNTRAINED_IMAGES = "untrained-images"  # training images have a label that means "nobody"
+    TRAIN_TEST_OVERLAP = "train-test-overlap"  # identities are in the training set and in query or gallery
+    UNMATCHED_QUERIES = "unmatched-queries"  # queries have no right answer in the gallery
+    ONE_CAMERA = "one-camera"  # only one camera has seen some identities
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def evaluate_distances(
     step = rows_per_block(gallery)
     blocks = ((start, array[start : start + step]) for start in range(0, queries, step))
     if len(labels.kept) < gallery:
-        blocks = ((start, block[:, labels.kept]) for start, block in blocks)
+        blocks = ((start, np.take(block, labels.kept, axis=1)) for start, block in blocks)
     return _figures(blocks, labels, max_rank, ap_cutoff)
 
 

@@ -141,7 +141,7 @@ def test_lists_of_msmt17_must_be_complete(tmp_path):
     root = MAKERS["msmt17-v1"](tmp_path)
     for name in ("0000/0000_000_01_gone.jpg", "0099/0099_000_01_gone.jpg"):
         (root / "list_query.txt").write_text(f"{name} 0\n")
-        refused(root, "1 of 1", root / "test" / name)
+        refused(root, root / "test" / name)
     for content in (b"\xff\xfe\x00", b"\n"):
         (root / "list_query.txt").write_bytes(content)
         refused(root, root / "list_query.txt")
@@ -189,14 +189,6 @@ def test_a_split_file_of_another_form_is_refused(tmp_path, content):
     root = make_release(tmp_path, "detected")
     (tmp_path / "splits_new_detected.json").write_text(content)
     refused(root, tmp_path / "splits_new_detected.json")
-
-
-def test_matlab_files_of_cuhk03_are_refused_with_the_way_to_convert_them(tmp_path):
-    (tmp_path / "cuhk03_release").mkdir()
-    (tmp_path / "cuhk03_new_protocol_config_detected.mat").touch()
-    refused(tmp_path, "MATLAB", "docs/datasets.md")
-    (tmp_path / "images_detected").mkdir()
-    refused(tmp_path / "images_detected", "MATLAB", "docs/datasets.md")
 
 
 def test_a_wrong_layout_is_refused(tmp_path):

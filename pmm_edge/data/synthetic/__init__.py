@@ -1,4 +1,4 @@
-"""Procedurally drawn pedestrians in the layout of Market-1501: a reID data set that needs no download."""
+"""Synthetic pedestrians in the layout of Market-1501: a reID data set that needs no download."""
 
 from pmm_edge.data.synthetic.generate import (
     SyntheticConfig,

@@ -1,7 +1,7 @@
-"""Where bodies are drawn: a view that projects three dimensions, and the shapes that bodies are made of.
+"""Project a body into an image and paint the shapes that it is made of.
 
-The body frame has its origin on the ground between the feet: x to the person's left, y up, z forward, one unit
-to a body's height. A heading of 0 faces the camera, 90 walks to the image's right, 180 shows the back.
+The body frame has its origin on the ground between the feet: x to the person's left, y up, z forward, in units of the
+body's height. Heading 0 faces the camera, 90 walks to the right of the image, 180 shows the back.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from PIL import ImageDraw
 
-from pmm_edge.data.synthetic.person import Colour, Garment
+from pmm_edge.data.synthetic.person import Color, Garment
 
 Pixel = tuple[float, float]
 EDGE = 82.0
-"""Degrees from the line of sight at which a body's surface turns away."""
+"""Angle to the line of sight, in degrees, beyond which a surface is not painted."""
 LIT, SHADE = (255, 255, 255, 26), (0, 0, 0, 50)
 
 
 class Point(NamedTuple):
-    """A place in the body frame."""
+    """A point in the body frame."""
 
     x: float
     y: float
@@ -39,8 +40,7 @@ class Ring(NamedTuple):
     z: float = 0.0
 
 
-@dataclass(frozen=True)
-class Pose:
+class Pose(NamedTuple):
     """One moment of walking: angles in degrees, `phase` of the gait in radians, `stride` 0 (standing) to 1."""
 
     heading: float
@@ -51,7 +51,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class View:
-    """A body placed on a canvas: its ground point, its height in pixels and its pose."""
+    """A body placed in an image: its point on the ground and its height, in pixels, and its pose."""
 
     draw: ImageDraw.ImageDraw
     x: float
@@ -59,84 +59,130 @@ class View:
     size: float
     pose: Pose
     light: float
-    """-1: light from the image's left; 1: from its right."""
+    """-1: light from the left of the image; 1: from the right."""
+
+    @cached_property
+    def turn(self) -> tuple[float, float]:
+        """Sine and cosine of the heading."""
+        heading = math.radians(self.pose.heading)
+        return math.sin(heading), math.cos(heading)
 
     def at(self, p: Point) -> Pixel:
-        """Project to the canvas (orthographic: a detector's crop has next to no perspective)."""
-        sin, cos = self._turn()
+        """Project to the image, orthographically: the crop of a detector has almost no perspective."""
+        sin, cos = self.turn
         tilt = math.radians(self.pose.pitch)
         lower = self.depth(p) * math.sin(tilt) - p.y * math.cos(tilt)
         return self.x + self.size * (p.x * cos + p.z * sin), self.ground + self.size * lower
 
     def depth(self, p: Point) -> float:
-        """How much nearer to the camera than the body's axis."""
-        sin, cos = self._turn()
+        """How much nearer to the camera a point is than the axis of the body."""
+        sin, cos = self.turn
         return p.z * cos - p.x * sin
 
     def reach(self, ring: Ring) -> float:
         """Half the width of a ring's silhouette, in pixels."""
-        sin, cos = self._turn()
+        sin, cos = self.turn
         return self.size * math.hypot(ring.width * cos, ring.depth * sin)
 
-    def on(self, ring: Ring, angle: float) -> Point:
-        """A point on a ring; angle 0 is the front, 90 the person's left, in degrees."""
+    def on(self, ring: Ring, angle: float) -> Pixel:
+        """Project a point of a ring; angle 0 is the front, 90 the person's left, in degrees."""
         turn = math.radians(angle)
-        return Point(ring.width * math.sin(turn), ring.y, ring.z + ring.depth * math.cos(turn))
+        return self.at(Point(ring.width * math.sin(turn), ring.y, ring.z + ring.depth * math.cos(turn)))
 
-    def seen(self, angle: float) -> bool:
-        """Whether the side of a ring at `angle` faces the camera."""
-        return abs(self.off_centre(angle)) < EDGE
-
-    def off_centre(self, angle: float) -> float:
-        """Degrees (-180..180) between the camera and the side of a ring at `angle`."""
+    def off_center(self, angle: float) -> float:
+        """Angle in -180..180 degrees between the camera and the side of a ring at `angle`."""
         return (angle + self.pose.heading + 180) % 360 - 180
 
-    def _turn(self) -> tuple[float, float]:
-        turn = math.radians(self.pose.heading)
-        return math.sin(turn), math.cos(turn)
+    def sees(self, angle: float) -> bool:
+        """Whether the side of a ring at `angle` faces the camera."""
+        return abs(self.off_center(angle)) < EDGE
+
+    def line(self, points: Sequence[Pixel], width: float, color: Color) -> None:
+        """A line of `width` body units, at least one pixel."""
+        self.draw.line(points, fill=color, width=max(1, round(width * self.size)), joint="curve")
+
+    def disc(self, center: Pixel, rx: float, ry: float, color: tuple[int, ...]) -> None:
+        """An ellipse with its radii in pixels."""
+        x, y = center
+        self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=color)
+
+    def bone(self, a: Pixel, b: Pixel, ra: float, rb: float, color: tuple[int, ...], cuff: bool = False) -> None:
+        """Two discs and the quadrilateral between them, radii in pixels; a cuff has a flat end."""
+        length = math.hypot(b[0] - a[0], b[1] - a[1]) or 1.0
+        nx, ny = (a[1] - b[1]) / length, (b[0] - a[0]) / length
+        corners = [
+            (a[0] + nx * ra, a[1] + ny * ra), (b[0] + nx * rb, b[1] + ny * rb),
+            (b[0] - nx * rb, b[1] - ny * rb), (a[0] - nx * ra, a[1] - ny * ra),
+        ]  # fmt: skip
+        self.draw.polygon(corners, fill=color)
+        if len(color) == 3:  # the overlap of translucent shapes would be visible
+            self.disc(a, ra, ra, color)
+            self.disc(b, rb, rb * 0.35 if cuff else rb, color)
+
+    def limb(self, a: Point, b: Point, ra: float, rb: float, color: Color, cuff: bool = False) -> None:
+        """A bone in body units, shaded on the side away from the light."""
+        pa, pb = self.at(a), self.at(b)
+        ra, rb = ra * self.size, rb * self.size
+        self.bone(pa, pb, ra, rb, color, cuff)
+        off = -self.light * 0.55
+        self.bone((pa[0] + off * ra, pa[1]), (pb[0] + off * rb, pb[1]), ra * 0.5, rb * 0.5, SHADE)
+
+    def band(self, rings: Sequence[Ring], left: float, right: float, color: tuple[int, ...]) -> None:
+        """The part of a tube's silhouette between two fractions (-1..1) of its width."""
+        centers = [(self.at(Point(0, ring.y, ring.z)), self.reach(ring)) for ring in rings]
+        down = [(x + left * reach, y) for (x, y), reach in centers]
+        up = [(x + right * reach, y) for (x, y), reach in reversed(centers)]
+        self.draw.polygon(down + up, fill=color)
+
+    def stamp(
+        self,
+        rings: Sequence[Ring],
+        center: tuple[float, float],
+        reach: tuple[float, float],
+        outline: Sequence[Pixel],
+        color: Color,
+    ) -> None:
+        """Paint a shape onto the surface of a tube, bent around it and cut off where the surface turns away.
+
+        `center` and `reach` are (degrees around the tube, fraction of its height); `outline` is in -1..1.
+        """
+        middle = self.off_center(center[0])
+        offs = [min(max(middle + reach[0] * x, -EDGE), EDGE) for x, _ in outline]
+        if max(offs) - min(offs) > 4:
+            rows = [ring_at(rings, center[1] + reach[1] * y) for _, y in outline]
+            corners = [self.on(ring, off - self.pose.heading) for ring, off in zip(rows, offs, strict=True)]
+            self.draw.polygon(corners, fill=color)
+
+    def patch(self, rings: Sequence[Ring], angle: float, half: float, top: float, bottom: float, color: Color) -> None:
+        """Paint the surface of a tube within `half` degrees of `angle`, between two fractions of its height."""
+        self.stamp(rings, (angle, (top + bottom) / 2), (half, (bottom - top) / 2), _PATCH, color)
+
+    def tube(self, rings: Sequence[Ring], garment: Garment) -> None:
+        """A torso, skirt or coat: rings from top to bottom, with pattern and shading."""
+        self.band(rings, -1, 1, garment.color)
+        hem = self.at(Point(0, rings[-1].y, rings[-1].z))
+        sag = self.size * rings[-1].depth * math.sin(math.radians(self.pose.pitch)) + 1
+        self.disc(hem, self.reach(rings[-1]), sag, garment.color)
+        self._pattern(rings, garment)
+        self.band(rings, -0.15 * self.light, -self.light, SHADE)
+        self.band(rings, 0.3 * self.light, 0.8 * self.light, LIT)
+
+    def _pattern(self, rings: Sequence[Ring], garment: Garment) -> None:
+        if garment.pattern in ("stripes", "checks"):
+            count = max(2, round((rings[0].y - rings[-1].y) / 0.09))
+            for k in range(count):
+                self.band(_between(rings, (k + 0.3) / count, (k + 0.75) / count), -1, 1, garment.second)
+        if garment.pattern in ("columns", "checks"):
+            for angle in range(0, 360, 45):
+                self.patch(rings, angle, 9, 0, 1, garment.second)
+        if garment.pattern == "block":
+            self.band(_between(rings, 0, 0.42), -1, 1, garment.second)
+        if garment.pattern == "side stripe":
+            for angle in (90, 270):
+                self.patch(rings, angle, 14, 0, 1, garment.second)
 
 
-def disc(view: View, centre: Pixel, rx: float, ry: float, colour: tuple[int, ...]) -> None:
-    """An ellipse with its radii in pixels."""
-    x, y = centre
-    view.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colour)
-
-
-def bone(view: View, a: Pixel, b: Pixel, ra: float, rb: float, colour: tuple[int, ...], cuff: bool = False) -> None:
-    """A limb segment: two discs and the quadrilateral between them, radii in pixels; a cuff has a flat end."""
-    length = math.hypot(b[0] - a[0], b[1] - a[1]) or 1.0
-    nx, ny = (a[1] - b[1]) / length, (b[0] - a[0]) / length
-    corners = [
-        (a[0] + nx * ra, a[1] + ny * ra), (b[0] + nx * rb, b[1] + ny * rb),
-        (b[0] - nx * rb, b[1] - ny * rb), (a[0] - nx * ra, a[1] - ny * ra),
-    ]  # fmt: skip
-    view.draw.polygon(corners, fill=colour)
-    if len(colour) == 3:  # translucent discs would show where they overlap the quadrilateral
-        disc(view, a, ra, ra, colour)
-        disc(view, b, rb, rb * 0.35 if cuff else rb, colour)
-
-
-def limb(view: View, a: Point, b: Point, ra: float, rb: float, colour: Colour, cuff: bool = False) -> None:
-    """A bone in body units, shaded on the side away from the light."""
-    pa, pb = view.at(a), view.at(b)
-    ra, rb = ra * view.size, rb * view.size
-    bone(view, pa, pb, ra, rb, colour, cuff)
-    off = -view.light * 0.55
-    bone(view, (pa[0] + off * ra, pa[1]), (pb[0] + off * rb, pb[1]), ra * 0.5, rb * 0.5, SHADE)
-
-
-def _outline(view: View, rings: Sequence[Ring], left: float, right: float) -> list[Pixel]:
-    """The polygon between two fractions (-1..1) of a tube's silhouette."""
-    centres = [view.at(Point(0, ring.y, ring.z)) for ring in rings]
-    reaches = [view.reach(ring) for ring in rings]
-    down = [(c[0] + left * r, c[1]) for c, r in zip(centres, reaches, strict=True)]
-    up = [(c[0] + right * r, c[1]) for c, r in zip(centres, reaches, strict=True)]
-    return down + up[::-1]
-
-
-def _between(rings: Sequence[Ring], top: float, bottom: float) -> list[Ring]:
-    """The part of a tube from fraction `top` to fraction `bottom` of its height."""
-    return [ring_at(rings, top + (bottom - top) * k / 4) for k in range(5)]
+_PATCH = [(-1.0, k / 4) for k in range(-4, 5)] + [(1.0, -k / 4) for k in range(-4, 5)]
 
 
 def ring_at(rings: Sequence[Ring], v: float) -> Ring:
@@ -149,66 +195,16 @@ def ring_at(rings: Sequence[Ring], v: float) -> Ring:
     return rings[-1]
 
 
-def stamp(
-    view: View, rings: Sequence[Ring], centre: tuple[float, float], reach: tuple[float, float],
-    outline: Sequence[Pixel], colour: Colour,
-) -> None:  # fmt: skip
-    """Paint a shape onto a tube's surface, bent around it and cut off where it turns away.
-
-    `centre` and `reach` are (degrees around the tube, fraction of its height); `outline` is in -1..1.
-    """
-    middle = view.off_centre(centre[0])
-    offs = [min(max(middle + reach[0] * x, -EDGE), EDGE) for x, _ in outline]
-    if max(offs) - min(offs) > 4:
-        turned = [off - view.pose.heading for off in offs]
-        rows = [ring_at(rings, centre[1] + reach[1] * y) for _, y in outline]
-        corners = [view.at(view.on(ring, angle)) for ring, angle in zip(rows, turned, strict=True)]
-        view.draw.polygon(corners, fill=colour)
-
-
-def patch(
-    view: View, rings: Sequence[Ring], angle: float, half: float, top: float, bottom: float, colour: Colour
-) -> None:
-    """Paint the part of a tube's surface that lies within `half` degrees of `angle`."""
-    steps = [k / 4 for k in range(-4, 5)]
-    outline = [(-1.0, y) for y in steps] + [(1.0, -y) for y in steps]
-    stamp(view, rings, (angle, (top + bottom) / 2), (half, (bottom - top) / 2), outline, colour)
-
-
-def tube(view: View, rings: Sequence[Ring], garment: Garment) -> None:
-    """A torso, a skirt or a coat: a stack of rings from top to bottom, with pattern and shading."""
-    view.draw.polygon(_outline(view, rings, -1, 1), fill=garment.colour)
-    hem = view.at(Point(0, rings[-1].y, rings[-1].z))
-    sag = view.size * rings[-1].depth * math.sin(math.radians(view.pose.pitch)) + 1
-    disc(view, hem, view.reach(rings[-1]), sag, garment.colour)
-    _pattern(view, rings, garment)
-    view.draw.polygon(_outline(view, rings, -0.15 * view.light, -view.light), fill=SHADE)
-    view.draw.polygon(_outline(view, rings, 0.3 * view.light, 0.8 * view.light), fill=LIT)
-
-
-def _pattern(view: View, rings: Sequence[Ring], garment: Garment) -> None:
-    height = rings[0].y - rings[-1].y
-    if garment.pattern in ("stripes", "checks"):
-        count = max(2, round(height / 0.09))
-        for k in range(count):
-            band = _between(rings, (k + 0.3) / count, (k + 0.75) / count)
-            view.draw.polygon(_outline(view, band, -1, 1), fill=garment.second)
-    if garment.pattern in ("columns", "checks"):
-        for angle in range(0, 360, 45):
-            patch(view, rings, angle, 9, 0, 1, garment.second)
-    if garment.pattern == "block":
-        view.draw.polygon(_outline(view, _between(rings, 0, 0.42), -1, 1), fill=garment.second)
-    if garment.pattern == "side stripe":
-        for angle in (90, 270):
-            patch(view, rings, angle, 14, 0, 1, garment.second)
-
-
-def darker(colour: Colour, factor: float) -> Colour:
-    """The colour times `factor`."""
-    r, g, b = (int(c * factor) for c in colour)
-    return r, g, b
+def _between(rings: Sequence[Ring], top: float, bottom: float) -> list[Ring]:
+    return [ring_at(rings, top + (bottom - top) * k / 4) for k in range(5)]
 
 
 def along(a: Point, b: Point, t: float) -> Point:
     """The point at fraction `t` of the way from `a` to `b`."""
     return Point(*(p + (q - p) * t for p, q in zip(a, b, strict=True)))
+
+
+def darker(color: Color, factor: float) -> Color:
+    """The color times `factor`."""
+    r, g, b = (int(c * factor) for c in color)
+    return r, g, b

@@ -1,4 +1,4 @@
-"""The data set: which images it has, how each is rendered, and writing them in Market-1501's layout."""
+"""Plan, render and write a synthetic data set in the layout of Market-1501."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -31,59 +30,52 @@ from pmm_edge.files import cache_folder, folder_written_whole
 from pmm_edge.machine import threads
 
 VERSION = 1
-"""Of the generator: the same version, configuration and seed give the same bytes."""
+"""Version of the generator. The same version, configuration and seed give the same bytes."""
 SEQUENCES = 6
 FRAMES_APART = 12
 CHUNK = 64
-LIMITS: dict[str, tuple[float, float]] = {
-    "train_identities": (2, 4000),
-    "test_identities": (1, 4000),
-    "cameras": (2, 9),
-    "images": (2, 32),
-    "group_size": (1, MAX_GROUP),
-    "height": (32, 512),
-    "width": (16, 512),
-    "seed": (0, 2**31 - 1),
-    "distractors": (0.0, 4.0),
-    "junk": (0.0, 1.0),
-}
+SHEET_GAP = 4
+Number = TypeVar("Number", int, float)
 
 Kind = Literal["detected", "drawn", "junk", "stranger", "clutter"]
 
 
+def _setting(default: Number, low: Number, high: Number, text: str) -> Number:
+    result: Number = field(default=default, metadata={"range": (low, high), "help": text})
+    return result
+
+
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What to draw. The defaults give about 3,600 training images and 2,400 test images.
+    """What to draw. The defaults give about 3,500 training and 2,450 test images.
 
     Raises:
-        PmmError: a value out of range (`LIMITS`).
+        PmmError: a value is out of range.
     """
 
-    train_identities: int = 200
-    test_identities: int = 100
-    cameras: int = 6
-    images: int = 4
-    """Of one identity in one camera that it appears in; it appears in at least half of the cameras."""
-    group_size: int = 4
-    """Identities that share their upper and lower garment."""
-    height: int = 128
-    width: int = 64
-    seed: int = 0
-    distractors: float = 0.3
-    """Images of strangers and of clutter (`0000_...`) for each gallery image of an identity."""
-    junk: float = 0.15
-    """Badly cut images (`-1_...`) for each gallery image of an identity."""
+    train_identities: int = _setting(200, 2, 4000, "People in bounding_box_train")
+    test_identities: int = _setting(100, 1, 4000, "Other people, in query and bounding_box_test")
+    cameras: int = _setting(6, 2, 9, "Cameras; each person passes at least half of them")
+    images: int = _setting(4, 2, 32, "Images of a person in each camera")
+    group_size: int = _setting(4, 1, MAX_GROUP, "People who wear the same upper and lower garment")
+    height: int = _setting(128, 32, 512, "Image height in pixels")
+    width: int = _setting(64, 16, 512, "Image width in pixels")
+    seed: int = _setting(0, 0, 2**31 - 1, "Random seed; the same seed draws the same bytes")
+    distractors: float = _setting(0.3, 0.0, 4.0, "Images of strangers and clutter (0000) per gallery image of a person")
+    junk: float = _setting(0.15, 0.0, 1.0, "Badly cut images (-1) per gallery image of a person")
 
     def __post_init__(self) -> None:
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
+        for setting in fields(self):
+            value, (low, high) = getattr(self, setting.name), setting.metadata["range"]
             if not low <= value <= high:
-                raise PmmError(f"{name} is {value}", f"Choose {low} to {high}")
+                raise PmmError(f"{setting.name} is {value}", f"Choose {low} to {high}")
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One image to be drawn: `number` counts the images of `pid` in `camera`."""
+# --- plan ----------------------------------------------------------------------------------------------------
+
+
+class Shot(NamedTuple):
+    """One image to draw; `number` counts the images of `pid` in `camera`."""
 
     folder: str
     name: str
@@ -94,7 +86,7 @@ class Shot:
 
 
 def plan(config: SyntheticConfig) -> list[Shot]:
-    """Every image of the data set, in a fixed order."""
+    """List all images of the data set in a fixed order."""
     people = config.train_identities + config.test_identities
     shots = [shot for pid in range(1, people + 1) for shot in _visits(config, pid)]
     gallery = [shot for shot in shots if shot.folder == GALLERY]
@@ -109,17 +101,19 @@ def plan(config: SyntheticConfig) -> list[Shot]:
     return shots
 
 
-def cameras_of(config: SyntheticConfig, pid: int) -> list[int]:
-    """The cameras that identity `pid` walks past: at least two, at least half of them."""
-    rng = np.random.default_rng((config.seed, 6, pid))
-    count = int(rng.integers(max(2, (config.cameras + 1) // 2), config.cameras + 1))
-    return sorted(int(c) + 1 for c in rng.permutation(config.cameras)[:count])
+def count_images(config: SyntheticConfig) -> dict[str, int]:
+    """Count the images in each folder, and separately the junk and distractors of the gallery."""
+    extras = {"junk": "junk", "stranger": "distractors", "clutter": "distractors"}
+    counts = Counter(extras.get(shot.kind, shot.folder) for shot in plan(config))
+    return {name: counts[name] for name in (TRAIN, QUERY, GALLERY, "junk", "distractors")}
 
 
 def _visits(config: SyntheticConfig, pid: int) -> Iterator[Shot]:
-    """All images of one identity. As in Market-1501, its query is one hand-drawn box in each camera."""
+    """All images of one identity. As in Market-1501, one hand-drawn box in each camera is its query."""
+    rng = np.random.default_rng((config.seed, 6, pid))
+    count = int(rng.integers(max(2, (config.cameras + 1) // 2), config.cameras + 1))
     tested = pid > config.train_identities
-    for camera in cameras_of(config, pid):
+    for camera in sorted(int(c) + 1 for c in rng.permutation(config.cameras)[:count]):
         for number in range(config.images):
             if tested and number == 0:
                 yield _shot(config, QUERY, pid, camera, number, "drawn")
@@ -139,91 +133,63 @@ def _shot(config: SyntheticConfig, folder: str, pid: int, camera: int, number: i
     return Shot(folder, name, pid, camera, number, kind)
 
 
-# --- rendering -----------------------------------------------------------------------------------------------
+# --- render --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Box:
-    """Where a detector's box puts the person: fractions of the image."""
+class Figure(NamedTuple):
+    """A person in an image; place and size are fractions of the image."""
 
+    pid: int
     x: float
     ground: float
     size: float
+    pose: Pose
 
 
 def render(config: SyntheticConfig, shot: Shot) -> bytes:
-    """Draw one image and return it as a JPEG of `config.width` × `config.height`.
+    """Draw one image and return it as a JPEG file of `config.width` x `config.height` pixels.
 
     It depends on the configuration and the shot alone, so images can be drawn in any order and process.
     """
     rng = np.random.default_rng((config.seed, 8, shot.pid, shot.camera, shot.number, int(shot.kind == "junk")))
     camera = make_camera(config.seed, shot.camera)
     scale = max(2, round(512 / config.height))  # antialiasing: drawn larger, then averaged
-    size = config.width * scale, config.height * scale
-    scene = background(config.seed, shot.camera, camera.horizon, size, rng)
+    width, height = config.width * scale, config.height * scale
+    scene = background(config.seed, shot.camera, camera.horizon, (width, height), rng)
     draw = ImageDraw.Draw(scene, "RGBA")
-    if shot.kind != "clutter":
-        _people(config, shot, camera, draw, size, rng)
+    for figure in _figures(config, shot, camera, rng) if shot.kind != "clutter" else ():
+        person = make_person(config.seed, figure.pid, config.group_size)
+        place = figure.x * width, figure.ground * height, figure.size * height * person.body.height
+        shadow(draw, *place, camera.light)
+        draw_person(View(draw, *place, figure.pose, camera.light), person)
     if shot.kind != "drawn" and rng.random() < 0.2:
-        occlude(draw, *size, rng)
+        occlude(draw, width, height, rng)
     return encode(camera, expose(camera, scene.reduce(scale), rng))
 
 
-def _people(
-    config: SyntheticConfig,
-    shot: Shot,
-    camera: Camera,
-    draw: ImageDraw.ImageDraw,
-    size: tuple[int, int],
-    rng: np.random.Generator,
-) -> None:
-    """The person of the shot and, in some images, a passer-by behind or in front of it."""
-    box, pose = _box(shot, rng), _pose(config, shot, camera, rng)
-    paint = partial(_paint, config, camera, draw, size)
-    passer_by = partial(paint, 20000 + int(rng.integers(10000)), _beside(box, rng), _other_way(pose, rng))
-    crowded = 0.5 if shot.kind == "drawn" else float(rng.random())
-    if crowded < 0.12:
-        passer_by()
-    paint(shot.pid, box, pose)
-    if crowded > 0.95:
-        passer_by()
-
-
-def _beside(box: Box, rng: np.random.Generator) -> Box:
-    side, ground, size = rng.uniform((0.3, -0.03, 0.85), (0.55, 0.03, 1.1))
-    return Box(box.x + float(rng.choice((-1, 1)) * side), box.ground + float(ground), box.size * float(size))
-
-
-def _other_way(pose: Pose, rng: np.random.Generator) -> Pose:
-    return replace(pose, heading=float(rng.uniform(0, 360)), phase=pose.phase + 2)
-
-
-def _paint(
-    config: SyntheticConfig,
-    camera: Camera,
-    draw: ImageDraw.ImageDraw,
-    size: tuple[int, int],
-    pid: int,
-    box: Box,
-    pose: Pose,
-) -> None:
-    person = make_person(config.seed, pid, config.group_size)
-    x, ground, height = box.x * size[0], box.ground * size[1], box.size * size[1] * person.body.height
-    shadow(draw, x, ground, height, camera.light)
-    draw_person(View(draw, x, ground, height, pose, camera.light), person)
-
-
-def _box(shot: Shot, rng: np.random.Generator) -> Box:
-    """Tight boxes for the query, a detector's jitter for the gallery, a poor overlap for junk."""
+def _figures(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Generator) -> list[Figure]:
+    """The person of the shot and, in some images, a passer-by behind or in front of it; in the order of painting."""
+    # Tight boxes for the query, a detector's jitter for the gallery, a bad overlap for junk.
     spread = {"drawn": 0.4, "junk": 3.2}.get(shot.kind, 1.0)
-    x, ground, size = rng.normal(0, 1, 3) * spread * (0.06, 0.025, 0.065)
+    x, ground, size = (rng.normal(0, 1, 3) * spread * (0.06, 0.025, 0.065)).tolist()
     if shot.kind == "junk":
         x += 0.3 if x > 0 else -0.3
-    return Box(0.5 + float(x), 0.955 + float(ground), 0.9 * float(np.exp(size)))
+    person = Figure(shot.pid, 0.5 + x, 0.955 + ground, 0.9 * float(np.exp(size)), _pose(config, shot, camera, rng))
+    stranger = 20000 + int(rng.integers(10000))
+    aside, ground, size = rng.uniform((0.3, -0.03, 0.85), (0.55, 0.03, 1.1)).tolist()
+    passer_by = Figure(
+        stranger,
+        person.x + float(rng.choice((-1, 1)) * aside),
+        person.ground + ground,
+        person.size * size,
+        person.pose._replace(heading=float(rng.uniform(0, 360)), phase=person.pose.phase + 2),
+    )
+    crowded = 0.5 if shot.kind == "drawn" else float(rng.random())
+    return [passer_by] * (crowded < 0.12) + [person] + [passer_by] * (crowded > 0.95)
 
 
 def _pose(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Generator) -> Pose:
-    """A person passes a camera in one direction; within the passage it turns a little and walks on."""
+    """A person passes a camera in one direction, turns a little within the passage and walks on."""
     visit = np.random.default_rng((config.seed, 9, shot.pid, shot.camera))
     heading = camera.heading + float(visit.normal(0, 28)) + (180.0 if visit.random() < 0.3 else 0.0)
     return Pose(
@@ -234,16 +200,25 @@ def _pose(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Ge
     )
 
 
-# --- writing -------------------------------------------------------------------------------------------------
+def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) -> Image.Image:
+    """Draw test identities as rows and cameras as columns, with a gap where a camera has not seen the person.
+
+    Neighboring identities wear the same clothes (`SyntheticConfig.group_size`).
+    """
+    config = config or SyntheticConfig()
+    first, rows = config.train_identities + 1, min(identities, config.test_identities)
+    cell_width, cell_height = config.width + SHEET_GAP, config.height + SHEET_GAP
+    size = cell_width * config.cameras + SHEET_GAP, cell_height * rows + SHEET_GAP
+    sheet = Image.new("RGB", size, (250, 250, 250))
+    for shot in plan(config):
+        row, column = shot.pid - first, shot.camera - 1
+        if 0 <= row < rows and shot.kind == "drawn":
+            picture = Image.open(io.BytesIO(render(config, shot)))
+            sheet.paste(picture, (SHEET_GAP + column * cell_width, SHEET_GAP + row * cell_height))
+    return sheet
 
 
-def count_images(config: SyntheticConfig) -> dict[str, int]:
-    """Images in each folder of the data set, junk and distractors of the gallery counted apart."""
-    counts = Counter(
-        {"junk": "junk", "stranger": "distractors", "clutter": "distractors"}.get(shot.kind, shot.folder)
-        for shot in plan(config)
-    )
-    return {name: counts[name] for name in (TRAIN, QUERY, GALLERY, "junk", "distractors")}
+# --- write ---------------------------------------------------------------------------------------------------
 
 
 def make_synthetic(
@@ -251,9 +226,14 @@ def make_synthetic(
 ) -> Path:
     """Write a synthetic data set in the layout of Market-1501 and return `folder`.
 
-    `synthetic.json` beside the images says what they were made from. The bytes depend on the configuration
-    alone, not on `workers`, the number of processes (default: one for each usable core). Interrupted or failed,
-    nothing is left under `folder`.
+    `synthetic.json` records the configuration. The bytes depend on the configuration alone, not on the number of
+    processes. If drawing is interrupted or fails, nothing remains under `folder`.
+
+    Args:
+        folder: folder to create; it may exist if it is empty.
+        config: what to draw; the defaults if None.
+        workers: number of processes; one for each usable core by default.
+        report: called with the number of images drawn.
 
     Raises:
         OutputError: `folder` exists and is not empty, or cannot be written.
@@ -264,7 +244,7 @@ def make_synthetic(
         for name in (TRAIN, QUERY, GALLERY):
             (temporary / name).mkdir()
         done = 0
-        # Closed before the folder is removed: on an error no process may still write into it.
+        # On an error, end the processes before the folder is removed: none may still write into it.
         with closing(_write_all(config, shots, temporary, workers or threads())) as chunks:
             for written in chunks:
                 done += written
@@ -274,15 +254,36 @@ def make_synthetic(
     return Path(folder)
 
 
+def cached_synthetic(config: SyntheticConfig | None = None, *, report: Report = silent) -> Path:
+    """Return the folder of a synthetic data set in the user's cache folder; draw it if it does not exist.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    config = config or SyntheticConfig()
+    recipe = json.dumps([VERSION, asdict(config)])
+    folder = cache_folder() / f"synthetic-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        try:
+            make_synthetic(folder, config, report=report)
+        except OutputError:
+            if not folder.exists():  # otherwise another process was faster, with the same bytes
+                raise
+    return folder
+
+
 def _write_all(config: SyntheticConfig, shots: list[Shot], folder: Path, workers: int) -> Generator[int, None, None]:
-    """Write all shots; yield the number of each chunk that is done."""
+    """Write all shots; yield the number of images in each finished chunk."""
     chunks = [shots[start : start + CHUNK] for start in range(0, len(shots), CHUNK)]
     if workers == 1 or len(chunks) == 1:
         for chunk in chunks:
             yield _write_chunk(config, folder, chunk)
         return
-    # Spawned, not forked: the caller may hold threads (torch, CUDA) that do not survive a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupt_to_parent)
+    # Spawned, not forked: the caller may have threads (torch, CUDA) that do not survive a fork. Ctrl-C is handled
+    # by the parent.
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         for future in as_completed([pool.submit(_write_chunk, config, folder, chunk) for chunk in chunks]):
             yield future.result()
@@ -295,54 +296,7 @@ def _write_all(config: SyntheticConfig, shots: list[Shot], folder: Path, workers
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupt_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _write_chunk(config: SyntheticConfig, folder: Path, shots: list[Shot]) -> int:
     for shot in shots:
         (folder / shot.folder / shot.name).write_bytes(render(config, shot))
     return len(shots)
-
-
-def cached_synthetic(config: SyntheticConfig | None = None, *, report: Report = silent) -> Path:
-    """The folder of a synthetic data set under the user's cache folder, drawn where it is not there yet.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    config = config or SyntheticConfig()
-    recipe = json.dumps([VERSION, asdict(config)])
-    folder = cache_folder() / f"synthetic-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        try:
-            make_synthetic(folder, config, report=report)
-        except OutputError:
-            if not folder.exists():  # else another process finished it first, with the same bytes
-                raise
-    return folder
-
-
-GAP = 4
-
-
-def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) -> Image.Image:
-    """Test identities as rows, cameras as columns; a gap where a camera never saw the person.
-
-    The rows follow the identities' numbers, so neighbours share their clothes (`SyntheticConfig.group_size`).
-    """
-    config = config or SyntheticConfig()
-    first = config.train_identities + 1
-    pids = range(first, first + min(identities, config.test_identities))
-    cell_width, cell_height = config.width + GAP, config.height + GAP
-    sheet = Image.new("RGB", (cell_width * config.cameras + GAP, cell_height * len(pids) + GAP), (250, 250, 250))
-    for shot in plan(config):
-        row = shot.pid - first
-        if 0 <= row < len(pids) and shot.kind in ("drawn", "detected") and shot.number == 0:
-            place = GAP + (shot.camera - 1) * cell_width, GAP + row * cell_height
-            sheet.paste(_picture(config, shot), place)
-    return sheet
-
-
-def _picture(config: SyntheticConfig, shot: Shot) -> Image.Image:
-    return Image.open(io.BytesIO(render(config, shot)))

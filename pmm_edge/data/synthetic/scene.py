@@ -1,52 +1,57 @@
-"""Who looks: what a camera does to a picture, and how its pictures come out of a detector."""
+"""Cameras and what they see around a person: backgrounds, occluders, colors, noise and compression."""
 
 from __future__ import annotations
 
 import functools
 import io
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from pmm_edge.data.synthetic.person import CLOTH, VIVID, Colour
+from pmm_edge.data.synthetic.person import CLOTH, VIVID, palette
 
 HEADINGS = (0.0, 180.0, 90.0, 270.0, 35.0, 215.0, 140.0, 320.0, 65.0)
-"""Mean walking direction in front of each camera, in degrees; 0 comes towards it."""
+"""Mean walking direction in front of each camera, in degrees; 0 walks towards it."""
+HEIGHT, WIDTH = 512, 2048
+"""Size of a panorama."""
+PLACES = {
+    "street": palette("68686c 84807a aa7860 c4baa8"),
+    "park": palette("607e3e a8946c 3c5c30 56703a"),
+    "plaza": palette("bab0a0 aa826c d6d0c4 788c9e"),
+    "hall": palette("ceccc6 7c746e e2ded0 96acb4"),
+    "market": palette("96928c 76706c cec4b4 6e6058"),
+    "car park": palette("4e4e52 606268 92989c 606858"),
+}
+"""Kind of place -> two colors of the ground and two of the wall."""
 
 
-@dataclass(frozen=True)
-class Camera:
-    """A viewpoint and a sensor; the same for every image that it takes."""
+class Camera(NamedTuple):
+    """Viewpoint and sensor, the same for all images of a camera."""
 
-    number: int
     heading: float
-    pitch: float
-    """How far it looks down, in degrees."""
-    horizon: float
+    pitch: float  # degrees that it looks down
+    horizon: float  # where the ground meets the wall, as a fraction of the height
     light: float
-    cast: tuple[float, float, float]
-    """Factors on red, green and blue."""
+    cast: tuple[float, float, float]  # factors on red, green and blue
     exposure: float
     contrast: float
     saturation: float
     haze: float
-    blur: float
-    """Radius at an image height of 128, in pixels."""
+    blur: float  # pixels at an image height of 128
     noise: float
     quality: int
 
 
 @functools.lru_cache(maxsize=64)
 def make_camera(seed: int, number: int) -> Camera:
-    """Camera `number` (from 1) of the data set `seed`. Neighbouring numbers differ in cast and exposure."""
+    """Create camera `number` (from 1) of the data set `seed`. Neighboring numbers differ in cast and exposure."""
     rng = np.random.default_rng((seed, 4, number))
     hue = 2 * math.pi * (0.1 * rng.random() + 0.382 * number)
     strength = float(rng.uniform(0.06, 0.17))
     red, green, blue = (1 + strength * math.cos(hue - k * 2 * math.pi / 3) for k in range(3))
     return Camera(
-        number=number,
         heading=HEADINGS[number - 1],
         pitch=float(rng.uniform(3, 24)),
         horizon=float(rng.uniform(0.28, 0.5)),
@@ -63,9 +68,9 @@ def make_camera(seed: int, number: int) -> Camera:
 
 
 def expose(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """What the sensor makes of a scene: blur, colour cast, exposure, contrast, haze and noise.
+    """Apply blur, color cast, exposure, contrast, haze and noise.
 
-    Exposure and cast drift from image to image, as daylight and automatic white balance do.
+    Exposure and cast drift from image to image, like daylight and automatic white balance.
     """
     radius = camera.blur * float(rng.uniform(0.6, 1.4)) * scene.height / 128
     if radius > 0.15:
@@ -74,8 +79,8 @@ def expose(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> Imag
     gain = np.asarray(camera.cast) * np.exp(drift) * camera.exposure * math.exp(brighter)
     pixels = np.array(scene, np.float32)
     pixels /= 255
-    grey = pixels.mean(axis=2, keepdims=True)
-    pixels += (camera.saturation - 1) * (pixels - grey)
+    gray = pixels.mean(axis=2, keepdims=True)
+    pixels += (camera.saturation - 1) * (pixels - gray)
     pixels *= gain.astype(np.float32)
     pixels += (camera.contrast - 1) * (pixels - 0.5)
     pixels += camera.haze * (1 - pixels)
@@ -91,53 +96,47 @@ def encode(camera: Camera, image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-HEIGHT, WIDTH = 512, 2048
-KINDS = ("street", "park", "plaza", "hall", "market", "car park")
-GROUNDS: dict[str, tuple[Colour, ...]] = {
-    "street": ((104, 104, 108), (132, 128, 122)),
-    "park": ((96, 126, 62), (168, 148, 108)),
-    "plaza": ((186, 176, 160), (170, 130, 108)),
-    "hall": ((206, 204, 198), (124, 116, 110)),
-    "market": ((150, 146, 140), (118, 112, 108)),
-    "car park": ((78, 78, 82), (96, 98, 104)),
-}
-WALLS: dict[str, tuple[Colour, ...]] = {
-    "street": ((170, 120, 96), (196, 186, 168)),
-    "park": ((60, 92, 48), (86, 112, 58)),
-    "plaza": ((214, 208, 196), (120, 140, 158)),
-    "hall": ((226, 222, 208), (150, 172, 180)),
-    "market": ((206, 196, 180), (110, 96, 88)),
-    "car park": ((146, 152, 156), (96, 104, 88)),
-}
+def background(seed: int, camera: int, horizon: float, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """Cut a random part of the camera's panorama, resized to `size` (width, height)."""
+    whole = panorama(seed, camera, horizon)
+    height = HEIGHT * float(rng.uniform(0.72, 1.0))
+    width = min(height * size[0] / size[1], WIDTH)
+    x, y = float(rng.uniform(0, WIDTH - width)), float(rng.uniform(0, HEIGHT - height))
+    # The nearest pixel is good enough: the panorama is blurred, and the scene is averaged down later.
+    return whole.resize(size, Image.Resampling.NEAREST, box=(x, y, x + width, y + height))
 
 
 @functools.lru_cache(maxsize=16)
 def panorama(seed: int, camera: int, horizon: float) -> Image.Image:
-    """The (2048, 512) background of a camera; `horizon` is where ground meets wall, as a fraction of the height."""
+    """Paint the background of a camera."""
     rng = np.random.default_rng((seed, 3, camera))
-    kind = KINDS[(camera - 1 + seed) % len(KINDS)]
-    ground = GROUNDS[kind][int(rng.integers(2))]
-    wall = WALLS[kind][int(rng.integers(2))]
+    kind = list(PLACES)[(camera - 1 + seed) % len(PLACES)]
+    ground, wall = PLACES[kind][int(rng.integers(2))], PLACES[kind][2 + int(rng.integers(2))]
     image = Image.new("RGB", (WIDTH, HEIGHT), ground)
     draw = ImageDraw.Draw(image, "RGBA")
     line = round(horizon * HEIGHT)
     draw.rectangle((0, 0, WIDTH, line), fill=wall)
     _ground(draw, rng, kind, line)
-    _wall(draw, rng, kind, line)
+    x = 0.0
+    while x < WIDTH:
+        width = float(rng.uniform(60, 200))
+        _fixture(draw, rng, kind, x, width, line)
+        x += width + float(rng.uniform(10, 70))
     return _textured(image.filter(ImageFilter.GaussianBlur(2.0)), rng, 8.0 if kind == "park" else 5.0)
 
 
 def _ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line: int) -> None:
+    """Tiles, a road with a curb, or grass."""
     if kind in ("plaza", "hall", "market"):
-        for k in range(1, 9):  # rows of tiles close up towards the horizon
+        for k in range(1, 9):  # rows of tiles get closer towards the horizon
             row = line + (HEIGHT - line) * (k / 9) ** 1.6
             draw.line((0, row, WIDTH, row), fill=(0, 0, 0, 60), width=2 + k // 3)
         for joint in range(0, WIDTH, 110):
             draw.line((joint, line, joint + (joint % 220) - 55, HEIGHT), fill=(0, 0, 0, 50), width=3)
     elif kind in ("street", "car park"):
-        kerb = line + (HEIGHT - line) * float(rng.uniform(0.1, 0.4))
-        draw.rectangle((0, line, WIDTH, kerb), fill=(170, 168, 160, 255))
-        draw.line((0, kerb, WIDTH, kerb), fill=(60, 60, 60, 255), width=6)
+        curb = line + (HEIGHT - line) * float(rng.uniform(0.1, 0.4))
+        draw.rectangle((0, line, WIDTH, curb), fill=(170, 168, 160, 255))
+        draw.line((0, curb, WIDTH, curb), fill=(60, 60, 60, 255), width=6)
         top, bottom = HEIGHT - 70, HEIGHT - 40
         for dash in range(0, WIDTH, 260):
             corners = [(dash, top), (dash + 120, top), (dash + 90, bottom), (dash - 30, bottom)]
@@ -148,16 +147,8 @@ def _ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line
             draw.ellipse((x - r, y - r / 5, x + r, y + r / 5), fill=(50, 80, 30, 60))
 
 
-def _wall(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line: int) -> None:
-    x = 0.0
-    while x < WIDTH:
-        width = float(rng.uniform(60, 200))
-        _fixture(draw, rng, kind, x, width, line)
-        x += width + float(rng.uniform(10, 70))
-
-
 def _fixture(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, x: float, width: float, line: int) -> None:
-    """One thing along the wall: a window, a door, a tree, a poster, a stall or a parked car."""
+    """One object along the wall: a tree, a stall, a parked car, a window, or a door or poster."""
     tint = CLOTH[int(rng.integers(len(CLOTH)))]
     end, top = x + width, line * float(rng.uniform(0.05, 0.35))
     choice = float(rng.random())
@@ -188,7 +179,7 @@ def _fixture(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, x: 
 
 
 def _textured(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Uneven light and dirt: without it the flat areas would all be one histogram bin."""
+    """Add uneven light and dirt; otherwise each flat area would fall into one bin of a histogram."""
     fine = rng.normal(0, strength, (HEIGHT // 4, WIDTH // 4))
     coarse = rng.normal(0, 2.0 * strength, (HEIGHT // 64, WIDTH // 64))
     total = np.zeros((HEIGHT, WIDTH), np.float32)
@@ -197,35 +188,25 @@ def _textured(image: Image.Image, rng: np.random.Generator, strength: float) -> 
     return Image.fromarray(np.clip(np.asarray(image) + total[..., None], 0, 255).astype(np.uint8))
 
 
-def background(seed: int, camera: int, horizon: float, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """A random stretch of the camera's panorama at `size` (width, height)."""
-    whole = panorama(seed, camera, horizon)
-    height = HEIGHT * float(rng.uniform(0.72, 1.0))
-    width = min(height * size[0] / size[1], WIDTH)
-    x, y = float(rng.uniform(0, WIDTH - width)), float(rng.uniform(0, HEIGHT - height))
-    # The nearest pixel will do: the panorama is soft, and the whole scene is averaged down later.
-    return whole.resize(size, Image.Resampling.NEAREST, box=(x, y, x + width, y + height))
-
-
 def shadow(draw: ImageDraw.ImageDraw, x: float, ground: float, size: float, light: float) -> None:
-    """The soft dark patch under a person's feet, away from the light."""
+    """Paint the soft shadow under a person's feet, away from the light."""
     for k in (1.0, 0.7, 0.45):
         cx, rx, ry = x - light * 0.07 * size, 0.2 * size * k, 0.035 * size * k
         draw.ellipse((cx - rx, ground - ry, cx + rx, ground + ry), fill=(0, 0, 0, 46))
 
 
 def occlude(draw: ImageDraw.ImageDraw, width: int, height: int, rng: np.random.Generator) -> None:
-    """Put a post, a railing or a box in front of the person; a third of the body stays free at the least."""
-    colour = CLOTH[int(rng.integers(len(CLOTH)))]
+    """Paint a post, a railing or a box in front of the person; at least a third of the body stays visible."""
+    color = CLOTH[int(rng.integers(len(CLOTH)))]
     kind = int(rng.integers(3))
     if kind == 0:
         x, half = rng.uniform(0.1, 0.9) * width, rng.uniform(0.03, 0.08) * width
-        draw.rectangle((x - half, 0, x + half, height), fill=colour)
+        draw.rectangle((x - half, 0, x + half, height), fill=color)
         draw.rectangle((x, 0, x + half, height), fill=(0, 0, 0, 60))
     elif kind == 1:
         for y in (rng.uniform(0.5, 0.62) * height, rng.uniform(0.7, 0.85) * height):
-            draw.rectangle((0, y, width, y + 0.028 * height), fill=colour)
+            draw.rectangle((0, y, width, y + 0.028 * height), fill=color)
     else:
         x, top = rng.uniform(-0.3, 0.6) * width, rng.uniform(0.66, 0.82) * height
-        draw.rectangle((x, top, x + rng.uniform(0.4, 0.8) * width, height), fill=colour)
+        draw.rectangle((x, top, x + rng.uniform(0.4, 0.8) * width, height), fill=color)
         draw.rectangle((x, top, x + 0.8 * width, top + 0.02 * height), fill=(255, 255, 255, 50))
