@@ -89,11 +89,9 @@ def render(report: BenchReport, pictures: Sequence[Picture] = ()) -> str:
     found = {
         "models": tables.model_table(report),
         "parity": tables.parity_table(report),
-        "quantiles": tables.quantile_table(report),
         "stages": tables.stage_table(report),
         "invariants": tables.invariant_table(report),
         "retrieval": tables.retrieval_table(report),
-        "cmc": tables.cmc_table(report),
         "latency": tables.latency_table(report, "model", full=True),
         "end_to_end": tables.latency_table(report, "end to end", full=True),
         "cost": tables.cost_table(report),

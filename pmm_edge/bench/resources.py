@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -185,20 +184,14 @@ def measure_energy(
         embedder: the model.
         crops: the batch, (N, height, width, 3) uint8 RGB at network size, N >= 1.
         seconds: duration; energy counters of GPUs update only a few times per second.
-        sys: folder where the kernel shows its devices, for tests.
+        sys: folder of the kernel's devices, for tests.
 
     Returns:
-        Energy from the GPU's counter (NVML), or from a Jetson's power rails (INA3221), which cover CPU and GPU; None if
-        the machine has neither.
+        Energy from the GPU's counter (NVML) or a Jetson's power rails (INA3221); None if the machine has neither.
     """
     gpu, rails = open_gpu(embedder.device), power_rails(sys)
-    measure: Callable[[Callable[[], None]], float | None]
-    source: Literal["NVML", "INA3221"]
-    if gpu and gpu.joules is not None:
-        source, measure = "NVML", gpu.joules_of
-    elif rails:
-        source, measure = "INA3221", partial(_rail_joules, rails)
-    else:
+    use_counter = gpu is not None and gpu.joules is not None
+    if not use_counter and not rails:
         return None
     embedder.embed_prepared(crops)
     elapsed, runs = 0.0, 0
@@ -210,9 +203,10 @@ def measure_energy(
             embedder.embed_prepared(crops)
             runs += 1
 
-    joules = measure(work)
+    joules = gpu.joules_of(work) if gpu and use_counter else _rail_joules(rails, work)
     if joules is None:
         return None
+    source: Literal["NVML", "INA3221"] = "NVML" if use_counter else "INA3221"
     return Energy(joules / (runs * len(crops)), joules / elapsed, source, len(crops), elapsed)
 
 

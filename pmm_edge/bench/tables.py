@@ -15,8 +15,6 @@ from pmm_edge.bench.sentences import describe_cause, describe_departure, describ
 from pmm_edge.files import with_tilde
 
 NOT_MEASURED = "–"
-_PERCENTILES = (0, 1, 5, 25, 50, 75, 100)
-_RANKS = (1, 2, 5, 10, 20, 50)
 
 
 @dataclass(frozen=True)
@@ -130,17 +128,6 @@ def stage_table(report: BenchReport) -> Table | None:
     return Table("Cosine of each stage, minimum and mean", ("model", *stages), rows)
 
 
-def quantile_table(report: BenchReport) -> Table | None:
-    """Percentiles of the cosine; None without parity."""
-    rows = [
-        (name, *(_finite(model.parity.cosine_quantiles[share], ".6f") for share in _PERCENTILES))
-        for name, model in named(report)
-        if model.parity
-    ]
-    columns = ("model", "min", *(f"{share} %" for share in _PERCENTILES[1:-1]), "max")
-    return Table("Percentiles of the cosine", columns, rows) if rows else None
-
-
 def invariant_table(report: BenchReport) -> Table | None:
     """Which invariants hold; None if none was checked."""
     checked = list(dict.fromkeys(invariant.name for _, model in named(report) for invariant in model.invariants))
@@ -169,26 +156,10 @@ def retrieval_table(report: BenchReport) -> Table | None:
     return Table(f"{title}, {queries:,} queries" if queries else title, columns, rows)
 
 
-def cmc_table(report: BenchReport) -> Table | None:
-    """CMC at some ranks; None if retrieval was not evaluated."""
-    rows = [
-        (
-            name,
-            *(_finite(100 * model.cmc[k - 1], ".2f") if k <= len(model.cmc) else NOT_MEASURED for k in _RANKS),
-        )
-        for name, model in named(report)
-        if model.cmc
-    ]
-    return Table("CMC in %", ("model", *(f"Rank-{k}" for k in _RANKS)), rows) if rows else None
-
-
 def latency_table(report: BenchReport, scope: Scope, full: bool = False) -> Table | None:
-    """Time per batch of each model by batch size, and the ratio to the reference; None if not measured.
+    """Time per batch and its ratio to the reference; None if not measured.
 
-    Args:
-        report: the report.
-        scope: `model` or `end to end`.
-        full: add p99, GPU time, variation and the number of runs, which do not fit a terminal.
+    `full` adds p99, GPU time, variation and the number of runs, which do not fit a terminal.
     """
     timed = [
         (latency.batch, latency.cuda_graph, number, name, latency)

@@ -1,8 +1,7 @@
 """Latency with interleaved timing, and the cold start of a model in a new process.
 
-Interleaved timing: all models share the same 10 to 20 turns, so drift of the machine affects all of them alike. Each
-turn of a model starts with one uncounted run, which refills the caches and lets the threads of the previous engine
-stop spinning.
+All models share the same 10 to 20 turns, so that drift of the machine affects them alike. Each turn of a model starts
+with one uncounted run, which refills the caches and lets the threads of the previous engine stop spinning.
 """
 
 from __future__ import annotations
@@ -78,16 +77,9 @@ def time_interleaved(
     what: str = "timing",
     clock: Clock = time.perf_counter,
 ) -> list[Timings]:
-    """Warm up each workload, then time all of them in turns.
+    """Warm up each workload, then time all of them in turns, until each has `min_runs` and `min_seconds`.
 
     A fast workload gets more runs per turn than a slow one, so that all of them finish after the same number of turns.
-
-    Args:
-        workloads: what to time.
-        min_runs, min_seconds: minimum for each workload; both are reached.
-        report: progress, with an estimate of the time left.
-        what: label of the progress bar.
-        clock: returns seconds.
     """
     report(what, 0, 100, "warming up")
     typical = [warm_up(workload.run, clock) for workload in workloads]
@@ -161,9 +153,6 @@ def measure_latency(
         min_runs, min_seconds: minimum for each model; both are reached.
         report: progress.
         clock: returns seconds.
-
-    Returns:
-        One `Latency` for each model, scope `model`.
     """
     batches = [np.resize(crops, (batch, *crops.shape[1:])) for crops in images]
     workloads = [
@@ -194,9 +183,6 @@ def measure_end_to_end(
         paths: image files, at least one; repeated to fill the batch.
         embedders, batch, min_runs, min_seconds, report: as for `measure_latency`.
 
-    Returns:
-        One `Latency` for each model, scope `end to end`.
-
     Raises:
         DataError: an image is missing or cannot be decoded.
         PmmError: `paths` is empty.
@@ -204,10 +190,8 @@ def measure_end_to_end(
     if not paths:
         raise PmmError("there are no images to time", "Pass at least one image file")
     files = [paths[number % len(paths)] for number in range(batch)]
-    workloads = [
-        Workload(partial(embed_files, embedder, files, batch=batch), read_clocks=clock_reader(embedder.device))
-        for embedder in embedders
-    ]
+    works = [(partial(embed_files, model, files, batch=batch), clock_reader(model.device)) for model in embedders]
+    workloads = [Workload(run, read_clocks=read_clocks) for run, read_clocks in works]
     timings = time_interleaved(workloads, min_runs, min_seconds, report, f"timing batch {batch} from files")
     return _latencies(embedders, timings, batch, "end to end")
 

@@ -9,7 +9,7 @@ import pytest
 from pmm_edge.bench import environment as module
 from pmm_edge.bench.environment import MachineState, environment, machine_state, noise_warnings
 from pmm_edge.bench.report import Clocks, Latency, Throttle, WarningKind
-from pmm_edge.machine import clocks_are_locked, instruction_set, usable_cores
+from pmm_edge.machine import instruction_set, usable_cores
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec
 
@@ -79,17 +79,6 @@ def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: N
     assert (found.cores, found.usable_cores, found.instruction_set) == (8, 6, "asimddp")
     assert (found.governors, found.clocks_locked) == (("schedutil",), True)
     assert (found.gpu_clocks, found.gpu_max_mhz) == (Clocks(612, 918), 918)
-
-
-def test_clocks_are_those_of_the_timings(tmp_path: Path) -> None:
-    cpufreq(tmp_path, 0, "performance", 800000, 3500000)
-    cpufreq(tmp_path, 1, "powersave", 800000, 3500000)
-    latencies = [timed(cpu=Clocks(3100, 3400)), timed(cpu=Clocks(2900, 3300)), timed()]
-    found = environment(latencies=latencies, root=tmp_path)
-    assert (found.cpu_clocks, found.governors) == (Clocks(2900, 3400), ("performance", "powersave"))
-    assert not found.clocks_locked
-    assert not clocks_are_locked(tmp_path)
-    assert environment(latencies=[timed()], root=tmp_path).cpu_clocks is None
 
 
 @pytest.mark.parametrize(
