@@ -91,11 +91,7 @@ def build_engine(
 
 
 def check_quantized_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
-    """Refuse a graph that the TensorRT parser refuses, whether pmm-edge, DeepStream or Triton calls it.
-
-    Raises:
-        ModelError: the graph is INT8 for CPUs.
-    """
+    """Raise ModelError for an INT8 graph for CPUs, which TensorRT refuses, also in DeepStream and Triton."""
     if spec.quantization and spec.quantization.target == "cpu":
         raise ModelError(
             f"{onnx_path} is INT8 for CPUs, with zero points that TensorRT refuses", "Export it with --target tensorrt"

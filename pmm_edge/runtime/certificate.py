@@ -64,11 +64,7 @@ class Certificate:
         return _digest_of(self._content())
 
     def save(self, path: Path) -> None:
-        """Write the certificate atomically.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write the certificate atomically; raise OutputError if the file cannot be written."""
         content = self._content()
         with written_whole(path) as temporary:
             temporary.write_text(encode_json(content | {"digest": _digest_of(content)}), encoding="utf-8")
@@ -84,11 +80,7 @@ def certificate_path(model: Path) -> Path:
 
 
 def read_certificate(model: Path) -> Certificate:
-    """Read the certificate of a model, without comparing it with the model.
-
-    Raises:
-        CertificateError: it is missing, invalid, of another schema, or was changed.
-    """
+    """Read the certificate of a model without comparing them; CertificateError if it is missing, invalid or changed."""
     path = certificate_path(model)
     try:
         text = read_untrusted(path)

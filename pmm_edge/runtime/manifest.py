@@ -41,11 +41,7 @@ class BatchProfile:
 
     @staticmethod
     def parse(text: str) -> BatchProfile:
-        """Parse `1,16,64`.
-
-        Raises:
-            PmmError: the text is not three ascending integers.
-        """
+        """Parse `1,16,64`; raise PmmError if it is not three ascending integers."""
         parts = text.split(",")
         if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
             raise PmmError(f"invalid batch profile '{text}'", "Give minimum,optimal,maximum, for example 1,16,64")
@@ -53,11 +49,7 @@ class BatchProfile:
 
     @staticmethod
     def chosen(given: BatchProfile | str | None, static_batch: int | None) -> BatchProfile:
-        """Return the given profile, or the only batch size of a graph with a static batch.
-
-        Raises:
-            PmmError: `given` is invalid or contradicts the batch of the graph.
-        """
+        """Return the given profile, or that of a graph with a static batch; raise PmmError if they contradict."""
         profile = BatchProfile.parse(given) if isinstance(given, str) else given
         if static_batch is None:
             return profile or BatchProfile()
@@ -102,13 +94,7 @@ class BuildSettings:
             raise PmmError(f"invalid optimization level {self.optimization_level}", "Give 0 to 5")
 
     def command(self, onnx: Path, engine: Path | None = None, also: Sequence[str] = ()) -> str:
-        """Return the `pmm` command that builds an engine with these settings.
-
-        Args:
-            onnx: the source.
-            engine: the output; None for the default next to `onnx`.
-            also: further arguments, such as `--triton models`.
-        """
+        """Return the `pmm` command that builds `engine`, by default next to `onnx`, with further arguments `also`."""
         words = ["pmm", "export", str(onnx), "--trt", "--batch-profile", str(self.batch)]
         if engine and engine != onnx.with_suffix(".engine"):
             words += ["--out", str(engine)]
@@ -124,14 +110,12 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an engine depends on."""
+    """What an engine depends on: the GPU, and versions."""
 
     gpu: str
     compute_capability: str
-    """major.minor, such as `8.7`."""
     tensorrt: str
     cuda: str
-    """Version of the CUDA runtime."""
     driver: str
     """The newest CUDA that the driver supports, and the version of the driver if the system tells it."""
 
@@ -183,7 +167,7 @@ def relative_onnx(engine: Path, onnx: Path) -> str:
 def onnx_of(manifest: EngineManifest, engine: Path) -> Path:
     """Return where the ONNX file of an engine is, if it still exists."""
     if "/" not in manifest.onnx:
-        return engine.with_name(manifest.onnx)
+        return engine.with_name(manifest.onnx)  # shown as the user wrote the path
     # Resolve first: `..` of a symbolic link to a folder is not the folder of the link.
     return Path(os.path.normpath(engine.parent.resolve() / manifest.onnx))
 
@@ -194,11 +178,7 @@ def manifest_path(engine: Path) -> Path:
 
 
 def read_untrusted(path: Path) -> bytes:
-    """Read a small file that may come from anyone.
-
-    Raises:
-        OSError: it cannot be read, or is larger than `LARGEST_FILE`.
-    """
+    """Read a small file that may come from anyone; raise OSError if it is larger than `LARGEST_FILE`."""
     with path.open("rb") as file:
         content = file.read(LARGEST_FILE + 1)
     if len(content) > LARGEST_FILE:
@@ -229,11 +209,7 @@ def read_manifest(engine: Path) -> EngineManifest:
 
 
 def check_files(manifest: EngineManifest, engine: Path) -> None:
-    """Compare the engine, and the ONNX file if it still exists, with the manifest.
-
-    Raises:
-        ModelError: the engine is truncated or another one, or the ONNX file has changed since.
-    """
+    """Raise ModelError if the engine, or its ONNX file if that still exists, is not the one in the manifest."""
     size = engine.stat().st_size
     if size != manifest.engine_size:
         raise _outdated(manifest, engine, f"{engine} has {size} bytes instead of {manifest.engine_size}")
@@ -245,11 +221,7 @@ def check_files(manifest: EngineManifest, engine: Path) -> None:
 
 
 def check_machine(manifest: EngineManifest, engine: Path, here: Machine) -> None:
-    """Compare this machine with the one that the engine was built on.
-
-    Raises:
-        ModelError: the GPU or TensorRT differs, and the engine was not built to be compatible.
-    """
+    """Raise ModelError if the engine was built for another GPU or TensorRT and is not compatible with this one."""
     built, settings = manifest.machine, manifest.settings
     if settings.hardware_compatible:
         gpu_fits = _numbers(here.compute_capability) >= _AMPERE

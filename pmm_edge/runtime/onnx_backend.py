@@ -158,18 +158,14 @@ def _cuda_options(index: int) -> dict[str, str]:
 
 
 def tensorrt_options(index: int, digest: str, shape: Sequence[int | str], profile: BatchProfile) -> dict[str, str]:
-    """Return the options of the TensorRT provider; create its cache folders.
+    """Return the options of the TensorRT provider for a file with this SHA-256; create its cache folders.
 
-    No precision is set: the provider then builds strongly typed networks, in the types of the graph.
-
-    Args:
-        index: index of the GPU.
-        digest: SHA-256 of the ONNX file. ONNX Runtime names cached engines by names in the graph, so that in a common
-            folder a network of the same shape would run with the weights of another.
-        shape: of the input; a dynamic batch is text.
-        profile: for a dynamic batch; without it, each larger batch would rebuild the engine.
+    No precision is set: the provider then builds strongly typed networks, in the types of the graph. A dynamic batch
+    (text in `shape`) needs a profile; without it, each larger batch would rebuild the engine.
     """
     cache = cache_folder() / "onnxruntime-tensorrt"
+    # ONNX Runtime names cached engines by names in the graph: in a common folder, a network of the same shape would run
+    # with the weights of another.
     engines = cache / digest[:16]
     engines.mkdir(parents=True, exist_ok=True)
     options = {
@@ -186,15 +182,9 @@ def tensorrt_options(index: int, digest: str, shape: Sequence[int | str], profil
 
 
 class OnnxEmbedder(Embedder):
-    """An ONNX file of `pmm export`, run by ONNX Runtime.
+    """An ONNX file of `pmm export`, run by ONNX Runtime; see `pmm_edge.load`.
 
-    Args:
-        path: the file.
-        device: see `pmm_edge.load`.
-        content: the bytes of the file, if they were read already.
-
-    Raises:
-        ModelError: the file is missing, truncated or not from pmm-edge, or the device cannot be used.
+    `content` holds the bytes of the file, if they were read already.
     """
 
     def __init__(self, path: Path, device: str | int | None = None, content: bytes | None = None) -> None:

@@ -24,11 +24,7 @@ OLDEST = (10, 3)
 
 
 def import_tensorrt() -> Any:
-    """Return the `tensorrt` module.
-
-    Raises:
-        NotOnThisMachineError: it is missing, does not load, or is older than 10.3.
-    """
+    """Return the `tensorrt` module; raise NotOnThisMachineError if it is missing or older than 10.3."""
     install = "On Jetson it comes with JetPack 6.1 or later; elsewhere: pip install 'pmm-edge[trt]'"
     try:
         trt = import_module("tensorrt")
@@ -67,11 +63,7 @@ def last_error(logger: Any) -> str:
 
 
 def load_engine(trt: Any, logger: Any, plan: Any, path: Path, version_compatible: bool) -> Any:
-    """Deserialize an engine from a buffer; `path` is for messages.
-
-    Raises:
-        ModelError: TensorRT refuses it.
-    """
+    """Deserialize an engine from a buffer; raise ModelError, which names `path`, if TensorRT refuses it."""
     runtime = trt.Runtime(logger)
     if version_compatible:
         # Such an engine contains the runtime it was built with. That is code; the SHA-256 of the file is checked.
@@ -87,12 +79,11 @@ def load_engine(trt: Any, logger: Any, plan: Any, path: Path, version_compatible
 
 @dataclass(frozen=True, eq=False)
 class _Buffer:
-    """Page-locked memory for the largest batch."""
+    """Page-locked memory for the largest batch, and the event after the copy of its embeddings."""
 
     images: NDArray[Any]
     embeddings: Embeddings
     done: Any
-    """The event after the copy of the embeddings."""
 
 
 class TensorRTEmbedder(Embedder):

@@ -94,11 +94,7 @@ def without_tf32() -> Iterator[None]:
 
 
 def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
-    """Load a checkpoint (`.pt`) or exported weights (`.safetensors`).
-
-    Raises:
-        ModelError: the file is missing, truncated or not from pmm-edge, or the device does not exist.
-    """
+    """Load a checkpoint (`.pt`) or exported weights (`.safetensors`); see `pmm_edge.load`."""
     try:
         if path.suffix == ".safetensors":
             network, spec = _read_safetensors(path)
@@ -137,11 +133,7 @@ def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
 
 
 def torch_device(device: str | int | None) -> torch.device:
-    """Return the torch device for `cpu`, `cuda`, `cuda:N` or an index; None for a GPU if there is one.
-
-    Raises:
-        ModelError: the device is unknown, or torch finds no such GPU.
-    """
+    """Return a torch device, for None a GPU if there is one; raise ModelError if torch finds no such GPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, index = parse_device(device)

@@ -88,16 +88,6 @@ def test_a_build_without_cuda_warns_only_if_there_is_a_gpu(
         assert pmm_edge.load(network).device == "cpu"
 
 
-def test_the_command_line_prints_the_warning_in_one_line(
-    machine: Machine, pmm: Callable, network: Path, tiny_dataset: Path, tmp_path: Path
-) -> None:
-    machine()
-    ended = pmm("embed", network, tiny_dataset / "query", "-o", tmp_path / "e.npz")
-    assert ended.exit_code == 0, ended.stderr
-    (line,) = (line for line in ended.stderr.splitlines() if "warning" in line.lower())
-    assert REASON in line
-
-
 @pytest.mark.parametrize("device", [None, "cuda", "tensorrt"])
 def test_the_gpu_is_not_blamed_for_a_wrong_file(device: str | None, machine: Machine, network: Path) -> None:
     machine()
@@ -160,10 +150,3 @@ def test_the_installed_onnxruntime_knows_the_options(monkeypatch: pytest.MonkeyP
     options = onnx_backend.tensorrt_options(0, "digest", ["batch", 96, 64, 3], BatchProfile())
     content = library.read_bytes()
     assert [name for name in options if name.encode() + b"\0" not in content] == []
-
-
-def test_why_a_library_does_not_load() -> None:
-    library = Path(onnxruntime.__file__).with_name("capi") / "libonnxruntime_providers_tensorrt.so"
-    reason = onnx_backend._load_error(TENSORRT)
-    assert reason is None or (library.is_file() and ".so" in reason)
-    assert onnx_backend._load_error("NoSuchExecutionProvider") is None

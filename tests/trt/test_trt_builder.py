@@ -11,7 +11,7 @@ from color_network import color_network
 from pmm_edge.errors import CheckFailedError, ModelError, OutputError, PmmError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine, count_layers, layer_type
 from pmm_edge.files import sha256
-from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
+from pmm_edge.runtime.cuda import NotOnThisMachineError
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, PrecisionCount, read_manifest
 from pmm_edge.spec import Quantization
 
@@ -188,12 +188,6 @@ def test_without_a_cache_folder_the_build_only_takes_longer(
     assert build(onnx).path.exists()
 
 
-def test_the_gpu_fails(gpu: double.FakeGpu, onnx: Path) -> None:
-    gpu.fails["cudaStreamCreateWithFlags"] = 2
-    with pytest.raises(GpuError, match="cudaErrorMemoryAllocation"):
-        build(onnx)
-
-
 def no_driver() -> None:
     raise RuntimeError("Failed to dlopen libcuda.so.1")
 
@@ -224,12 +218,6 @@ def test_a_missing_requirement_gives_the_command_for_the_target(
         " --minShapes=images:1x96x64x3 --optShapes=images:8x96x64x3 --maxShapes=images:32x96x64x3"
         " --builderOptimizationLevel=3 --profilingVerbosity=detailed --memPoolSize=workspace:2048"
     ) in caught.value.remedy
-
-
-def test_the_older_module_of_cuda_python(gpu: double.FakeGpu, onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.cudart", sys.modules["cuda.bindings.runtime"])
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    assert build(onnx).manifest.machine.gpu == "Orin"
 
 
 DYNAMIC = {"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}
