@@ -35,5 +35,5 @@ def test_an_interrupt_keeps_the_pictures_drawn_so_far(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pmm_edge.bench.network_pictures.ranked", interrupted)
+    monkeypatch.setattr("pmm_edge.bench.network_pictures.rank", interrupted)
     assert titles(tiny_checkpoint, tiny_dataset) == ["Attention"]
