@@ -151,7 +151,9 @@ def compile_network(
     config.progress_monitor = monitor
     if timing_cache:
         # TensorRT returns None for a damaged cache and False for one of another device; both mean to start afresh.
-        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        known = b""
+        with suppress(OSError):
+            known = timing_cache.read_bytes()
         cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
