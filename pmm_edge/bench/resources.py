@@ -224,13 +224,10 @@ class PowerRail:
 
 
 def power_rails(sys: Path = Path("/sys")) -> list[PowerRail]:
-    """Find the rails that add up to the power of a Jetson module; empty on other machines and for unknown rails.
-
-    JetPack 5 and later show INA3221 sensors as hwmon devices, listed by driver and, on most kernels, by class.
-    """
+    """Find the rails that add up to the power of a Jetson module; empty on other machines and for unknown rails."""
     folders = {
         folder.resolve()
-        for pattern in ("class/hwmon/hwmon*", "bus/i2c/drivers/ina3221/*/hwmon/hwmon*")
+        for pattern in ("class/hwmon/hwmon*", "bus/i2c/drivers/ina3221/*/hwmon/hwmon*")  # some kernels list only one
         for folder in sys.glob(pattern)
         if text_of(folder / "name") == "ina3221"
     }

@@ -282,13 +282,8 @@ crops = numpy.zeros((batch, size.height, size.width, 3), numpy.uint8)
 embedder.embed(crops[:1])
 first = time.monotonic()
 embedder.embed(crops)
-try:
-    # Not getrusage: there, the peak of a new process starts at the size of its parent.
-    with open("/proc/self/status") as status:
-        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
-except (OSError, StopIteration):
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+with open("/proc/self/status") as status:  # getrusage starts at the size of the parent process
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
 print(json.dumps([first, peak]))
 """
 
@@ -301,7 +296,7 @@ def measure_cold_start(path: Path, device: str | None, batch: int, timeout: floa
     Args:
         path: model file, as for `pmm_edge.load`.
         device: as for `pmm_edge.load`.
-        batch: number of crops for the memory measurement.
+        batch: number of crops for the memory measurement, at least 1.
         timeout: seconds after which the process is killed.
 
     Returns:
@@ -310,10 +305,7 @@ def measure_cold_start(path: Path, device: str | None, batch: int, timeout: floa
 
     Raises:
         ModelError: the process failed or took too long.
-        PmmError: `batch` is less than 1.
     """
-    if batch < 1:
-        raise PmmError(f"cannot measure the memory of a batch of {batch}", "Choose a batch size of 1 or more")
     gpu = open_gpu(device or "cuda")
     before = peak_gpu = gpu.used_mib if gpu else None
     arguments = json.dumps([str(path), device, batch, sys.path])
@@ -343,5 +335,5 @@ def measure_cold_start(path: Path, device: str | None, batch: int, timeout: floa
                 f"cannot run {path} in a separate process: {reason}",
                 "Free memory for a second copy of the model; the other measurements are not affected",
             )
-    grown = peak_gpu - before if peak_gpu is not None and before is not None else None
-    return ColdStart(1000 * (first - start), peak, batch, grown)
+    gpu_memory = peak_gpu - before if peak_gpu is not None and before is not None else None
+    return ColdStart(1000 * (first - start), peak, batch, gpu_memory)
