@@ -141,12 +141,12 @@ def _severity(found: Invariant) -> float:
 def _neighbors(probes: Pixels) -> dict[Neighbors, Pixels]:
     """Return pairs of images to share a batch with, extreme ones included; each (2, height, width, 3)."""
     shape = (2, *probes[0].shape)
-    found = {
-        Neighbors.BLACK: np.zeros(shape, np.uint8),
-        Neighbors.WHITE: np.full(shape, 255, np.uint8),
-        Neighbors.NOISE: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
+    found: dict[Neighbors, Pixels] = {
+        "black images": np.zeros(shape, np.uint8),
+        "white images": np.full(shape, 255, np.uint8),
+        "noise": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
     }
-    return found if len(probes) == 1 else {**found, Neighbors.IMAGES: np.resize(probes[1:], shape)}
+    return found if len(probes) == 1 else {**found, "other images": np.resize(probes[1:], shape)}
 
 
 def _finite(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:

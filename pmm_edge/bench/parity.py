@@ -23,12 +23,10 @@ from pmm_edge.bench.report import (
     RetrievalChange,
     WarningKind,
 )
-from pmm_edge.console import Report, about, silent
 from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.errors import PmmError
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.distances import cosines, finite_rows
-from pmm_edge.runtime.embed_files import EmbeddedDataset
 from pmm_edge.runtime.embedder import Embeddings
 
 DEFAULT_GATES = {
@@ -248,38 +246,3 @@ def few_queries_warning(judged: Sequence[tuple[RetrievalChange, Gates]]) -> Benc
     loss, limit = max(unsure, key=lambda one: one[0] - one[1])
     queries = judged[0][0].queries
     return BenchWarning(WarningKind.FEW_QUERIES, value=loss, limit=limit, count=len(unsure), total=queries)
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One way of using a model at test time, and its figures."""
-
-    flip: bool
-    rerank: bool
-    result: RetrievalResult
-
-    @property
-    def name(self) -> str:
-        """`plain`, `flip`, `re-ranking` or `flip + re-ranking`."""
-        return _name(self.flip, self.rerank)
-
-
-def judge(embedded: EmbeddedDataset, rerank: bool = False, report: Report = silent) -> list[Row]:
-    """Judge the ranking under the Market-1501 protocol.
-
-    The plain embeddings come first, then those with mirror images where there are any; with `rerank` both once more,
-    k-reciprocally re-ranked.
-
-    Raises:
-        DataError: the embeddings hold NaN or infinity, or no query has a match.
-    """
-    rows = []
-    for reranked in (False, True) if rerank else (False,):
-        for flip in (False,) if embedded.flipped is None else (False, True):
-            told = about(_name(flip, rerank=False), report)
-            rows.append(Row(flip, reranked, embedded.evaluate(rerank=reranked, flip=flip, report=told)))
-    return rows
-
-
-def _name(flip: bool, rerank: bool) -> str:
-    return " + ".join(["flip"] * flip + ["re-ranking"] * rerank) or "plain"

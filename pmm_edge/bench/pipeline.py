@@ -77,10 +77,6 @@ class Subject:
     """(images, D); None where the model cannot run."""
     retrieval: RetrievalResult | None = None
 
-    @property
-    def name(self) -> str:
-        return self.embedder.path.name
-
 
 def bench(
     models: str | Path | Sequence[str | Path] | None = None,
@@ -152,9 +148,8 @@ def bench(
     try:
         found.data_sha256 = data_sha256(images.paths, images.root, report)
         _embed(subjects, images, report)
-        _check_precisions(subjects, found)
-        _check_invariants(subjects, images, batch_sizes, report)
-        _compare_with_reference(subjects, images, found, report)
+        _check_invariants(subjects, images, found, batch_sizes, report)
+        _compare_with_reference(subjects, images, found)
         _diagnose(subjects, images, found, explain, report)
         if not parity_only:
             _measure_speed(subjects, images, found, batch_sizes, before, report)
@@ -280,19 +275,16 @@ def _embed(subjects: Sequence[Subject], images: BenchImages, report: Report) -> 
                 subject.figures.cmc = [float(share) for share in subject.retrieval.cmc]
 
 
-def _check_precisions(subjects: Sequence[Subject], found: BenchReport) -> None:
-    """Check that each graph has the precision that its spec declares, which its gates follow from."""
+def _check_invariants(
+    subjects: Sequence[Subject], images: BenchImages, found: BenchReport, batch_sizes: Sequence[int], report: Report
+) -> None:
+    """Check the declared precision, which gates follow from, and the invariants."""
     try:
         for subject in subjects:
             if failure := precision_failure(subject.embedder.path, subject.figures.precision):
                 subject.figures.failures.append(failure)
     except ModuleNotFoundError:
         found.warnings.append(BenchWarning(WarningKind.PRECISION_NOT_CHECKED))
-
-
-def _check_invariants(
-    subjects: Sequence[Subject], images: BenchImages, batch_sizes: Sequence[int], report: Report
-) -> None:
     rows = evenly(len(images.paths), PROBES)
     probes = [images.paths[row] for row in rows]
     for subject in subjects:
@@ -308,31 +300,26 @@ def _check_invariants(
 # Parity and retrieval
 
 
-def _compare_with_reference(
-    subjects: Sequence[Subject], images: BenchImages, found: BenchReport, report: Report
-) -> None:
+def _compare_with_reference(subjects: Sequence[Subject], images: BenchImages, found: BenchReport) -> None:
     """Compare each model with the reference, unless the reference fails its own checks."""
     base, *models = subjects
     if base.figures.failures:
         found.warnings.append(BenchWarning(WarningKind.REFERENCE_BROKEN, base.figures.path))
         return
-    for number, model in enumerate(models):
-        report("comparing with the reference", number, len(models), model.name)
+    for model in models:
         if model.figures.sha256 == base.figures.sha256:
             found.warnings.append(BenchWarning(WarningKind.SAME_FILE, model.figures.path))
         if model.embeddings is not None:
             _compare(model, base, images, found)
-    report("comparing with the reference", len(models), len(models))
-    changes = [(model.retrieval_change, model.gates) for model in found.models]
-    if warning := few_queries_warning([(change, gates) for change, gates in changes if change]):
+    judged = [(model.retrieval_change, model.gates) for model in found.models if model.retrieval_change]
+    if warning := few_queries_warning(judged):
         found.warnings.append(warning)
 
 
 def _compare(model: Subject, base: Subject, images: BenchImages, found: BenchReport) -> None:
     ours, theirs, figures = model.embedder.spec, base.embedder.spec, model.figures
     if ours.embedding_size != theirs.embedding_size:
-        sizes = float(ours.embedding_size), float(theirs.embedding_size)
-        figures.failures.append(Failure(FailureKind.EMBEDDING_SIZE, *sizes))
+        figures.failures.append(Failure(FailureKind.EMBEDDING_SIZE, ours.embedding_size, theirs.embedding_size))
         return
     assert base.embeddings is not None and model.embeddings is not None
     expected, actual = base.embeddings, model.embeddings
@@ -347,7 +334,6 @@ def _compare(model: Subject, base: Subject, images: BenchImages, found: BenchRep
             warning = replace(warning, value=expected_result.mAP, limit=as_is)
         found.warnings.append(warning)
     figures.parity = compare(expected, actual, images.paths, ours.stages if ours.stages == theirs.stages else None)
-    # Failures are added as soon as they are known: an interrupt must not leave a comparison without its verdict.
     figures.failures += parity_failures(figures.parity, figures.gates)
     if images.dataset and expected_result and result:
         figures.retrieval_change = retrieval_change(expected_result, result, images.dataset)
@@ -369,12 +355,10 @@ def _diagnose(
             continue
         figures.likely_cause = _likely_cause(model, base, images, report)
         if explain:
-            report("looking for the layer", 0, 1, model.name)
             worst = [str(path) for path in images.paths].index(figures.parity.whole.worst_image)
             with _warning_if_it_fails(found, model):
                 crop = images.crops(model.embedder, [worst])
                 figures.departure = diagnosis.first_departure(model.embedder, base.embedder, crop)
-            report("looking for the layer", 1, 1, model.name)
 
 
 def _likely_cause(model: Subject, base: Subject, images: BenchImages, report: Report) -> LikelyCause | None:
@@ -426,7 +410,7 @@ def _measure_speed(
     what, batch = "cold start and energy", max(batch_sizes)
     rows = range(min(batch, len(images.paths)))
     for number, subject in enumerate(running):
-        report(what, number, len(running), subject.name)
+        report(what, number, len(running), subject.embedder.path.name)
         embedder, figures = subject.embedder, subject.figures
         with _warning_if_it_fails(found, subject):
             figures.cold_start = measure_cold_start(embedder.path, embedder.loads_with, batch)

@@ -21,8 +21,6 @@ MIN_POINTS = 0.01
 """Points of mAP, Rank-1 or mINP that rounding moves in another version of the same engine."""
 _MEDIAN_INTERVAL = 1.96 * 1.2533
 """1.96 standard errors of the median of n normal samples: 1.2533 s / sqrt(n)."""
-_BELOW_P90 = 0.13 / 0.4
-"""Fraction of the distance from p90 to the median at which the 77th percentile lies; see `_p90_noise`."""
 
 
 class Metric(Enum):
@@ -45,14 +43,6 @@ class Metric(Enum):
 
 RETRIEVAL = {Metric.MAP: "mAP", Metric.RANK1: "rank1", Metric.MINP: "mINP"}
 COSINES = (Metric.COSINE_MIN, Metric.COSINE_MEAN)
-NOISE = {
-    Metric.FIRST_EMBEDDING: 0.25,
-    Metric.MEMORY: 0.10,
-    Metric.GPU_MEMORY: 0.10,
-    Metric.ENERGY: 0.10,
-    Metric.FILE_SIZE: 0.01,
-}
-"""Fraction by which a figure may change without meaning."""
 
 
 class Outcome(Enum):
@@ -61,7 +51,6 @@ class Outcome(Enum):
     WORSE = "worse"
     BETTER = "better"
     SAME = "same"
-    NOISY = "noisy"
 
 
 @dataclass(frozen=True)
@@ -117,10 +106,8 @@ class NoteKind(Enum):
     OTHER_REFERENCE = "other reference"
     OTHER_MACHINE = "other machine"
     OTHER_ENGINE = "other engine"
-    NOT_COMPARED = "times not compared"
     NOT_MEASURED = "not measured"
     GATES_LOOSENED = "gates loosened"
-    NOISY = "noisy"
     REFERENCE_MOVED = "reference moved"
 
 
@@ -144,8 +131,6 @@ class Note:
 class Comparison:
     """Two reports side by side."""
 
-    old: str
-    new: str
     findings: list[Finding]
     notes: list[Note]
 
@@ -172,29 +157,29 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     before, now = read_report(old), read_report(new)
     same_images = before.data_sha256 == now.data_sha256
     same_reference = before.reference.sha256 == now.reference.sha256
-    here, same_ratios = same_machine(before.environment, now.environment), _same_ratios(before, now)
-    notes, findings = [], list[Finding]()
-    if not now.complete:
-        notes.append(Note(NoteKind.INTERRUPTED, f"{new} is the report of an interrupted bench"))
-    if not same_images:
-        notes.append(Note(NoteKind.OTHER_IMAGES, "the images differ, so that accuracy is not compared"))
-    if not same_reference:
-        text = "the references differ, so that retrieval is compared relative to each report's own reference"
-        notes.append(Note(NoteKind.OTHER_REFERENCE, text))
-    if not here:
-        compared = "ratios to the reference" if same_ratios else "no times"
-        text = f"the machines differ ({before.environment.cpu}; {now.environment.cpu}), so that {compared} are compared"
-        notes.append(Note(NoteKind.OTHER_MACHINE, text))
-    matched = _by_name(before), _by_name(now)
-    for key, model in matched[0].items():
-        if key not in matched[1]:
-            notes.append(Note(NoteKind.MODEL_MISSING, "is missing in the new report", _name(model)))
-    for key, model in matched[1].items():
-        if key not in matched[0]:
-            failed = f" and {'; '.join(map(describe_failure, model.failures))}" if model.failures else ""
+    here = same_machine(before.environment, now.environment)
+    same_ratios = same_reference and _engine(before.reference) == _engine(now.reference)
+    machines = f"the machines differ ({before.environment.cpu}; {now.environment.cpu})"
+    compared = "ratios to the reference" if same_ratios else "no times"
+    general = (
+        (now.complete, NoteKind.INTERRUPTED, f"{new} is the report of an interrupted bench"),
+        (same_images, NoteKind.OTHER_IMAGES, "the images differ: accuracy is not compared"),
+        (same_reference, NoteKind.OTHER_REFERENCE, "the references differ: retrieval is compared relative to them"),
+        (here, NoteKind.OTHER_MACHINE, f"{machines}: {compared} are compared"),
+    )
+    notes, findings = [Note(kind, text) for holds, kind, text in general if not holds], list[Finding]()
+    olds, news = _by_name(before), _by_name(now)
+    notes += [
+        Note(NoteKind.MODEL_MISSING, "is missing in the new report", _name(model))
+        for key, model in olds.items()
+        if key not in news
+    ]
+    for key, model in news.items():
+        if key not in olds:
+            failed = f" and fails: {'; '.join(map(describe_failure, model.failures))}" if model.failures else ""
             notes.append(Note(NoteKind.MODEL_NEW, f"is new{failed}", _name(model)))
             continue
-        was = matched[0][key]
+        was = olds[key]
         notes += _model_notes(was, model)
         if same_images:
             findings += _accuracy(was, model, same_reference)
@@ -202,25 +187,12 @@ def compare_reports(old: Path, new: Path) -> Comparison:
             findings += [*_latencies(was, model), *_resources(was, model)]
         elif same_ratios and _engine(was) == _engine(model) and model.device == now.reference.device:
             findings += _ratios(was, model)
-        elif same_ratios:
-            text = "times are not compared: on another machine only ratios of the same engines on one device are"
-            notes.append(Note(NoteKind.NOT_COMPARED, text, _name(model)))
-        findings += _figure(Metric.FILE_SIZE, model, was.file_bytes / 2**20, model.file_bytes / 2**20)
-    noisy = [finding for finding in findings if finding.outcome is Outcome.NOISY]
-    notes += [
-        Note(NoteKind.NOISY, f"{one.cells[0]} changed, but the timings are too noisy", one.model) for one in noisy
-    ]
-    if here and same_reference:
-        notes += [
-            Note(
-                NoteKind.REFERENCE_MOVED,
-                f"{one.cells[0]} changed by {one.cells[3]} for the same file: the machine or the engine changed",
-                one.model,
-            )
-            for one in findings
-            if one.model == _name(now.reference) and one.metric is Metric.MEDIAN and one.outcome is not Outcome.SAME
-        ]
-    return Comparison(str(old), str(new), findings, notes)
+        findings += _figure(Metric.FILE_SIZE, model, was.file_bytes / 2**20, model.file_bytes / 2**20, 0.01)
+    for one in findings if here and same_reference else []:
+        if one.metric is Metric.MEDIAN and one.model == _name(now.reference) and one.outcome is not Outcome.SAME:
+            text = f"{one.cells[0]} changed by {one.cells[3]}: the machine or the engine changed"
+            notes.append(Note(NoteKind.REFERENCE_MOVED, text, one.model))
+    return Comparison(findings, notes)
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -244,12 +216,6 @@ def same_machine(old: Environment, new: Environment) -> bool:
     if any(getattr(old, name) != getattr(new, name) for name in same):
         return False
     return old.gpu == new.gpu or None in (old.gpu, new.gpu)  # a bench that used no GPU names none
-
-
-def _same_ratios(before: BenchReport, now: BenchReport) -> bool:
-    """Whether ratios are relative to the same file in the same engine on the same kind of device."""
-    old, new = before.reference, now.reference
-    return old.sha256 == new.sha256 and _engine(old) == _engine(new)
 
 
 def _engine(model: ModelReport) -> tuple[str, str]:
@@ -346,8 +312,8 @@ def _latencies(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
     for before, now in _timed(old, new):
         noise = math.hypot(*(max(_median_noise(one), _ratio_noise(one)) for one in (before, now)))
         yield _timing(Metric.MEDIAN, new, now, before.median_ms, now.median_ms, max(MIN_LATENCY_NOISE, noise))
-        noisy = max(before.variation, now.variation) > MAX_VARIATION
-        yield _timing(Metric.P90, new, now, before.p90_ms, now.p90_ms, _p90_noise(before, now), noisy)
+        if max(before.variation, now.variation) <= MAX_VARIATION:
+            yield _timing(Metric.P90, new, now, before.p90_ms, now.p90_ms, _p90_noise(before, now))
 
 
 def _ratios(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
@@ -368,25 +334,20 @@ def _resources(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
     """Compare cold start, memory and energy on the same machine."""
     if old.cold_start and new.cold_start:
         before, now = old.cold_start, new.cold_start
-        yield from _figure(Metric.FIRST_EMBEDDING, new, before.first_embedding_ms, now.first_embedding_ms)
+        yield from _figure(Metric.FIRST_EMBEDDING, new, before.first_embedding_ms, now.first_embedding_ms, 0.25)
         if before.batch == now.batch:
-            yield from _figure(Metric.MEMORY, new, before.peak_memory_mib, now.peak_memory_mib)
-            yield from _figure(Metric.GPU_MEMORY, new, before.peak_gpu_memory_mib, now.peak_gpu_memory_mib)
+            yield from _figure(Metric.MEMORY, new, before.peak_memory_mib, now.peak_memory_mib, 0.10)
+            yield from _figure(Metric.GPU_MEMORY, new, before.peak_gpu_memory_mib, now.peak_gpu_memory_mib, 0.10)
     if old.energy and new.energy and (old.energy.source, old.energy.batch) == (new.energy.source, new.energy.batch):
-        yield from _figure(Metric.ENERGY, new, old.energy.joules_per_embedding, new.energy.joules_per_embedding)
+        yield from _figure(Metric.ENERGY, new, old.energy.joules_per_embedding, new.energy.joules_per_embedding, 0.10)
 
 
-def _figure(metric: Metric, model: ModelReport, old: float | None, new: float | None) -> Iterator[Finding]:
-    if old and new:
-        yield Finding(_name(model), metric, old, new, NOISE[metric], _outcome(old, new, NOISE[metric]))
+def _figure(metric: Metric, model: ModelReport, old: float | None, new: float | None, noise: float) -> list[Finding]:
+    return [Finding(_name(model), metric, old, new, noise, _outcome(old, new, noise))] if old and new else []
 
 
-def _timing(
-    metric: Metric, model: ModelReport, row: Latency, old: float, new: float, noise: float, noisy: bool = False
-) -> Finding:
+def _timing(metric: Metric, model: ModelReport, row: Latency, old: float, new: float, noise: float) -> Finding:
     outcome = _outcome(old, new, noise)
-    if noisy and outcome is not Outcome.SAME:
-        outcome = Outcome.NOISY
     return Finding(_name(model), metric, old, new, noise, outcome, row.batch, row.scope, row.cuda_graph)
 
 
@@ -413,11 +374,9 @@ def _ratio_noise(latency: Latency) -> float:
 def _p90_noise(old: Latency, new: Latency) -> float:
     """Fraction by which a 90th percentile may change.
 
-    Runs of one turn are not independent: 50 runs or 5,000 count as 10 to 20 draws. The 95 % interval of a 90th
-    percentile of so few reaches from about the 77th percentile (binomial) to beyond the maximum, for which p99 stands:
-    upwards for the lower report, downwards for the higher. It is at least both spreads together, because 1.96 standard
-    errors of the p90 of 10 to 20 normal draws, 1.709 s / sqrt(n), are 0.7 to 1.1 s.
+    Runs of one turn are not independent: 50 runs or 5,000 count as 10 to 20 draws. Of so few, the 95 % interval of a
+    90th percentile reaches beyond the maximum, for which p99 stands, and is at least both spreads together: 1.96
+    standard errors of the p90 of 10 to 20 normal draws, 1.709 s / sqrt(n), are 0.7 to 1.1 s.
     """
-    low, high = sorted((old, new), key=lambda one: one.p90_ms)
-    above, below = low.p99_ms - low.p90_ms, _BELOW_P90 * (high.p90_ms - high.median_ms)
-    return max(MIN_P90_NOISE, math.hypot(old.variation, new.variation), math.hypot(above, below) / low.p90_ms)
+    low = min(old, new, key=lambda one: one.p90_ms)
+    return max(MIN_P90_NOISE, math.hypot(old.variation, new.variation), low.p99_ms / low.p90_ms - 1)

@@ -23,6 +23,7 @@ QUANTILES = 101
 
 Precision = Literal["fp32", "fp16", "int8"]
 Scope = Literal["model", "end to end"]
+Neighbors = Literal["black images", "white images", "noise", "other images"]
 Count = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -36,13 +37,12 @@ class Gates:
     """Acceptance thresholds of a model."""
 
     min_cosine: float = 0.9999
-    """Minimum cosine similarity of any image's embedding to the reference."""
+    """Of any image's embedding to the reference's."""
     max_map_drop: float = 0.1
-    """Maximum loss of mAP, in percentage points."""
+    """In points of 100."""
     min_mean_cosine: float = 0.0
-    """Minimum mean cosine similarity over all images."""
     max_stretch: float = 1.001
-    """Maximum factor by which any embedding may be longer or shorter than the reference."""
+    """Factor by which any embedding may be longer or shorter than the reference's."""
 
 
 class InvariantName(Enum):
@@ -55,15 +55,6 @@ class InvariantName(Enum):
     EQUAL_ROWS = "equal rows"
     BATCH_SIZE = "batch size"
     NEIGHBORS = "neighbors"
-
-
-class Neighbors(Enum):
-    """Images that share a batch with the image under test."""
-
-    BLACK = "black"
-    WHITE = "white"
-    NOISE = "noise"
-    IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -84,11 +75,8 @@ class Invariant:
     images: Count = 0
     """For `finite` and `distinct`: number of images that break it."""
     batch: int | None = None
-    """Batch size with the largest difference."""
     row: int | None = None
-    """Row of that batch."""
     neighbors: Neighbors | None = None
-    """For `neighbors`: what shared the batch."""
 
 
 class FailureKind(Enum):
@@ -113,9 +101,7 @@ class Failure:
     """Measured: the cosine, the factor of the length, the loss of mAP in points, the fraction of weights in the
     declared precision, the embedding size."""
     limit: float | None = None
-    """Threshold for `value`."""
     image: str = ""
-    """Image with the worst value."""
     invariant: Invariant | None = None
     """For `invariant`: which, and what was found."""
     change: Change | None = None
@@ -133,14 +119,12 @@ class Closeness:
 
     cosine_min: float
     cosine_p1: float
-    """1st percentile."""
     cosine_mean: float
     largest_difference: float | None
     """Largest absolute difference of any value; None where a value is not finite."""
     largest_relative: float | None
     """Largest difference relative to the largest value of the reference embedding."""
     worst_image: str
-    """Image with the lowest cosine."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +134,11 @@ class Parity:
     images: int
     whole: Closeness
     stages: dict[str, Closeness]
-    """By stage name; empty where the embedding has one stage."""
     cosine_quantiles: Annotated[list[float], Meta(min_length=QUANTILES, max_length=QUANTILES)]
-    """Quantiles of the cosine of the whole embedding."""
     shortest: float
     """Smallest ratio of an embedding's length to the reference; zero and non-finite rows are excluded."""
     longest: float
     stretched_image: str
-    """Image whose length departs most."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +156,9 @@ class FirstHit:
 
     query: str
     reference: str
-    """Image that the reference ranks first."""
     reference_right: bool
     """It shows the person of the query."""
     model: str
-    """Image that the model ranks first."""
     model_right: bool
 
 
@@ -244,20 +223,16 @@ class Departure:
     operator: str
     output: str
     layer: str
-    """Name of the layer in the trained network; empty where the node has no weights."""
     cosine: float
     """Cosine of the node's output to the reference, on the image that departs most."""
     before: float
-    """Lowest cosine of the node's inputs."""
     gradual: bool
     """No single node is at fault; this one loses most."""
     dtype: str
-    """Data type of the output."""
     value_range: tuple[float, float] | None
     """Smallest and largest value of the output; None where one is not finite."""
     reference_range: tuple[float, float] | None
     weights_cosine: float | None = None
-    """Cosine of the node's weights to those of the reference."""
 
     @property
     def weights_changed(self) -> bool:
@@ -300,7 +275,6 @@ class Latency:
     variation: float
     """Coefficient of variation: standard deviation divided by mean."""
     images_per_second: float
-    """At the median."""
     ratio: Positive
     """Ratio of the median to that of the reference, timed in the same turns."""
     ratio_low: float
@@ -312,7 +286,6 @@ class Latency:
     """Clock of the fastest core; None where the system does not report it, as on most virtual machines."""
     gpu_clocks: Clocks | None = None
     slowed_by: tuple[Throttle, ...] = ()
-    """Reasons for reduced GPU clocks at the end of any turn."""
 
 
 @dataclass(frozen=True)
@@ -351,13 +324,9 @@ class Environment:
     os: str
     python: str
     versions: dict[str, str]
-    """Installed version by package."""
     board: str | None = None
-    """Model of a Jetson or other board."""
     l4t: str | None = None
-    """NVIDIA Jetson Linux release."""
     power_mode: str | None = None
-    """Power mode of a Jetson."""
     gpu: str | None = None
     """The first GPU that a model ran on."""
     driver: str | None = None
@@ -366,7 +335,6 @@ class Environment:
     governors: tuple[str, ...] = ()
     clocks_locked: bool = False
     cpu_clocks: Clocks | None = None
-    """Range over all timings."""
     gpu_clocks: Clocks | None = None
     gpu_max_mhz: int | None = None
     thread_settings: dict[str, str] = field(default_factory=dict)
@@ -400,7 +368,6 @@ class BenchWarning:
 
     kind: WarningKind
     model: str = ""
-    """Path of the model that it is about."""
     value: float | None = None
     """`unit length`: mAP of the reference with unit-length embeddings; `few queries`: possible loss of mAP in points;
     `busy`: load; `noisy`: largest coefficient of variation."""
@@ -412,7 +379,6 @@ class BenchWarning:
     """What `count` is out of; `few queries`: number of queries."""
     slowed_by: tuple[Throttle, ...] = ()
     detail: str = ""
-    """`not measured`: the error."""
 
 
 @dataclass
@@ -423,7 +389,6 @@ class ModelReport:
     sha256: str
     file_bytes: Count
     precision: Precision
-    """As the model's spec declares it."""
     embedding_size: int
     gflops: float | None
     """Operations for one image in 10^9, a multiplication and an addition counted as two; from the spec."""
@@ -444,7 +409,6 @@ class ModelReport:
     failures: list[Failure] = field(default_factory=list)
     likely_cause: LikelyCause | None = None
     departure: Departure | None = None
-    """With `--explain`."""
     latency: list[Latency] = field(default_factory=list)
     cold_start: ColdStart | None = None
     energy: Energy | None = None
@@ -457,13 +421,11 @@ class BenchReport:
     reference: ModelReport
     models: list[ModelReport]
     data: str
-    """The folder or list of images."""
     data_sha256: str
     """Over the names and contents of all images, in their order."""
     images: int
     environment: Environment
     created: str
-    """UTC, ISO 8601."""
     complete: bool = True
     """False where the bench was interrupted; the report holds what was measured until then."""
     warnings: list[BenchWarning] = field(default_factory=list)
@@ -478,7 +440,6 @@ class BenchReport:
         return self.complete and not self.failures
 
     def to_json(self) -> str:
-        """Return the text of `bench.json`."""
         return encode_json({"passed": self.passed, **vars(self)})
 
     def save(self, path: Path) -> None:

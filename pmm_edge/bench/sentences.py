@@ -13,7 +13,6 @@ from pmm_edge.bench.report import (
     Invariant,
     InvariantName,
     LikelyCause,
-    Neighbors,
     WarningKind,
 )
 from pmm_edge.spec import FLOAT16_MAX
@@ -79,19 +78,11 @@ def describe_invariant(invariant: Invariant) -> str:
     if name is InvariantName.UNIT_LENGTH:
         return f"length {invariant.value:.4g} instead of 1 on {invariant.image}, tolerance {invariant.tolerance:g}"
     found = "NaN or infinity" if invariant.value is None else f"a difference of {invariant.value:.2g}"
-    where = f" beside {_NEIGHBORS[invariant.neighbors]}" if invariant.neighbors else ""
+    where = f" next to {invariant.neighbors}" if invariant.neighbors else ""
     return (
         f"{found} in row {invariant.row} of a batch of {invariant.batch}{where} ({invariant.image});"
         f" tolerance {invariant.tolerance:g}"
     )
-
-
-_NEIGHBORS = {
-    Neighbors.BLACK: "black images",
-    Neighbors.WHITE: "white images",
-    Neighbors.NOISE: "noise",
-    Neighbors.IMAGES: "other images",
-}
 
 
 def describe_cause(likely: LikelyCause) -> str:

@@ -64,47 +64,23 @@ def evaluate(
 
     [dim]pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png[/]
     """
-    from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
-    from pmm_edge.bench.parity import judge
-    from pmm_edge.data.dataset import scan
-    from pmm_edge.files import check_output
-    from pmm_edge.runtime import load
-    from pmm_edge.runtime.embed_files import embed_dataset
+    from pmm_edge.bench.evaluation import evaluate_model
 
-    dataset = scan(data, layout)
-    embedder = load(model, device)
-    if cmc:
-        check_cmc_plot(cmc)
-    if features:
-        check_output(features, [".npz"])
     with progress() as report:
-        embedded = embed_dataset(embedder, dataset, flip, report)
-        if features:
-            embedded.save(features)
-        rows = judge(embedded, rerank, report)
-    plain, gallery = rows[0].result, len(embedded.dataset.gallery)
+        found = evaluate_model(model, data, layout, rerank, flip, cmc, features, device, report)
+    plain = found.rows[0].result
     if as_json:
-        facts = {"model": str(model), "data": str(data), "backend": embedder.backend, "device": embedder.device}
-        each = [{"name": r.name, "flip": r.flip, "rerank": r.rerank, "figures": _figures(r.result)} for r in rows]
-        print_json(
-            {**facts, "queries": plain.valid_queries, "gallery": gallery, "figures": _figures(plain), "rows": each}
-        )
+        facts = {"model": found.model, "data": found.data, "backend": found.backend, "device": found.device}
+        each = [{"name": r.name, "flip": r.flip, "rerank": r.rerank, "figures": _figures(r.result)} for r in found.rows]
+        counts = {"queries": plain.valid_queries, "gallery": found.gallery}
+        print_json({**facts, **counts, "figures": _figures(plain), "rows": each})
     else:
-        title = f"{escape(dataset.name)}: {plain.valid_queries:,} queries, {gallery:,} gallery images"
-        names = [model.name, *(f"{model.name} + {row.name}" for row in rows[1:])]
-        figures = [map(percent, _figures(row.result).values()) for row in rows]
+        title = f"{escape(found.dataset)}: {plain.valid_queries:,} queries, {found.gallery:,} gallery images"
+        names = [model.name, *(f"{model.name} + {row.name}" for row in found.rows[1:])]
+        figures = [map(percent, _figures(row.result).values()) for row in found.rows]
         table = [(escape(name), *values) for name, values in zip(names, figures, strict=True)]
         print_table(title, ("model", *_figures(plain)), table)
         note(f"[dim]{_WHY_MAP_50}[/]")
-    if cmc:
-        curves = [
-            (
-                f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}",
-                row.result.cmc.tolist(),
-            )
-            for row in rows
-        ]
-        save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)
     for file in filter(None, (features, cmc)):
         note(f"[dim]wrote {escape(str(file))}[/]")
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pmm_edge.bench.invariants import check_batches, check_embeddings, precision_failure, sizes_to_check
-from pmm_edge.bench.report import FailureKind, Invariant, InvariantName, Neighbors
+from pmm_edge.bench.report import FailureKind, Invariant, InvariantName
 from pmm_edge.images import Pixels
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embedder import Embeddings
@@ -78,7 +78,7 @@ def test_what_was_found_is_in_the_fields() -> None:
     size = broken_invariants(Linear(lambda rows: rows * 2 if len(rows) == 7 else rows))[InvariantName.BATCH_SIZE]
     assert (size.batch, size.value) == (7, pytest.approx(1))
     near = broken_invariants(Linear(lambda rows: rows / np.abs(rows).max()))[InvariantName.NEIGHBORS]
-    assert near.neighbors is Neighbors.WHITE
+    assert near.neighbors == "white images"
     nan = broken_invariants(Linear(lambda rows: rows * np.float32(np.nan if len(rows) > 8 else 1)))
     assert nan[InvariantName.BATCH_SIZE].value is None
     assert nan[InvariantName.BATCH_SIZE].batch == 16

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import pmm_edge
-from pmm_edge.bench.parity import judge
+from pmm_edge.bench.evaluation import evaluate_embedded
 from pmm_edge.data.dataset import scan
 from pmm_edge.runtime.embed_files import embed_dataset
 
@@ -20,7 +20,7 @@ from pmm_edge.runtime.embed_files import embed_dataset
 def test_figures_of_every_kind_of_model(
     pmm: Callable, tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path
 ) -> None:
-    expected = judge(embed_dataset(pmm_edge.load(tiny_checkpoint, "cpu"), scan(tiny_dataset)))[0].result
+    expected = evaluate_embedded(embed_dataset(pmm_edge.load(tiny_checkpoint, "cpu"), scan(tiny_dataset)))[0].result
     for model, backend in ((tiny_onnx, "onnxruntime"), (tiny_checkpoint, "torch")):
         printed = json.loads(pmm("eval", model, tiny_dataset, "--device", "cpu", "--json").stdout)
         assert printed["backend"] == backend
@@ -67,7 +67,7 @@ def test_models_that_cannot_be_used(pmm: Callable, tiny_onnx: Path, tiny_dataset
 
 def test_every_row_is_printed(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     embedded = embed_dataset(pmm_edge.load(tiny_onnx, "cpu"), scan(tiny_dataset), flip=True)
-    expected = {row.name: row.result for row in judge(embedded, rerank=True)}
+    expected = {row.name: row.result for row in evaluate_embedded(embedded, rerank=True)}
     features = tmp_path / "new" / "features.npz"
     asked = ("eval", tiny_onnx, tiny_dataset, "--device", "cpu", "--rerank", "--flip")
     printed = json.loads(pmm(*asked, "--features", features, "--json").stdout)
@@ -124,7 +124,7 @@ def test_files_that_cannot_be_written(
     def unused(*_: object, **__: object) -> None:
         raise AssertionError("embedded for minutes before the file was looked at")
 
-    monkeypatch.setattr(import_module("pmm_edge.runtime.embed_files"), "embed_dataset", unused)
+    monkeypatch.setattr("pmm_edge.bench.evaluation.embed_dataset", unused)
     blocker = tmp_path / "file"
     blocker.write_text("")
     (tmp_path / "folder.npz").mkdir()
