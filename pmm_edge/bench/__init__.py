@@ -1,7 +1,37 @@
-"""Compare exported models with their reference, and measure how fast they are."""
+"""Compare exported models with their reference, and measure how fast they are. Names load on first use."""
 
-from pmm_edge.bench.parity import GateOverrides
-from pmm_edge.bench.pipeline import BenchResult, bench
-from pmm_edge.bench.report import BenchReport, ModelReport, read_report
+from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pmm_edge.bench.parity import GateOverrides as GateOverrides
+    from pmm_edge.bench.pipeline import BenchResult as BenchResult
+    from pmm_edge.bench.pipeline import bench as bench
+    from pmm_edge.bench.report import BenchReport as BenchReport
+    from pmm_edge.bench.report import ModelReport as ModelReport
+    from pmm_edge.bench.report import read_report as read_report
+
+_MODULES = {"GateOverrides": "parity", "BenchReport": "report", "ModelReport": "report", "read_report": "report"}
 __all__ = ["BenchReport", "BenchResult", "GateOverrides", "ModelReport", "bench", "read_report"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'pmm_edge.bench' has no attribute '{name}'")
+    return getattr(import_module(f"pmm_edge.bench.{_MODULES.get(name, 'pipeline')}"), name)
+
+
+class _CallableModule(ModuleType):
+    """Lets `pmm_edge.bench(...)` call the function although Python finds this package under the same name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> BenchResult:
+        from pmm_edge.bench.pipeline import bench
+
+        return bench(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
