@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
