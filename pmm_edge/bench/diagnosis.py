@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pmm_edge.bench.report import Cause, Departure, LikelyCause
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import ModelError
-from pmm_edge.images import Pixels, network_input
+from pmm_edge.images import Pixels, network_input, normalize
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embedder import INPUT, Embeddings
@@ -31,19 +31,10 @@ MAX_UNEXPLAINED = 0.2
 MIN_COSINE = 0.95
 """and reaches this mean cosine: INT8 adds its own rounding."""
 
-Planes = NDArray[np.floating]
+Planes = NDArray[np.float32]
 
 
 # Known mistakes: the reference is fed what each mistake would feed it, and compared with the model
-
-
-def _channels(size: InputSpec) -> tuple[Planes, Planes]:
-    return np.array(size.mean, np.float32)[:, None, None], np.array(size.std, np.float32)[:, None, None]
-
-
-def _normalize(pixels: Planes, size: InputSpec) -> Planes:
-    mean, std = _channels(size)
-    return (pixels / np.float32(255) - mean) / std
 
 
 def _nhwc_as_nchw(pixels: Planes) -> Planes:
@@ -58,16 +49,16 @@ PIXEL_MISTAKES: Mapping[Cause, Callable[[Planes], Planes]] = {
 }
 """(N, 3, H, W) pixels in 0..255 -> the wrong pixels, which are then normalized correctly."""
 NORMALIZATION_MISTAKES: Mapping[Cause, Callable[[Planes, InputSpec], Planes]] = {
-    Cause.BGR_AFTER_NORMALIZATION: lambda x, s: _normalize(x, s)[:, ::-1],
-    Cause.NORMALIZED_TWICE: lambda x, s: _normalize(255 * _normalize(x, s), s),
-    Cause.NORMALIZED_AND_SCALED_TWICE: lambda x, s: _normalize(_normalize(x, s), s),
-    Cause.NOT_NORMALIZED_UNIT: lambda x, s: x / 255,
+    Cause.BGR_AFTER_NORMALIZATION: lambda x, s: normalize(x, s)[:, ::-1],
+    Cause.NORMALIZED_TWICE: lambda x, s: normalize(255 * normalize(x, s), s),
+    Cause.NORMALIZED_AND_SCALED_TWICE: lambda x, s: normalize(normalize(x, s), s),
+    Cause.NOT_NORMALIZED_UNIT: lambda x, s: x / np.float32(255),
     Cause.NOT_NORMALIZED_RAW: lambda x, s: x,
-    Cause.NORMALIZED_SYMMETRICALLY: lambda x, s: x / 127.5 - 1,
-    Cause.MEAN_MISSING: lambda x, s: x / 255 / _channels(s)[1],
-    Cause.STD_MISSING: lambda x, s: x / 255 - _channels(s)[0],
-    Cause.SCALING_MISSING: lambda x, s: _normalize(255 * x, s),
-    Cause.SCALED_TWICE: lambda x, s: _normalize(x / 255, s),
+    Cause.NORMALIZED_SYMMETRICALLY: lambda x, s: x / np.float32(127.5) - np.float32(1),
+    Cause.MEAN_MISSING: lambda x, s: normalize(x, replace(s, mean=(0, 0, 0))),
+    Cause.STD_MISSING: lambda x, s: normalize(x, replace(s, std=(1, 1, 1))),
+    Cause.SCALING_MISSING: lambda x, s: normalize(255 * x, s),
+    Cause.SCALED_TWICE: lambda x, s: normalize(x / np.float32(255), s),
 }
 """(N, 3, H, W) pixels in 0..255 -> what the network receives. Only engines without preprocessing can be fed these."""
 
@@ -160,7 +151,6 @@ def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Depa
         ModelError: the onnx package is missing, one of the two cannot be read as a graph, or the graphs have nothing in
             common or agree at every node.
     """
-    remedy = "Name the checkpoint that the model was exported from with --reference"
     if model.path.suffix != ".onnx":
         raise ModelError(
             f"--explain reads ONNX files, not {model.path}", "Explain the ONNX file that the model was built from"
@@ -169,16 +159,16 @@ def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Depa
         import onnx
     except ModuleNotFoundError as error:
         raise ModelError("--explain needs the onnx package", "pip install 'pmm-edge[train]'") from error
-    size, other = model.spec.input, reference.spec.input
-    if (size.height, size.width) != (other.height, other.width):
-        raise ModelError(f"--explain: {model.path} and {reference.path} have different input sizes", remedy)
-    own = _Graph(onnx.load(model.path), size, image)
+    own = _Graph(onnx.load(model.path), model.spec.input, image)
     right = _Graph(*_reference_graph(reference, model.spec), image)
     points = list(_points(own, right, _matched(own, right)))
     if not points:
-        raise ModelError(f"--explain: the graphs of {model.path} and {reference.path} have nothing in common", remedy)
-    max_loss = MAX_LOSS[model.spec.precision]
-    at_fault = next((point for point in points if point.lost > max(max_loss, FACTOR * (1 - point.before))), None)
+        raise ModelError(
+            f"--explain: the graphs of {model.path} and {reference.path} have nothing in common",
+            "Name the checkpoint that the model was exported from with --reference",
+        )
+    least = MAX_LOSS[model.spec.precision]
+    at_fault = next((point for point in points if point.lost > max(least, FACTOR * (1 - point.before))), None)
     point = at_fault or max(points, key=lambda point: point.lost)
     if point.lost <= 0:
         raise ModelError(
@@ -310,15 +300,10 @@ def _matched(own: _Graph, right: _Graph) -> dict[str, str]:
 
 def _points(own: _Graph, right: _Graph, same: Mapping[str, str]) -> Iterator[_Point]:
     """Yield the model's nodes in order, as far as they can be compared with the reference."""
-    known: dict[str, float | None] = {}
 
+    @cache
     def cosine(name: str) -> float | None:
         """Return the cosine of a value to the reference; None where the reference does not have it."""
-        if name not in known:
-            known[name] = _compare(name)
-        return known[name]
-
-    def _compare(name: str) -> float | None:
         twin = same.get(own.source(name))
         if twin is None or own.values[name].dtype.kind != "f":
             return None

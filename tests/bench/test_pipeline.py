@@ -23,6 +23,8 @@ from pmm_edge.runtime import Embedder, load
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Files go to a temporary folder, timings are short, no process is started and no page is drawn."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "PROBES", 2)
+    monkeypatch.setattr("pmm_edge.bench.timing.WARM_UP_SECONDS", 0.1)
     monkeypatch.setattr(pipeline, "network_pictures", lambda *args, **kwargs: [])
     monkeypatch.setattr(pipeline, "write_html", lambda *args: None)
     monkeypatch.setattr(pipeline, "measure_cold_start", lambda path, device, batch: ColdStart(1.0, 1.0, batch))
@@ -78,7 +80,7 @@ def test_everything_is_in_the_report(tiny_onnx: Path, tiny_checkpoint: Path, tin
 
 
 def test_by_default_all_exports_of_the_newest_run_are_compared(
-    tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path
+    tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = new_run_folder(AboutRun("one", str(tiny_dataset), "0"), Path("runs/one"))
     (folder / "export").mkdir()
@@ -86,6 +88,7 @@ def test_by_default_all_exports_of_the_newest_run_are_compared(
     with pytest.raises(ModelError, match="export"):
         bench()
     shutil.copy(tiny_onnx, folder / "export" / "model.onnx")
+    monkeypatch.setattr(pipeline, "check_batches", lambda *args: [])
     for arguments in ({}, {"models": folder / "export/model.onnx"}, {"reference": folder}):
         result = bench(**arguments, limit=2, device="cpu", parity_only=True)
         assert result.report.reference.path.endswith("runs/one/best.pt")
@@ -183,7 +186,7 @@ def test_unit_length_embeddings_are_compared_by_direction(
     assert warned(report)[0] is WarningKind.UNIT_LENGTH
     assert report.reference.retrieval is not None
     assert report.warnings[0].limit == report.reference.retrieval.mAP
-    assert run([tiny_onnx], unit, tiny_dataset).models[0].failures == []
+    assert run([tiny_onnx], unit, tiny_dataset, limit=4).models[0].failures == []
 
 
 def test_a_model_that_is_its_own_reference_is_not_certified(
