@@ -16,12 +16,11 @@ from msgspec import Meta
 
 from pmm_edge.errors import DataError
 from pmm_edge.files import decode_json, encode_json, written_whole
-from pmm_edge.spec import RetrievalFigures
+from pmm_edge.spec import Precision, RetrievalFigures
 
 QUANTILES = 101
 """Number of stored cosine quantiles: the minimum, the 1st to the 99th percentile, the maximum."""
 
-Precision = Literal["fp32", "fp16", "int8"]
 Scope = Literal["model", "end to end"]
 Neighbors = Literal["black images", "white images", "noise", "other images"]
 Count = Annotated[int, Meta(ge=0)]

@@ -32,12 +32,11 @@ from pmm_edge.bench.report import (
     LikelyCause,
     ModelReport,
     Parity,
-    Precision,
     RetrievalChange,
     Scope,
     WarningKind,
 )
-from pmm_edge.spec import RetrievalFigures
+from pmm_edge.spec import Precision, RetrievalFigures
 
 _CHECKED = [name for name in InvariantName if name is not InvariantName.UNIT_LENGTH]
 _GATES = {"fp16": Gates(0.999, 0.1, 0.9999), "int8": Gates(0.9, 0.5, 0.99)}

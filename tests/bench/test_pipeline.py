@@ -24,7 +24,7 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Files go to a temporary folder, timings are short, no process is started and no page is drawn."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "PROBES", 2)
-    monkeypatch.setattr("pmm_edge.bench.timing.WARM_UP_SECONDS", 0.1)
+    monkeypatch.setattr("pmm_edge.bench.timing.MAX_WARM_UP_SECONDS", 0.1)
     monkeypatch.setattr(pipeline, "network_pictures", lambda *args, **kwargs: [])
     monkeypatch.setattr(pipeline, "write_html", lambda *args: None)
     monkeypatch.setattr(pipeline, "measure_cold_start", lambda path, device, batch: ColdStart(1.0, 1.0, batch))
