@@ -1,4 +1,4 @@
-"""`pmm eval`: retrieval of any model that loads, as it is, with mirror images, and re-ranked."""
+"""`pmm eval`: the retrieval of one model, with mirror images and re-ranking on request."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from pmm_edge.data.dataset import scan
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import EmbeddedDataset, embed_dataset
+from pmm_edge.runtime.embed_files import embed_dataset
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationRow:
-    """One way of using a model at test time."""
+    """One way to use a model at test time, and its figures."""
 
     flip: bool
-    """Embeddings are means over each image and its mirror image."""
+    """Whether the embedding of an image is the mean of its own and its mirror image's."""
     rerank: bool
-    """Rankings are k-reciprocally re-ranked."""
     result: RetrievalResult
 
     @property
@@ -32,23 +31,24 @@ class EvaluationRow:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Retrieval of a model on a data set."""
+    """The retrieval of one model on one data set."""
 
-    model: str
-    data: str
-    backend: str
-    device: str
+    model: Path
+    data: Path
     dataset: str
     """Name of the data set."""
     gallery: int
-    """Gallery images without junk."""
+    """Number of gallery images, without junk."""
+    backend: str
+    device: str
     rows: list[EvaluationRow]
-    """The plain one first."""
+    """The plain embeddings first."""
 
 
 def evaluate_model(
     model: Path,
     data: Path,
+    *,
     layout: str | None = None,
     rerank: bool = False,
     flip: bool = False,
@@ -57,51 +57,40 @@ def evaluate_model(
     device: str | None = None,
     report: Report = silent,
 ) -> Evaluation:
-    """Evaluate a model under the Market-1501 protocol.
+    """Evaluate retrieval under the Market-1501 protocol.
 
     Args:
-        model: a file for `pmm_edge.load`.
-        data: a data set.
+        model: see `pmm_edge.load`.
+        data: folder of a data set.
         layout: layout of the data set, if it is not recognized.
-        rerank: also re-rank.
-        flip: also evaluate the mean of the embeddings of each image and its mirror image.
-        cmc: plot the CMC into this .png or .svg file.
-        features: save the embeddings in this .npz file.
+        rerank: also evaluate k-reciprocal re-ranking.
+        flip: also evaluate the mean embedding of each image and its mirror image.
+        cmc: .png or .svg file for a plot of the CMC.
+        features: .npz file for the embeddings; see `EmbeddedDataset.save`.
         device: see `pmm_edge.load`.
-        report: called as work proceeds.
+        report: receives progress.
 
     Raises:
-        DataError: the data set cannot be read, or no query has a match.
+        DataError: the data set cannot be used, or embeddings contain NaN or infinity.
         ModelError: the model cannot be loaded.
         OutputError: a file cannot be written.
     """
+    dataset, embedder = scan(data, layout), load(model, device)
     if cmc:
         check_cmc_plot(cmc)
     if features:
         check_output(features, [".npz"])
-    dataset, embedder = scan(data, layout), load(model, device)
     embedded = embed_dataset(embedder, dataset, flip, report)
     if features:
         embedded.save(features)
-    rows = evaluate_embedded(embedded, rerank, report)
+    rows = []
+    for reranked in (False, True)[: 1 + rerank]:
+        for flipped in (False, True)[: 1 + flip]:
+            named = about("flip" if flipped else "plain", report)
+            rows.append(EvaluationRow(flipped, reranked, embedded.evaluate(reranked, flip=flipped, report=named)))
     if cmc:
-        curves = [
-            (
-                f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}",
-                row.result.cmc.tolist(),
-            )
-            for row in rows
-        ]
+        labels = [f"{r.name}: Rank-1 {percent(r.result.rank(1))}, mAP {percent(r.result.mAP)}" for r in rows]
+        curves = [(label, row.result.cmc.tolist()) for label, row in zip(labels, rows, strict=True)]
         save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)
     gallery = len(embedded.dataset.gallery)
-    return Evaluation(str(model), str(data), embedder.backend, embedder.device, dataset.name, gallery, rows)
-
-
-def evaluate_embedded(embedded: EmbeddedDataset, rerank: bool = False, report: Report = silent) -> list[EvaluationRow]:
-    """Evaluate embeddings plain and, if present, flipped; with `rerank` also both re-ranked."""
-    rows = []
-    for reranked in (False, True) if rerank else (False,):
-        for flip in (False,) if embedded.flipped is None else (False, True):
-            told = about("flip" if flip else "plain", report)
-            rows.append(EvaluationRow(flip, reranked, embedded.evaluate(rerank=reranked, flip=flip, report=told)))
-    return rows
+    return Evaluation(model, data, dataset.name, gallery, embedder.backend, embedder.device, rows)

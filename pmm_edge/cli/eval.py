@@ -67,10 +67,20 @@ def evaluate(
     from pmm_edge.bench.evaluation import evaluate_model
 
     with progress() as report:
-        found = evaluate_model(model, data, layout, rerank, flip, cmc, features, device, report)
+        found = evaluate_model(
+            model,
+            data,
+            layout=layout,
+            rerank=rerank,
+            flip=flip,
+            cmc=cmc,
+            features=features,
+            device=device,
+            report=report,
+        )
     plain = found.rows[0].result
     if as_json:
-        facts = {"model": found.model, "data": found.data, "backend": found.backend, "device": found.device}
+        facts = {"model": str(found.model), "data": str(found.data), "backend": found.backend, "device": found.device}
         each = [{"name": r.name, "flip": r.flip, "rerank": r.rerank, "figures": _figures(r.result)} for r in found.rows]
         counts = {"queries": plain.valid_queries, "gallery": found.gallery}
         print_json({**facts, **counts, "figures": _figures(plain), "rows": each})

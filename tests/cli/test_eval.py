@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pmm_edge
-from pmm_edge.bench.evaluation import evaluate_embedded
-from pmm_edge.data.dataset import scan
-from pmm_edge.runtime.embed_files import embed_dataset
+from pmm_edge.bench.evaluation import evaluate_model
 
 
 def test_figures_of_every_kind_of_model(
     pmm: Callable, tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path
 ) -> None:
-    expected = evaluate_embedded(embed_dataset(pmm_edge.load(tiny_checkpoint, "cpu"), scan(tiny_dataset)))[0].result
+    expected = evaluate_model(tiny_checkpoint, tiny_dataset, device="cpu").rows[0].result
     for model, backend in ((tiny_onnx, "onnxruntime"), (tiny_checkpoint, "torch")):
         printed = json.loads(pmm("eval", model, tiny_dataset, "--device", "cpu", "--json").stdout)
         assert printed["backend"] == backend
@@ -65,8 +62,8 @@ def test_models_that_cannot_be_used(pmm: Callable, tiny_onnx: Path, tiny_dataset
 
 
 def test_every_row_is_printed(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    embedded = embed_dataset(pmm_edge.load(tiny_onnx, "cpu"), scan(tiny_dataset), flip=True)
-    expected = {row.name: row.result for row in evaluate_embedded(embedded, rerank=True)}
+    rows = evaluate_model(tiny_onnx, tiny_dataset, rerank=True, flip=True, device="cpu").rows
+    expected = {row.name: row.result for row in rows}
     features = tmp_path / "new" / "features.npz"
     asked = ("eval", tiny_onnx, tiny_dataset, "--device", "cpu", "--rerank", "--flip")
     printed = json.loads(pmm(*asked, "--features", features, "--json").stdout)
