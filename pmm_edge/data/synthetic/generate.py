@@ -26,7 +26,7 @@ from pmm_edge.data.synthetic.figure import draw_person
 from pmm_edge.data.synthetic.person import MAX_GROUP, make_person
 from pmm_edge.data.synthetic.scene import Camera, background, encode, expose, make_camera, occlude, shadow
 from pmm_edge.errors import OutputError, PmmError
-from pmm_edge.files import cache_folder, folder_written_whole
+from pmm_edge.files import cache_folder, check_output, folder_written_whole, written_whole
 from pmm_edge.machine import threads
 
 VERSION = 1
@@ -35,6 +35,7 @@ SEQUENCES = 6
 FRAMES_APART = 12
 CHUNK = 64
 SHEET_GAP = 4
+SHEET_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 Number = TypeVar("Number", int, float)
 
 Kind = Literal["detected", "drawn", "junk", "stranger", "clutter"]
@@ -222,9 +223,14 @@ def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) ->
 
 
 def make_synthetic(
-    folder: Path, config: SyntheticConfig | None = None, *, workers: int | None = None, report: Report = silent
-) -> Path:
-    """Write a synthetic data set in the layout of Market-1501 and return `folder`.
+    folder: Path,
+    config: SyntheticConfig | None = None,
+    *,
+    workers: int | None = None,
+    sheet: Path | None = None,
+    report: Report = silent,
+) -> dict[str, int]:
+    """Write a synthetic data set in the layout of Market-1501.
 
     `synthetic.json` records the configuration. The bytes depend on the configuration alone, not on the number of
     processes. If drawing is interrupted or fails, nothing remains under `folder`.
@@ -233,13 +239,19 @@ def make_synthetic(
         folder: folder to create; it may exist if it is empty.
         config: what to draw; the defaults if None.
         workers: number of processes; one for each usable core by default.
+        sheet: .jpg or .png file for a contact sheet.
         report: called with the number of images drawn.
 
+    Returns:
+        The number of images, see `count_images`.
+
     Raises:
-        OutputError: `folder` exists and is not empty, or cannot be written.
+        OutputError: `folder` exists and is not empty, or a file cannot be written.
     """
     config = config or SyntheticConfig()
-    shots = plan(config)
+    if sheet:
+        check_output(sheet, [*SHEET_FORMATS])
+    shots, counts = plan(config), count_images(config)
     with folder_written_whole(Path(folder)) as temporary:
         for name in (TRAIN, QUERY, GALLERY):
             (temporary / name).mkdir()
@@ -249,9 +261,12 @@ def make_synthetic(
             for written in chunks:
                 done += written
                 report("drawing", done, len(shots))
-        facts = {"generator": VERSION, "config": asdict(config), "images": count_images(config)}
+        facts = {"generator": VERSION, "config": asdict(config), "images": counts}
         (temporary / "synthetic.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return Path(folder)
+    if sheet:
+        with written_whole(sheet) as unfinished:
+            contact_sheet(config).save(unfinished, SHEET_FORMATS[sheet.suffix.lower()], quality=88)
+    return counts
 
 
 def cached_synthetic(config: SyntheticConfig | None = None, *, report: Report = silent) -> Path:
