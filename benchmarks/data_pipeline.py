@@ -36,12 +36,12 @@ from pmm_edge.data.dataset import Split, scan
 from pmm_edge.data.loader import Crops, identity_batches
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.spec import IMAGENET_MEAN, IMAGENET_STD
-from pmm_edge.trainer.config import TrainConfig, preset, resolved
+from pmm_edge.trainer.config import TrainConfig, choose_config
+from pmm_edge.trainer.device import choose_machine
 from pmm_edge.trainer.distributed import World
-from pmm_edge.trainer.feed import Feed
 from pmm_edge.trainer.logging import Meter
-from pmm_edge.trainer.setup import chosen_machine, new_network
-from pmm_edge.trainer.step import prepare, train_step
+from pmm_edge.trainer.step import Feed, prepare, train_step
+from pmm_edge.trainer.train import new_network
 
 BATCH, IDENTITIES = 64, 16
 LEAST_BATCHES = 30
@@ -85,7 +85,7 @@ def main() -> None:
 
     split = scan(options.data or cached_synthetic()).train
     values = {"batch": options.batch} if options.batch else {}
-    config = resolved(preset(options.preset), {"device": options.device, **values})
+    config = choose_config(options.preset, settings={"device": options.device, **values})
     console = Console()
     console.print(machine("torch", "pillow"), soft_wrap=True)
 
@@ -192,7 +192,7 @@ def _sleeping_step(crops: Crops, pids: np.ndarray, step: float) -> tuple[float, 
 def _real_step(train: Split, config: TrainConfig, steps: int) -> tuple[float, float]:
     """As `_sleeping_step`, of `pmm train` itself: its feed, its step, its meter, with decoded images."""
     world = World()
-    device, dtype = chosen_machine(config, world)
+    device, dtype = choose_machine(config, world)
     trainee = prepare(new_network(config, train.identities), config, device, dtype, world)
     feed = Feed(train, config, world, device)
     batches = [batch for epoch in range(1, 1 + steps) for batch in feed.batches(epoch)][: steps + 1]

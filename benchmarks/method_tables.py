@@ -13,7 +13,7 @@ from rich.table import Table
 from pmm_edge.errors import PmmError, did_you_mean
 
 Row = dict[str, Any]
-"""What a row sets, over what all rows share."""
+"""The settings of a row, in addition to those that all rows share."""
 Figures = dict[str, float]
 
 PMM: Row = {"method": "pmm", "mix": "a-hard-mix"}
@@ -23,7 +23,7 @@ TABLES: dict[str, dict[str, Row]] = {
         "BDB": {"method": "bdb"},
         "PMM": PMM,
     },
-    # Its four, and two that it lacks.
+    # Its four rows, and two more: none and DropBlock.
     "table 3: PMM's stages with": {
         "none": {"mix": "none"},
         "CutOut": {"mix": "cutout"},
@@ -39,21 +39,21 @@ FIGURES = ("Rank-1", "mAP", "mAP@50")
 
 
 def rows_named(names: str) -> dict[str, Row]:
-    """Rows by `PMM,BDB,...`, capital or small letters; all without names.
+    """The rows named by `PMM,BDB,...` (case does not matter); all rows for an empty string.
 
     Raises:
-        PmmError: a name is none of a row.
+        PmmError: a name is unknown.
     """
     known = {name.lower(): name for name in ROWS}
-    asked = [name.strip().lower() for name in names.split(",") if name.strip()] or list(known)
-    for name in asked:
+    chosen = [name.strip().lower() for name in names.split(",") if name.strip()] or list(known)
+    for name in chosen:
         if name not in known:
-            raise PmmError(f"'{name}' is no row of the tables", f"{did_you_mean(name, known)}Choose {', '.join(ROWS)}")
-    return {known[name]: ROWS[known[name]] for name in known if name in asked}
+            raise PmmError(f"unknown row '{name}'", f"{did_you_mean(name, known)}Choose {', '.join(ROWS)}")
+    return {known[name]: ROWS[known[name]] for name in known if name in chosen}
 
 
 def tables_of(rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
-    """The tables that have one of `rows`, each with all of its rows that the same trainings fill."""
+    """The tables that contain any of `rows`, each with all of its rows that the same trainings fill."""
     trained = list(rows.values())
     return {
         title: {name: row for name, row in table.items() if row in trained}
@@ -63,18 +63,18 @@ def tables_of(rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
 
 
 def show(found: Mapping[str, Sequence[Figures]], rows: Iterable[str], title: str, console: Console) -> None:
-    """Print the rows that have figures: mean and spread over the seeds, and how many these are."""
+    """Print the rows that have figures: number of seeds, mean and standard deviation over them."""
     table = Table("", "seeds", *FIGURES, title=title, title_justify="left")
     for name in rows:
         if found.get(name):
-            spreads = (_spread([figures[key] for figures in found[name]]) for key in FIGURES)
-            table.add_row(name, str(len(found[name])), *spreads)
+            cells = (_mean_and_deviation([figures[key] for figures in found[name]]) for key in FIGURES)
+            table.add_row(name, str(len(found[name])), *cells)
     if table.row_count:
         console.print(table)
 
 
 def draw(found: Mapping[str, Sequence[Figures]], path: Path) -> None:
-    """Draw each seed's figures, and their mean, a row for each method."""
+    """Draw the figures of each seed and their mean, one line per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,6 +94,6 @@ def draw(found: Mapping[str, Sequence[Figures]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _spread(values: list[float]) -> str:
+def _mean_and_deviation(values: list[float]) -> str:
     values = [100 * value for value in values]
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

@@ -13,6 +13,7 @@ _HOME_OF = {
     "build_model": "pmm_edge.model",
     "load_released_checkpoint": "pmm_edge.model",
     "pmm_loss": "pmm_edge.trainer.losses",
+    "train": "pmm_edge.trainer.train",
     "evaluate": "pmm_edge.retrieval",
     "load": "pmm_edge.runtime",
 }
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from pmm_edge.runtime import load as load
     from pmm_edge.spec import ModelSpec as ModelSpec
     from pmm_edge.trainer.losses import pmm_loss as pmm_loss
+    from pmm_edge.trainer.train import train as train
 
-__all__ = ["ModelSpec", "PmmError", "build_model", "evaluate", "load", "load_released_checkpoint", "pmm_loss"]
+__all__ = ["ModelSpec", "PmmError", "build_model", "evaluate", "load", "load_released_checkpoint", "pmm_loss", "train"]
 
 
 def __getattr__(name: str) -> object:

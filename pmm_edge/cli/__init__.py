@@ -105,7 +105,7 @@ def _first_to_say(text: str) -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
-        from pmm_edge.trainer.distributed import first_to_say
+        from pmm_edge.trainer.distributed import first_to_report
     except ModuleNotFoundError:  # torch, which is what the error is about
         return True
-    return first_to_say(text)
+    return first_to_report(text)

@@ -143,33 +143,28 @@ def train(
     if resume:
         _refuse_with_resume(given, preset, config, layout, out_folder)
     note("[dim]loading torch[/]")
-    from pmm_edge.trainer import config as presets
-    from pmm_edge.trainer import train as start
+    from pmm_edge.trainer.config import choose_config, read_run_config
+    from pmm_edge.trainer.train import train as start
 
-    if preset and config:
-        raise PmmError("--preset and --config are both given", "The file can name its preset; give one of them")
-    if resume:
-        chosen = presets.read_run_config(resume)
-    else:
-        chosen = presets.read_config(config) if config else presets.preset(preset or presets.DEFAULT)
-        chosen = presets.resolved(chosen, given)
     if print_config:
+        chosen = read_run_config(resume) if resume else choose_config(preset, config, given)
         print_plain(chosen.to_toml())
         return
     with progress() as report:
-        if resume:
-            result = start.resume(resume, data, report=report, warn=_warn)
-        else:
-            data = data or _synthetic(report)
-            result = start.train(chosen, data, layout=layout, out=out_folder, report=report, warn=_warn)
+        result = start(
+            data,
+            preset=preset,
+            config=config,
+            layout=layout,
+            out=out_folder,
+            resume=resume,
+            report=report,
+            **given,
+        )
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
         _show(result, as_json)
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
-
-
-def _warn(text: str) -> None:
-    note(f"[yellow]note:[/] {escape(text)}")
 
 
 def _refuse_with_resume(given: dict[str, Any], *others: object) -> None:
@@ -178,12 +173,6 @@ def _refuse_with_resume(given: dict[str, Any], *others: object) -> None:
             "--resume goes on with a run's own settings",
             "Leave the other settings out; DATA alone may be given, where it was moved",
         )
-
-
-def _synthetic(report: Any) -> Path:
-    from pmm_edge.data.synthetic import cached_synthetic
-
-    return cached_synthetic(report=report)
 
 
 def _show(result: TrainResult, as_json: bool) -> None:

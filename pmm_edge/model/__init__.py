@@ -1,4 +1,4 @@
-"""The PMM network, and the networks it is compared with. `network.py` and `mixing.py` hold the whole method."""
+"""PMM and the networks it is compared with. `network.py` and `mixing.py` contain the whole method."""
 
 from pmm_edge.model.checkpoint import (
     Checkpoint,

@@ -1,4 +1,4 @@
-"""What the paper compares PMM with (its tables 2 and 3, figure 1): ResNet-50 + GAP, and BDB."""
+"""The networks that the paper compares PMM with (tables 2 and 3, figure 1): ResNet-50 + GAP, and BDB."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from torchvision.models.resnet import Bottleneck
 
 from pmm_edge.model.network import STAGE_SIZE, Head, ReidNetwork, StageOutput, average_pool, max_pool
 
-DROPPED_HEIGHT = 1 / 3
-"""The share of the map's height that BDB drops."""
-
 
 class Baseline(ReidNetwork):
-    """ResNet + global average pooling: PMM's stage I alone.
+    """ResNet + global average pooling.
 
-    The paper does not say what follows its baseline's pooling. The reading here gives it PMM's own first head, so
-    that what the other stages add is all that differs.
+    The paper does not say what follows the pooling. Here it is the head of PMM's stage I, so that the additional stages
+    are the only difference.
+
+    Args:
+        num_classes: training identities.
+        backbone: see `ReidNetwork`.
     """
 
     def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
@@ -38,10 +39,14 @@ class Baseline(ReidNetwork):
 
 
 class BDB(ReidNetwork):
-    """Batch DropBlock network (Dai et al., ICCV 2019): a global branch of 512 and a part branch of 1024.
+    """Batch DropBlock network (Dai et al., ICCV 2019): a global branch of size 512 and a part branch of size 1024.
 
-    The part branch sees the bottleneck's map without one full-width stripe, the same for the whole batch. PMM
-    splits this branch into its stages II and III, so both networks have the same layers but for a classifier's bias.
+    The part branch reads the bottleneck's map without one full-width stripe, the same for the whole batch. PMM splits
+    this branch into its stages II and III, so both networks have the same layers except for one classifier's bias.
+
+    Args:
+        num_classes: training identities.
+        backbone: see `ReidNetwork`.
     """
 
     def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
@@ -71,9 +76,17 @@ class BDB(ReidNetwork):
 
 
 def drop_stripe(features: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Zero one stripe of a third of the height, at one random place for the whole batch: (N, C, H, W)."""
+    """Set one full-width stripe of a third of the height to 0, at one random position for the whole batch.
+
+    Args:
+        features: (N, C, H, W).
+        generator: source of randomness on the device of `features`.
+
+    Returns:
+        (N, C, H, W).
+    """
     height = features.shape[2]
-    stripe = round(height * DROPPED_HEIGHT)
+    stripe = round(height / 3)
     start = torch.rand(1, device=features.device, generator=generator) * (height - stripe + 1)
     row = torch.arange(height, device=features.device)
     inside = (row >= start.floor()) & (row < start.floor() + stripe)

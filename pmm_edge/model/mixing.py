@@ -1,9 +1,16 @@
-"""Attentive feature Hard-Mix: Grad-CAM, block ranking, mixing (paper section 2.2).
+"""Attentive feature Hard-Mix (A-Hard-Mix, paper section 2.2) and the mixes that table 3 compares it with.
 
-Every function works on a whole batch at once; nothing here loops over samples.
+A-Hard-Mix replaces salient blocks of the feature map; `PMM.train_stages` puts `grad_cam`, `top_blocks` and `mix`
+together. DropBlock sets random blocks to 0. CutMix and A-CutMix change the images and labels instead. CutOut
+(DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017) is the random erasing
+of the augmentation, applied to every image.
+
+All functions process a whole batch at once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
@@ -13,24 +20,24 @@ from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import STRIDE, map_size
 
 PAPER_BLOCKS = 32
-"""Blocks of 3×2 on the paper's 24×8 map: the grid for which its K = 3, 6, 8 are meant."""
+"""Blocks of 3x2 on the 24x8 map of the paper: the grid that its K = 3, 6, 8 refer to."""
 
 
 def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Grad-CAM of the target classes on the map that was pooled.
+    """Grad-CAM of the target class (Selvaraju et al., 2017) on the map that was pooled.
 
-    The textbook weights channel c by the mean over positions of d logit / d features[c]. Average and max
-    pooling are linear in the positions they pick, so that mean is (d logit / d pooled[c]) / (H W): the gradient
-    is needed at the pooled vector only, one backward through a 512-wide head, never one through the backbone.
+    Grad-CAM weights channel c by the mean over all positions of d logit / d features[c]. Average and max pooling are
+    linear in the positions they select, so this mean is (d logit / d pooled[c]) / (H W). One backward pass through the
+    head is enough; none goes through the backbone.
 
     Args:
-        features: (N, C, H, W), the map.
-        pooled: (N, C), its global average or max pooling, part of the graph that leads to `logits`.
+        features: (N, C, H, W) map.
+        pooled: (N, C) average or max pooling of `features`, part of the graph of `logits`.
         logits: (N, classes).
-        targets: (N,) int64, the class whose evidence is mapped.
+        targets: (N,) int64 class indices.
 
     Returns:
-        (N, H, W), ReLU applied, not rescaled, detached.
+        (N, H, W) ReLU(sum_c weight[c] * features[c]), not rescaled, detached.
     """
     evidence = logits.gather(1, targets[:, None]).sum()
     (gradient,) = torch.autograd.grad(evidence, pooled, retain_graph=True)
@@ -40,87 +47,158 @@ def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) 
 
 
 def draw_negatives(pids: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each sample the index of one of another identity, uniformly, whatever the order of the batch.
+    """For each sample, draw the index of a sample of another identity, uniformly.
 
     Args:
-        pids: (N,) identities; on the CPU a batch of one identity is refused, on a GPU that check would wait
-            for the device, and the sampler is trusted.
+        pids: (N,) identities. A batch of a single identity is an error on the CPU; on a GPU the check would wait for
+            the device.
+        generator: source of randomness on the device of `pids`.
 
     Returns:
         (N,) int64.
 
     Raises:
-        PmmError: the batch holds a single identity.
+        PmmError: the batch contains a single identity.
     """
     same = pids[:, None] == pids[None, :]
     if not pids.is_cuda and bool(same.all()):
-        raise PmmError("a batch for mixing holds one identity only", "Put images of two or more identities in it")
+        raise PmmError("a batch contains a single identity, so there is no negative to mix", "Use two or more")
     score = torch.rand(same.shape, device=pids.device, generator=generator)
     return score.masked_fill(same, -1.0).argmax(dim=1)
 
 
 def top_blocks(cam: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
-    """The positions of the `count` blocks with the largest sum (paper equation 1, where they are 0).
+    """Select the `count` blocks with the largest sum (the zeros of the mask in paper equation 1).
 
     Args:
-        cam: (N, H, W); H and W are multiples of the block's height and width.
+        cam: (N, H, W); H and W are multiples of the block size.
+        block_size: height and width of a block.
+        count: K.
 
     Returns:
         (N, 1, H, W) bool, True where the block is to be replaced.
     """
     sums = F.avg_pool2d(cam[:, None].float(), block_size, divisor_override=1)
-    return highest_blocks(sums, block_size, count)
+    return _highest_blocks(sums, block_size, count)
 
 
 def random_blocks(
     features: Tensor, block_size: tuple[int, int], count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """DropBlock's mask: `count` blocks of each sample's map, drawn without looking (Ghiasi et al., 2018).
+    """Select `count` random blocks of each sample (DropBlock, Ghiasi et al., 2018).
 
-    The source drops squares around seeds at any position; here they are blocks of A-Hard-Mix's own grid and
-    number, so that the two differ in what is compared: attention, and features of another person for zeros.
+    DropBlock drops squares at any position. Here the blocks have the grid and number of A-Hard-Mix, so that the two
+    differ only in what is compared: the guidance by attention, and features of another identity instead of zeros.
 
     Args:
         features: (N, C, H, W).
+        block_size: height and width of a block.
+        count: K.
+        generator: source of randomness on the device of `features`.
 
     Returns:
         (N, 1, H, W) bool, True where the map is to be dropped.
     """
     samples, _, height, width = features.shape
     grid = (samples, 1, height // block_size[0], width // block_size[1])
-    return highest_blocks(torch.rand(grid, device=features.device, generator=generator), block_size, count)
+    return _highest_blocks(torch.rand(grid, device=features.device, generator=generator), block_size, count)
 
 
-def highest_blocks(scores: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
-    """Blocks with the highest scores, as positions: (N, 1, rows, columns) -> (N, 1, H, W) bool."""
+def _highest_blocks(scores: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
+    """(N, 1, rows, columns) scores of blocks -> (N, 1, H, W) bool."""
     flat = scores.flatten(1)
     chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count).indices, True)
     return spread(chosen.view(scores.shape), block_size)
 
 
 def spread(grid: Tensor, factor: tuple[int, int]) -> Tensor:
-    """Each entry of (N, 1, rows, columns) over `factor` rows and columns."""
+    """Repeat each entry of (N, 1, rows, columns) over `factor` rows and columns."""
     return grid.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3)
 
 
 def mix(features: Tensor, negatives: Tensor, replaced: Tensor) -> Tensor:
-    """Replace the positions where `replaced` is True by those of the negative (paper equation 2).
+    """Replace blocks of each map by the same blocks of its negative (paper equation 2).
 
     Args:
         features: (N, C, H, W).
-        negatives: (N,) int64, the sample of the batch that each one is mixed with.
+        negatives: (N,) int64, the sample that each one is mixed with.
         replaced: (N, 1, H, W) bool.
+
+    Returns:
+        (N, C, H, W): features[negatives] where `replaced` is True, else features.
     """
-    # Whole samples, as they lie in channels-last memory: forward and backward take a third of `features[negatives]`.
+    # Selecting whole samples in channels-last memory takes a third of the time of `features[negatives]`.
     others = features.permute(0, 2, 3, 1).index_select(0, negatives).permute(0, 3, 1, 2)
     return torch.where(replaced, others, features)
 
 
+class MixedLabels(NamedTuple):
+    """Labels of images that show two identities."""
+
+    other: Tensor
+    """(N,) int64 class index of the pasted identity."""
+    share: Tensor
+    """(N,) float32 in [0, 1], the fraction of the image that it fills."""
+
+
+def cutmix(images: Tensor, pids: Tensor, generator: torch.Generator) -> tuple[Tensor, MixedLabels]:
+    """Paste a random box of another identity's image (CutMix, Yun et al., 2019).
+
+    The box has the proportions of the image. Its share of the area is drawn uniformly for each sample, the Beta(1, 1)
+    of the source. Clipped at the border it fills less, and the labels follow the area that it really fills.
+
+    Args:
+        images: (N, 3, H, W).
+        pids: (N,) class indices.
+        generator: source of randomness on the device of `images`.
+    """
+    height, width = images.shape[-2:]
+    negatives = draw_negatives(pids, generator)
+    side, row, column = torch.rand(3, len(images), device=images.device, generator=generator).unbind()
+    side = side.sqrt()
+    pasted = _interval(row, side, height)[:, :, None] & _interval(column, side, width)[:, None, :]
+    return _paste(images, pids, negatives, pasted[:, None])
+
+
+def attentive_cutmix(
+    images: Tensor, pids: Tensor, attention: Tensor, block_size: tuple[int, int], count: int, generator: torch.Generator
+) -> tuple[Tensor, MixedLabels]:
+    """Paste the most salient blocks of another identity's image (A-CutMix, Walawalkar et al., 2020).
+
+    The source takes the attention from a second network, pretrained on ImageNet. Here it is the Grad-CAM of stage I of
+    the network in training, so that attention means the same as in A-Hard-Mix.
+
+    Args:
+        images: (N, 3, H, W).
+        pids: (N,) class indices.
+        attention: (N, h, w) Grad-CAM of the unmixed images.
+        block_size: height and width of a block on the map.
+        count: K.
+        generator: source of randomness on the device of `images`.
+    """
+    negatives = draw_negatives(pids, generator)
+    salient = top_blocks(attention, block_size, count)[negatives]
+    height, width = images.shape[-2:]  # the last row and column of the map may reach over the border
+    return _paste(images, pids, negatives, spread(salient, (STRIDE, STRIDE))[..., :height, :width])
+
+
+def _paste(images: Tensor, pids: Tensor, negatives: Tensor, pasted: Tensor) -> tuple[Tensor, MixedLabels]:
+    share = pasted.float().mean(dim=(1, 2, 3))
+    return torch.where(pasted, images[negatives], images), MixedLabels(pids[negatives], share)
+
+
+def _interval(center: Tensor, side: Tensor, length: int) -> Tensor:
+    """(N,) centers and sides as fractions of `length` -> (N, length) bool, True inside the side."""
+    middle, half = (center * length)[:, None], (side * length / 2)[:, None]
+    position = torch.arange(length, device=center.device)[None] + 0.5
+    return (position - middle).abs() <= half
+
+
 def check_block_grid(height: int, width: int, block_size: tuple[int, int]) -> int:
-    """The number of blocks on the map of an input of this size.
+    """Number of blocks on the map of an input of `height` x `width` pixels.
 
     Raises:
-        PmmError: the map is no multiple of the block; the remedy names input sizes that fit.
+        PmmError: the blocks do not divide the map; the remedy names input sizes that fit.
     """
     (rows, columns), (block_height, block_width) = map_size(height, width), block_size
     if rows % block_height or columns % block_width:
@@ -130,12 +208,12 @@ def check_block_grid(height: int, width: int, block_size: tuple[int, int]) -> in
         raise PmmError(
             f"an input of {height}x{width} gives a {rows}x{columns} map, which blocks of {block_height}x{block_width}"
             " do not divide",
-            f"Take a height that is a multiple of {step_h} (such as {' or '.join(map(str, near_h))}) and a width that"
+            f"Choose a height that is a multiple of {step_h} (such as {' or '.join(map(str, near_h))}) and a width that"
             f" is a multiple of {step_w} (such as {' or '.join(map(str, near_w))})",
         )
     return rows * columns // (block_height * block_width)
 
 
-def scaled_mix_blocks(k: int, blocks: float, meant_for: float = PAPER_BLOCKS) -> int:
-    """K, meant for so many blocks, by default the paper's 32, in proportion to another number of them; at least 1."""
-    return max(1, round(k * blocks / meant_for))
+def scaled_mix_blocks(k: int, blocks: float, k_blocks: float = PAPER_BLOCKS) -> int:
+    """Scale K from a map of `k_blocks` blocks (the paper's 32 by default) to one of `blocks`; at least 1."""
+    return max(1, round(k * blocks / k_blocks))

@@ -1,4 +1,4 @@
-"""The two global poolings of the paper (section 2.1)."""
+"""The PMM network: a backbone, three stages, and progressive mixing in training (paper section 2)."""
 
 from __future__ import annotations
 
@@ -14,41 +14,46 @@ from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import Backbone
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, random_blocks, top_blocks
 
+STAGE_SIZE = 512
+"""Size of the embedding of one stage."""
+
 
 def average_pool(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C)."""
+    """Global average pooling: (N, C, H, W) -> (N, C)."""
     return features.mean(dim=(2, 3))
 
 
 def max_pool(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C). The gradient goes to one position of a channel, also where several are equal."""
-    if torch.are_deterministic_algorithms_enabled():  # the pooling's gradient has no such algorithm on a GPU
+    """Global max pooling: (N, C, H, W) -> (N, C). The gradient goes to one position, even if several are equal."""
+    if torch.are_deterministic_algorithms_enabled():  # adaptive pooling has no deterministic gradient on a GPU
         return features.flatten(2).max(dim=2).values
     return F.adaptive_max_pool2d(features, 1).flatten(1)
 
 
-STAGE_SIZE = 512
-"""Width of each stage's embedding."""
-
-
 class StageOutput(NamedTuple):
-    """What one stage gives in training."""
+    """Output of one stage in training mode."""
 
     embedding: Tensor
-    """(N, 512), after ReLU; the triplet loss works on it."""
+    """(N, 512) after ReLU, for the triplet loss."""
     logits: Tensor
-    """(N, classes); the identity loss works on them."""
+    """(N, classes), for the identity loss."""
     cam: Tensor | None = None
-    """(N, H, W), the Grad-CAM that guides the mixing for the next stage; None in the last."""
+    """(N, H, W) Grad-CAM that guides the mixing for the next stage; None in the last stage."""
     negatives: Tensor | None = None
-    """(N,) int64, the samples mixed in for the next stage; None in the last."""
+    """(N,) int64 indices of the samples mixed in for the next stage; None in the last stage."""
 
 
 class Head(nn.Module):
-    """Reduction (linear, BN, ReLU) of a pooled vector to an embedding, and a linear classifier behind it.
+    """Linear layer, batch norm and ReLU from a pooled vector to an embedding, followed by a linear classifier.
 
-    The released code has a 1×1 convolution in stage I, on a map of one position, and a linear layer in the
-    others. Both are the same product; they differ in how they start (`init_mode`, of Kaiming's normal).
+    The released code has a 1x1 convolution in stage I (on a map of one position) and linear layers in the others. They
+    compute the same product and differ in their initialization.
+
+    Args:
+        channels: size of the pooled vector.
+        num_classes: training identities.
+        init_mode: mode of the Kaiming normal initialization of the linear layer.
+        size: size of the embedding.
     """
 
     def __init__(
@@ -79,8 +84,8 @@ class Head(nn.Module):
 class ReidNetwork(nn.Module, ABC):
     """A backbone, heads on its average-pooled map, and heads on the max-pooled map of an extra bottleneck.
 
-    The embedding is the heads' embeddings side by side, not normalised; its distance is Euclidean. Methods differ
-    in their heads, and in what training does to the maps (`train_stages`).
+    The embedding is the concatenation of the heads' embeddings. It is not normalized, and its distance is Euclidean.
+    Methods differ in their heads and in `train_stages`.
 
     Args:
         backbone: `resnet18`, `resnet34`, `resnet50` or `resnet101`.
@@ -99,7 +104,7 @@ class ReidNetwork(nn.Module, ABC):
 
     @property
     def max_heads(self) -> list[Head]:
-        """Heads on the max-pooled map of `self.bottleneck`, behind the average heads in the embedding."""
+        """Heads on the max-pooled map of `self.bottleneck`; they follow the average heads in the embedding."""
         return []
 
     @abstractmethod
@@ -110,7 +115,7 @@ class ReidNetwork(nn.Module, ABC):
         negatives: tuple[Tensor, Tensor] | None,
         generator: torch.Generator | None,
     ) -> tuple[StageOutput, ...]:
-        """What each stage gives in training, from the backbone's map (N, C, H, W)."""
+        """Outputs of all stages in training mode, from the backbone's map (N, C, H, W); other arguments: `forward`."""
 
     def forward(
         self,
@@ -119,16 +124,16 @@ class ReidNetwork(nn.Module, ABC):
         negatives: tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[StageOutput, ...] | Tensor:
-        """One step of training, or embeddings.
+        """Compute stage outputs in training mode, embeddings in evaluation mode.
 
         Args:
-            images: (N, 3, H, W) float, normalised.
-            pids: (N,) int64 class indices; needed in training mode, ignored in evaluation mode.
-            negatives: the samples to mix in for stages II and III, each (N,) int64; drawn when None.
-            generator: of the drawing.
+            images: (N, 3, H, W) float, normalized.
+            pids: (N,) int64 class indices; required in training mode, ignored in evaluation mode.
+            negatives: indices of the samples to mix in for stages II and III, each (N,) int64; drawn if None.
+            generator: source of randomness for the mixing.
 
         Returns:
-            In training mode the stages' outputs, in evaluation mode embeddings (N, D) float32.
+            In training mode one StageOutput per stage, in evaluation mode embeddings (N, D) float32.
 
         Raises:
             PmmError: training mode without `pids`.
@@ -141,7 +146,7 @@ class ReidNetwork(nn.Module, ABC):
         return self.train_stages(features, pids, negatives, generator)
 
     def embed(self, features: Tensor) -> Tensor:
-        """The backbone's map (N, C, H, W) -> embeddings (N, D) float32."""
+        """Map of the backbone (N, C, H, W) -> embeddings (N, D) float32."""
         average = average_pool(features)
         parts = [head.embed(average) for head in self.average_heads]
         if self.max_heads:
@@ -151,7 +156,7 @@ class ReidNetwork(nn.Module, ABC):
 
     @property
     def stages(self) -> dict[str, tuple[int, int]]:
-        """The slice [start, stop) of the embedding that each stage fills: I, II, III."""
+        """The slice [start, stop) of the embedding that each stage (I, II, III) fills."""
         slices, start = {}, 0
         for name, head in zip(("I", "II", "III"), (*self.average_heads, *self.max_heads), strict=False):
             slices[name] = (start, start + head.size)
@@ -160,18 +165,19 @@ class ReidNetwork(nn.Module, ABC):
 
 
 class PMM(ReidNetwork):
-    """Progressive Multi-stage feature Mix network.
+    """Progressive Multi-stage feature Mix network (paper section 2).
 
-    Stage I reads the average-pooled map of the backbone. Stages II and III read the max-pooled map of one extra
-    bottleneck that they share; in training its most salient blocks, ranked by the Grad-CAM of the stage before,
-    are first replaced by those of another identity.
+    Stage I reads the average-pooled map of the backbone. Stages II and III read the max-pooled map of a shared extra
+    bottleneck. In training, the most salient blocks of that map, ranked by the Grad-CAM of the previous stage, are
+    replaced by the blocks of another identity.
 
     Args:
-        num_classes: identities of the training set.
-        mix_blocks: K, the number of blocks replaced.
+        num_classes: training identities.
+        backbone: see `ReidNetwork`.
+        mix_blocks: K, the number of blocks that mixing replaces.
         block_size: (height, width) of a block on the map.
-        mix: `a-hard-mix` replaces salient blocks, `dropblock` zeroes random ones, any other leaves the
-            map as it is.
+        mix: `a-hard-mix` replaces salient blocks, `dropblock` sets random blocks to 0, any other leaves the map
+            unchanged.
     """
 
     def __init__(
@@ -208,7 +214,7 @@ class PMM(ReidNetwork):
         generator: torch.Generator | None,
     ) -> tuple[StageOutput, StageOutput, StageOutput]:
         if self.mix != "a-hard-mix":
-            return self._train_stages_blindly(features, generator)
+            return self._train_stages_without_attention(features, generator)
         first, second = negatives or (draw_negatives(pids, generator), draw_negatives(pids, generator))
         unmixed = self.bottleneck(features)
 
@@ -217,21 +223,21 @@ class PMM(ReidNetwork):
         cam = grad_cam(features, pooled, logits, pids)
         stage1 = StageOutput(embedding, logits, cam, first)
 
-        # The mask of stage II is applied to the unmixed map again for stage III: K blocks are replaced, not 2 K.
         mixed = mix(unmixed, first, top_blocks(cam, self.block_size, self.mix_blocks))
         pooled = max_pool(mixed)
         embedding, logits = self.stage2(pooled)
         cam = grad_cam(mixed, pooled, logits, pids)
         stage2 = StageOutput(embedding, logits, cam, second)
 
+        # Stage III starts from the unmixed map again: K of its blocks are replaced, not 2 K.
         mixed = mix(unmixed, second, top_blocks(cam, self.block_size, self.mix_blocks))
         stage3 = StageOutput(*self.stage3(max_pool(mixed)))
         return stage1, stage2, stage3
 
-    def _train_stages_blindly(
+    def _train_stages_without_attention(
         self, features: Tensor, generator: torch.Generator | None
     ) -> tuple[StageOutput, StageOutput, StageOutput]:
-        """The stages without Grad-CAM, on the map as it is or with random blocks dropped."""
+        """Stages on the unmixed map, or with random blocks dropped."""
         unmixed = self.bottleneck(features)
         maps = [unmixed, unmixed]
         if self.mix == "dropblock":
@@ -242,3 +248,25 @@ class PMM(ReidNetwork):
         stage1 = StageOutput(*self.stage1(average_pool(features)))
         stage2, stage3 = (StageOutput(*head(max_pool(seen))) for head, seen in zip(self.max_heads, maps, strict=True))
         return stage1, stage2, stage3
+
+    def attention(self, images: Tensor, pids: Tensor) -> Tensor:
+        """Grad-CAM of stage I on unmixed images, for A-CutMix.
+
+        It runs in evaluation mode, so that batch statistics do not count these images twice in a step.
+
+        Args:
+            images: (N, 3, H, W) float, normalized.
+            pids: (N,) int64 class indices.
+
+        Returns:
+            (N, h, w), detached.
+        """
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            features = self.backbone(images)
+        pooled = average_pool(features).requires_grad_()
+        with torch.enable_grad():
+            cam = grad_cam(features, pooled, self.stage1(pooled)[1], pids)
+        self.train(was_training)
+        return cam

@@ -1,113 +1,108 @@
-"""Everything that decides a training run, and its TOML form. The presets are in `presets.py`."""
+# ruff: noqa: RUF009  `_setting` returns a dataclass field
+"""Training settings: declared once with their help texts, read from TOML and flags, and the presets.
+
+The command line builds its flags from `TrainConfig`, so importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tomli_w
+import msgspec
 
-from pmm_edge.errors import PmmError, did_you_mean
+from pmm_edge.errors import ModelError, PmmError, did_you_mean
+from pmm_edge.files import decode_toml
+from pmm_edge.runs import CONFIG, about_run, never_began
 from pmm_edge.spec import Method, Mix
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-from pmm_edge.errors import ModelError
-from pmm_edge.model.backbone import map_size
-from pmm_edge.model.mixing import scaled_mix_blocks
-from pmm_edge.runs import CONFIG, about_run
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["paper", "cosine"]
+METHOD, TRAINING, MACHINE = "Method", "Training", "Machine"
+
+
+def _setting(default: Any, panel: str, text: str, least: float | None = None) -> Any:
+    """Declare a setting: default, the panel of `pmm train --help` that shows it, its help text, smallest value."""
+    return field(default=default, metadata={"panel": panel, "help": text, "least": least})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. The defaults are the paper's configuration for Market-1501 (paper section 3.1)."""
+    """The settings of a training run. The defaults are those of the paper for Market-1501 (section 3.1).
+
+    Raises:
+        PmmError: a value is unknown or out of range, or two values contradict each other.
+    """
 
     preset: str = "market1501"
-    method: Method = "pmm"
-    mix: Mix = "a-hard-mix"
-    """What PMM's stages II and III are trained on (paper section 2.2 and table 3)."""
-    mix_blocks: int = 3
-    """K, the number of blocks that mixing replaces."""
-    mix_block_size: str = "3x2"
-    """Height and width of a block on the map."""
-    backbone: str = "resnet50"
-    backbone_weights: str = "imagenet"
-    """`imagenet`, `none`, or the path of a file in torchvision's layout."""
-    init_from: str = ""
-    """A checkpoint of ours or of the paper's authors to start from; its tensors that fit are taken."""
-    height: int = 384
-    width: int = 128
-    epochs: int = 400
-    lr: float = 1e-3
-    """Peak learning rate."""
-    schedule: Schedule = "paper"
-    """Learning rate schedule: `paper` (steps, section 3.1) or `cosine` (linear warm-up, then cosine decay to 0)."""
-    batch: int = 64
-    """Images that one update sees, over all processes."""
-    images_per_identity: int = 4
-    accumulate: int = 1
-    """Parts that a process takes its share of the batch in; the triplet loss and batch norm see one part."""
-    erase_size: int = 64
-    """Side in pixels of the square that is set to 0 in half of the images; 0 erases nothing."""
-    weight_decay: float = 5e-4
-    clip_norm: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
-    ema: float = 0.0
-    """Decay of a moving average of the weights, which is then what is judged and kept as best; 0 keeps none."""
-    patience: int = 0
-    """Evaluations without a better mAP after which the run stops; 0 never stops early."""
-    seed: int = 0
-    deterministic: bool = False
-    """Take only algorithms that give the same bits every time, on a GPU too, where they are slower."""
-    evaluate_every: int = 20
-    """Epochs between two evaluations; the last epoch is always evaluated."""
-    keep: int = 1
-    """Checkpoints of the last epochs that are kept; last.pt is the newest."""
-    max_bad_images: int = 10
-    """Unreadable training images that are passed over, each with a warning; one more stops the run."""
-    cache_gib: float = 8.0
-    """Memory for a run's decoded images, of a machine's processes together: those of training come first, then query
-    and gallery. What does not fit is decoded each time."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    precision: Precision = "auto"
-    """`auto` takes bfloat16 autocast where the hardware computes in it, else float32."""
-    compile: bool = False
-    """Compile the backbone with torch.compile: minutes at the start, faster steps on a GPU."""
-    sync_batch_norm: bool = False
-    """Batch norm over all processes' images."""
+    method: Method = _setting("pmm", METHOD, "Network: pmm, or bdb and baseline, which the paper compares it with.")
+    mix: Mix = _setting(
+        "a-hard-mix",
+        METHOD,
+        "What stages II and III of PMM are trained on: a-hard-mix, dropblock, cutout, cutmix, a-cutmix or none.",
+    )
+    mix_blocks: int = _setting(3, METHOD, "Number of blocks of the feature map that mixing replaces (K).", 1)
+    mix_block_size: str = _setting("3x2", METHOD, "Height and width of a block on the feature map, such as 3x2.")
+    backbone: str = _setting("resnet50", METHOD, "resnet18, resnet34, resnet50 or resnet101.")
+    backbone_weights: str = _setting("imagenet", METHOD, "imagenet, none, or a file in torchvision's layout.")
+    init_from: str = _setting("", METHOD, "Checkpoint to start from, ours or the authors'; tensors that fit are used.")
+    height: int = _setting(384, METHOD, "Input height in pixels.", 1)
+    width: int = _setting(128, METHOD, "Input width in pixels.", 1)
+    epochs: int = _setting(400, TRAINING, "Number of epochs; the learning rate schedule is scaled to it.", 1)
+    lr: float = _setting(1e-3, TRAINING, "Peak learning rate.", 0)
+    schedule: Schedule = _setting(
+        "paper", TRAINING, "Learning rate schedule: paper (steps), or cosine (linear warm-up, cosine decay to 0)."
+    )
+    batch: int = _setting(64, TRAINING, "Images per optimizer step, over all processes.", 1)
+    images_per_identity: int = _setting(4, TRAINING, "Images of each identity in a batch.", 2)
+    accumulate: int = _setting(
+        1, TRAINING, "Gradient accumulation steps. Triplet loss and batch norm see one micro-batch at a time.", 1
+    )
+    erase_size: int = _setting(64, TRAINING, "Side in pixels of the randomly erased square; 0 disables erasing.", 0)
+    weight_decay: float = _setting(5e-4, TRAINING, "Adam weight decay (coupled).", 0)
+    clip_norm: float = _setting(0.0, TRAINING, "Maximum gradient norm; 0 disables clipping.", 0)
+    ema: float = _setting(
+        0.0,
+        TRAINING,
+        "Decay of an exponential moving average of the weights, such as 0.999. The average is evaluated and saved as"
+        " best.pt. 0 disables it.",
+        0,
+    )
+    patience: int = _setting(0, TRAINING, "Stop after this many evaluations without a better mAP; 0 never stops.", 0)
+    seed: int = _setting(0, TRAINING, "Random seed of weights, batches, augmentation and mixing.", 0)
+    deterministic: bool = _setting(False, MACHINE, "Use deterministic algorithms only, also on a GPU (slower).")
+    evaluate_every: int = _setting(20, TRAINING, "Epochs between evaluations; the last epoch is always evaluated.", 1)
+    keep: int = _setting(1, MACHINE, "Number of epoch checkpoints to keep; last.pt is the newest.", 1)
+    max_bad_images: int = _setting(10, MACHINE, "Maximum number of unreadable training images to skip.", 0)
+    cache_gib: float = _setting(
+        8.0, MACHINE, "Memory for decoded images in GiB, over all processes of a machine; the rest is decoded again.", 0
+    )
+    device: str = _setting("auto", MACHINE, "auto, cpu, cuda, or the number of a GPU.")
+    precision: Precision = _setting(
+        "auto", MACHINE, "Autocast type: fp32, bf16 or fp16. auto is bf16 if the hardware computes in it, else fp32."
+    )
+    compile: bool = _setting(False, MACHINE, "Compile the backbone with torch.compile: slow start, faster on a GPU.")
+    sync_batch_norm: bool = _setting(False, MACHINE, "Synchronize batch norm over all GPUs of torchrun.")
 
     def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            PmmError: a value is out of its range.
-        """
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            _require(least <= value < 2**63, f"{name} is {value}", f"It must be {least} or more")
-        for name, choices in (("method", Method), ("mix", Mix), ("precision", Precision), ("schedule", Schedule)):
-            value, known = getattr(self, name), get_args(choices)
-            _require(value in known, f"{name} is '{value}'", f"{did_you_mean(value, known)}Choose {', '.join(known)}")
+        for setting in fields(self):
+            value, least = getattr(self, setting.name), setting.metadata.get("least")
+            if least is not None:
+                _require(least <= value < 2**63, f"{setting.name} is {value}", f"The smallest value is {least}")
+            elif choices := get_args(_KINDS[setting.name]):
+                remedy = f"{did_you_mean(value, choices)}Choose {', '.join(choices)}"
+                _require(value in choices, f"{setting.name} is '{value}'", remedy)
         size = re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size)
         _require(size is not None, f"mix_block_size is '{self.mix_block_size}'", "Write HEIGHTxWIDTH, such as 3x2")
-        identities = 2 * self.accumulate
+        unit = self.images_per_identity * self.accumulate
         _require(
-            self.batch % (self.images_per_identity * self.accumulate) == 0
-            and self.batch >= self.images_per_identity * identities,
-            f"a batch of {self.batch} does not give each of {self.accumulate} parts two or more identities with"
-            f" {self.images_per_identity} images each",
-            f"Choose a multiple of {self.images_per_identity * self.accumulate},"
-            f" {self.images_per_identity * identities} or more",
+            self.batch % unit == 0 and self.batch >= 2 * unit,
+            f"a batch of {self.batch} cannot be split into {self.accumulate} micro-batches of two or more identities"
+            f" with {self.images_per_identity} images each",
+            f"Choose a multiple of {unit}, {2 * unit} or more",
         )
         _require(
             self.erase_size <= min(self.height, self.width),
@@ -116,97 +111,30 @@ class TrainConfig:
         )
         _require(
             self.mix != "cutout" or self.erase_size > 0,
-            "mix 'cutout' with an erase_size of 0",
-            "CutOut is the erasing: give --erase-size, or choose --mix none",
+            "mix is 'cutout' and erase_size is 0",
+            "CutOut erases a square of every image: set --erase-size, or choose --mix none",
         )
         _require(self.lr > 0, f"lr is {self.lr}", "Choose a positive learning rate, such as 1e-3")
         _require(self.ema < 1, f"ema is {self.ema}", "Choose a decay below 1, such as 0.999")
         _require(
             self.mix == "a-hard-mix" or self.method == "pmm",
-            f"mix '{self.mix}' with method '{self.method}'",
-            "Only PMM has stages that a mix is made for: leave --mix out, or choose --method pmm",
+            f"mix is '{self.mix}' and method is '{self.method}'",
+            "Only PMM has stages to mix for: leave --mix out, or choose --method pmm",
         )
 
     @property
     def block_size(self) -> tuple[int, int]:
-        """`mix_block_size` as numbers."""
+        """`mix_block_size` as (height, width)."""
         height, width = self.mix_block_size.split("x")
         return int(height), int(width)
 
     def to_toml(self) -> str:
+        import tomli_w
+
         return tomli_w.dumps(asdict(self))
 
 
-_LEAST: dict[str, float] = {
-    **dict.fromkeys(("height", "width", "mix_blocks", "epochs", "batch", "accumulate", "evaluate_every", "keep"), 1),
-    "images_per_identity": 2,
-    **dict.fromkeys(
-        ("seed", "lr", "erase_size", "weight_decay", "clip_norm", "ema", "patience", "max_bad_images", "cache_gib"), 0
-    ),
-}
-
-
-def overridden(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
-    """`config` with some values replaced, each checked for its name and type.
-
-    Raises:
-        PmmError: a key is unknown (the nearest is suggested), or a value has the wrong type or range.
-    """
-    kinds = {name: str if get_origin(kind) is Literal else kind for name, kind in get_type_hints(TrainConfig).items()}
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in kinds:
-            remedy = f"{did_you_mean(name, kinds)}The keys: {', '.join(kinds)}"
-            raise PmmError(f"'{name}' is no key of a training run", remedy)
-        # TOML and flags give 1 where 1.0 is meant; nothing else is converted.
-        checked[name] = float(value) if kinds[name] is float and type(value) is int else value
-        if type(checked[name]) is not kinds[name]:
-            raise PmmError(f"{name} is {value!r}", f"It must be of type {kinds[name].__name__}")
-    return replace(config, **checked)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The values in a TOML file.
-
-    Raises:
-        PmmError: no such file, one that cannot be read, or no TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PmmError(f"{path} does not exist", "Name a TOML file, such as the config.toml of a run") from error
-    except IsADirectoryError as error:
-        raise PmmError(f"{path} is a folder", f"Name a TOML file, such as {path / 'config.toml'}") from error
-    except OSError as error:
-        raise PmmError(f"cannot read {path}: {error.strerror}", "Name a TOML file that can be read") from error
-    except UnicodeDecodeError as error:
-        raise PmmError(f"{path} is no text in UTF-8, as TOML must be", "Save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise PmmError(f"{path} cannot be read as TOML: {error}", "Mend that line") from error
-
-
-def read_assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """`["epochs=3", "backbone=resnet34"]` as the values of a TOML file; what is no TOML value is a string.
-
-    Raises:
-        PmmError: a text is no assignment.
-    """
-    values = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise PmmError(f"'{text}' sets nothing", "Write KEY=VALUE, such as epochs=3")
-        try:
-            values[name.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[name.strip()] = value.strip()
-    return values
-
-
-def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
-    """`key: value of one, value of other`, for each field that differs."""
-    pairs = ((field.name, getattr(one, field.name), getattr(other, field.name)) for field in fields(TrainConfig))
-    return [f"{name}: {mine!r}, {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+_KINDS = get_type_hints(TrainConfig)
 
 
 def _require(holds: bool, problem: str, remedy: str) -> None:
@@ -215,16 +143,14 @@ def _require(holds: bool, problem: str, remedy: str) -> None:
 
 
 _PAPER = TrainConfig()
-
-DEFAULT = "quick"
-"""The preset where none is named, by a flag or in a file."""
+DEFAULT_PRESET = "quick"
 PRESETS = {
-    # Paper section 3.1: batch 64, 400 epochs, 384×128, K by data set. It has one K for CUHK03, "detected".
+    # Paper section 3.1: batch 64, 400 epochs, 384x128, K by data set. The paper has a single CUHK03, "detected".
     "market1501": _PAPER,
     "dukemtmc-reid": replace(_PAPER, preset="dukemtmc-reid", mix_blocks=6),
     "cuhk03-detected": replace(_PAPER, preset="cuhk03-detected", mix_blocks=8),
     "cuhk03-labeled": replace(_PAPER, preset="cuhk03-labeled", mix_blocks=8),
-    # The built-in set in minutes, on a CPU.
+    # The synthetic data set in minutes on a CPU.
     "quick": TrainConfig(
         preset="quick",
         backbone="resnet18",
@@ -232,64 +158,92 @@ PRESETS = {
         height=144,
         width=64,
         mix_blocks=1,
-        mix_block_size="3x1",  # one of 12 blocks is near the paper's share, 3 of 32; of 3x2 there are only 6
+        mix_block_size="3x1",  # one of 12 blocks is close to the paper's share, 3 of 32; of 3x2 there are only 6
         epochs=24,
         batch=32,
         erase_size=16,
         evaluate_every=8,
     ),
-    # A Jetson Nano class device: an eighth of the paper's operations.
+    # A board of the Jetson Nano class: an eighth of the operations of the paper's network.
     "edge": replace(
         _PAPER, preset="edge", backbone="resnet18", height=192, width=96, mix_blocks=1, erase_size=32, epochs=120
     ),
 }
 
 
-def preset(name: str) -> TrainConfig:
-    """A preset by its name.
+def choose_config(
+    preset: str | None = None, config: TrainConfig | Path | None = None, settings: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Combine a preset or a configuration with single settings.
+
+    K follows the number of blocks on the feature map unless `mix_blocks` is set.
+
+    Args:
+        preset: name of a preset; `quick` if no configuration is given either.
+        config: a configuration, or a TOML file. Settings that the file leaves out come from the preset that it names.
+        settings: values that replace those of the preset or configuration.
 
     Raises:
-        PmmError: there is none of this name.
+        PmmError: a file cannot be read, a name is unknown (the nearest one is suggested), or a value is wrong.
     """
-    if name not in PRESETS:
-        raise PmmError(f"preset '{name}' is unknown", f"{did_you_mean(name, PRESETS)}Choose {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def resolved(base: TrainConfig, values: dict[str, Any]) -> TrainConfig:
-    """`base` with some values replaced; K follows the number of blocks on the map unless it is among them.
-
-    Raises:
-        PmmError: a key is unknown, or a value has the wrong type or range.
-    """
-    config = overridden(base, values)
-    if "mix_blocks" in values or _blocks(config) == _blocks(base):
-        return config
-    return replace(config, mix_blocks=scaled_mix_blocks(base.mix_blocks, _blocks(config), _blocks(base)))
-
-
-def read_config(path: Path) -> TrainConfig:
-    """Read a TOML file; what it does not name comes from the preset that it names, by default `quick`.
-
-    Raises:
-        PmmError: no such file, no TOML, an unknown key, a wrong type.
-    """
-    values = read_toml(path)
-    return resolved(preset(str(values.get("preset", DEFAULT))), values)
+    if preset is not None and config is not None:
+        raise PmmError("a preset and a configuration are both given", "The configuration can name its preset; give one")
+    if isinstance(config, Path):
+        values = decode_toml(dict[str, Any], _text_of(config), str(config))
+        config = _override(_preset(str(values.get("preset", DEFAULT_PRESET))), values)
+    return _override(config or _preset(preset or DEFAULT_PRESET), settings or {})
 
 
 def read_run_config(folder: Path) -> TrainConfig:
-    """The settings of the run in a folder.
+    """Read the settings of a run folder.
 
     Raises:
-        ModelError: the folder is no run.
-        PmmError: its settings are none any more.
+        ModelError: the folder is not a run, or the run was killed before it wrote its settings.
+        PmmError: its settings are not valid.
     """
+    if never_began(folder):
+        raise ModelError(f"the run {folder} never started", f"Train into it: pmm train --out {folder}")
     if about_run(folder) is None or not (folder / CONFIG).exists():
-        raise ModelError(f"{folder} is no run folder", "Name one that pmm train made, such as runs/<time>-quick")
-    return read_config(folder / CONFIG)
+        raise ModelError(f"{folder} is not a run folder", "Name a folder of pmm train, such as runs/<time>-quick")
+    return choose_config(config=folder / CONFIG)
+
+
+def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in _KINDS:
+            raise PmmError(f"unknown setting '{name}'", f"{did_you_mean(name, _KINDS)}Settings: {', '.join(_KINDS)}")
+        kind = str if get_origin(_KINDS[name]) is Literal else _KINDS[name]
+        if name == "device" and type(value) is int:
+            value = str(value)
+        try:
+            checked[name] = msgspec.convert(value, kind)  # strict, except that an integer is accepted for a float
+        except msgspec.ValidationError as error:
+            raise PmmError(f"{name} is {value!r}", f"It must be of type {kind.__name__}") from error
+    config = replace(base, **checked)
+    if "mix_blocks" in values or _blocks(config) == _blocks(base):
+        return config
+    from pmm_edge.model.mixing import scaled_mix_blocks
+
+    return replace(config, mix_blocks=scaled_mix_blocks(base.mix_blocks, _blocks(config), _blocks(base)))
+
+
+def _preset(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        raise PmmError(f"unknown preset '{name}'", f"{did_you_mean(name, PRESETS)}Choose {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def _blocks(config: TrainConfig) -> float:
+    from pmm_edge.model.backbone import map_size
+
     (rows, columns), (height, width) = map_size(config.height, config.width), config.block_size
     return rows * columns / (height * width)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise PmmError(f"cannot read {path}: {reason}", "Name a TOML file, such as the config.toml of a run") from error

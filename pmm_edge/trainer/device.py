@@ -1,71 +1,60 @@
-"""Which device trains, and in which precision."""
+"""Device and precision of a training, and plain messages for what torch reports about them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 
 from pmm_edge.errors import PmmError
-from pmm_edge.runtime.torch_backend import is_out_of_memory
+from pmm_edge.runtime.torch_backend import is_out_of_memory, torch_device
+from pmm_edge.trainer.config import TrainConfig
+from pmm_edge.trainer.distributed import World
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """`auto` is this process's GPU where there is one, else the CPU.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Find a device. `auto` is the GPU of this process if there is one, else the CPU; `cuda` is that GPU.
 
     Raises:
-        PmmError: the name is no device, or the GPU is not there.
+        PmmError: the name is unknown, or there is no such GPU.
     """
-    if wanted == "auto":
-        wanted = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    elif wanted == "cuda":
-        wanted = f"cuda:{local_rank}"
-    try:
-        device = torch.device(wanted)
-        known = device.type in ("cpu", "cuda")
-    except RuntimeError:
-        known = False
-    if not known:
-        raise PmmError(f"'{wanted}' is no device to train on", "Choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch_device(local_rank if name == "cuda" else name)
+
+
+def choose_machine(config: TrainConfig, world: World) -> tuple[torch.device, torch.dtype]:
+    """The device and autocast type of this process. `auto` precision is bfloat16 if the hardware computes in it.
+
+    Raises:
+        PmmError: there is no such device, or it cannot do what the configuration requires.
+    """
+    device = choose_device(config.device, world.local_rank)
+    if config.sync_batch_norm and world.size > 1 and device.type == "cpu":
         raise PmmError(
-            f"device {wanted} is not there: torch sees {torch.cuda.device_count()} GPUs",
-            "Train with --device cpu, or check the driver with nvidia-smi",
+            "batch norm cannot be synchronized on the CPU: torch supports it on GPUs only",
+            "Choose --no-sync-batch-norm, or train on GPUs",
         )
-    return device
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies in it, else float32.
-
-    Raises:
-        PmmError: fp16 on a CPU, where torch computes it in software: seconds for a step of milliseconds.
-    """
-    if wanted == "fp16" and device.type == "cpu":
+    if config.precision == "fp16" and device.type == "cpu":  # computed in software: seconds instead of milliseconds
         raise PmmError("precision fp16 trains on a GPU only", "Choose --precision bf16 or fp32 on a CPU")
-    if wanted != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+    if config.precision != "auto":
+        return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Autocast to `dtype`; nothing for float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return device, torch.bfloat16 if native else torch.float32
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Take only algorithms that give the same bits every time; what has none raises."""
-    if not wanted:
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Use deterministic algorithms only; an operation that has none raises."""
+    if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -74,18 +63,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def owner(device: torch.device) -> str:
-    """Whose memory a device has, for a message."""
-    return "this machine" if device.type == "cpu" else str(device)
-
-
 @contextmanager
-def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iterator[None]:
-    """Say which batch would fit when the memory does not suffice.
-
-    Args:
-        batch: images in a step, over all processes.
-        unit: a batch must be a multiple of it.
+def torch_errors_explained(device: torch.device, config: TrainConfig, world: World) -> Iterator[None]:
+    """Report out of memory, and a failure of torch.compile, in one line with a remedy.
 
     Raises:
         PmmError: instead of torch's error.
@@ -93,41 +73,36 @@ def memory_errors_explained(device: torch.device, batch: int, unit: int) -> Iter
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        problem = f"training with a batch of {batch} does not fit into the memory of {owner(device)}"
-        raise PmmError(problem, memory_remedy(batch, unit)) from error
+        if is_out_of_memory(error):
+            owner = "this machine" if device.type == "cpu" else str(device)
+            raise PmmError(
+                f"training with a batch of {config.batch} does not fit into the memory of {owner}",
+                memory_remedy(config, world),
+            ) from error
+        if config.compile:
+            _explain_compiler_error(error)
+        raise
 
 
-@contextmanager
-def compiler_errors_explained() -> Iterator[None]:
-    """Say in one line why torch.compile failed: it needs a compiler, which only its first step finds missing.
-
-    Raises:
-        PmmError: instead of torch's error.
-    """
+def _explain_compiler_error(error: Exception) -> None:
     from torch._dynamo.exc import BackendCompilerFailed
 
-    try:
-        yield
-    except BackendCompilerFailed as error:
-        reason = str(error).strip().splitlines()[0]
-        # The CPU's back end looks for a C++ compiler, the GPU's for a C compiler; their errors share no type.
-        if "compiler" in reason.lower():
-            raise PmmError(
-                "--compile needs a C++ compiler, and none was found",
-                "Install one (such as Debian's package g++), or name it in CXX, or leave --compile out",
-            ) from error
-        raise PmmError(f"--compile failed: {reason}", "Leave it out: training is the same without it") from error
+    if not isinstance(error, BackendCompilerFailed):
+        return
+    reason = str(error).strip().splitlines()[0]
+    # The CPU backend looks for a C++ compiler, the GPU backend for a C compiler; their errors have no common type.
+    if "compiler" in reason.lower():
+        raise PmmError(
+            "--compile needs a C++ compiler, and none was found",
+            "Install one (such as the Debian package g++), or name it in CXX, or leave --compile out",
+        ) from error
+    raise PmmError(f"--compile failed: {reason}", "Leave --compile out; the result is the same") from error
 
 
-def memory_remedy(batch: int, unit: int) -> str:
-    """What to try when a batch did not fit; a batch holds two multiples of `unit` or more.
-
-    How far the failed step had come is not known, so neither is what an image takes; half of the batch fits unless
-    the network itself hardly does.
-    """
-    half = batch // 2 // unit * unit
+def memory_remedy(config: TrainConfig, world: World) -> str:
+    """What to try after running out of memory: half of the batch, if it can still be split."""
+    unit = config.images_per_identity * config.accumulate * world.size
+    half = config.batch // 2 // unit * unit
     if half < 2 * unit:
         return "Choose a smaller backbone or input, or --precision bf16"
-    return f"Try --batch {half}, or --accumulate 2 to take the batch in two parts"
+    return f"Try --batch {half}, or --accumulate {2 * config.accumulate}"

@@ -1,10 +1,10 @@
-"""Running means of an epoch, and the first step whose loss was not finite: read seldom, for reading waits."""
+"""What a run records: running means of an epoch, and the log, metrics and TensorBoard files of its folder."""
 
 from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -14,11 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pmm_edge.files import written_whole
 
+LOG, METRICS, TENSORBOARD = "log.txt", "metrics.jsonl", "tensorboard"
 REPORT_SECONDS = 0.25
 
 
 class Meter:
-    """Sums on the device."""
+    """Running means of an epoch. They are summed on the device, because reading a result waits for it."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -26,28 +27,28 @@ class Meter:
         self._names: list[str] = []
         self._steps = self._images = 0
         self._waited = 0.0
-        self._start = self._reported = time.perf_counter()
+        self._start = self._read = time.perf_counter()
 
     def add(self, loss: Tensor, parts: dict[str, Tensor], step: int, images: int) -> None:
-        """Add the results of the epoch's step number `step`; nothing waits for the device."""
+        """Add the losses of a step without waiting for the device."""
         self._names = ["loss", *parts]
         values = torch.stack([loss, *parts.values()])
-        now_bad = torch.where(torch.isfinite(values).all(), -1, step)
+        bad = torch.where(torch.isfinite(values).all(), -1, step)
         if self._sums is None or self._bad_step is None:
-            self._sums, self._bad_step = values, now_bad
+            self._sums, self._bad_step = values, bad
         else:
             self._sums = self._sums + values
-            self._bad_step = torch.where(self._bad_step < 0, now_bad, self._bad_step)
+            self._bad_step = torch.where(self._bad_step < 0, bad, self._bad_step)
         self._steps += 1
         self._images += images
 
     def waited(self, seconds: float) -> None:
-        """Add time in which the step had no data to work on."""
+        """Add time that a step waited for its data."""
         self._waited += seconds
 
     def due(self) -> bool:
-        """Whether it is time to show something again."""
-        return time.perf_counter() - self._reported > REPORT_SECONDS
+        """Whether the last means were read more than `REPORT_SECONDS` ago."""
+        return time.perf_counter() - self._read > REPORT_SECONDS
 
     def bad_step(self) -> int | None:
         """The first step whose loss was not finite."""
@@ -55,7 +56,8 @@ class Meter:
         return None if step < 0 else step
 
     def means(self) -> dict[str, float]:
-        self._reported = time.perf_counter()
+        """Mean loss and parts."""
+        self._read = time.perf_counter()
         if self._sums is None:
             return {}
         return dict(zip(self._names, (self._sums / self._steps).tolist(), strict=True))
@@ -64,7 +66,7 @@ class Meter:
         return self._images / (time.perf_counter() - self._start)
 
     def data_wait(self) -> float:
-        """The share of the time in which the step had no data to work on."""
+        """Fraction of the time that steps waited for their data."""
         return self._waited / (time.perf_counter() - self._start)
 
     def text(self) -> str:
@@ -77,24 +79,23 @@ class Meter:
         return f"loss {means['loss']:.2f} (triplet {triplets}, id {identities}) · {speed}"
 
 
-LOG, METRICS, TENSORBOARD = "log.txt", "metrics.jsonl", "tensorboard"
-
-
 class Journal:
-    """The journal of a run folder; a resumed run goes on in the same files.
+    """The log, metrics and TensorBoard files of a run folder; a resumed run appends to them.
 
     Args:
-        epoch: the last whole epoch; what a killed run wrote beyond it is dropped, for it is trained again.
-        judged: the last epoch that was evaluated, None where none was: evaluations beyond it are made again.
-        active: False in the processes that only help; they write nothing.
+        folder: the run folder.
+        epoch: the last complete epoch. What a killed run recorded after it is removed, because it is trained again.
+        evaluated: the last epoch that was evaluated; None before the first evaluation.
+        active: False in the processes that do not write files.
     """
 
-    def __init__(self, folder: Path, epoch: int = 0, judged: int | None = None, active: bool = True) -> None:
-        self._folder, self._active, self._board = folder, active, None
+    def __init__(self, folder: Path, epoch: int = 0, evaluated: int | None = None, active: bool = True) -> None:
+        self._folder, self._active = folder, active
+        self._board: SummaryWriter | None = None
         if active:
-            last = {"train": epoch, "evaluate": -1 if judged is None else judged}
-            _drop_beyond(folder / METRICS, last)
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=0 if judged is None else epoch + 1)
+            _remove_after(folder / METRICS, {"train": epoch, "evaluate": -1 if evaluated is None else evaluated})
+            purge_step = 0 if evaluated is None else epoch + 1
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
 
     def __enter__(self) -> Journal:
         return self
@@ -102,23 +103,24 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with ExitStack() as closing:
-            if self._board:
-                closing.callback(self._board.close)
+        try:
             if error is not None:
-                self.say(f"stopped by {type(error).__name__}: {error}")
+                self.write(f"stopped by {type(error).__name__}: {error}")
+        finally:
+            if self._board:
+                self._board.close()
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Add a line to log.txt."""
         self._append(LOG, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def record(self, kind: str, epoch: int, values: dict[str, float]) -> None:
-        """Add figures of an epoch, `kind` being `train` or `evaluate`, to every file."""
+        """Record the figures of an epoch in all files; `kind` is `train` or `evaluate`."""
         self._append(METRICS, json.dumps({"kind": kind, "epoch": epoch, **values}))
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, epoch)
-        self.say(f"epoch {epoch} {kind}: " + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+        self.write(f"epoch {epoch} {kind}: " + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
     def _append(self, name: str, line: str) -> None:
         if self._active:
@@ -126,13 +128,13 @@ class Journal:
                 file.write(line + "\n")
 
 
-def _drop_beyond(metrics: Path, last: dict[str, int]) -> None:
+def _remove_after(metrics: Path, last: dict[str, int]) -> None:
     """Keep the lines of each kind up to its last epoch."""
     if not metrics.exists():
         return
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # a line that a kill cut off
+        with suppress(ValueError):  # a killed run may leave an incomplete line
             values = json.loads(line)
             if values["epoch"] <= last[values["kind"]]:
                 kept.append(line + "\n")

@@ -1,4 +1,4 @@
-"""The losses of PMM: for each stage, batch-hard soft-margin triplet plus smoothed cross-entropy."""
+"""The losses of PMM: batch-hard soft-margin triplet loss plus label-smoothed cross-entropy, for each stage."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pmm_edge.model import StageOutput
-from pmm_edge.model.alternatives import MixedLabels
+from pmm_edge.model.mixing import MixedLabels
 
 LABEL_SMOOTHING = 0.1
 
 
 def batch_hard_triplet_loss(embeddings: Tensor, pids: Tensor) -> Tensor:
-    """Mean of softplus(d_ap - d_an), with each anchor's farthest positive and nearest negative.
+    """Mean over anchors of softplus(d_ap - d_an), with the farthest positive and the nearest negative.
 
-    Source: Hermans et al., In Defense of the Triplet Loss, 2017, equation 5 with the soft margin.
+    Hermans et al., "In Defense of the Triplet Loss", 2017, equation 5 with the soft margin.
 
     Args:
-        embeddings: (N, D); distances are Euclidean.
-        pids: (N,).
+        embeddings: (N, D); d is the Euclidean distance.
+        pids: (N,) identities.
     """
     distances = pairwise_distances(embeddings)
     same = pids[:, None] == pids[None, :]
@@ -31,7 +31,7 @@ def batch_hard_triplet_loss(embeddings: Tensor, pids: Tensor) -> Tensor:
 
 
 def pairwise_distances(embeddings: Tensor) -> Tensor:
-    """(N, D) -> (N, N) Euclidean distances in float32; the floor keeps the gradient finite at 0."""
+    """Euclidean distances in float32: (N, D) -> (N, N). The lower bound of 1e-6 keeps the gradient finite at 0."""
     embeddings = embeddings.float()
     squares = embeddings.square().sum(dim=1)
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -40,9 +40,14 @@ def pairwise_distances(embeddings: Tensor) -> Tensor:
 
 
 def identity_loss(logits: Tensor, pids: Tensor, mixed: MixedLabels | None = None) -> Tensor:
-    """Cross-entropy with label smoothing 0.1: (N, classes), (N,) -> scalar.
+    """Cross-entropy with label smoothing 0.1.
 
-    Where images are mixed, each sample's loss is shared between its identities as its pixels are (CutMix, 2019).
+    With mixed labels, the loss of a sample is (1 - share) CE(own identity) + share CE(other identity) (CutMix, 2019).
+
+    Args:
+        logits: (N, classes).
+        pids: (N,) int64 class indices.
+        mixed: the labels that CutMix or A-CutMix mixed in.
     """
     if mixed is None:
         return F.cross_entropy(logits.float(), pids, label_smoothing=LABEL_SMOOTHING)
@@ -56,16 +61,16 @@ def identity_loss(logits: Tensor, pids: Tensor, mixed: MixedLabels | None = None
 def pmm_loss(
     outputs: Sequence[StageOutput], pids: Tensor, mixed: MixedLabels | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of both losses over all stages (paper section 2.1).
+    """Sum of the triplet loss and the identity loss over all stages (paper section 2.1).
 
     Args:
-        outputs: of a network in training mode.
+        outputs: outputs of a network in training mode.
         pids: (N,) int64 class indices.
-        mixed: the labels that CutMix and A-CutMix mixed in. A triplet has no half identities: there an image counts
-            as the one that fills the most of it.
+        mixed: the labels that CutMix or A-CutMix mixed in. The triplet loss has no fractional labels: there an image
+            counts as the identity that fills most of it.
 
     Returns:
-        The loss to minimise, and its parts by name (`triplet_1`, `identity_1`, `triplet_2`, ...), detached.
+        The loss, and its parts by name (`triplet_1`, `identity_1`, `triplet_2`, ...), detached.
     """
     parts: dict[str, Tensor] = {}
     largest = pids if mixed is None else torch.where(mixed.share > 0.5, mixed.other, pids)

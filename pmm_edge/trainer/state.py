@@ -1,96 +1,96 @@
-"""One process trains in a run folder: a second one would write over what the first one learned."""
+"""What a run folder holds besides its logs: the lock, and the checkpoints from which a run resumes exactly."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
+import msgspec
+import torch
+from filelock import FileLock, Timeout
+
+import pmm_edge
 from pmm_edge.data.dataset import ReidDataset
-from pmm_edge.errors import OutputError
+from pmm_edge.errors import DataError, ModelError, OutputError
 from pmm_edge.files import written_whole
-from pmm_edge.model import Checkpoint, save_checkpoint
-from pmm_edge.runs import LAST
-from pmm_edge.spec import RetrievalFigures
+from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint, save_checkpoint
+from pmm_edge.runs import CONFIG, LAST
+from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.setup import model_spec
 from pmm_edge.trainer.step import Trainee
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = "run.lock"
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a run folder, which is made where it does not exist; a process that ends, however it ends, lets go of it.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Lock a run folder, which is created if needed, so that no second process trains in it.
 
-    Where the system or the file system has no locks, nothing is held.
+    The lock is advisory and ends with the process. A file system without locks is used without one.
 
     Raises:
         OutputError: another process trains in the folder, or it cannot be written.
     """
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")  # never removed: who had it open already would then hold another file
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        remedy = "Wait until it ends, stop it, or choose another --out"
+        raise OutputError(f"another process is training in {folder}", remedy) from error
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}", "Choose another folder with --out") from error
-    with file:
-        if not _locked(file):
-            raise OutputError(
-                f"another process is training in {folder}", "Wait for its end or stop it, or choose another --out"
-            )
-        yield
-
-
-def _locked(file: IO[str]) -> bool:
-    """Lock a file until it is closed; False where somebody else holds it."""
-    if fcntl is None:
-        return True
+        if error.errno != errno.ENOLCK:
+            raise OutputError(f"cannot write {folder}: {error.strerror}", "Choose another folder with --out") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass
 class Position:
-    """How far a run is: whole epochs, steps into the next one, and what was measured on the way."""
+    """How far a run is."""
 
     epoch: int = 0
+    """Complete epochs."""
     step: int = 0
-    best: RetrievalFigures | None = None
-    before: RetrievalFigures | None = None
-    judged: int = 0
+    """Steps of the next epoch that are done."""
+    evaluated: int = 0
     """The last epoch that was evaluated."""
     stale: int = 0
     """Evaluations since the best one."""
+    best: RetrievalFigures | None = None
+    before: RetrievalFigures | None = None
+    """Before the first step."""
 
 
-def save_position(
-    position: Position, trainee: Trainee, config: TrainConfig, dataset: ReidDataset, seen: str, folder: Path
+def save_state(
+    folder: Path, position: Position, trainee: Trainee, config: TrainConfig, dataset: ReidDataset, data: str
 ) -> None:
-    """Write `last.pt`: the network, its optimiser, and where the run is.
+    """Write `last.pt` atomically, with everything that training changes; keep older epochs if configured.
+
+    No random state is saved: each shard has its own seed (see `Feed`).
 
     Args:
-        seen: the `fingerprint` of the data set as the run began or went on.
+        folder: the run folder.
+        position: how far the run is.
+        trainee: the network, its optimizer, gradient scaler and average.
+        config: the settings of the run.
+        dataset: the data set it trains on.
+        data: the `fingerprint` of that data set.
 
     Raises:
-        OutputError: the file cannot be written; the one before it is still there.
+        OutputError: the file cannot be written; the previous one is kept.
     """
     training = {
         "config": asdict(config),
-        "fingerprint": seen,
-        **asdict(position),
+        "data": data,
+        "position": asdict(position),
         "optimizer": trainee.optimizer.state_dict(),
         "scaler": trainee.scaler.state_dict(),
         "average": trainee.average.state_dict() if trainee.average else None,
@@ -101,24 +101,92 @@ def save_position(
         keep_epoch(folder, position.epoch, config.keep)
 
 
-def restore_position(trainee: Trainee, checkpoint: Checkpoint) -> Position:
-    """Put everything that training changes back to where a checkpoint left it, and say where that was."""
-    state = checkpoint.training
-    trainee.optimizer.load_state_dict(state["optimizer"])
-    trainee.scaler.load_state_dict(state["scaler"])
+def load_state(folder: Path, config: TrainConfig, dataset: ReidDataset) -> Checkpoint | None:
+    """Read `last.pt` of a run that is to be resumed; None if it was stopped before its first checkpoint.
+
+    Raises:
+        ModelError: the settings were changed, or the file is not that of a run.
+        DataError: the data set was changed.
+    """
+    path = folder / LAST
+    if not path.exists():
+        return None
+    checkpoint = load_checkpoint(path)
+    started = checkpoint.training.get("config")
+    if not isinstance(started, dict):
+        raise ModelError(f"{path} has no training state to resume from", "Restore the last.pt of the run")
+    changed = [
+        f"{name}: {value!r}, was {started.get(name)!r}"
+        for name, value in asdict(config).items()
+        if value != started.get(name)
+    ]
+    if changed:
+        raise ModelError(
+            f"{folder / CONFIG} was changed since the run started ({'; '.join(changed)})",
+            "Restore it, or start a new run with these settings",
+        )
+    if fingerprint(dataset) != checkpoint.training["data"]:
+        raise DataError(
+            f"the images of {dataset.root} have changed since the run {folder} started",
+            f"Restore the data set, or start a new run; --init-from {path} takes its weights",
+        )
+    return checkpoint
+
+
+def restore_state(trainee: Trainee, checkpoint: Checkpoint) -> None:
+    """Load the optimizer, the gradient scaler and the average of a checkpoint."""
+    trainee.optimizer.load_state_dict(checkpoint.training["optimizer"])
+    trainee.scaler.load_state_dict(checkpoint.training["scaler"])
     if trainee.average:
-        trainee.average.load_state_dict(state["average"])
-    best, before = (RetrievalFigures(**state[name]) if state[name] else None for name in ("best", "before"))
-    return Position(state["epoch"], state["step"], best, before, state["judged"], state["stale"])
+        trainee.average.load_state_dict(checkpoint.training["average"])
+
+
+def position_of(checkpoint: Checkpoint | None) -> Position:
+    """How far the run of a checkpoint was."""
+    return msgspec.convert(checkpoint.training["position"], Position) if checkpoint else Position()
 
 
 def keep_epoch(folder: Path, epoch: int, keep: int) -> None:
-    """Keep this epoch's checkpoint beside `last.pt`, and drop the oldest."""
+    """Keep a copy of `last.pt` for this epoch and remove all but the newest `keep` copies."""
     with written_whole(folder / f"epoch-{epoch:04d}.pt") as kept:
         try:
-            kept.hardlink_to(folder / LAST)  # a second name for the same file
-        except OSError:  # where files cannot have two
+            kept.hardlink_to(folder / LAST)
+        except OSError:  # the file system has no hard links
             shutil.copyfile(folder / LAST, kept)
     by_epoch = {int(path.stem[6:]): path for path in folder.glob("epoch-*.pt") if path.stem[6:].isdecimal()}
-    for old in sorted(by_epoch)[:-keep]:  # by number: as text epoch-10000 stands before epoch-9999
+    for old in sorted(by_epoch)[:-keep]:
         by_epoch[old].unlink()
+
+
+def model_spec(
+    config: TrainConfig, dataset: ReidDataset, network: ReidNetwork, figures: RetrievalFigures | None
+) -> ModelSpec:
+    """The spec that travels with the network from here on."""
+    stages = network.stages
+    return ModelSpec(
+        architecture=config.method,
+        backbone=config.backbone,
+        num_classes=dataset.train.identities,
+        input=InputSpec(config.height, config.width),
+        embedding_size=max(stop for _, stop in stages.values()),
+        stages=stages,
+        mix=config.mix if config.method == "pmm" else "none",
+        mix_blocks=config.mix_blocks if config.method == "pmm" else None,
+        block_size=config.block_size,
+        dataset=dataset.name,
+        retrieval=figures,
+        tools={"pmm-edge": pmm_edge.__version__, "torch": str(torch.__version__)},  # torch's own type has no JSON form
+    )
+
+
+def fingerprint(dataset: ReidDataset) -> str:
+    """SHA-256 of the names and labels of all images and the file sizes of the training images.
+
+    A query or gallery image may be replaced by a readable copy: no weight depends on it.
+    """
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.query, dataset.gallery):
+        for path, pid, camid in zip(split.paths, split.pids, split.camids, strict=True):
+            size = path.stat().st_size if split is dataset.train and path.exists() else ""
+            digest.update(f"{path.name} {pid} {camid} {size}\n".encode())
+    return digest.hexdigest()

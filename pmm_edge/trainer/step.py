@@ -1,32 +1,36 @@
-"""One training step: learning rate, augmentation, forward, backward, update."""
+"""One training step: the shards of its batch, the learning rate, augmentation, forward, backward, update."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pmm_edge.data.augment import ERASE_PROBABILITY, augment
+from pmm_edge.data.dataset import DISTRACTOR_PID, Split
+from pmm_edge.data.loader import Crops, Replacements, identity_batches
+from pmm_edge.errors import PmmError
+from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
-from pmm_edge.model.alternatives import MixedLabels, attention, attentive_cutmix, cutmix
+from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.device import autocast
 from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.logging import Meter
 from pmm_edge.trainer.losses import pmm_loss
 
 PAPER_EPOCHS = 400
-
-
 WARM_UP = 0.1
-"""Fraction of a training with the cosine schedule over which the rate rises."""
+"""Fraction of a training over which the cosine schedule warms up."""
 
 
 def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
@@ -37,6 +41,7 @@ def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
     `cosine` rises linearly from 0 to the peak rate and decays to 0 along a half cosine (Loshchilov and Hutter, 2017).
 
     Args:
+        config: the run.
         epoch: 1-based.
         done: fraction of the epoch that is over, in [0, 1); only `cosine` changes within an epoch.
     """
@@ -56,72 +61,146 @@ def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
     return scale * 1e-5
 
 
-@dataclass
-class Trainee:
-    """A network in training, with all that changes with it."""
-
-    network: ReidNetwork
-    forward: Callable[..., tuple[StageOutput, ...]]
-    """The network, behind DistributedDataParallel where several processes train."""
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: AveragedModel | None
-    """The exponential moving average of the weights, where one is kept."""
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def judged(self) -> nn.Module:
-        """The network that evaluations judge and `best.pt` holds."""
-        return self.average.module if self.average else self.network
-
-
 class Shard(NamedTuple):
-    """The part of a batch that goes through the network at once, on the trainee's device."""
+    """The part of a batch that passes through the network at once, on the training device."""
 
     crops: Tensor
     """(N, H, W, 3) uint8 RGB."""
     pids: Tensor
     """(N,) int64 class indices."""
     seed: int
-    """Of its augmentation and mixing."""
+    """Seed of the augmentation and the mixing."""
 
 
-def shard_seed(run_seed: int, epoch: int, step: int, shard: int) -> int:
-    """Each shard has its own seed, so a resumed run draws what the uninterrupted one would have drawn."""
-    return int(np.random.SeedSequence([run_seed, epoch, step, shard]).generate_state(1, np.uint64)[0] >> 1)
+def class_indices(train: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the training images that show a person, and their identities numbered from 0."""
+    used = np.flatnonzero(train.pids > DISTRACTOR_PID)
+    return used, np.unique(train.pids[used], return_inverse=True)[1].astype(np.int64)
+
+
+class Feed:
+    """The training images as the shards of one process.
+
+    The batches of an epoch are the same in all processes. A batch is split into `world.size * accumulate` shards of
+    whole identities, and each process takes `accumulate` of them. Each shard has a seed of its own, derived from the
+    seed of the run, the epoch, the step and its number, so that a resumed run draws what the uninterrupted one draws.
+
+    Raises:
+        PmmError: the batch cannot be split equally, or there are too few identities.
+    """
+
+    def __init__(self, train: Split, config: TrainConfig, world: World, device: torch.device) -> None:
+        self.count = world.size * config.accumulate
+        unit = self.count * config.images_per_identity
+        if config.batch % unit or config.batch < 2 * unit:
+            raise PmmError(
+                f"a batch of {config.batch} cannot be split among {world.size} processes with {config.accumulate}"
+                f" micro-batches of two or more identities each",
+                f"Choose a --batch that is a multiple of {unit}, {2 * unit} or more",
+            )
+        if train.identities < 2 * self.count:
+            raise PmmError(
+                f"{train.identities} identities are too few for {self.count} micro-batches of two or more",
+                "Use fewer processes or a smaller --accumulate",
+            )
+        used, self.classes = class_indices(train)
+        self.paths = [train.paths[index] for index in used]
+        self._config, self._device = config, device
+        self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
+        self.replacements = Replacements(self.paths, self.classes, config.max_bad_images)
+        cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
+        self.crops = Crops(self.paths, config.height, config.width, cache, self.replacements, workers)
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The batches of an epoch: indices into `paths`. The last one is cut to equal shards of whole identities."""
+        config = self._config
+        batches = identity_batches(
+            self.classes,
+            config.batch // config.images_per_identity,
+            config.images_per_identity,
+            np.random.default_rng([config.seed, epoch]),
+        )
+        unit = self.count * config.images_per_identity
+        return [batch[: len(batch) // unit * unit] for batch in batches if len(batch) >= 2 * unit]
+
+    def seeds(self, epoch: int, step: int) -> list[int]:
+        """The seeds of all shards of a step."""
+        sequences = (np.random.SeedSequence([self._config.seed, epoch, step, shard]) for shard in range(self.count))
+        return [int(sequence.generate_state(1, np.uint64)[0] >> 1) for sequence in sequences]
+
+    def shards(
+        self, batches: list[NDArray[np.int64]], epoch: int, first_step: int, meter: Meter
+    ) -> Iterator[list[Shard]]:
+        """Yield the shards of this process for each step from `first_step`, decoded ahead; `meter` gets the waits."""
+        parts = [np.split(batch, self.count)[number] for batch in batches[first_step:] for number in self._own]
+        ahead = self.crops.prefetched(parts, ahead=2 * len(self._own))
+        try:
+            for step in range(first_step, len(batches)):
+                start = time.perf_counter()
+                crops = [next(ahead) for _ in self._own]
+                meter.waited(time.perf_counter() - start)
+                indices = parts[(step - first_step) * len(self._own) :][: len(self._own)]
+                seeds = [self.seeds(epoch, step)[number] for number in self._own]
+                yield [
+                    Shard(self._to_device(images), self._to_device(self.classes[own]), seed)
+                    for images, own, seed in zip(crops, indices, seeds, strict=True)
+                ]
+        finally:
+            ahead.close()
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()  # lets the copy overlap with the work of the GPU
+        return tensor.to(self._device, non_blocking=True)
+
+
+@dataclass
+class Trainee:
+    """A network in training, with everything that changes with it."""
+
+    network: ReidNetwork
+    forward: Callable[..., tuple[StageOutput, ...]]
+    """The network, wrapped in DistributedDataParallel if there are several processes."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+    """Exponential moving average of the weights."""
+    device: torch.device
+    dtype: torch.dtype
+    """Autocast type."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved as `best.pt`: the average if there is one."""
+        return self.average.module if self.average else self.network
 
 
 def prepare(
     network: ReidNetwork, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World | None = None
 ) -> Trainee:
-    """Put a network on its device, in channels-last memory, beside the paper's optimiser (Adam, coupled decay)."""
+    """Move a network to its device, in channels-last memory, and create its optimizer (Adam, coupled weight decay)."""
     world = world or World()
     if config.sync_batch_norm and world.size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device).to(memory_format=torch.channels_last).train()
     if config.compile:
-        # Grad-CAM asks autograd for a gradient in the middle of the forward pass, which a compiler cannot follow:
-        # the backbone, where the time is spent, is compiled by itself.
+        # Only the backbone, which takes the time: a compiler cannot follow Grad-CAM, which asks autograd for a gradient
+        # in the middle of the forward pass.
         network.backbone.compile()
     forward: nn.Module = network
     if world.size > 1:
         forward = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    return Trainee(
-        network,
-        forward,
-        torch.optim.Adam(
-            network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"
-        ),
-        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        _average(network, config.ema),
-        device,
-        dtype,
-    )
+    average = None
+    if config.ema:
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Trainee(network, forward, optimizer, scaler, average, device, dtype)
 
 
 def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Augment, forward, backward for each shard, then one update.
+    """Accumulate the gradients of all shards and update the weights once.
 
     Returns:
         The mean loss of the shards and its parts, on the device: reading them waits for it.
@@ -129,8 +208,10 @@ def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tu
     trainee.optimizer.zero_grad(set_to_none=True)
     results = []
     for number, shard in enumerate(shards, start=1):
-        with _gradients_stay_here(trainee) if number < len(shards) else nullcontext():
-            loss, parts = _loss(trainee, shard, config)
+        # Processes exchange gradients once per step, with the last shard.
+        forward, last = trainee.forward, number == len(shards)
+        with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext():
+            loss, parts = _shard_loss(trainee, shard, config)
             trainee.scaler.scale(loss / len(shards)).backward()
         results.append({"loss": loss.detach(), **parts})
     if config.clip_norm:
@@ -144,37 +225,23 @@ def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tu
     return means.pop("loss"), means
 
 
-def _loss(trainee: Trainee, shard: Shard, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def _shard_loss(trainee: Trainee, shard: Shard, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator(trainee.device).manual_seed(shard.seed)
-    # CutOut is the erasing that every method's augmentation has, of every image instead of half of them.
-    erased = 1.0 if config.mix == "cutout" else ERASE_PROBABILITY
-    images = augment(shard.crops, config.erase_size, generator, erased)
-    with autocast(trainee.device, trainee.dtype):
-        images, mixed = _mixed_images(trainee.network, images, shard.pids, generator)
+    erase_probability = 1.0 if config.mix == "cutout" else ERASE_PROBABILITY
+    images = augment(shard.crops, config.erase_size, generator, erase_probability)
+    with torch.autocast(trainee.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
+        images, mixed = _mix_images(trainee.network, images, shard.pids, generator)
         outputs = trainee.forward(images, shard.pids, generator=generator)
     return pmm_loss(outputs, shard.pids, mixed)
 
 
-def _mixed_images(
+def _mix_images(
     network: ReidNetwork, images: Tensor, pids: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, MixedLabels | None]:
-    """The images as CutMix and A-CutMix change them, and their labels; as they are with any other method."""
-    if not isinstance(network, PMM) or network.mix not in ("cutmix", "a-cutmix"):
-        return images, None
-    if network.mix == "cutmix":
+    """Apply CutMix or A-CutMix; other methods leave the images unchanged."""
+    if isinstance(network, PMM) and network.mix == "cutmix":
         return cutmix(images, pids, generator)
-    salience = attention(network, images, pids)
-    return attentive_cutmix(images, pids, salience, network.block_size, network.mix_blocks, generator)
-
-
-def _average(network: ReidNetwork, decay: float) -> AveragedModel | None:
-    if not decay:
-        return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def _gradients_stay_here(trainee: Trainee) -> AbstractContextManager[None]:
-    """Several processes exchange gradients once a step, with the last shard's."""
-    if isinstance(trainee.forward, DistributedDataParallel):
-        return trainee.forward.no_sync()
-    return nullcontext()
+    if isinstance(network, PMM) and network.mix == "a-cutmix":
+        attention = network.attention(images, pids)
+        return attentive_cutmix(images, pids, attention, network.block_size, network.mix_blocks, generator)
+    return images, None

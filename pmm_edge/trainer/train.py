@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM as a request to save and stop, not as an accident."""
+"""Train a network: the whole workflow, from top to bottom.
+
+`train` chooses the settings, reads the data set, builds or restores the network and opens the run folder. `fit` is the
+loop over epochs, evaluations and checkpoints; the functions after it are its parts.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,17 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 import pmm_edge
 from pmm_edge.console import Report, silent
@@ -23,496 +28,454 @@ from pmm_edge.data.augment import normalize
 from pmm_edge.data.checks import untrained_images
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.data.loader import Crops
-from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
+from pmm_edge.data.synthetic import cached_synthetic
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError, PmmWarning, did_you_mean
 from pmm_edge.files import remove_unfinished, written_whole
-from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint, save_checkpoint
-from pmm_edge.model.checkpoint import any_weights
-from pmm_edge.retrieval import RetrievalResult, evaluate
-from pmm_edge.runs import (
-    ABOUT,
-    BEST,
-    CONFIG,
-    LAST,
-    AboutRun,
-    about_run,
-    never_began,
-    new_run_folder,
-    new_run_path,
-    write_about_run,
-)
-from pmm_edge.runtime.torch_backend import is_out_of_memory
+from pmm_edge.model import Checkpoint, ReidNetwork, build_model, save_checkpoint
+from pmm_edge.model.backbone import zero_init_residuals
+from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
+from pmm_edge.retrieval import evaluate
+from pmm_edge.runs import ABOUT, BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
 from pmm_edge.spec import RetrievalFigures
-from pmm_edge.trainer.config import TrainConfig, differences, overridden, read_run_config
-from pmm_edge.trainer.device import compiler_errors_explained, deterministic, memory_errors_explained, owner
+from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
+from pmm_edge.trainer.device import choose_machine, deterministic, torch_errors_explained
 from pmm_edge.trainer.distributed import World, joined
-from pmm_edge.trainer.feed import Feed, check_shards
 from pmm_edge.trainer.logging import METRICS, Journal, Meter
-from pmm_edge.trainer.setup import chosen_machine, fingerprint, init_from, model_spec, new_network
-from pmm_edge.trainer.state import Position, alone_in, restore_position, save_position
-from pmm_edge.trainer.step import learning_rate, prepare, train_step
+from pmm_edge.trainer.state import (
+    Position,
+    fingerprint,
+    load_state,
+    model_spec,
+    position_of,
+    restore_state,
+    run_lock,
+    save_state,
+)
+from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, train_step
+
+BAD_BATCH = "bad_batch.pt"
+EVALUATION_BATCH = 64
+SAVE_SECONDS = 30
+"""Between two saves of last.pt without an evaluation: on a GPU, saving may take longer than an epoch."""
+SYNC_STEPS = 10
+"""Steps between two exchanges of stop requests and bad losses among GPU processes."""
+_WRITTEN = (ABOUT, CONFIG, METRICS, LAST, BEST, BAD_BATCH, "epoch-*.pt")
+"""Files of a run folder that only training writes."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended."""
+
+    folder: Path
+    epochs_done: int
+    finished: bool
+    """False if it was interrupted; it can be resumed."""
+    best: RetrievalFigures | None
+    """Figures of `best.pt`."""
+    before: RetrievalFigures | None
+    """Figures before the first step."""
+    stop_requested: bool = False
+    """Whether Ctrl-C or SIGTERM came; a run that was about to end has finished nevertheless."""
+
+
+@dataclass
+class Run:
+    """A training in progress."""
+
+    config: TrainConfig
+    dataset: ReidDataset
+    folder: Path
+    world: World
+    trainee: Trainee
+    feed: Feed
+    query: Crops
+    gallery: Crops
+    journal: Journal
+    position: Position
+    data: str
+    """The fingerprint of the data set."""
+    stop: Callable[[], bool]
+    """Whether Ctrl-C or SIGTERM came."""
+    report: Report
+    saved: float = 0.0
+    """When last.pt was written."""
+
+    def warn(self, text: str) -> None:
+        if self.world.leads:
+            self.journal.write(f"warning: {text}")
+            warnings.warn(text, PmmWarning, stacklevel=2)
+
+
+def train(
+    data: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    config: TrainConfig | Path | None = None,
+    layout: str | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    report: Report = silent,
+    **settings: Any,
+) -> TrainResult:
+    """Train a network, or resume an interrupted training.
+
+    On a CPU, a resumed run ends with exactly the weights of an uninterrupted one. Started by `torchrun`, the processes
+    train together.
+
+    Example:
+        >>> pmm.train("/data/Market-1501", preset="market1501", device=0)
+        >>> pmm.train(epochs=30, lr=5e-4)                              # the synthetic data set, preset "quick"
+        >>> pmm.train(resume=Path("runs/20261122-174200-quick"))
+
+    Args:
+        data: folder of the data set; the synthetic data set by default. With `resume`, its new place if it was moved.
+        preset: name of a preset, `quick` by default.
+        config: settings instead of a preset, or a TOML file of them.
+        layout: layout of the data set if it is not detected.
+        out: run folder to create, `runs/<time>-<preset>` by default.
+        resume: run folder of an interrupted run, which continues with its own settings.
+        report: receives the progress.
+        **settings: fields of `TrainConfig` that replace those of the preset or configuration.
+
+    Raises:
+        PmmError: a setting is wrong, or the device cannot do what it requires.
+        DataError: the data set cannot be used, or is not that of the resumed run.
+        ModelError: weights cannot be read, or the folder cannot be resumed.
+        OutputError: the run folder cannot be written, belongs to another run, or another process trains in it.
+        CheckFailedError: the loss is not finite.
+    """
+    if resume is None:
+        chosen = choose_config(preset, config, settings)
+        data = Path(data) if data else cached_synthetic(report=report)
+    else:
+        if settings or any(given is not None for given in (preset, config, layout, out)):
+            raise PmmError(
+                "a run is resumed with its own settings",
+                "Leave out the other settings; only the new place of a moved data set may be given",
+            )
+        chosen = read_run_config(resume)
+    with joined(chosen.device) as world, ExitStack() as lock:
+        # Everything that can be refused is checked before a folder is created.
+        dataset = _open_dataset(data, layout, resume)
+        device, dtype = choose_machine(chosen, world)
+        feed = Feed(dataset.train, chosen, world, device)
+        if resume is None:
+            folder, checkpoint = out or new_run_path(chosen.preset), None
+            network = new_network(chosen, dataset.train.identities, world)
+            if world.leads:
+                lock.enter_context(run_lock(folder))
+                _create_folder(folder, chosen, dataset, layout)
+            folder = Path(world.broadcast(str(folder)))
+        else:
+            folder = resume
+            if world.leads:
+                lock.enter_context(run_lock(folder))
+            world.barrier()  # the other processes stop here if the first one is refused
+            checkpoint = load_state(folder, chosen, dataset)
+            network = checkpoint.network() if checkpoint else new_network(chosen, dataset.train.identities, world)
+            if checkpoint:  # a moved data set keeps the name that the run knows it by
+                dataset = replace(dataset, name=str(checkpoint.spec.dataset))
+            if world.leads:
+                _remember_place(folder, dataset)
+        if world.leads:
+            remove_unfinished(folder, _WRITTEN)
+
+        position = position_of(checkpoint)
+        evaluated = None if position.before is None else position.evaluated
+        with (
+            Journal(folder, position.epoch, evaluated, active=world.leads) as journal,
+            stop_on_signal() as stop,
+            torch_errors_explained(device, chosen, world),
+            deterministic(chosen.deterministic),
+        ):
+            trainee = prepare(network, chosen, device, dtype, world)
+            if checkpoint:
+                restore_state(trainee, checkpoint)
+            query, gallery = _evaluation_crops(chosen, dataset, feed, world)
+            seen = fingerprint(dataset) if world.leads else ""
+            report = report if world.leads else silent
+            run = Run(
+                chosen, dataset, folder, world, trainee, feed, query, gallery, journal, position, seen, stop, report
+            )
+            finished = fit(run)
+        return TrainResult(folder, position.epoch, finished, position.best, position.before, stop())
+
+
+# Before the first step
+
+
+def _open_dataset(data: str | Path | None, layout: str | None, resume: Path | None) -> ReidDataset:
+    about = about_run(resume) if resume else None
+    if about is None:
+        assert data is not None  # `train` sets a default
+        return scan(Path(data), layout)
+    try:
+        return scan(Path(data or about.data), about.layout)
+    except DataError as error:
+        if data is not None:
+            raise
+        remedy = f"Put it back, or name its new place: pmm train NEWPLACE --resume {resume}"
+        raise DataError(error.problem, remedy) from error
+
+
+def _create_folder(folder: Path, config: TrainConfig, dataset: ReidDataset, layout: str | None) -> None:
+    new_run_folder(AboutRun(config.preset, str(dataset.root.resolve()), pmm_edge.__version__, layout), folder)
+    with written_whole(folder / CONFIG) as temporary:
+        temporary.write_text(config.to_toml(), encoding="utf-8")
+    for finding in untrained_images(dataset.train):
+        warnings.warn(finding.text, PmmWarning, stacklevel=3)
+
+
+def _remember_place(folder: Path, dataset: ReidDataset) -> None:
+    """Record where a data set was moved, for later commands."""
+    about, place = about_run(folder), str(dataset.root.resolve())
+    if about and place != about.data:
+        write_about_run(folder, replace(about, data=place))
+
+
+def new_network(config: TrainConfig, num_classes: int, world: World | None = None) -> ReidNetwork:
+    """Build the network of a run; weights that are not loaded are drawn from the seed of the run.
+
+    Raises:
+        PmmError: the configuration does not describe a network, or weights are not available.
+    """
+    world, weights = world or World(), config.backbone_weights
+    if weights not in ("imagenet", "none") and not Path(weights).exists():
+        remedy = f"{did_you_mean(weights, ('imagenet', 'none'))}Choose imagenet, none, or a file of torchvision weights"
+        raise ModelError(f"the backbone weights {weights} do not exist", remedy)
+    given = load_any_weights(Path(config.init_from)) if config.init_from else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        network = build_model(
+            config.method,
+            num_classes=num_classes,
+            backbone=config.backbone,
+            height=config.height,
+            width=config.width,
+            mix=config.mix,
+            mix_blocks=config.mix_blocks,
+            block_size=config.block_size,
+        )
+    own = network.state_dict()
+    fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    # Old versions of torch did not save num_batches_tracked.
+    needed = {f"backbone.{name}" for name in network.backbone.state_dict() if not name.endswith("num_batches_tracked")}
+    if weights == "none":
+        zero_init_residuals(network.backbone)
+    elif not needed <= fitting.keys():
+        if not world.leads:
+            world.barrier()
+        load_pretrained(network, config.backbone, weights)  # the first process downloads, the others read its cache
+        if world.leads:
+            world.barrier()
+    if config.init_from:
+        if not fitting:
+            remedy = "Choose the backbone and the method that it was trained with"
+            raise ModelError(f"no tensor of {config.init_from} fits the network", remedy)
+        network.load_state_dict(fitting, strict=False)
+        if world.leads:
+            text = f"{config.init_from}: {len(fitting)} tensors loaded"
+            for names, what in ((own.keys() - fitting, "not in it"), (given.keys() - own, "of it not used")):
+                if names:
+                    text += f", {len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            warnings.warn(text, PmmWarning, stacklevel=2)
+    return network
+
+
+def _evaluation_crops(config: TrainConfig, dataset: ReidDataset, feed: Feed, world: World) -> tuple[Crops, Crops]:
+    """Query and gallery, cached in the memory that the training images leave of `cache_gib`."""
+    left = int(config.cache_gib * 2**30) - world.local_size * feed.crops.cached_bytes if world.leads else 0
+    query = Crops(dataset.query.paths, config.height, config.width, left)
+    return query, Crops(dataset.gallery.paths, config.height, config.width, left - query.cached_bytes)
 
 
 @contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether a stop was asked for; a second Ctrl-C stops at once."""
-    asked = threading.Event()
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Treat Ctrl-C and SIGTERM as a request to save and stop; yield a function that tells whether one came.
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        # Schedulers and torchrun each send a SIGTERM: the second must not undo the first one's saving.
-        if asked.is_set() and signum == signal.SIGINT:
+    A second Ctrl-C raises KeyboardInterrupt.
+    """
+    requested = threading.Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        # Schedulers and torchrun each send a SIGTERM: the second must not stop the saving.
+        if requested.is_set() and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield requested.is_set
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-BATCH = 64
+# The loop
 
 
-class Evaluation:
-    """A data set's query and gallery, and the batch in which a network can embed them.
-
-    The batch has nothing to do with that of training. It is halved where it does not fit into memory, and stays so.
-
-    Args:
-        warn: told of a smaller batch.
-    """
-
-    def __init__(
-        self,
-        dataset: ReidDataset,
-        query: Crops,
-        gallery: Crops,
-        device: torch.device,
-        report: Report = silent,
-        warn: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.query, self.gallery, self._dataset = query, gallery, dataset
-        self._device, self._report, self._warn = device, report, warn
-        self.batch = BATCH
-
-    def judge(self, model: nn.Module, stop: Callable[[], bool] = lambda: False) -> RetrievalResult | None:
-        """CMC, mAP and mINP of a network; None where `stop`, asked before each batch, said so.
-
-        Raises:
-            PmmError: the memory does not hold a single image's activations.
-        """
-        query = self._embeddings(model, self.query, "embed query", stop)
-        gallery = None if query is None else self._embeddings(model, self.gallery, "embed gallery", stop)
-        if query is None or gallery is None:
-            return None
-        who, others = self._dataset.query, self._dataset.gallery
-        return evaluate(query, gallery, who.pids, others.pids, who.camids, others.camids)
-
-    def _embeddings(
-        self, model: nn.Module, crops: Crops, what: str, stop: Callable[[], bool]
-    ) -> NDArray[np.float32] | None:
-        """(N, D) float32 of all crops, embedded in float32."""
-        embedded: list[NDArray[np.float32]] = []
-        done = 0
-        with _evaluating(model), torch.inference_mode():
-            while done < len(crops):
-                left = np.arange(done, len(crops))
-                batches = np.array_split(left, -(-len(left) // self.batch))
-                try:
-                    with closing(crops.prefetched(batches)) as ahead:
-                        for images in ahead:
-                            if stop():
-                                return None
-                            embedded.append(model(normalize(torch.from_numpy(images).to(self._device))).cpu().numpy())
-                            done += len(images)
-                            self._report(what, done, len(crops))
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    self._take_less(error)
-        return np.concatenate(embedded)
-
-    def _take_less(self, error: Exception) -> None:
-        if self.batch == 1:
-            raise PmmError(
-                f"evaluating a single image does not fit into the memory of {owner(self._device)}",
-                "Free it (nvidia-smi shows who holds a GPU's), or choose a smaller --backbone or input",
-            ) from error
-        self.batch //= 2
-        self._warn(f"evaluation does not fit into the memory of {owner(self._device)}: its batch is now {self.batch}")
+def fit(run: Run) -> bool:
+    """Train all epochs that are left; False if interrupted."""
+    config, position, world = run.config, run.position, run.world
+    run.journal.write(
+        f"{run.trainee.device}, {run.trainee.dtype}, {run.dataset.root}, starting with epoch {position.epoch + 1}"
+    )
+    _warn_of_small_cache(run)
+    if position.before is None and world.leads:
+        position.before = evaluate_network(run)
+    while True:
+        due = position.epoch == config.epochs or position.epoch % config.evaluate_every == 0
+        if due and position.step == 0 and position.epoch != position.evaluated:
+            save_last(run)  # so that an unreadable gallery image does not cost the epoch
+            if not evaluate_epoch(run):
+                run.journal.write(f"interrupted in the evaluation of epoch {position.epoch}; the epoch is saved")
+                return False
+            save_last(run)
+        if position.epoch == config.epochs:
+            return True
+        out_of_patience, stop = world.any(0 < config.patience <= position.stale, run.stop())
+        if out_of_patience:
+            run.journal.write(f"stopped: no better mAP in {position.stale} evaluations")
+            return True
+        if stop:
+            save_last(run)
+            run.journal.write(f"interrupted in epoch {position.epoch + 1}, step {position.step}; it is saved")
+            return False
+        if train_epoch(run):
+            position.epoch, position.step = position.epoch + 1, 0
+            if config.keep > 1 or time.monotonic() - run.saved > SAVE_SECONDS:
+                save_last(run)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; the mode is put back."""
-    was_training = model.training
+def train_epoch(run: Run) -> bool:
+    """Train an epoch from its step `position.step`; False if interrupted."""
+    config, position, feed, world = run.config, run.position, run.feed, run.world
+    epoch = position.epoch + 1
+    batches = feed.batches(epoch)
+    meter, rate = Meter(), 0.0
+    for shards in feed.shards(batches, epoch, position.step, meter):
+        rate = learning_rate(config, epoch, (position.step + 0.5) / len(batches))
+        for group in run.trainee.optimizer.param_groups:
+            group["lr"] = rate
+        loss, parts = train_step(run.trainee, shards, config)
+        meter.add(loss, parts, position.step, len(batches[position.step]))
+        position.step += 1
+        last = position.step == len(batches)
+        if last or _sync_due(run, meter):
+            unreadable = feed.replacements.take_new()
+            stop, any_unreadable = world.any(run.stop(), bool(unreadable))
+            if any_unreadable:
+                for text in feed.replacements.register(world.gather(unreadable)):
+                    run.warn(text)
+            _check_finite(run, meter, epoch)
+            done, total = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches)
+            run.report("train", done, total, f"epoch {epoch}/{config.epochs} · {meter.text()}")
+            if stop and not last:
+                return False
+    extra = {"images_per_second": meter.images_per_second(), "data_wait": meter.data_wait(), "lr": rate}
+    run.journal.record("train", epoch, {**meter.means(), **extra})
+    return True
+
+
+def _sync_due(run: Run, meter: Meter) -> bool:
+    """Whether to read results, which waits for the device. Several processes do it in the same steps."""
+    if run.world.size == 1:
+        return meter.due() or run.stop()
+    # On a CPU the exchange is cheap, and torchrun kills a process 30 s after SIGTERM.
+    return run.trainee.device.type == "cpu" or run.position.step % SYNC_STEPS == 0
+
+
+def _check_finite(run: Run, meter: Meter, epoch: int) -> None:
+    """Stop with the batch saved if a loss was not finite."""
+    step = run.world.minimum(meter.bad_step())
+    if step is None:
+        return
+    path = run.folder / BAD_BATCH
+    if run.world.leads:
+        indices = run.feed.batches(epoch)[step]
+        content = {
+            "epoch": epoch,
+            "step": step,
+            "images": [str(run.feed.paths[index]) for index in indices],
+            "crops": torch.from_numpy(run.feed.crops.batch(indices)),
+            "seeds": run.feed.seeds(epoch, step),
+        }
+        with written_whole(path) as temporary:
+            torch.save(content, temporary)
+    earlier = f"{run.folder / LAST} is from before that step. " if (run.folder / LAST).exists() else ""
+    raise CheckFailedError(
+        f"the loss of epoch {epoch}, step {step + 1} is not finite; its batch is in {path}",
+        f"{earlier}A new run with --precision fp32 or --clip-norm 10 may avoid it",
+    )
+
+
+def evaluate_epoch(run: Run) -> bool:
+    """Evaluate, and save the network as best.pt if its mAP is the highest so far; False if interrupted."""
+    position = run.position
+    figures = evaluate_network(run) if run.world.leads else None
+    if run.world.any(run.world.leads and figures is None)[0]:
+        return False
+    if figures:
+        position.stale += 1
+        if position.best is None or figures.mAP > position.best.mAP:
+            position.best, position.stale = figures, 0
+            spec = model_spec(run.config, run.dataset, run.trainee.network, figures)
+            save_checkpoint(run.folder / BEST, Checkpoint(spec, run.trainee.evaluated.state_dict()))
+    position.evaluated = position.epoch
+    return True
+
+
+def evaluate_network(run: Run) -> RetrievalFigures | None:
+    """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted."""
+    query = _embed(run, run.query, "embed query")
+    gallery = None if query is None else _embed(run, run.gallery, "embed gallery")
+    if query is None or gallery is None:
+        return None
+    labels, others = run.dataset.query, run.dataset.gallery
+    result = evaluate(query, gallery, labels.pids, others.pids, labels.camids, others.camids)
+    figures = result.figures()
+    run.journal.record("evaluate", run.position.epoch, {**asdict(figures), "rank5": result.rank(5)})
+    return figures
+
+
+def _embed(run: Run, crops: Crops, what: str) -> NDArray[np.float32] | None:
+    """(N, D) float32; None if interrupted. A batch is never larger than one of training, so memory suffices."""
+    batch = min(EVALUATION_BATCH, run.config.batch // run.feed.count)
+    batches = np.array_split(np.arange(len(crops)), -(-len(crops) // batch))
+    model, device = run.trainee.evaluated, run.trainee.device
+    embedded: list[NDArray[np.float32]] = []
+    done, was_training = 0, model.training
     model.eval()
     try:
-        yield
+        with torch.inference_mode(), closing(crops.prefetched(batches)) as ahead:
+            for images in ahead:
+                if run.stop():
+                    return None
+                embedded.append(model(normalize(torch.from_numpy(images).to(device))).cpu().numpy())
+                done += len(images)
+                run.report(what, done, len(crops))
     finally:
         model.train(was_training)
+    return np.concatenate(embedded)
 
 
-BAD_BATCH = "bad_batch.pt"
-_AGREE_STEPS = 10
-"""Steps between two agreements of several processes, on a stop or a bad loss: each costs a message to all."""
-_SAVE_SECONDS = 30
-"""Between two saves of last.pt, which takes longer than an epoch may on a GPU."""
+def save_last(run: Run) -> None:
+    """Write last.pt."""
+    run.saved = time.monotonic()
+    if run.world.leads:
+        save_state(run.folder, run.position, run.trainee, run.config, run.dataset, run.data)
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    folder: Path
-    epochs_done: int
-    finished: bool
-    """False where it was interrupted; `last.pt` holds all it takes to go on."""
-    best: RetrievalFigures | None
-    """Of `best.pt`."""
-    before: RetrievalFigures | None
-    """Of the network as it was before its first step: what training has to beat."""
-    stop_asked: bool = False
-    """Ctrl-C or SIGTERM came; a run that was about to end has finished all the same."""
-
-
-class Run:
-    """A run in progress: the parts that every epoch needs."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        dataset: ReidDataset,
-        folder: Path,
-        network: ReidNetwork,
-        world: World,
-        report: Report,
-        warn: Callable[[str], None],
-    ) -> None:
-        self.config, self.dataset, self.folder, self.world = config, dataset, folder, world
-        self.report: Report = report if world.leads else silent
-        self.warn = warn
-        self.device, dtype = chosen_machine(config, world)
-        with self._memory_explained():
-            self.trainee = prepare(network, config, self.device, dtype, world)
-        self.feed = Feed(dataset.train, config, world, self.device)
-        self.evaluation = Evaluation(dataset, *self._test_crops(), self.device, self.report, self._warn)
-        self.journal: Journal | None = None
-        self._seen = fingerprint(dataset) if world.leads else ""
-        self._saved = 0.0
-
-    def _test_crops(self) -> tuple[Crops, Crops]:
-        """Of query and gallery, in the memory that this machine's training images leave of `cache_gib`."""
-        config, training = self.config, self.feed.crops
-        left = int(config.cache_gib * 2**30) - self.world.local_size * training.cached_bytes
-        if not self.world.leads:
-            left = 0
-        query = Crops(self.dataset.query.paths, config.height, config.width, left)
-        gallery = Crops(self.dataset.gallery.paths, config.height, config.width, left - query.cached_bytes)
-        return query, gallery
-
-    def _say_what_is_not_kept(self) -> None:
-        """Name the cache that would do where images are decoded again and again."""
-        crops = [*[self.feed.crops] * self.world.local_size, self.evaluation.query, self.evaluation.gallery]
-        kept, needed = (
-            sum(sizes) / 2**30 for sizes in zip(*((c.cached_bytes, c.all_bytes) for c in crops), strict=True)
+def _warn_of_small_cache(run: Run) -> None:
+    """Name the cache size that would keep all decoded images."""
+    crops = [*[run.feed.crops] * run.world.local_size, run.query, run.gallery]
+    cached, needed = (sum(sizes) / 2**30 for sizes in zip(*((c.cached_bytes, c.all_bytes) for c in crops), strict=True))
+    if cached < needed:
+        run.warn(
+            f"{cached:.2g} of {needed:.2g} GiB of decoded images fit into the cache, the others are decoded each time;"
+            f" --cache-gib {math.ceil(needed * 10) / 10:g} holds all"
         )
-        if kept == needed or not self.world.leads:
-            return
-        held = f"{kept:.2g} of {needed:.2g} GiB of decoded images are kept in memory, the others decoded each time"
-        enough = math.ceil(needed * 10) / 10
-        self._warn(f"{held}: --cache-gib is {self.config.cache_gib:.2g}, and {enough:g} would hold all")
-
-    def go(self, position: Position) -> TrainResult:
-        """Train from `position` to the last epoch, or until a stop is asked for."""
-        judged = None if position.before is None else position.judged
-        journal = Journal(self.folder, position.epoch, judged, active=self.world.leads)
-        exact = deterministic(self.config.deterministic)
-        with (
-            journal as self.journal,
-            stop_requested() as stop,
-            self._memory_explained(),
-            self._compiler_explained(),
-            exact,
-        ):
-            finished = self._train(position, stop)
-        return TrainResult(self.folder, position.epoch, finished, position.best, position.before, stop())
-
-    def _train(self, position: Position, stop: Callable[[], bool]) -> bool:
-        """All epochs that are left; False where a stop was asked for on the way."""
-        self._say(f"{self.device}, {self.trainee.dtype}, {self.dataset.root}, from epoch {position.epoch + 1}")
-        self._say_what_is_not_kept()
-        if position.before is None and self.world.leads:
-            position.before = self._evaluate(position, stop)
-        while True:
-            if self._judgement_due(position):
-                self._save_last(position)  # so that a gallery that cannot be read does not cost the epoch
-                if not self._judge(position, stop):
-                    self._say(f"interrupted in the evaluation of epoch {position.epoch}; all before it is saved")
-                    return False
-                self._save_last(position)
-            if position.epoch == self.config.epochs:
-                return True
-            if self.world.agree(0 < self.config.patience <= position.stale):
-                self._say(f"stopped: no better mAP in {position.stale} evaluations")
-                return True
-            if self.world.agree(stop()):
-                self._save_last(position)
-                self._say(f"interrupted in epoch {position.epoch + 1}, step {position.step}; all is saved")
-                return False
-            if self._epoch(position, stop):
-                position.epoch, position.step = position.epoch + 1, 0
-                if self.config.keep > 1 or time.monotonic() - self._saved > _SAVE_SECONDS:
-                    self._save_last(position)
-
-    def _judgement_due(self, position: Position) -> bool:
-        epoch = position.epoch
-        if position.step or epoch == position.judged:
-            return False
-        return epoch == self.config.epochs or epoch % self.config.evaluate_every == 0
-
-    def _epoch(self, position: Position, stop: Callable[[], bool]) -> bool:
-        """Train an epoch from its step `position.step`; False where a stop was asked for on the way."""
-        config, epoch = self.config, position.epoch + 1
-        batches = self.feed.batches(epoch)
-        meter = Meter()
-        for shards in self.feed.shards(batches, epoch, position.step, meter):
-            rate = learning_rate(config, epoch, (position.step + 0.5) / len(batches))
-            for group in self.trainee.optimizer.param_groups:
-                group["lr"] = rate
-            loss, parts = train_step(self.trainee, shards, config)
-            meter.add(loss, parts, position.step, len(batches[position.step]))
-            position.step += 1
-            last = position.step == len(batches)
-            if last or self._time_to_look(meter, stop, position.step):
-                unreadable = self.feed.replacements.take_new()
-                stopping, any_unreadable = self.world.any_of(stop(), bool(unreadable))
-                if any_unreadable:
-                    for message in self.feed.replacements.register(self.world.gathered(unreadable)):
-                        if self.world.leads:
-                            self._warn(message)
-                self._require_finite(meter, epoch)
-                done, total = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches)
-                self.report("train", done, total, f"epoch {epoch}/{config.epochs} · {meter.text()}")
-                if stopping and not last:
-                    return False
-        extra = {"images_per_second": meter.images_per_second(), "data_wait": meter.data_wait(), "lr": rate}
-        self._record("train", epoch, {**meter.means(), **extra})
-        return True
-
-    def _time_to_look(self, meter: Meter, stop: Callable[[], bool], step: int) -> bool:
-        """Whether to read results now, which waits for the device: several processes do it at the same steps."""
-        if self.world.size > 1:
-            # On a CPU a message costs nothing beside a step, and torchrun kills 30 s after it asked to stop.
-            return self.device.type == "cpu" or step % _AGREE_STEPS == 0
-        return meter.due() or stop()
-
-    def _require_finite(self, meter: Meter, epoch: int) -> None:
-        step = self.world.first(meter.bad_step())
-        if step is None:
-            return
-        path = self.folder / BAD_BATCH
-        if self.world.leads:
-            indices = self.feed.batches(epoch)[step]
-            content = {
-                "epoch": epoch,
-                "step": step,
-                "images": [str(self.feed.paths[index]) for index in indices],
-                "crops": torch.from_numpy(self.feed.crops.batch(indices)),
-                "seeds": self.feed.seeds(epoch, step),
-            }
-            with written_whole(path) as temporary:
-                torch.save(content, temporary)
-        last = self.folder / LAST
-        before = f"{last} is from before it. " if last.exists() else ""
-        raise CheckFailedError(
-            f"the loss of epoch {epoch}, step {step + 1} is not finite; its batch is in {path}",
-            f"{before}A new run with --precision fp32 or --clip-norm 10 may avoid it",
-        )
-
-    def _judge(self, position: Position, stop: Callable[[], bool]) -> bool:
-        """Evaluate, and keep the network as best.pt where its mAP is the highest so far; False where interrupted."""
-        figures = self._evaluate(position, stop) if self.world.leads else None
-        if self.world.agree(self.world.leads and figures is None):
-            return False
-        if figures:
-            position.stale += 1
-            if position.best is None or figures.mAP > position.best.mAP:
-                position.best, position.stale = figures, 0
-                spec = model_spec(self.config, self.dataset, self.trainee.network, figures)
-                save_checkpoint(self.folder / BEST, Checkpoint(spec, self.trainee.judged.state_dict()))
-        position.judged = position.epoch
-        return True
-
-    def _evaluate(self, position: Position, stop: Callable[[], bool]) -> RetrievalFigures | None:
-        """The figures of the network as it stands; None where interrupted: whoever goes on evaluates it again."""
-        result = self.evaluation.judge(self.trainee.judged, stop)
-        if result is None:
-            return None
-        figures = result.figures()
-        self._record("evaluate", position.epoch, {**asdict(figures), "rank5": result.rank(5)})
-        return figures
-
-    def _save_last(self, position: Position) -> None:
-        self._saved = time.monotonic()
-        if self.world.leads:
-            save_position(position, self.trainee, self.config, self.dataset, self._seen, self.folder)
-
-    def _memory_explained(self) -> AbstractContextManager[None]:
-        unit = self.config.images_per_identity * self.config.accumulate * self.world.size
-        return memory_errors_explained(self.device, self.config.batch, unit)
-
-    def _compiler_explained(self) -> AbstractContextManager[None]:
-        return compiler_errors_explained() if self.config.compile else nullcontext()
-
-    def _record(self, kind: str, epoch: int, values: dict[str, float]) -> None:
-        if self.journal:
-            self.journal.record(kind, epoch, values)
-
-    def _say(self, text: str) -> None:
-        if self.journal:
-            self.journal.say(text)
-
-    def _warn(self, text: str) -> None:
-        self._say(f"warning: {text}")
-        self.warn(text)
-
-
-_WRITTEN = (ABOUT, CONFIG, METRICS, LAST, BEST, BAD_BATCH, "epoch-*.pt")
-"""What training alone writes in its folder, each file whole."""
-
-
-def train(
-    config: TrainConfig,
-    data: Path,
-    *,
-    layout: str | None = None,
-    out: Path | None = None,
-    report: Report = silent,
-    warn: Callable[[str], None] = lambda text: None,
-) -> TrainResult:
-    """Train from the start; under `torchrun`, together with the other processes.
-
-    Args:
-        config: the run, see `presets`.
-        data: a data set's folder.
-        layout: its layout's name; recognised by itself where None.
-        out: the run folder to make; `runs/<time>-<preset>` by default.
-        warn: told what a user should know although the run goes on.
-
-    Raises:
-        DataError: the data set cannot be used.
-        OutputError: the run folder cannot be made or written, or is another run's.
-        CheckFailedError: the loss is not finite.
-    """
-    with joined(config.device) as world, ExitStack() as held:
-        dataset = scan(data, layout)
-        if world.leads:
-            for finding in untrained_images(dataset.train):
-                warn(finding.text)
-        check_shards(config, dataset.train.identities, world)
-        chosen_machine(config, world)  # refused before a folder is made
-        network = _started(config, dataset, world, warn)
-        about = AboutRun(config.preset, str(dataset.root.resolve()), pmm_edge.__version__, layout)
-        folder = out or new_run_path(config.preset)
-        if world.leads:
-            held.enter_context(alone_in(folder))
-            new_run_folder(about, folder)
-            remove_unfinished(folder, _WRITTEN)
-            with written_whole(folder / CONFIG) as temporary:
-                temporary.write_text(config.to_toml(), encoding="utf-8")
-        folder = Path(world.share(str(folder)))
-        return Run(config, dataset, folder, network, world, report, warn).go(Position())
-
-
-def resume(
-    folder: Path,
-    data: Path | None = None,
-    *,
-    report: Report = silent,
-    warn: Callable[[str], None] = lambda text: None,
-) -> TrainResult:
-    """Go on with an interrupted run; on a CPU its weights become, bit for bit, those of a run that did not stop.
-
-    In `metrics.jsonl` the line of the epoch that it stopped in averages the steps after the stop alone.
-
-    Args:
-        folder: the run's.
-        data: where its data set is now; where it was by default.
-
-    Raises:
-        ModelError: the folder is no run, or its settings were changed.
-        DataError: the data set is not there, or has changed since.
-        OutputError: another process trains in the folder, or it cannot be written.
-    """
-    if never_began(folder):
-        raise ModelError(f"the run of {folder} never began", f"Train into it: pmm train --out {folder}")
-    config, about = read_run_config(folder), about_run(folder)
-    assert about is not None  # read_run_config has seen to it
-    with joined(config.device) as world, ExitStack() as held:
-        if world.leads:
-            held.enter_context(alone_in(folder))
-            remove_unfinished(folder, _WRITTEN)
-        world.wait()  # not to begin where the first process is refused
-        dataset = _dataset_of(about, data, folder)
-        if not (folder / LAST).exists():  # stopped before its first checkpoint: nothing was learned yet
-            network = _started(config, dataset, world, warn)
-            _remember(dataset, about, folder, world)
-            return Run(config, dataset, folder, network, world, report, warn).go(Position())
-        checkpoint = load_checkpoint(folder / LAST)
-        began_with, seen = (checkpoint.training.get(name) for name in ("config", "fingerprint"))
-        if not isinstance(began_with, dict):
-            raise ModelError(f"{folder / LAST} holds no training to go on with", "Put the run's own last.pt back")
-        if changed := differences(config, overridden(TrainConfig(), began_with)):
-            raise ModelError(
-                f"{folder / CONFIG} differs from what the run began with ({'; '.join(changed)})",
-                "Put it back, or start a new run with these settings",
-            )
-        if not fingerprint(dataset).startswith(str(seen)):  # an older one has names and labels alone
-            raise DataError(
-                f"{dataset.root} holds other images than when {folder} began",
-                f"Put the data set back as it was, or start a new run (--init-from {folder / LAST} takes its weights)",
-            )
-        _remember(dataset, about, folder, world)
-        dataset = replace(dataset, name=str(checkpoint.spec.dataset))  # which may be that of a folder it has left
-        return _gone_on(Run(config, dataset, folder, checkpoint.network(), world, report, warn), checkpoint)
-
-
-def _gone_on(run: Run, checkpoint: Checkpoint) -> TrainResult:
-    return run.go(restore_position(run.trainee, checkpoint))
-
-
-def _dataset_of(about: AboutRun, data: Path | None, folder: Path) -> ReidDataset:
-    try:
-        return scan(data or Path(about.data), about.layout)
-    except DataError as error:
-        if data is not None:
-            raise
-        remedy = f"Put it back, or give the data set's new place: pmm train NEWPLACE --resume {folder}"
-        raise DataError(error.problem, remedy) from error
-
-
-def _remember(dataset: ReidDataset, about: AboutRun, folder: Path, world: World) -> None:
-    """Let later commands find a data set that was moved."""
-    place = str(dataset.root.resolve())
-    if world.leads and place != about.data:
-        write_about_run(folder, replace(about, data=place))
-
-
-def _started(config: TrainConfig, dataset: ReidDataset, world: World, warn: Callable[[str], None]) -> ReidNetwork:
-    """The network before its first step, what is downloaded downloaded once."""
-    given = any_weights(Path(config.init_from)) if config.init_from else {}
-    if not world.leads:
-        world.wait()
-    network = new_network(config, dataset.train.identities, given)
-    if world.leads:
-        world.wait()
-    if config.init_from:
-        taken = init_from(network, given, Path(config.init_from))
-        if world.leads:
-            warn(f"{config.init_from}: {taken}")
-    return network

@@ -1,4 +1,4 @@
-"""One training step and one evaluation forward, against figures of the authors' released code."""
+"""One training step and one evaluation forward against golden figures of the authors' released code."""
 
 import json
 import zlib
@@ -14,14 +14,14 @@ from pmm_edge.model.checkpoint import our_name
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
-# golden/README.md's tolerances hold where float32 sums run in the order of the golden ones: oneDNN's AVX-512
-# kernels on two threads. Elsewhere the same eight noise images leave 2e-3 of rounding, in the golden figures as well.
+# The tolerances of golden/README.md hold if float32 sums are added in the order of the golden figures: with the AVX-512
+# kernels of oneDNN on two threads. With other kernels these eight noise images give rounding errors of 2e-3.
 SAME_KERNELS = torch.backends.cpu.get_cpu_capability() == "AVX512"
 ACTIVATIONS, CAM, LOSS, GRADIENT = (3e-5, 2e-6, 5e-6, 1e-6) if SAME_KERNELS else (2e-2, 1e-3, 1e-3, 1e-2)
 
 
 def released_state_dict() -> dict[str, torch.Tensor]:
-    """The weights that golden/README.md defines by a rule, under the released names."""
+    """The weights that golden/README.md defines by a rule, with their released names."""
     shapes = json.loads((GOLDEN / "released_state_dict_shapes.json").read_text())
     return {name: torch.from_numpy(_tensor(name, shape)) for name, shape in shapes.items()}
 
@@ -35,8 +35,8 @@ def _tensor(name: str, shape: list[int]) -> np.ndarray:
         return 1 + 0.1 * np.abs(z)
     if len(shape) == 1:
         return (1 + 0.1 * z) if name.endswith("weight") else 0.1 * z
-    # A Python float, not a numpy one: the product is to be rounded once, to float32. One unit in the last place of
-    # the weights moves the embeddings by 5e-4, for batch norm divides by the small spread of eight noise images.
+    # The Python float keeps the product in float32, rounded once. One unit in the last place of the weights moves the
+    # embeddings by 5e-4, because batch norm divides by the small variance of eight noise images.
     return z * sqrt(2 / prod(shape[1:]))
 
 
@@ -53,7 +53,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def step(golden, images):
-    """Embeddings of the freshly loaded network, then one training step of it with the golden negatives."""
+    """Embeddings of the loaded network, then one training step with the golden negatives."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     model = pmm.build_model("pmm", num_classes=32, backbone="resnet50", mix_blocks=3)
@@ -107,7 +107,7 @@ def test_gradient_of_every_parameter(step, golden):
     largest = max(float(golden[f"gradnorm/{name}"]) for name in names)
     for name in names:
         expected = float(golden[f"gradnorm/{name}"])
-        # A bias in front of a batch norm has no gradient but rounding: compared with the largest norm.
+        # The gradient of a bias before a batch norm is rounding only, so the tolerance is relative to the largest norm.
         assert parameters[our_name(name)].grad.norm().item() == pytest.approx(
             expected, rel=GRADIENT, abs=GRADIENT * largest
         )

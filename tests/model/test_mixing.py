@@ -1,11 +1,26 @@
-"""Grad-CAM, ranking and mixing against slow definitions."""
+"""Grad-CAM and every mix, each against a slow reference written from its definition."""
 
 import pytest
 import torch
 
 from pmm_edge.errors import PmmError
-from pmm_edge.model.mixing import check_block_grid, draw_negatives, grad_cam, mix, scaled_mix_blocks, top_blocks
+from pmm_edge.model import build_model
+from pmm_edge.model.mixing import (
+    attentive_cutmix,
+    check_block_grid,
+    cutmix,
+    draw_negatives,
+    grad_cam,
+    mix,
+    random_blocks,
+    scaled_mix_blocks,
+    top_blocks,
+)
 from pmm_edge.model.network import Head, average_pool, max_pool
+
+PIDS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+CORNERS = [(row, column) for row in (0, 3) for column in (0, 2)]
+"""Of the blocks of 3x2 on a 6x4 map."""
 
 
 @pytest.fixture
@@ -13,8 +28,18 @@ def generator():
     return torch.Generator().manual_seed(3)
 
 
+@pytest.fixture
+def images(generator):
+    return torch.rand(8, 3, 96, 64, generator=generator)
+
+
+def pmm(**options):
+    torch.manual_seed(0)
+    return build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64, **options).train()
+
+
 @pytest.mark.parametrize("pool", [average_pool, max_pool])
-def test_grad_cam_at_the_pooled_vector_equals_the_textbook_one(pool, generator):
+def test_grad_cam_from_the_pooled_vector_equals_the_textbook(pool, generator):
     torch.manual_seed(0)
     head = Head(16, num_classes=5, init_mode="fan_in").double().train()
     features = torch.randn(6, 16, 12, 4, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -24,27 +49,24 @@ def test_grad_cam_at_the_pooled_vector_equals_the_textbook_one(pool, generator):
     cam = grad_cam(features, pooled, logits, pids)
 
     (gradient,) = torch.autograd.grad(logits.gather(1, pids[:, None]).sum(), features)
-    weights = gradient.mean(dim=(2, 3), keepdim=True)
-    textbook = torch.relu((weights * features).sum(dim=1)).detach()
-    assert textbook.max() > 0
+    textbook = torch.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)).detach()
+    assert textbook.max() > 0 and not cam.requires_grad
     torch.testing.assert_close(cam, textbook, rtol=1e-12, atol=1e-15)
-    assert not cam.requires_grad
 
 
-def test_top_blocks_are_those_with_the_largest_sum(generator):
+def test_top_blocks_have_the_largest_sums(generator):
     cam = torch.rand(5, 12, 4, generator=generator)
     replaced = top_blocks(cam, (3, 2), count=3)
     assert replaced.shape == (5, 1, 12, 4) and replaced.dtype == torch.bool
     for sample in range(5):
         sums = {(r, c): cam[sample, r : r + 3, c : c + 2].sum() for r in range(0, 12, 3) for c in range(0, 4, 2)}
-        best = sorted(sums, key=sums.get, reverse=True)[:3]
         expected = torch.zeros(12, 4, dtype=torch.bool)
-        for row, column in best:
+        for row, column in sorted(sums, key=sums.get, reverse=True)[:3]:
             expected[row : row + 3, column : column + 2] = True
         assert torch.equal(replaced[sample, 0], expected)
 
 
-def test_mix_takes_the_negative_where_replaced_and_sends_it_the_gradient(generator):
+def test_mix_takes_the_negative_where_replaced_and_routes_the_gradient_to_it(generator):
     features = torch.randn(3, 2, 6, 4, generator=generator, requires_grad=True)
     replaced = torch.zeros(3, 1, 6, 4, dtype=torch.bool)
     replaced[:, :, :3, :2] = True
@@ -55,7 +77,7 @@ def test_mix_takes_the_negative_where_replaced_and_sends_it_the_gradient(generat
     assert features.grad[2].sum() == 12 and features.grad[0].sum() == 36 and features.grad[1].sum() == 0
 
 
-def test_negatives_are_uniform_over_other_identities_in_any_order(generator):
+def test_negatives_are_uniform_over_other_identities(generator):
     pids = torch.tensor([1, 0, 1, 2, 0, 2])
     drawn = torch.stack([draw_negatives(pids, generator) for _ in range(4000)])
     assert (pids[drawn] != pids).all()
@@ -65,17 +87,108 @@ def test_negatives_are_uniform_over_other_identities_in_any_order(generator):
 
 
 def test_a_batch_of_one_identity_is_refused():
-    with pytest.raises(PmmError, match="one identity"):
+    with pytest.raises(PmmError):
         draw_negatives(torch.tensor([4, 4, 4]))
 
 
-def test_an_input_that_the_blocks_do_not_divide_names_sizes_that_fit():
+def test_blocks_must_divide_the_map():
     assert check_block_grid(384, 128, (3, 2)) == 32
     assert check_block_grid(192, 64, (3, 2)) == 8
-    with pytest.raises(PmmError, match=r"16x8 map.*multiple of 48 \(such as 240 or 288\).*multiple of 32"):
+    with pytest.raises(PmmError) as caught:
         check_block_grid(256, 128, (3, 2))
+    assert {"48", "240", "288"} <= set(caught.value.remedy.replace(")", "").split()), "the remedy names sizes that fit"
 
 
 @pytest.mark.parametrize(("k", "blocks", "scaled"), [(3, 32, 3), (8, 32, 8), (3, 8, 1), (8, 8, 2), (3, 6, 1)])
 def test_k_scales_with_the_number_of_blocks(k, blocks, scaled):
     assert scaled_mix_blocks(k, blocks) == scaled
+
+
+def sources(mixed, images, sample):
+    """For each pixel of a mixed image, the sample that it comes from."""
+    source = torch.full(mixed.shape[-2:], -1)
+    for other in range(len(images)):
+        source[(mixed[sample] == images[other]).all(dim=0)] = other
+    return source
+
+
+def test_cutmix_pastes_one_box_of_another_identity_and_mixes_labels_by_area(images, generator):
+    shares = []
+    for _ in range(20):
+        mixed, labels = cutmix(images, PIDS, generator)
+        for sample in range(8):
+            source = sources(mixed, images, sample)
+            pasted = source != sample
+            shares.append(labels.share[sample].item())
+            assert pasted.float().mean().item() == pytest.approx(shares[-1])
+            if pasted.any():
+                (negative,) = source[pasted].unique().tolist()
+                assert PIDS[negative] == labels.other[sample] != PIDS[sample]
+                rows, columns = torch.where(pasted)
+                assert (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1) == pasted.sum()
+    assert min(shares) < 0.1 and max(shares) > 0.5
+
+
+def test_attentive_cutmix_pastes_the_most_salient_blocks_of_the_negative(images, generator):
+    attention = torch.rand(8, 6, 4, generator=generator)
+    mixed, labels = attentive_cutmix(images, PIDS, attention, (3, 2), 1, generator)
+    for sample in range(8):
+        source = sources(mixed, images, sample)
+        (negative,) = source[source != sample].unique().tolist()
+        row, column = max(CORNERS, key=lambda at: attention[negative, at[0] : at[0] + 3, at[1] : at[1] + 2].sum())
+        expected = torch.zeros(96, 64, dtype=torch.bool)
+        expected[row * 16 : (row + 3) * 16, column * 16 : (column + 2) * 16] = True
+        assert torch.equal(source != sample, expected)
+        assert labels.share[sample].item() == pytest.approx(0.25)
+        assert labels.other[sample] == PIDS[negative] != PIDS[sample]
+
+
+def test_attention_is_the_grad_cam_of_stage_one_and_leaves_the_network_unchanged(images):
+    network = pmm()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    cam = network.attention(images, PIDS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert network.training and all(p.grad is None for p in network.parameters())
+
+    network.eval()
+    features = network.backbone(images).detach().requires_grad_()
+    logits = network.stage1(average_pool(features))[1]
+    (gradient,) = torch.autograd.grad(logits.gather(1, PIDS[:, None]).sum(), features)
+    textbook = torch.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)).detach()
+    torch.testing.assert_close(cam, textbook, rtol=1e-4, atol=1e-7)
+
+
+def test_random_blocks_are_uniform_over_the_grid(generator):
+    dropped = random_blocks(torch.empty(2000, 1, 6, 4), (3, 2), 1, generator)
+    assert dropped.shape == (2000, 1, 6, 4)
+    grid = dropped.view(2000, 2, 3, 2, 2).permute(0, 1, 3, 2, 4).flatten(3)
+    assert (grid.all(dim=3) == grid.any(dim=3)).all(), "whole blocks"
+    counts = grid.all(dim=3).sum(dim=0)
+    assert counts.sum() == 2000 and ((counts - 500).abs() < 100).all()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_dropblock_zeroes_k_blocks_of_each_sample_independently_in_both_stages(generator, monkeypatch, k):
+    network, pooled = pmm(mix="dropblock", mix_blocks=k), []
+    monkeypatch.setattr("pmm_edge.model.network.max_pool", lambda seen: pooled.append(seen) or max_pool(seen))
+    network.bottleneck = torch.nn.Identity()
+    features = 1 + torch.rand(8, network.backbone.channels, 6, 4, generator=generator)  # no zeros
+    network.train_stages(features, PIDS, None, generator)
+
+    drawn = []
+    for seen in pooled:
+        for sample in range(8):
+            kept = [seen[sample, :, r : r + 3, c : c + 2] for r, c in CORNERS]
+            dropped = [at for at, block in zip(CORNERS, kept, strict=True) if (block == 0).all()]
+            assert len(dropped) == k and (seen[sample] == 0).sum() == 6 * k * features.shape[1]
+            drawn.append(dropped)
+    assert len(drawn) == 16 and drawn[:8] != drawn[8:], "both stages draw"
+    assert any(drawn[0] != other for other in drawn[1:8]), "all samples draw"
+
+
+def test_without_mixing_both_later_stages_see_the_same_map(images):
+    network = pmm(mix="none")
+    network.stage3.load_state_dict(network.stage2.state_dict())
+    _, second, third = network(images, PIDS)
+    assert torch.equal(second.embedding, third.embedding)
+    assert second.cam is None and second.negatives is None

@@ -1,20 +1,31 @@
+"""PMM and the networks it is compared with: sizes, outputs, gradients."""
+
 import pytest
 import torch
 
 import pmm_edge as pmm
-from pmm_edge.errors import ModelError, PmmError
-from pmm_edge.model.backbone import Backbone
+from pmm_edge.errors import PmmError
+from pmm_edge.model.backbone import Backbone, zero_init_residuals
+from pmm_edge.model.baselines import drop_stripe
+
+PIDS = torch.tensor([0, 0, 1, 1])
 
 
-def parameters(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def test_paper_network_has_its_parameters_and_map():
+def parameters(method):
     with torch.device("meta"):
-        model = pmm.build_model("pmm", num_classes=751, backbone="resnet50")
-        assert parameters(model) == pytest.approx(32.28e6, rel=2e-4)
-        assert model.backbone(torch.empty(2, 3, 384, 128)).shape == (2, 2048, 24, 8)
+        return sum(p.numel() for p in pmm.build_model(method, num_classes=751).parameters())
+
+
+def test_the_papers_network_has_its_parameters_and_its_map():
+    assert parameters("pmm") == pytest.approx(32.28e6, rel=2e-4)
+    with torch.device("meta"):
+        assert Backbone("resnet50")(torch.empty(2, 3, 384, 128)).shape == (2, 2048, 24, 8)
+
+
+def test_bdb_has_the_layers_of_pmm_except_one_bias_and_the_baseline_has_stage_one():
+    assert parameters("pmm") - parameters("bdb") == 751
+    # ResNet-50 without its classifier, a layer 2048 -> 512, its batch norm, 751 classes.
+    assert parameters("baseline") == 23_508_032 + (2048 * 512 + 512) + 2 * 512 + (512 * 751 + 751)
 
 
 @pytest.mark.parametrize(("backbone", "channels"), [("resnet18", 512), ("resnet34", 512), ("resnet101", 2048)])
@@ -23,74 +34,78 @@ def test_other_backbones(backbone, channels):
         assert Backbone(backbone)(torch.empty(1, 3, 192, 64)).shape == (1, channels, 12, 4)
 
 
+@pytest.mark.parametrize(("method", "sizes"), [("baseline", [512]), ("bdb", [512, 1024]), ("pmm", [512, 512, 512])])
+def test_a_step_gives_an_output_per_stage_and_a_gradient_everywhere(method, sizes):
+    torch.manual_seed(0)
+    network = pmm.build_model(method, num_classes=2, backbone="resnet18", height=96, width=64)
+    images = torch.randn(4, 3, 96, 64)
+    outputs = network.train()(images, PIDS)
+    assert [stage.embedding.shape for stage in outputs] == [(4, size) for size in sizes]
+    assert [stage.logits.shape for stage in outputs] == [(4, 2)] * len(sizes)
+    assert [stage.cam is not None for stage in outputs] == [method == "pmm"] * (len(sizes) - 1) + [False]
+    loss, parts = pmm.pmm_loss(outputs, PIDS)
+    assert len(parts) == 2 * len(sizes) and torch.allclose(loss, sum(parts.values()))
+    loss.backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert [stop - start for start, stop in network.stages.values()] == sizes
+
+    with torch.inference_mode():
+        together = network.eval()(images)
+        alone = torch.cat([network(image[None]) for image in images])
+    assert together.shape == (4, sum(sizes)) and together.dtype == torch.float32
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
     return pmm.build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64)
 
 
-def test_training_step_gives_three_stages_and_a_gradient_everywhere(small):
-    images, pids = torch.randn(8, 3, 96, 64), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    outputs = small.train()(images, pids)
-    assert [stage.embedding.shape for stage in outputs] == [(8, 512)] * 3
-    assert [stage.logits.shape for stage in outputs] == [(8, 4)] * 3
-    assert [stage.cam is not None for stage in outputs] == [True, True, False]
-    loss, parts = pmm.pmm_loss(outputs, pids)
-    assert torch.allclose(loss, sum(parts.values()))
-    loss.backward()
-    assert all(p.grad is not None for p in small.parameters())
-
-
-def test_fixed_negatives_and_a_seeded_generator_repeat_a_step(small):
-    images, pids = torch.randn(4, 3, 96, 64), torch.tensor([0, 0, 1, 1])
-    drawn = small.train()(images, pids, generator=torch.Generator().manual_seed(1))
-    negatives = (drawn[0].negatives, drawn[1].negatives)
-    again = small(images, pids, negatives=negatives)
+def test_given_negatives_repeat_a_step(small):
+    images = torch.randn(4, 3, 96, 64)
+    drawn = small.train()(images, PIDS, generator=torch.Generator().manual_seed(1))
+    again = small(images, PIDS, negatives=(drawn[0].negatives, drawn[1].negatives))
     for one, other in zip(drawn, again, strict=True):
         assert torch.equal(one.embedding, other.embedding)
 
 
-def test_the_embedding_of_an_image_does_not_depend_on_its_batch(small):
-    images = torch.randn(4, 3, 96, 64)
-    with torch.inference_mode():
-        together = small.eval()(images)
-        alone = torch.cat([small(image[None]) for image in images])
-    assert together.shape == (4, 1536)
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_wrong_use_is_one_clear_line(small):
-    with pytest.raises(PmmError, match="identities"):
+def test_training_mode_needs_identities(small):
+    with pytest.raises(PmmError):
         small.train()(torch.randn(2, 3, 96, 64))
-    with pytest.raises(PmmError, match="resnet18, resnet34"):
-        pmm.build_model("pmm", num_classes=4, backbone="vgg")
-    with pytest.raises(PmmError, match="from 1 to 7"):
-        pmm.build_model("pmm", num_classes=4, height=192, width=64, mix_blocks=8)
 
 
-def test_a_released_checkpoint_of_another_size_says_so(small):
-    weights = {"global_softmax.weight": torch.zeros(9, 512)}
-    with pytest.raises(ModelError, match="does not fit"):
-        pmm.load_released_checkpoint(small, weights)
-    with pytest.raises(ModelError, match="'layer9' is no tensor"):
-        pmm.load_released_checkpoint(small, {"layer9": torch.zeros(1)})
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        ({"method": "pcb"}, "pmm, bdb, baseline"),
+        ({"mix": "mixup"}, "a-hard-mix, dropblock"),
+        ({"backbone": "vgg"}, "resnet18, resnet34"),
+        ({"height": 192, "width": 64, "mix_blocks": 8}, "1 to 7"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_the_choices(arguments, choices):
+    with pytest.raises(PmmError) as caught:
+        pmm.build_model(num_classes=4, **arguments)
+    assert choices in caught.value.remedy
 
 
-def test_a_released_file_loads_with_dataparallel_names_and_numpy_scalars(tmp_path):
-    import numpy as np
+def test_bdb_drops_one_stripe_of_a_third_for_the_whole_batch_at_any_height():
+    generator, starts = torch.Generator().manual_seed(0), set()
+    for _ in range(300):
+        dropped = drop_stripe(torch.ones(3, 2, 24, 8), generator) == 0
+        assert torch.equal(dropped, dropped[:1, :1].expand_as(dropped))
+        rows = torch.where(dropped[0, 0].all(dim=1))[0]
+        assert len(rows) == 8 and rows[-1] - rows[0] == 7 and dropped[0, 0].sum() == 8 * 8
+        starts.add(int(rows[0]))
+    assert starts == set(range(17))
 
-    from pmm_edge.model.checkpoint import _OURS
 
-    torch.manual_seed(0)
-    model = pmm.build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64)
-    theirs = {ours: released for released, ours in _OURS.items()}
-    released = {}
-    for name, tensor in model.state_dict().items():
-        prefix = max((ours for ours in theirs if name.startswith(ours)), key=len)
-        value = tensor[:, :, None, None] if name == "stage1.linear.weight" else tensor
-        released["module." + theirs[prefix] + name.removeprefix(prefix)] = value
-    path = tmp_path / "model_best.pth.tar"
-    torch.save({"state_dict": released, "rank1": np.float64(0.94), "epoch": 400}, path)
-    other = pmm.build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64)
-    pmm.load_released_checkpoint(other, path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+def test_zero_initialized_bottlenecks_are_identities():
+    backbone = Backbone("resnet50").eval()
+    zero_init_residuals(backbone)
+    x = torch.rand(2, 1024, 4, 4)
+    assert torch.equal(backbone.layer3[1](x), x)  # a block without a convolution on its shortcut
+    other = Backbone("resnet18")
+    zero_init_residuals(other)
+    assert all((norm.weight == 1).all() for norm in other.modules() if isinstance(norm, torch.nn.BatchNorm2d))

@@ -9,7 +9,6 @@ import torch
 from pmm_edge.data.augment import normalize
 from pmm_edge.images import read_crop
 from pmm_edge.model import ReidNetwork, build_model, load_checkpoint
-from pmm_edge.model.alternatives import attention
 from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.pictures.attention import (
     UnsuitableError,
@@ -19,7 +18,7 @@ from pmm_edge.pictures.attention import (
     training_classes,
 )
 from pmm_edge.runtime.embed_files import find_images
-from pmm_edge.trainer.setup import class_indices
+from pmm_edge.trainer.step import class_indices
 
 STAGES = {"pmm": 3, "bdb": 2, "baseline": 1}
 
@@ -60,7 +59,7 @@ def test_every_method_gives_the_textbooks_maps_of_its_predicted_classes(method: 
 def test_of_the_true_class_stage_one_is_what_training_uses() -> None:
     network, images, pids = network_of("pmm"), images_of(4), torch.tensor([0, 1, 4, 2])
     maps, classes = stage_maps(network, images, pids)
-    assert torch.equal(maps[:, 0], attention(network, images, pids))
+    assert torch.equal(maps[:, 0], network.attention(images, pids))
     assert torch.equal(classes, pids[:, None].expand(4, 3))
 
 

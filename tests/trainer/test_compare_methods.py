@@ -1,4 +1,4 @@
-"""The comparison of methods as a user runs it: what it trains, what it finds again, what stops it."""
+"""The comparison of methods as a user runs it: what it trains, what it reuses, what stops it."""
 
 import json
 import os
@@ -9,30 +9,34 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.trainer import train
+from pmm_edge.trainer import train as train_file
 
-# fmt: off
-TINY = [
-    "--dtype", "fp32", "--epochs", 1, "--seeds", 0, "--set", "height=96", "--set", "width=64", "--set", "batch=8",
-    "--set", "erase_size=8", "--set", "device=cpu",
-]
-# fmt: on
+SETTINGS = ("backbone=tiny", "height=48", "width=32", "mix_block_size=1x1", "batch=8", "erase_size=8", "device=cpu")
 
 
 @pytest.fixture
 def compare(monkeypatch, capsys, tiny_dataset, tmp_path):
-    """Run the script in a process that is interrupted as any other is."""
+    """Run the script in this process, whose signal handlers it changes."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import compare_methods
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments):
-        flags = [tiny_dataset, "--out", tmp_path / "out", *TINY, *arguments]
-        monkeypatch.setattr(sys, "argv", ["compare_methods.py", *map(str, flags)])
+        flags = [
+            "--dtype",
+            "fp32",
+            "--epochs",
+            1,
+            "--seeds",
+            0,
+            *(word for text in SETTINGS for word in ("--set", text)),
+        ]
+        command = ["compare_methods.py", tiny_dataset, "--out", tmp_path / "out", *flags, *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
         with pytest.raises(SystemExit) as ended:
             compare_methods.main()
-        return ended.value.code, *capsys.readouterr()
+        return ended.value.code, capsys.readouterr().out
 
     yield run
     for number, handler in before.items():
@@ -41,42 +45,42 @@ def compare(monkeypatch, capsys, tiny_dataset, tmp_path):
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """The method, mix and seed of each evaluation: two in each of these trainings."""
-    seen = []
-    evaluate = train.Run._evaluate
+    """Method, mix and seed of each training."""
+    seen, fit = [], train_file.fit
 
-    def recorded(run, *arguments):
+    def recorded(run):
         seen.append((run.config.method, run.config.mix, run.config.seed))
-        return evaluate(run, *arguments)
+        return fit(run)
 
-    monkeypatch.setattr(train.Run, "_evaluate", recorded)
+    monkeypatch.setattr(train_file, "fit", recorded)
     return seen
 
 
-def test_a_row_of_both_tables_is_trained_once_and_found_again(compare, trainings, tmp_path):
-    code, printed, _ = compare("--methods", "pmm,A-Hard-Mix")
-    assert code == 0 and trainings == [("pmm", "a-hard-mix", 0)] * 2
-    rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
-    assert rows == ["PMM", "A-Hard-Mix"], "only what was trained"
-    headings = next(line for line in printed.splitlines() if line.startswith("┃"))
-    assert [heading.strip() for heading in headings.strip("┃").split("┃")] == ["", "seeds", "Rank-1", "mAP", "mAP@50"]
+def rows(printed):
+    """Cells of all rows of the printed tables."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+
+
+def test_a_row_of_both_tables_is_trained_once_and_reused(compare, trainings, tmp_path):
+    code, printed = compare("--methods", "pmm,A-Hard-Mix")
+    assert code == 0 and trainings == [("pmm", "a-hard-mix", 0)]
+    shown = rows(printed)
+    assert [row[0] for row in shown] == ["PMM", "A-Hard-Mix"], "only what was trained"
     assert compare("--methods", "PMM,none")[0] == 0
-    assert trainings[2:] == [("pmm", "none", 0)] * 2
+    assert trainings[1:] == [("pmm", "none", 0)]
     results = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("result.json")]
     assert len(results) == 2 and all(result["epochs"] == 1 for result in results)
-    shown = [[cell.strip() for cell in line.split("│")[3:6]] for line in printed.splitlines() if line.startswith("│")]
-    assert shown[0] in [[f"{100 * result[name]:.1f}" for name in ("Rank-1", "mAP", "mAP@50")] for result in results]
+    figures = [[f"{100 * result[name]:.1f}" for name in ("Rank-1", "mAP", "mAP@50")] for result in results]
+    assert shown[0][1:] in [["1", *texts] for texts in figures]
 
 
-def test_a_data_set_s_layout_can_be_named(compare, tmp_path):
-    code, _, _ = compare("--methods", "baseline", "--layout", "market1502")
-    assert "Did you mean 'market1501'?" in str(code)
+def test_the_layout_can_be_given(compare, tmp_path):
     assert compare("--methods", "baseline", "--layout", "dukemtmc-reid")[0] == 0
     (run,) = (tmp_path / "out").rglob("run.json")
     assert json.loads(run.read_text())["layout"] == "dukemtmc-reid"
 
 
-def test_every_setting_and_the_images_decide_the_folder(compare, monkeypatch, tiny_dataset, tmp_path):
+def test_every_setting_and_the_images_choose_the_folder(compare, monkeypatch, tiny_dataset, tmp_path):
     import compare_methods
 
     def folder(data, *arguments):
@@ -86,43 +90,39 @@ def test_every_setting_and_the_images_decide_the_folder(compare, monkeypatch, ti
     fewer = shutil.copytree(tiny_dataset, tmp_path / tiny_dataset.name)
     next((fewer / "bounding_box_train").iterdir()).unlink()
     plain = folder(tiny_dataset)
-    assert folder(tiny_dataset, "--methods", "PMM", "--seeds", 5) == plain, "these are told apart inside"
+    assert folder(tiny_dataset, "--methods", "PMM", "--seeds", 5) == plain, "these are subfolders"
     others = [["--set", "weight_decay=0"], ["--dtype", "bf16"], ["--epochs", 3], ["--set", "mix_blocks=2"]]
-    folders = {plain, folder(fewer), *(folder(tiny_dataset, *arguments) for arguments in others)}
-    assert len(folders) == 6
+    assert len({plain, folder(fewer), *(folder(tiny_dataset, *arguments) for arguments in others)}) == 6
 
 
-def test_an_interruption_in_a_training_s_last_evaluation_stops_the_comparison(compare, monkeypatch, trainings):
-    judge = train.Run._judge
+def test_an_interruption_in_the_last_evaluation_stops_the_comparison(compare, monkeypatch, trainings):
+    evaluate = train_file.evaluate_epoch
 
-    def interrupted(run, *arguments):
-        judged = judge(run, *arguments)
-        os.kill(os.getpid(), signal.SIGINT)  # too late to stop this training, which has finished
-        return judged
+    def interrupted(run):
+        done = evaluate(run)
+        os.kill(os.getpid(), signal.SIGINT)  # too late for this training, which finishes
+        return done
 
-    monkeypatch.setattr(train.Run, "_judge", interrupted)
-    code, _, said = compare("--methods", "baseline,BDB")
-    assert code == 130 and "goes on from here" in said
-    assert {method for method, _, _ in trainings} == {"baseline"}
-
-    monkeypatch.setattr(train.Run, "_judge", judge)
-    code, printed, _ = compare("--methods", "baseline,BDB")
-    assert code == 0 and "baseline" in printed and "BDB" in printed
+    monkeypatch.setattr(train_file, "evaluate_epoch", interrupted)
+    assert compare("--methods", "baseline,BDB")[0] == 130
+    assert trainings == [("baseline", "a-hard-mix", 0)]
+    monkeypatch.setattr(train_file, "evaluate_epoch", evaluate)
+    code, printed = compare("--methods", "baseline,BDB")
+    assert code == 0 and [row[0] for row in rows(printed)] == ["baseline", "BDB"] and len(trainings) == 2
 
 
-def test_an_interruption_between_two_trainings_prints_what_there_is(compare, monkeypatch):
-    original = train.train
-    started = []
+def test_an_interruption_between_two_trainings_prints_the_tables_so_far(compare, monkeypatch):
+    started, train = [], train_file.train
 
-    def interrupted(config, *arguments, **named):
-        started.append(config.method)
+    def interrupted(*arguments, **named):
+        started.append(named)
         if len(started) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(config, *arguments, **named)
+        return train(*arguments, **named)
 
     monkeypatch.setattr("compare_methods.train", interrupted)
-    code, printed, _ = compare("--methods", "baseline,BDB")
-    assert code == 130 and "baseline" in printed and "│ BDB" not in printed
+    code, printed = compare("--methods", "baseline,BDB")
+    assert code == 130 and [row[0] for row in rows(printed)] == ["baseline"]
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,14 @@ def test_an_interruption_between_two_trainings_prints_what_there_is(compare, mon
     [
         (["--methods", "PMN"], "Did you mean 'pmm'"),
         (["--set", "epoch=3"], "Did you mean 'epochs'"),
-        (["--set", "epochs=many"], "must be of type int"),
-        (["--set", "method=bdb"], "Use --preset, --methods or --seeds"),
-        (["--set", "erase_size=0", "--methods", "PMM,CutOut"], "CutOut is the erasing"),
-        (["--seeds", "a"], "Write numbers"),
+        (["--set", "epochs=many"], "int"),
+        (["--set", "method=bdb"], "--methods"),
+        (["--set", "erase_size=0", "--methods", "PMM,CutOut"], "--erase-size"),
+        (["--seeds", "a"], "0,1,2"),
+        (["--layout", "market1502"], "Did you mean 'market1501'?"),
     ],
 )
-def test_wrong_use_is_one_line_before_anything_is_trained(compare, tmp_path, arguments, message):
-    code, _, _ = compare(*arguments)
+def test_wrong_use_is_refused_before_anything_is_trained(compare, tmp_path, arguments, message):
+    code, _ = compare(*arguments)
     assert message in str(code)
     assert not (tmp_path / "out").exists()

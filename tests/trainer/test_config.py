@@ -1,92 +1,113 @@
-from dataclasses import fields
-from inspect import signature
+"""Training settings: presets, TOML files, single settings, and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
 
 import pytest
 
-from pmm_edge.cli.train import train
-from pmm_edge.errors import PmmError
-from pmm_edge.trainer.config import PRESETS, TrainConfig, overridden, preset, read_assignments, read_config, resolved
+from pmm_edge.errors import ModelError, PmmError
+from pmm_edge.trainer.config import DEFAULT_PRESET, PRESETS, TrainConfig, choose_config, read_run_config
 
 
-def test_a_preset_survives_its_toml(tmp_path):
-    for config in PRESETS.values():
-        path = tmp_path / "run.toml"
-        path.write_text(config.to_toml())
-        assert read_config(path) == config
+def test_every_setting_has_a_help_text_and_a_panel():
+    for setting in fields(TrainConfig):
+        if setting.name != "preset":
+            assert {"help", "panel", "least"} == setting.metadata.keys() and setting.metadata["help"].endswith(".")
 
 
-def test_a_file_overrides_the_preset_that_it_names(tmp_path):
+def test_the_settings_can_be_listed_without_torch():
+    code = "import sys, pmm_edge.trainer.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["market1501", "dukemtmc-reid", "cuhk03-detected", "cuhk03-labeled"])
+def test_the_papers_presets(name):
+    config = choose_config(name)
+    k = {"market1501": 3, "dukemtmc-reid": 6}.get(name, 8)
+    assert (config.epochs, config.batch, config.images_per_identity, config.lr) == (400, 64, 4, 1e-3)
+    assert (config.height, config.width, config.backbone, config.backbone_weights) == (384, 128, "resnet50", "imagenet")
+    assert (config.mix_blocks, config.block_size, config.erase_size, config.weight_decay) == (k, (3, 2), 64, 5e-4)
+    assert (config.schedule, config.method, config.mix) == ("paper", "pmm", "a-hard-mix")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_its_toml(tmp_path, name):
     path = tmp_path / "run.toml"
-    path.write_text('preset = "quick"\nepochs = 3\nweight_decay = 0\n')
-    config = read_config(path)
-    assert (config.epochs, config.weight_decay, config.backbone) == (3, 0.0, PRESETS["quick"].backbone)
+    path.write_text(PRESETS[name].to_toml())
+    assert choose_config(config=path) == PRESETS[name] == choose_config(name) == choose_config(config=PRESETS[name])
+
+
+def test_a_file_overrides_its_preset_and_settings_override_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "edge"\nepochs = 3\nweight_decay = 0\ndevice = 0\ncompile = true\n')
+    config = choose_config(config=path, settings={"epochs": 5, "compile": False})
+    expected = replace(PRESETS["edge"], epochs=5, weight_decay=0.0, device="0")
+    assert config == expected and type(config.weight_decay) is float
+    path.write_text("epochs = 3\n")
+    assert choose_config(config=path) == replace(PRESETS[DEFAULT_PRESET], epochs=3)
 
 
 @pytest.mark.parametrize(
-    ("toml", "message"),
+    ("toml", "remedy"),
     [
         ("epoch = 3", "Did you mean 'epochs'"),
-        ('epochs = "3"', "epochs is '3'. It must be of type int"),
-        ("epochs = 1.5", "epochs is 1.5"),
+        ('epochs = "3"', "int"),
+        ("epochs = 1.5", "int"),
+        ("epochs = true", "int"),
+        ("epochs = 0", "1"),
+        ("lr = 0.0", "positive"),
+        ("ema = 1.0", "below 1"),
         ("batch = 30", "multiple of 4"),
-        ("epochs = [", "cannot be read as TOML"),
+        ("accumulate = 5", "multiple of 20"),
+        ("erase_size = 100", "144x64"),
+        ('mix_block_size = "3"', "3x2"),
         ('preset = "quik"', "Did you mean 'quick'"),
         ('precision = "int8"', "auto, fp32, bf16, fp16"),
+        ('mix = "cutmx"', "Did you mean 'cutmix'"),
+        ('mix = "cutout"\nerase_size = 0', "--erase-size"),
+        ('mix = "cutmix"\nmethod = "bdb"', "--method pmm"),
+        ("epochs = [", ""),
     ],
 )
-def test_a_wrong_file_is_one_clear_line(tmp_path, toml, message):
+def test_a_wrong_setting_is_refused(tmp_path, toml, remedy):
     path = tmp_path / "run.toml"
     path.write_text(toml)
-    with pytest.raises(PmmError, match=message):
-        read_config(path)
+    with pytest.raises(PmmError) as caught:
+        choose_config(config=path)
+    assert remedy in caught.value.remedy
 
 
-def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path):
-    with pytest.raises(PmmError, match=rf"^{tmp_path} is a folder\. Name a TOML file, such as {tmp_path}/config.toml$"):
-        read_config(tmp_path)
-    with pytest.raises(PmmError, match=r"none\.toml does not exist"):
-        read_config(tmp_path / "none.toml")
+@pytest.mark.parametrize("kind", ["folder", "missing", "not UTF-8"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, kind):
     path = tmp_path / "run.toml"
-    path.write_bytes(b'init_from = "\xff"')
-    with pytest.raises(PmmError, match=r"is no text in UTF-8, as TOML must be\. Save it as UTF-8$"):
-        read_config(path)
-    with pytest.raises(PmmError, match=r"^cannot read .*run.toml/x: Not a directory\. Name a TOML file"):
-        read_config(path / "x")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "not UTF-8":
+        path.write_bytes(b'init_from = "\xff"')
+    with pytest.raises(PmmError) as caught:
+        choose_config(config=path)
+    assert str(path) in caught.value.problem
 
 
-def test_a_file_without_a_preset_has_the_default_one(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text("epochs = 3\n")
-    assert read_config(path) == resolved(preset("quick"), {"epochs": 3})
-
-
-def test_a_value_of_a_wrong_type_is_refused():
-    with pytest.raises(PmmError, match="must be of type int"):
-        overridden(preset("quick"), {"epochs": True})
-
-
-def test_assignments_are_toml_values_or_strings():
-    values = read_assignments(["epochs=3", "ema=0.5", "compile=true", "mix_block_size=3x2", "init_from='1'"])
-    assert values == {"epochs": 3, "ema": 0.5, "compile": True, "mix_block_size": "3x2", "init_from": "1"}
-    with pytest.raises(PmmError, match=r"'epochs' sets nothing\. Write KEY=VALUE"):
-        read_assignments(["epochs"])
-
-
-def test_every_setting_has_a_flag():
-    flags = {name.replace("compile_backbone", "compile") for name in signature(train).parameters}
-    assert {field.name for field in fields(TrainConfig)} <= flags
-
-
-def test_flags_undo_what_a_file_says(pmm, tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text("compile = true\ndeterministic = true\nsync_batch_norm = true\n")
-    undone = ["--no-compile", "--no-deterministic", "--no-sync-batch-norm", "--images-per-identity", 8]
-    printed = pmm("train", "--config", path, *undone, "--print-config").stdout
-    assert "= true" not in printed and "images_per_identity = 8" in printed
+def test_a_preset_and_a_configuration_exclude_each_other():
+    with pytest.raises(PmmError):
+        choose_config("quick", PRESETS["edge"])
 
 
 @pytest.mark.parametrize(
-    ("preset_name", "size", "k"), [("market1501", (192, 64), 1), ("cuhk03-labeled", (192, 128), 4)]
+    ("name", "settings", "k"),
+    [
+        ("market1501", {"height": 192, "width": 64}, 1),
+        ("cuhk03-labeled", {"height": 192}, 4),
+        ("cuhk03-labeled", {"height": 192, "mix_blocks": 5}, 5),
+    ],
 )
-def test_k_follows_the_number_of_blocks_on_the_map(preset_name, size, k):
-    assert resolved(preset(preset_name), {"height": size[0], "width": size[1]}).mix_blocks == k
+def test_k_follows_the_number_of_blocks_on_the_map(name, settings, k):
+    assert choose_config(name, settings=settings).mix_blocks == k
+
+
+def test_the_settings_of_a_run(whole, tmp_path):
+    assert asdict(read_run_config(whole.folder))["backbone"] == "tiny"
+    with pytest.raises(ModelError):
+        read_run_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Training on a real GPU: `pytest -m gpu tests/trainer`. The same steps run on a CPU in the other tests."""
+"""Training on a real GPU: `pytest -m gpu tests/trainer`. The other tests take the same steps on a CPU."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -58,8 +58,8 @@ def test_a_compiled_backbone_gives_the_same_loss() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_a_whole_run(tiny_dataset: Path, tmp_path: Path) -> None:
-    config = replace(CONFIG, epochs=2, evaluate_every=1, device="cuda", backbone_weights="none", erase_size=16)
-    result = train(config, tiny_dataset, out=tmp_path / "run")
-    assert result.finished
+@pytest.mark.parametrize("device", ["cuda", 0])
+def test_a_whole_run(tiny_dataset: Path, tmp_path: Path, device: str | int) -> None:
+    config = replace(CONFIG, epochs=2, evaluate_every=1, backbone_weights="none", erase_size=16)
+    assert train(tiny_dataset, config=config, out=tmp_path / "run", device=device).finished
     assert (tmp_path / "run" / "best.pt").is_file()

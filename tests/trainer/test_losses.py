@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pmm_edge.model import StageOutput
-from pmm_edge.model.alternatives import MixedLabels
+from pmm_edge.model.mixing import MixedLabels
 from pmm_edge.trainer.losses import batch_hard_triplet_loss, identity_loss, pmm_loss
 
 

@@ -1,23 +1,85 @@
-"""What each mix really does in a training step: which images reach the network, which labels the loss."""
+"""A training step: its batches, its learning rate, and which images, labels and maps each mix really gives."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_training import CONFIG as TINY
 
 from pmm_edge.data.augment import ERASE_PROBABILITY, augment
-from pmm_edge.model.alternatives import attention, attentive_cutmix, cutmix
-from pmm_edge.model.mixing import top_blocks
+from pmm_edge.data.dataset import Split
+from pmm_edge.data.loader import identity_batches
+from pmm_edge.errors import PmmError
+from pmm_edge.model.mixing import attentive_cutmix, cutmix, top_blocks
 from pmm_edge.model.network import max_pool
 from pmm_edge.trainer import step
-from pmm_edge.trainer.config import PRESETS
-from pmm_edge.trainer.setup import new_network
-from pmm_edge.trainer.step import Shard, prepare, train_step
+from pmm_edge.trainer.config import TrainConfig
+from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.step import Feed, Shard, learning_rate, prepare, train_step
+from pmm_edge.trainer.train import new_network
 
-CONFIG = replace(
-    PRESETS["quick"], height=96, width=64, batch=16, mix_blocks=1, mix_block_size="3x2", erase_size=16, device="cpu"
+PAPER_RATES = {1: 1e-4, 4: 1e-4, 5: 2e-4, 49: 1e-3, 50: 1e-3, 199: 1e-3, 200: 1e-4, 299: 1e-4, 300: 1e-5, 400: 1e-5}
+
+
+@pytest.mark.parametrize("epoch", PAPER_RATES)
+def test_the_papers_schedule(epoch):
+    assert learning_rate(TrainConfig(), epoch) == pytest.approx(PAPER_RATES[epoch])
+    assert learning_rate(TrainConfig(lr=5e-4), epoch, 0.9) == pytest.approx(PAPER_RATES[epoch] / 2)
+
+
+def test_a_short_training_follows_the_same_curve():
+    rates = [learning_rate(TrainConfig(epochs=20), epoch) for epoch in range(1, 21)]
+    assert rates[0] == pytest.approx(1e-4) and rates[-1] == pytest.approx(1e-5)
+    assert rates.count(pytest.approx(1e-3)) == 8 - 1
+
+
+def test_cosine_warms_up_linearly_and_decays_to_zero():
+    config = TrainConfig(epochs=10, lr=2e-3, schedule="cosine")
+    points = {(1, 0.5): 1e-3, (2, 0.0): 2e-3, (6, 0.5): 1e-3, (10, 0.9999): 0.0}
+    assert {point: learning_rate(config, *point) for point in points} == pytest.approx(points, abs=1e-9)
+
+
+def feed_of(identities, processes, accumulate=1, **world):
+    config = replace(TINY, batch=64, accumulate=accumulate, cache_gib=20 * 48 * 32 * 3 / 2**30)
+    pids = np.repeat(np.arange(1, identities + 1), 2)
+    train = Split([Path(f"{number}.jpg") for number in range(len(pids))], pids, np.ones_like(pids))
+    return Feed(train, config, World(size=processes, **world), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("identities", "processes", "accumulate", "taken"),
+    [(15, 2, 1, [14]), (15, 1, 2, [14]), (14, 4, 1, [12]), (16 + 15, 2, 2, [16, 12]), (16 + 7, 4, 1, [16])],
 )
+def test_the_rest_of_an_epoch_is_used_as_far_as_it_divides(identities, processes, accumulate, taken):
+    feed = feed_of(identities, processes, accumulate)
+    for epoch in (1, 2):
+        batches = feed.batches(epoch)
+        assert [len(batch) for batch in batches] == [4 * count for count in taken]
+        people = feed.classes[np.concatenate(batches)]
+        assert set(np.unique(people, return_counts=True)[1]) == {4}, "each identity once, with four images"
+
+
+def test_batches_that_divide_are_those_of_the_sampler():
+    feed = feed_of(16 + 14, processes=2)
+    expected = identity_batches(feed.classes, 16, 4, np.random.default_rng([TINY.seed, 3]))
+    assert [batch.tolist() for batch in feed.batches(3)] == [batch.tolist() for batch in expected]
+
+
+@pytest.mark.parametrize(("identities", "processes"), [(30, 5), (30, 16), (7, 4)])
+def test_a_batch_that_cannot_be_split_is_refused(identities, processes):
+    with pytest.raises(PmmError):
+        feed_of(identities, processes)
+
+
+def test_the_processes_of_a_machine_share_its_memory_and_cores(monkeypatch):
+    monkeypatch.setattr("pmm_edge.machine.usable_cores", lambda root=None: 8.0)
+    crops = feed_of(30, 2, local_size=2).crops
+    assert crops.cached_bytes == 10 * 48 * 32 * 3 and crops.workers == 4
+
+
+CONFIG = replace(TINY, height=96, width=64, batch=16, mix_blocks=1, mix_block_size="3x2", erase_size=16, ema=0.0)
 PIDS = torch.arange(4).repeat_interleave(4)
 SEED = 11
 
@@ -29,18 +91,16 @@ def crops():
 
 @pytest.fixture
 def taken(monkeypatch, crops):
-    """Take a step and say what the network and the loss were given, and what the network gave."""
+    """Take a step and return what the network and the loss received, and what the network returned."""
 
     def take(mix):
         config = replace(CONFIG, mix=mix)
         trainee = prepare(new_network(config, 4), config, torch.device("cpu"), torch.float32)
-        seen = {"maps": []}
+        seen = {"maps": [], "before": {name: tensor.clone() for name, tensor in trainee.network.state_dict().items()}}
         forward, loss = trainee.forward, step.pmm_loss
 
         def recorded_forward(images, pids, **named):
             seen.update(images=images.clone(), pids=pids)
-            # The weights and statistics as they are before the step.
-            seen["before"] = {name: tensor.clone() for name, tensor in trainee.network.state_dict().items()}
             seen["outputs"] = forward(images, pids, **named)
             return seen["outputs"]
 
@@ -52,15 +112,14 @@ def taken(monkeypatch, crops):
             seen["maps"].append(features.detach().clone())
             return max_pool(features)
 
-        def recorded_map(module, inputs, output):
-            seen["unmixed"] = output.detach().clone()
-
         trainee.forward = recorded_forward
-        trainee.network.bottleneck.register_forward_hook(recorded_map)
-        monkeypatch.setattr("pmm_edge.model.network.max_pool", recorded_pool)
-        monkeypatch.setattr(step, "pmm_loss", recorded_loss)
-        train_step(trainee, [Shard(crops, PIDS, SEED)], config)
-        monkeypatch.setattr(step, "pmm_loss", loss)
+        trainee.network.bottleneck.register_forward_hook(
+            lambda module, inputs, output: seen.update(unmixed=output.detach().clone())
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr("pmm_edge.model.network.max_pool", recorded_pool)
+            patch.setattr(step, "pmm_loss", recorded_loss)
+            train_step(trainee, [Shard(crops, PIDS, SEED)], config)
         assert torch.equal(seen["pids"], PIDS) and torch.equal(seen["loss_pids"], PIDS)
         return seen
 
@@ -68,7 +127,7 @@ def taken(monkeypatch, crops):
 
 
 def augmented(crops, probability=ERASE_PROBABILITY):
-    """The images before any mix, and the generator as augmentation leaves it."""
+    """The images before any mix, and the generator in the state after the augmentation."""
     generator = torch.Generator().manual_seed(SEED)
     return augment(crops, CONFIG.erase_size, generator, probability), generator
 
@@ -78,7 +137,7 @@ def erased(images):
 
 
 @pytest.mark.parametrize("mix", ["a-hard-mix", "dropblock", "none"])
-def test_what_mixes_on_the_map_leaves_images_and_labels_alone(taken, crops, mix):
+def test_mixes_of_the_map_leave_images_and_labels_unchanged(taken, crops, mix):
     seen = taken(mix)
     assert torch.equal(seen["images"], augmented(crops)[0]) and seen["mixed"] is None
     assert 0 < (erased(seen["images"]) > 0).sum() < 16
@@ -90,38 +149,33 @@ def test_cutout_erases_a_square_of_every_image(taken, crops):
     assert (erased(seen["images"]) == CONFIG.erase_size**2).all()
 
 
-def test_cutmix_gets_the_augmented_images_and_its_labels_reach_the_loss(taken, crops):
-    seen = taken("cutmix")
+@pytest.mark.parametrize("mix", ["cutmix", "a-cutmix"])
+def test_mixed_images_and_labels_reach_the_network_and_the_loss(taken, crops, mix):
+    seen = taken(mix)
     images, generator = augmented(crops)
-    expected, labels = cutmix(images, PIDS, generator)
-    assert torch.equal(seen["images"], expected) and not torch.equal(expected, images)
-    assert torch.equal(seen["mixed"].other, labels.other) and torch.equal(seen["mixed"].share, labels.share)
-
-
-def test_attentive_cutmix_is_guided_by_the_network_in_training(taken, crops):
-    seen = taken("a-cutmix")
-    images, generator = augmented(crops)
-    network = new_network(replace(CONFIG, mix="a-cutmix"), 4)
-    network.load_state_dict(seen["before"])
-    salience = attention(network, images, PIDS)
-    expected, labels = attentive_cutmix(images, PIDS, salience, (3, 2), 1, generator)
+    if mix == "cutmix":
+        expected, labels = cutmix(images, PIDS, generator)
+    else:
+        network = new_network(replace(CONFIG, mix=mix), 4)
+        network.load_state_dict(seen["before"])
+        expected, labels = attentive_cutmix(images, PIDS, network.attention(images, PIDS), (3, 2), 1, generator)
     assert torch.equal(seen["images"], expected) and not torch.equal(expected, images)
     assert torch.equal(seen["mixed"].other, labels.other) and torch.equal(seen["mixed"].share, labels.share)
 
 
 @pytest.mark.parametrize("mix", ["cutout", "cutmix", "a-cutmix", "none"])
-def test_what_mixes_on_images_leaves_the_map_of_both_later_stages_as_it_is(taken, mix):
+def test_mixes_of_images_leave_the_map_unchanged(taken, mix):
     second, third = (seen := taken(mix))["maps"]
-    assert torch.equal(second, third) and not (second == 0).all(dim=1).any()
+    assert torch.equal(second, third) and torch.equal(second, seen["unmixed"])
     assert all(output.cam is None and output.negatives is None for output in seen["outputs"])
 
 
-def test_dropblock_zeroes_blocks_of_the_map(taken):
+def test_dropblock_zeroes_one_block_of_each_sample(taken):
     for seen in taken("dropblock")["maps"]:
-        assert ((seen == 0).all(dim=1).flatten(1).sum(dim=1) == 6).all(), "one block of 3x2 of each sample"
+        assert ((seen == 0).all(dim=1).flatten(1).sum(dim=1) == 6).all()
 
 
-def test_a_hard_mix_puts_the_negative_s_features_where_the_stage_before_looked(taken):
+def test_a_hard_mix_puts_the_negatives_features_where_the_previous_stage_looked(taken):
     seen = taken("a-hard-mix")
     for stage, mixed in zip(seen["outputs"], seen["maps"], strict=False):
         replaced = top_blocks(stage.cam, (3, 2), 1)

@@ -1,0 +1,221 @@
+"""Resuming: exact after a signal or a kill at any moment, refused if the settings or the data have changed."""
+
+import errno
+import os
+import shutil
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+from conftest import assert_same_run, journal
+from tiny_training import CONFIG, start, wait
+
+from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
+from pmm_edge.model import load_checkpoint
+from pmm_edge.runs import about_run
+from pmm_edge.trainer import logging
+from pmm_edge.trainer import train as train_file
+from pmm_edge.trainer.state import run_lock
+from pmm_edge.trainer.train import train
+
+
+@pytest.fixture
+def killed(tiny_dataset, tmp_path):
+    """The folder of a run that was killed with SIGKILL when `moment` came for the `number`th time."""
+
+    def run(moment, number):
+        left = [number]
+
+        def passed(what):
+            left[0] -= what == moment
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def work():
+            fsync = os.fsync
+            os.fsync = lambda file: (passed("file written"), fsync(file))
+            logging.REPORT_SECONDS = 0.0
+            train_file.SAVE_SECONDS = float("inf")
+            train(
+                tiny_dataset,
+                config=replace(CONFIG, keep=1),
+                out=tmp_path / "run",
+                report=lambda what, done, total, detail="": passed(what),
+            )
+
+        assert wait(start(work, tmp_path / "output.txt")) == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "epoch", "evaluated"),
+    [
+        ("train", 5, 2, 2),  # the first step of epoch 3
+        ("embed gallery", 5, 4, 2),  # in the third evaluation
+        ("file written", 4, 2, 0),  # config.toml, last.pt and best.pt are written, the second last.pt is not
+    ],
+    ids=["step", "evaluation", "checkpoint"],
+)
+def test_a_killed_run_resumes_to_the_same_bits(whole, killed, moment, number, epoch, evaluated):
+    folder = killed(moment, number)
+    position = load_checkpoint(folder / "last.pt").training["position"]
+    assert (position["epoch"], position["step"], position["evaluated"]) == (epoch, 0, evaluated)
+    assert train(resume=folder).finished
+    assert_same_run(whole.folder, folder)
+    assert not list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("moment", ["embed query", "train"])
+def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, killed, moment):
+    folder = killed(moment, 1)
+    assert not list(folder.glob("*.pt"))
+    assert train(resume=folder).finished
+    assert_same_run(whole.folder, folder)
+
+
+def test_a_run_killed_before_its_settings_were_written_gives_its_folder_back(killed, tiny_dataset):
+    folder = killed("file written", 1)
+    with pytest.raises(ModelError) as caught:
+        train(resume=folder)
+    assert f"--out {folder}" in caught.value.remedy
+    assert train(tiny_dataset, config=replace(CONFIG, epochs=1), out=folder).finished
+    assert not list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("what", "count", "number", "epochs"),
+    [
+        ("step", 3, signal.SIGINT, 1),
+        ("train", 4, signal.SIGTERM, 2),
+        ("embed query", 1, signal.SIGTERM, 0),
+        ("embed query", 3, signal.SIGTERM, 2),
+    ],
+)
+def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
+    whole, tiny_dataset, tmp_path, monkeypatch, what, count, number, epochs
+):
+    events, rate = [], train_file.learning_rate
+
+    def report(event, *_):
+        events.append(event)
+        if event == what and events.count(what) == count:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(logging, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(train_file, "learning_rate", lambda *arguments: (report("step"), rate(*arguments))[1])
+    stopped = train(tiny_dataset, config=CONFIG, out=tmp_path / "run", report=report)
+    assert not stopped.finished and stopped.stop_requested and stopped.epochs_done == epochs
+    assert events.count(what) == count, "nothing runs after the batch or step in which the signal came"
+    step = load_checkpoint(tmp_path / "run" / "last.pt").training["position"]["step"]
+    assert step == (1 if what == "step" else 0)
+    finished = train(resume=tmp_path / "run")
+    assert finished.finished and (finished.best, finished.before) == (whole.best, whole.before)
+    assert_same_run(whole.folder, finished.folder)
+
+
+def test_training_in_another_thread_leaves_signals_alone(tiny_dataset, tmp_path):
+    results = []
+    config = replace(CONFIG, epochs=1)
+    thread = threading.Thread(
+        target=lambda: results.append(train(tiny_dataset, config=config, out=tmp_path / "run").finished)
+    )
+    thread.start()
+    thread.join()
+    assert results == [True]
+
+
+@pytest.fixture
+def short(tiny_dataset, tmp_path):
+    """A data set of its own, and a finished run of one epoch."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    return data, train(data, config=replace(CONFIG, epochs=1), out=tmp_path / "run").folder
+
+
+def test_changed_settings_are_refused(short):
+    _, folder = short
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace("seed = 0", "seed = 7"))
+    with pytest.raises(ModelError) as caught:
+        train(resume=folder)
+    assert "seed: 7, was 0" in caught.value.problem
+
+
+def test_changed_training_images_are_refused_and_a_replaced_gallery_image_is_not(short):
+    data, folder = short
+    image, gallery = (next((data / name).iterdir()) for name in ("bounding_box_train", "bounding_box_test"))
+    whole = image.read_bytes()
+    gallery.write_bytes(gallery.read_bytes() + b"repaired")
+    for change in (lambda: image.write_bytes(whole + b"changed"), image.unlink):
+        change()
+        with pytest.raises(DataError) as caught:
+            train(resume=folder)
+        assert f"--init-from {folder}/last.pt" in caught.value.remedy
+    image.write_bytes(whole)
+    assert train(resume=folder).finished
+
+
+def test_a_moved_data_set_is_found_at_its_new_place(short, tmp_path):
+    data, folder = short
+    moved, other = tmp_path / "moved", shutil.copytree(data, tmp_path / "other")
+    next((other / "bounding_box_train").iterdir()).unlink()
+    data.rename(moved)
+    with pytest.raises(DataError) as caught:
+        train(resume=folder)
+    assert f"pmm train NEWPLACE --resume {folder}" in caught.value.remedy
+    with pytest.raises(DataError):
+        train(other, resume=folder)
+    assert about_run(folder).data == str(data)
+    assert train(moved, resume=folder).finished
+    assert about_run(folder).data == str(moved)
+    assert load_checkpoint(folder / "last.pt").spec.dataset == "data", "the name that the run knows it by"
+    assert train(resume=folder).finished
+
+
+def test_a_run_is_resumed_with_its_own_settings(short, tmp_path):
+    for settings in ({"epochs": 3}, {"preset": "quick"}, {"config": CONFIG}, {"out": tmp_path / "other"}):
+        with pytest.raises(PmmError):
+            train(resume=short[1], **settings)
+    with pytest.raises(ModelError):
+        train(resume=tmp_path)
+
+
+def test_a_locked_folder_is_refused_and_left_unchanged(whole, tiny_dataset, tmp_path):
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    (folder / ".last.pt.0123abcd.tmp").touch()  # of the process that trains
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with run_lock(folder):
+        for arguments in ({"resume": folder}, {"data": tiny_dataset, "config": CONFIG, "out": folder}):
+            with pytest.raises(OutputError):
+                train(**arguments)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train(resume=folder).finished
+
+
+def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
+    def refused(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_run_does_not_take_the_folder_of_another(whole, tiny_dataset):
+    before = (whole.folder / "last.pt").read_bytes()
+    with pytest.raises(OutputError):
+        train(tiny_dataset, config=CONFIG, out=whole.folder)
+    assert (whole.folder / "last.pt").read_bytes() == before
+
+
+def test_resuming_removes_the_temporary_files_of_a_kill_only(whole, tmp_path):
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    left = [folder / f".{name}.0123abcd.tmp" for name in ("last.pt", "best.pt", "epoch-0002.pt", "metrics.jsonl")]
+    others = [folder / name for name in (".bench.json.0123abcd.tmp", ".last.pt.mine.tmp", "last.pt.0123abcd.tmp")]
+    for path in (*left, *others):
+        path.touch()
+    train(resume=folder)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+    assert journal(folder) == journal(whole.folder)

@@ -1,0 +1,253 @@
+"""What a run writes, what its settings do, and what happens if its data or its losses go wrong."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import journal
+from tiny_training import CONFIG
+
+import pmm_edge
+from pmm_edge.data.dataset import scan
+from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError, PmmWarning
+from pmm_edge.model import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from pmm_edge.retrieval import evaluate_distances
+from pmm_edge.trainer.config import choose_config
+from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.state import keep_epoch, model_spec
+from pmm_edge.trainer.step import Feed
+from pmm_edge.trainer.train import _evaluation_crops, new_network, train
+
+SHORT = replace(CONFIG, epochs=2, batch=16, evaluate_every=1, ema=0.0, keep=1)
+"""One step in an epoch."""
+IMAGE_BYTES = 48 * 32 * 3
+
+
+@pytest.fixture
+def data(tiny_dataset, tmp_path):
+    return shutil.copytree(tiny_dataset, tmp_path / "data")
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    """Train with some settings of `SHORT` replaced."""
+    return lambda **settings: train(data, config=replace(SHORT, **settings), out=tmp_path / "run")
+
+
+def metrics(folder, kind):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_a_run_folder_has_settings_log_metrics_and_checkpoints(whole):
+    assert whole.finished and whole.epochs_done == 4 and not whole.stop_requested
+    assert choose_config(config=whole.folder / "config.toml") == CONFIG
+    trained = [("train", epoch) for epoch in (1, 2, 3, 4)]
+    assert journal(whole.folder) == [("evaluate", 0), *trained[:2], ("evaluate", 2), *trained[2:], ("evaluate", 4)]
+    lines = metrics(whole.folder, "train")
+    assert {"loss", "triplet_1", "identity_3", "images_per_second", "lr"} <= lines[0].keys()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert whole.before.rank1 == metrics(whole.folder, "evaluate")[0]["rank1"]
+    assert "epoch 4 evaluate" in (whole.folder / "log.txt").read_text()
+    assert list((whole.folder / "tensorboard").iterdir())
+
+
+def test_the_best_checkpoint_has_the_average_and_its_figures_and_nothing_for_resuming(whole):
+    best, last = (load_checkpoint(whole.folder / name) for name in ("best.pt", "last.pt"))
+    assert best.spec.retrieval == whole.best and 0 < whole.best.mAP <= 1
+    assert (best.spec.num_classes, best.spec.input.height, best.training) == (4, 48, {})
+    assert not torch.equal(best.weights["stage1.linear.weight"], last.weights["stage1.linear.weight"])
+
+
+def test_the_average_of_the_weights_is_evaluated_and_saved_as_best(run):
+    folder = run(ema=0.5, evaluate_every=2).folder
+    best, last = (load_checkpoint(folder / name) for name in ("best.pt", "last.pt"))
+    average = last.training["average"]
+    assert all(torch.equal(best.weights[name], average[f"module.{name}"]) for name in best.weights)
+
+
+def test_the_newest_epochs_are_kept(whole, tmp_path):
+    assert {path.name for path in whole.folder.glob("epoch-*")} == {"epoch-0003.pt", "epoch-0004.pt"}
+    assert load_checkpoint(whole.folder / "epoch-0003.pt").training["position"]["epoch"] == 3
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    (tmp_path / "epoch-mine.pt").touch()
+    for epoch in range(9998, 10_002):
+        keep_epoch(tmp_path, epoch, keep=2)
+    assert {path.name for path in tmp_path.glob("epoch-*")} == {"epoch-10000.pt", "epoch-10001.pt", "epoch-mine.pt"}
+
+
+def test_the_public_function_takes_settings_by_name(data, tmp_path):
+    result = pmm_edge.train(
+        str(data), config=replace(SHORT, width=64), out=tmp_path / "run", epochs=1, width=32, device="cpu"
+    )
+    assert result.finished and result.epochs_done == 1
+    assert load_checkpoint(tmp_path / "run" / "best.pt").spec.input.width == 32
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": "3"},
+        {"epochz": 3},
+        {"device": "tpu"},
+        {"batch": 30},
+        {"accumulate": 4},
+        {"backbone": "vgg"},
+        {"mix_blocks": 6},
+        {"backbone_weights": "imagnet"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_wrong_setting_is_refused_before_a_folder_is_created(tiny_dataset, tmp_path, settings):
+    with pytest.raises(PmmError):
+        train(tiny_dataset, config=SHORT, out=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_folder_is_refused(tiny_dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        train(tiny_dataset, config=SHORT, out=tmp_path / "file" / "run")
+
+
+def test_gradient_accumulation_makes_one_step_of_a_batch(run):
+    folder = run(accumulate=2).folder
+    assert load_checkpoint(folder / "last.pt").training["optimizer"]["state"][0]["step"] == 2
+
+
+def test_clipping_bounds_the_gradient(run, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def recorded(parameters, largest):
+        parameters = list(parameters)
+        clip(parameters, largest)
+        norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", recorded)
+    run(clip_norm=0.5)
+    assert len(norms) == 2 and max(norms) <= 0.5 + 1e-4
+
+
+def test_patience_stops_early(run, monkeypatch):
+    labels = [np.array(label) for label in ([1, 2], [1, 2], [1, 1], [2, 2])]
+    same = evaluate_distances(np.eye(2, dtype=np.float32), *labels)
+    monkeypatch.setattr("pmm_edge.trainer.train.evaluate", lambda *_: same)
+    result = run(epochs=9, patience=2)
+    assert result.finished and result.epochs_done == 3, "the first evaluation is the best, two more are not better"
+
+
+@pytest.mark.parametrize("mix", ["cutout", "cutmix", "a-cutmix", "dropblock", "none", "baseline", "bdb"])
+def test_every_method_trains_and_its_checkpoint_loads(run, mix):
+    folder = run(epochs=1, **({"method": mix} if mix in ("baseline", "bdb") else {"mix": mix})).folder
+    assert 0 < metrics(folder, "train")[0]["loss"] < 100
+    best = load_checkpoint(folder / "best.pt")
+    assert best.network()(torch.zeros(1, 3, 48, 32)).shape[1] == best.spec.embedding_size
+
+
+@pytest.fixture
+def earlier(tiny_dataset, tmp_path):
+    """A checkpoint of the tiny network."""
+    network = build_model("pmm", num_classes=4, backbone="tiny", height=48, width=32, block_size=(1, 1))
+    save_checkpoint(
+        tmp_path / "earlier.pt",
+        Checkpoint(model_spec(SHORT, scan(tiny_dataset), network, None), network.state_dict()),
+    )
+    return tmp_path / "earlier.pt"
+
+
+def test_init_from_loads_the_tensors_that_fit_and_says_how_many(earlier):
+    weights = load_checkpoint(earlier).weights
+    with pytest.warns(PmmWarning, match=f"{len(weights)} tensors loaded$"):
+        network = new_network(replace(SHORT, init_from=str(earlier)), 4)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+    with pytest.warns(PmmWarning, match=r"9 not in it \(part.bn.bias.*stage2"):
+        network = new_network(replace(SHORT, init_from=str(earlier), method="bdb"), 4)
+    assert torch.equal(network.backbone.conv1.weight, weights["backbone.conv1.weight"])
+
+
+def test_imagenet_weights_are_downloaded_only_if_init_from_leaves_parts_of_the_backbone(monkeypatch, earlier, tmp_path):
+    def offline(name):
+        raise PmmError("offline")
+
+    monkeypatch.setattr("pmm_edge.model.checkpoint.imagenet_weights", offline)
+    config = replace(SHORT, method="bdb", backbone_weights="imagenet")
+    with pytest.warns(PmmWarning):
+        new_network(replace(config, init_from=str(earlier)), 4)
+    checkpoint = load_checkpoint(earlier)
+    del checkpoint.weights["backbone.layer4.0.bn2.bias"]
+    save_checkpoint(tmp_path / "partial.pt", checkpoint)
+    with pytest.raises(PmmError, match="offline"):
+        new_network(replace(config, init_from=str(tmp_path / "partial.pt")), 4)
+
+
+def test_a_file_of_backbone_weights_is_loaded_unchanged(tmp_path):
+    source = new_network(replace(SHORT, backbone="resnet50", seed=1), 4).backbone
+    assert (source.layer1[0].bn3.weight == 0).all(), "from scratch, bottlenecks start as identities"
+    torch.nn.init.constant_(source.layer1[0].bn3.weight, 0.5)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    config = replace(SHORT, backbone="resnet50", backbone_weights=str(tmp_path / "weights.pth"))
+    backbone = new_network(config, 4).backbone
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_an_unreadable_image_is_replaced_and_named(run, data):
+    bad = sorted((data / "bounding_box_train").iterdir())[4]
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.warns(PmmWarning, match=bad.name) as warned:
+        folder = run().folder
+    assert len(warned) == 1 and str(bad) in (folder / "log.txt").read_text()
+
+
+def test_too_many_unreadable_images_stop_the_run(run, data):
+    for bad in sorted((data / "bounding_box_train").iterdir())[3:5]:
+        bad.write_bytes(b"")
+    with pytest.raises(DataError):
+        run(max_bad_images=1)
+
+
+def test_images_of_nobody_are_skipped_with_a_warning(run, data):
+    for image in (data / "bounding_box_train").glob("0001_*"):
+        image.rename(image.with_name(image.name.replace("0001", "0000", 1)))
+    with pytest.warns(PmmWarning) as warned:
+        folder = run(epochs=1, batch=8).folder
+    assert len(warned) == 1 and load_checkpoint(folder / "best.pt").spec.num_classes == 3
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_batch(run, tmp_path, monkeypatch, epoch):
+    from pmm_edge.trainer import step
+
+    calls, real = [], step.pmm_loss
+
+    def breaks(*arguments):
+        loss, parts = real(*arguments)
+        calls.append(loss)
+        return (loss * torch.nan if len(calls) == epoch else loss), parts
+
+    monkeypatch.setattr(step, "pmm_loss", breaks)
+    with pytest.raises(CheckFailedError) as caught:
+        run()
+    folder = tmp_path / "run"
+    assert ("last.pt" in caught.value.remedy) == (folder / "last.pt").exists() == (epoch == 2)
+    batch = torch.load(folder / "bad_batch.pt", weights_only=True)
+    assert batch["crops"].shape == (16, 48, 32, 3) and len(batch["images"]) == 16
+    assert (batch["epoch"], batch["step"]) == (epoch, 0)
+    if epoch == 2:
+        assert torch.isfinite(load_checkpoint(folder / "last.pt").weights["stage1.linear.weight"]).all()
+
+
+@pytest.mark.parametrize(("images", "cached"), [(100, 36), (20, 20), (5, 5), (0, 0)])
+def test_the_cache_is_shared_by_all_splits(tiny_dataset, images, cached):
+    config, dataset = replace(SHORT, cache_gib=(images + 0.5) * IMAGE_BYTES / 2**30), scan(tiny_dataset)
+    feed = Feed(dataset.train, config, World(), torch.device("cpu"))
+    crops = [feed.crops, *_evaluation_crops(config, dataset, feed, World())]
+    assert sum(part.cached_bytes for part in crops) == cached * IMAGE_BYTES
+
+
+def test_a_small_cache_is_named_with_one_that_suffices(run):
+    with pytest.warns(PmmWarning, match=r"--cache-gib 0\.1 ") as warned:
+        folder = run(epochs=1, cache_gib=20 * IMAGE_BYTES / 2**30).folder
+    assert len(warned) == 1 and "--cache-gib" in (folder / "log.txt").read_text()

@@ -1,0 +1,90 @@
+"""A training of a second: a network of 0.2 M parameters, 48x32 images. As a script, `pmm` that knows this network."""
+
+import gc
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from pmm_edge.model.backbone import RESNETS
+from pmm_edge.trainer.config import PRESETS
+
+
+class TinyResNet(nn.Module):
+    """A ResNet of 8 to 64 channels, one block in each stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.layer1, self.layer2 = nn.Sequential(BasicBlock(8, 8)), _halving(8, 16)
+        self.layer3, self.layer4 = _halving(16, 32), _halving(32, 64)
+        self.fc = nn.Linear(64, 10)
+
+
+def _halving(channels: int, out: int) -> nn.Sequential:
+    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, 2, bias=False), nn.BatchNorm2d(out))
+    return nn.Sequential(BasicBlock(channels, out, 2, shortcut))
+
+
+RESNETS["tiny"] = TinyResNet
+CONFIG = replace(
+    PRESETS["quick"],
+    backbone="tiny",
+    height=48,
+    width=32,
+    mix_block_size="1x1",
+    epochs=4,
+    batch=8,
+    erase_size=8,
+    evaluate_every=2,
+    device="cpu",
+    precision="fp32",
+    ema=0.9,
+    keep=2,
+)
+"""Two steps in an epoch; evaluations before training and after epochs 2 and 4, with last.pt before and after them."""
+
+
+def start(work: Callable[[], object], output: Path, **environment: str) -> int:
+    """Start `work` in a forked process, which has torch loaded already; return its process ID.
+
+    Its output goes to a file. It exits with the code of a SystemExit, with 1 after any other exception.
+    """
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    gc.freeze()  # an object whose thread is in the other process must not be collected here
+    signal.alarm(120)
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(process: int) -> int:
+    """The exit code of a process; negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+if __name__ == "__main__":
+    from pmm_edge.cli import main
+
+    main()
