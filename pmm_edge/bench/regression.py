@@ -124,7 +124,7 @@ class Note:
 
     @property
     def sentence(self) -> str:
-        return f"{self.model}: {self.text}" if self.model else self.text
+        return f"{self.model} {self.text}" if self.model else self.text
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def compare_reports(old: Path, new: Path) -> Comparison:
         findings += _figure(Metric.FILE_SIZE, model, was.file_bytes / 2**20, model.file_bytes / 2**20, 0.01)
     for one in findings if here and same_reference else []:
         if one.metric is Metric.MEDIAN and one.model == _name(now.reference) and one.outcome is not Outcome.SAME:
-            text = f"{one.cells[0]} changed by {one.cells[3]}: the machine or the engine changed"
+            text = f"has {one.cells[3]} in {one.cells[0]}, although it is the same file: machine or engine changed"
             notes.append(Note(NoteKind.REFERENCE_MOVED, text, one.model))
     return Comparison(findings, notes)
 
@@ -253,10 +253,10 @@ def _model_notes(old: ModelReport, new: ModelReport) -> Iterator[Note]:
         f"{gate.name} {before:g} -> {now:g}"
         for gate in fields(Gates)
         if (before := getattr(old.gates, gate.name)) != (now := getattr(new.gates, gate.name))
-        and (before > now) == gate.name.startswith("min_")
+        and (before > now) == (gate.name in ("min_cosine", "min_mean_cosine"))
     ]
     if looser and new.parity:
-        yield Note(NoteKind.GATES_LOOSENED, f"gates were loosened: {', '.join(looser)}", name)
+        yield Note(NoteKind.GATES_LOOSENED, f"has looser gates: {', '.join(looser)}", name)
     lost = [
         part
         for part in ("parity", "retrieval", "cold_start", "energy")
@@ -265,7 +265,7 @@ def _model_notes(old: ModelReport, new: ModelReport) -> Iterator[Note]:
     timed = [{(one.scope, one.batch) for one in model.latency} for model in (old, new)]
     lost += [f"batch {batch}, {scope}" for scope, batch in sorted(timed[0] - timed[1])]
     if lost:
-        yield Note(NoteKind.NOT_MEASURED, f"measured before and not now: {', '.join(lost)}", name)
+        yield Note(NoteKind.NOT_MEASURED, f"was measured before, and not now, for {', '.join(lost)}", name)
 
 
 # Figures
