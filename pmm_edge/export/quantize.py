@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod as TensorsKind
@@ -103,8 +104,8 @@ def quantize(
 ) -> onnx.ModelProto:
     """Insert explicit Q/DQ nodes for INT8 into a network. Returns a copy.
 
-    Weights are symmetric int8 with one scale per output channel. Activations are symmetric int8 for TensorRT and
-    asymmetric uint8 for CPUs, which have a uint8 × int8 instruction.
+    Weights are symmetric int8 with one scale per output channel, see `round_weights`. Activations are symmetric int8
+    for TensorRT and asymmetric uint8 for CPUs, which have a uint8 × int8 instruction.
 
     Args:
         network: from normalized images to embeddings (`Parts.network`).
@@ -114,6 +115,8 @@ def quantize(
         only: names of the only nodes to quantize; empty for all.
     """
     copied = onnx.shape_inference.infer_shapes(network)
+    layers = [node for node in copied.graph.node if node.op_type in LAYERS and node.name not in float_layers]
+    weights = {node.input[1] for node in layers if not only or node.name in only}
     quantizer = QDQQuantizer(
         copied,
         per_channel=True,
@@ -126,7 +129,11 @@ def quantize(
         nodes_to_quantize=list(only),
         nodes_to_exclude=[*float_layers, *_followers(copied, float_layers)],
         op_types_to_quantize=_OPERATORS[target],
-        extra_options={"WeightSymmetric": True, **_OPTIONS[target]},
+        extra_options={
+            "WeightSymmetric": True,
+            "TensorQuantOverrides": _round_layers(copied, weights, target),
+            **_OPTIONS[target],
+        },
     )
     if target == "tensorrt":
         for tensor in _shortcuts(copied, float_layers, only):
@@ -137,6 +144,53 @@ def quantize(
         return quantizer.quantize_model()
     finally:
         logging.root.setLevel(level)
+
+
+def _round_layers(
+    network: onnx.ModelProto, weights: Collection[str], target: QuantizationTarget
+) -> dict[str, list[dict[str, Any]]]:
+    """Round weights, in place, to whole multiples of their INT8 scales, and return these scales for the quantizer."""
+    scales: dict[str, list[dict[str, Any]]] = {}
+    for tensor in network.graph.initializer:
+        if tensor.name in weights:
+            values = numpy_helper.to_array(tensor)
+            rounded, scale = round_weights(values, safe_pairs=target == "cpu")
+            steps = scale.reshape(-1, *[1] * (values.ndim - 1))
+            tensor.CopyFrom(numpy_helper.from_array(rounded.astype(np.float32) * steps, tensor.name))
+            scales[tensor.name] = [{"scale": step, "zero_point": np.int8(0)} for step in scale]
+            scales[tensor.name][0] |= {"quant_type": QuantType.QInt8, "axis": 0}
+    return scales
+
+
+def round_weights(weights: NDArray[np.float32], safe_pairs: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantize weights with one scale per output channel, preserving each channel's sum.
+
+    Activations after ReLU are positive, so rounding errors that do not cancel would shift a channel's output. The
+    weights with the largest fractional parts are rounded up, as many as keep the sum (largest remainder method).
+
+    Args:
+        weights: (out, in, ...) float32.
+        safe_pairs: scale so that two neighboring weights of a channel add up to at most 128. x86-64 processors
+            without VNNI multiply uint8 by int8 with `vpmaddubsw`, which adds two products in saturating 16 bits:
+            255 × 128 fits, 255 × 254 does not. ONNX Runtime pairs input channels; neighbors in the file's own layout
+            are held to the same limit, for engines that pair those.
+
+    Returns:
+        (out, in, ...) int8, and (out,) float32 scales.
+    """
+    rows = weights.reshape(len(weights), -1)
+    largest = np.abs(rows).max(axis=1)
+    for layout in (weights, np.moveaxis(weights, 1, -1)) if safe_pairs else ():
+        flat = layout.reshape(len(weights), -1)
+        pairs = np.pad(flat, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(weights), -1, 2)
+        largest = np.maximum(largest, np.abs(pairs.sum(axis=2)).max(axis=1))
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    steps = rows / scale[:, None]
+    below = np.floor(steps)
+    fractions = steps - below
+    rank = np.argsort(np.argsort(-fractions, axis=1, kind="stable"), axis=1)
+    rounded = below + (rank < np.rint(fractions.sum(axis=1))[:, None])
+    return np.clip(rounded, -127, 127).astype(np.int8).reshape(weights.shape), scale
 
 
 def _followers(network: onnx.ModelProto, float_layers: Collection[str]) -> list[str]:
