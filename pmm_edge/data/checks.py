@@ -26,11 +26,9 @@ _CHUNK = 256
 class SplitCounts:
     """What a split contains."""
 
-    identities: int
-    """Without junk and distractors."""
+    identities: int  # without junk and distractors
     cameras: int
-    images: int
-    """As papers count them: with distractors, without junk."""
+    images: int  # as papers count them: with distractors, without junk
     distractors: int
     junk: int
 
@@ -52,22 +50,17 @@ class Finding:
 
     kind: FindingKind
     text: str
-    split: str = ""
-    """train, query, gallery or test (query and gallery together); empty if several are concerned."""
-    pids: list[int] = field(default_factory=list)
-    """Identities concerned, ascending."""
-    images: int = 0
-    """Number of images concerned, where it is known."""
+    split: str = ""  # train, query, gallery or test (query and gallery together); empty if several are concerned
+    pids: list[int] = field(default_factory=list)  # identities concerned, ascending
+    images: int = 0  # number of images concerned, where it is known
 
 
 @dataclass(frozen=True)
 class Analysis:
     """Counts of a data set and what is wrong with it."""
 
-    splits: dict[str, SplitCounts]
-    """By name: train, query, gallery."""
-    known: KnownSet | None
-    """The published sizes if the data set is a known one."""
+    splits: dict[str, SplitCounts]  # by name: train, query, gallery
+    known: KnownSet | None  # the published sizes if the data set is a known one
     warnings: list[Finding]
 
 

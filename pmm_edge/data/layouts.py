@@ -54,38 +54,26 @@ class SplitSize:
 
 @dataclass(frozen=True)
 class KnownSet:
-    """Published size of a data set."""
+    """Published size of a data set; docs/datasets.md names the sources."""
 
     title: str
     train: SplitSize
     query: SplitSize
     gallery: SplitSize
-    source: str
     one_camera: int = 0
     """Test identities that only one camera has seen, according to the authors."""
 
 
-_MARKET1501 = "readme.txt of the data set; Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015"
-_DUKE = "https://github.com/sxzrt/DukeMTMC-reID_evaluation"
-_CUHK03_NP = "https://github.com/zhunzhong07/person-re-ranking/tree/master/CUHK03-NP"
-_MSMT17 = "Wei et al., Person Transfer GAN to Bridge Domain Gap for Person Re-Identification, CVPR 2018"
+_DUKE_GALLERY = SplitSize(1_110, 17_661)
 _MSMT17_SIZES = SplitSize(1_041, 32_621), SplitSize(3_060, 11_659), SplitSize(3_060, 82_161)
-
 KNOWN_SETS = {
-    "market1501": KnownSet(  # the readme counts 19,732 gallery images, of which 3,819 are junk
-        "Market-1501", SplitSize(751, 12_936), SplitSize(750, 3_368), SplitSize(750, 15_913), _MARKET1501
-    ),
-    "dukemtmc-reid": KnownSet(
-        "DukeMTMC-reID", SplitSize(702, 16_522), SplitSize(702, 2_228), SplitSize(1_110, 17_661), _DUKE, one_camera=408
-    ),
-    "cuhk03-np-detected": KnownSet(
-        "CUHK03-NP detected", SplitSize(767, 7_365), SplitSize(700, 1_400), SplitSize(700, 5_332), _CUHK03_NP
-    ),
-    "cuhk03-np-labeled": KnownSet(
-        "CUHK03-NP labeled", SplitSize(767, 7_368), SplitSize(700, 1_400), SplitSize(700, 5_328), _CUHK03_NP
-    ),
-    "msmt17-v1": KnownSet("MSMT17", *_MSMT17_SIZES, source=_MSMT17),
-    "msmt17-v2": KnownSet("MSMT17 V2", *_MSMT17_SIZES, source=f"{_MSMT17}; the same images with faces masked"),
+    # The readme of Market-1501 counts 19,732 gallery images, of which 3,819 are junk.
+    "market1501": KnownSet("Market-1501", SplitSize(751, 12_936), SplitSize(750, 3_368), SplitSize(750, 15_913)),
+    "dukemtmc-reid": KnownSet("DukeMTMC-reID", SplitSize(702, 16_522), SplitSize(702, 2_228), _DUKE_GALLERY, 408),
+    "cuhk03-np-detected": KnownSet("CUHK03-NP", SplitSize(767, 7_365), SplitSize(700, 1_400), SplitSize(700, 5_332)),
+    "cuhk03-np-labeled": KnownSet("CUHK03-NP", SplitSize(767, 7_368), SplitSize(700, 1_400), SplitSize(700, 5_328)),
+    "msmt17-v1": KnownSet("MSMT17", *_MSMT17_SIZES),
+    "msmt17-v2": KnownSet("MSMT17 V2", *_MSMT17_SIZES),
 }
 """Published sizes of the known data sets, by layout."""
 
@@ -111,7 +99,7 @@ def list_images(root: Path, layout: str | None = None) -> Listing:
         root = root.resolve()
     if not _is_market(root):
         root = _choose_cuhk03_kind(root, layout)
-    read = next((form.read for form in _FORMS if form.detect(root)), None)
+    read = next((read for detect, read in _FORMS if detect(root)), None)
     if read is None:
         raise _not_recognized(root)
     listing = read(root, layout)
@@ -122,7 +110,7 @@ def list_images(root: Path, layout: str | None = None) -> Listing:
 
 def is_dataset(root: Path) -> bool:
     """Whether a folder has one of the known layouts, complete or not."""
-    return any(form.detect(root) for form in _FORMS) or bool(_cuhk03_kinds(root))
+    return any(detect(root) for detect, _ in _FORMS) or bool(_cuhk03_kinds(root))
 
 
 def _not_recognized(root: Path) -> DataError:
@@ -330,17 +318,11 @@ def _require_files(records: Sequence[Record], listed_in: Path) -> None:
         raise DataError(f"{listed_in} lists {missing}, which does not exist", "Unpack the data set again")
 
 
-class _Form(NamedTuple):
-    detect: Callable[[Path], bool]
-    """Whether a folder has this form, complete or not."""
-    read: Callable[[Path, str | None], Listing]
-    """Read a folder, given the layout that the user named. Raises DataError if it is incomplete."""
-
-
-_FORMS = (
-    _Form(_is_msmt17, _read_msmt17),
-    _Form(_is_cuhk03_release, _read_cuhk03_release),
-    _Form(_is_market, _read_market),
+# How to tell whether a folder has a form, complete or not, and how to read it, given the layout that the user named.
+_FORMS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Listing]], ...] = (
+    (_is_msmt17, _read_msmt17),
+    (_is_cuhk03_release, _read_cuhk03_release),
+    (_is_market, _read_market),
 )
 LAYOUTS = (*_MARKET_LAYOUTS, *_MSMT17_FOLDERS)
 """Names of the layouts; those of the known data sets are the keys of `KNOWN_SETS`."""

@@ -208,7 +208,7 @@ def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, mo
     root = make_market(tmp_path / "occluded", DUKE)
     assert scan(root).layout == ANY_MARKET
     sizes = SplitSize(2, 3), SplitSize(1, 1), SplitSize(2, 2)
-    monkeypatch.setitem(layouts.KNOWN_SETS, "dukemtmc-reid", KnownSet("Duke", *sizes, "", one_camera=1))
+    monkeypatch.setitem(layouts.KNOWN_SETS, "dukemtmc-reid", KnownSet("Duke", *sizes, one_camera=1))
     assert scan(root).layout == "dukemtmc-reid"
     # The authors say that one test identity was seen by one camera, so that is no finding.
     assert [finding.split for finding in analyze(scan(root)).warnings] == ["train"]

@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,40 +26,22 @@ def golden_inputs(golden):
     return [golden[f"{side}_{what}"] for what in sides for side in ("query", "gallery")]
 
 
-@dataclass
-class SlowFigures:
-    average_precision: list = field(default_factory=list)
-    first_match_rank: list = field(default_factory=list)
-    top1: list = field(default_factory=list)
-    mAP: float = 0.0  # noqa: N815
-    mINP: float = 0.0  # noqa: N815
-    cmc: list = field(default_factory=list)
-    valid_queries: int = 0
-
-
 def slow_evaluate(distances, query_pids, gallery_pids, query_camids, gallery_camids, max_rank=50, ap_cutoff=None):
-    result = SlowFigures()
+    """The protocol from its definition: one query after the other, one rank after the other."""
+    result = SimpleNamespace(average_precision=[], first_match_rank=[], top1=[])
     penalties = []
     for query, row in enumerate(distances):
-        counted = [
-            g
-            for g in range(len(row))
-            if gallery_pids[g] != -1
-            and not (gallery_pids[g] == query_pids[query] and gallery_camids[g] == query_camids[query])
-        ]
-        counted.sort(key=lambda g: (row[g], g))
+        own = (gallery_pids == query_pids[query]) & (gallery_camids == query_camids[query])
+        counted = sorted(np.flatnonzero((gallery_pids != -1) & ~own), key=lambda g: (row[g], g))
         ranks = [rank for rank, g in enumerate(counted, 1) if gallery_pids[g] == query_pids[query]]
         result.top1.append(counted[0] if counted else -1)
         result.first_match_rank.append(ranks[0] if ranks else 0)
-        if not ranks:
-            result.average_precision.append(float("nan"))
-            continue
         precisions = [hits / rank for hits, rank in enumerate(ranks, 1) if ap_cutoff is None or rank <= ap_cutoff]
-        result.average_precision.append(sum(precisions) / len(ranks))
-        penalties.append(len(ranks) / ranks[-1])
+        result.average_precision.append(sum(precisions) / len(ranks) if ranks else float("nan"))
+        penalties += [len(ranks) / ranks[-1]] if ranks else []
     result.valid_queries = len(penalties)
     result.mINP = sum(penalties) / len(penalties)
-    result.mAP = sum(ap for ap in result.average_precision if ap == ap) / len(penalties)
+    result.mAP = np.nansum(result.average_precision) / len(penalties)
     firsts = [rank for rank in result.first_match_rank if rank]
     result.cmc = [sum(rank <= k for rank in firsts) / len(firsts) for k in range(1, max_rank + 1)]
     return result
@@ -93,11 +75,8 @@ def test_golden_figures(golden):
     assert result.mAP_at_50 == pytest.approx(float(golden["mAP_at_50"]), abs=1e-7)
     assert result.rank(1) == result.cmc[0] == pytest.approx(0.35, abs=1e-7)
     assert result.valid_queries == 120
-
-
-def test_a_cutoff_of_50_gives_the_papers_map(golden):
-    result = evaluate(*golden_inputs(golden), ap_cutoff=50)
-    assert result.mAP == result.mAP_at_50 == pytest.approx(float(golden["mAP_at_50"]), abs=1e-7)
+    cut = evaluate(*golden_inputs(golden), ap_cutoff=50)
+    assert cut.mAP == cut.mAP_at_50 == result.mAP_at_50
 
 
 def test_golden_reranked_figures(golden):
@@ -157,8 +136,7 @@ def test_gallery_order_does_not_matter_without_ties():
     other = evaluate_distances(
         distances[:, order], query_pids, gallery_pids[order], query_camids, gallery_camids[order]
     )
-    assert one.mAP == other.mAP and one.mINP == other.mINP
-    np.testing.assert_array_equal(one.cmc, other.cmc)
+    assert one.mAP == other.mAP and one.mINP == other.mINP and one.cmc.tolist() == other.cmc.tolist()
     np.testing.assert_array_equal(one.top1, order[other.top1])
 
 

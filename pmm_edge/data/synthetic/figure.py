@@ -72,9 +72,6 @@ def draw_person(view: View, person: Person) -> None:
     _hat(view, person, bones.head)
 
 
-# --- skeleton ------------------------------------------------------------------------------------------------
-
-
 def pose_skeleton(person: Person, pose: Pose) -> Skeleton:
     """The joints of a walking body: legs and arms swing in opposite phase, the leg that moves forward bends."""
     hip_y = 0.48 * person.body.legs + 0.045
@@ -103,9 +100,6 @@ def _side(person: Person, pose: Pose, side: int, hip_y: float, top: float) -> Si
 def _swing(start: Point, length: float, angle: float, spread: float = 0.0) -> Point:
     """The end of a bone that hangs from `start`, swung forward by `angle` radians."""
     return Point(start.x + spread, start.y - length * math.cos(angle), start.z + length * math.sin(angle))
-
-
-# --- lower body ----------------------------------------------------------------------------------------------
 
 
 def _leg(view: View, person: Person, side: Side) -> None:
@@ -165,9 +159,6 @@ def _skirt(view: View, person: Person, bones: Skeleton) -> None:
         Ring(hip - length, 0.15 * bulk, 0.12 * bulk + flare * length * 2),
     ]
     view.tube(rings, person.lower)
-
-
-# --- upper body ----------------------------------------------------------------------------------------------
 
 
 def _upper_parts(view: View, person: Person, bones: Skeleton) -> list[Part]:
@@ -244,9 +235,6 @@ def _arm(view: View, person: Person, side: Side) -> None:
                 view.bone(view.at(along(a, b, t)), view.at(along(a, b, t + 0.2)), radius, radius, stripe)
 
 
-# --- bags ----------------------------------------------------------------------------------------------------
-
-
 def _bag(view: View, person: Person, bones: Skeleton, rings: Sequence[Ring]) -> list[Part]:
     side, sign = (bones.sides[0], 1) if person.left_handed else (bones.sides[1], -1)
     color, bulk = person.bag.color, person.body.bulk
@@ -306,9 +294,6 @@ def _handbag(view: View, hand: Point, color: Color) -> None:
     r = 0.04 * view.size
     view.draw.arc((x - r, y - r * 0.6, x + r, y + r * 2), 180, 360, fill=darker(color, 0.7), width=max(1, int(r / 4)))
     _box(view, hand._replace(y=hand.y - 0.1), 0.045, 0.095, 0.12, color)
-
-
-# --- head ----------------------------------------------------------------------------------------------------
 
 
 def _head(view: View, person: Person, head: Point) -> None:

@@ -72,9 +72,6 @@ class SyntheticConfig:
                 raise PmmError(f"{setting.name} is {value}", f"Choose {low} to {high}")
 
 
-# --- plan ----------------------------------------------------------------------------------------------------
-
-
 class Shot(NamedTuple):
     """One image to draw; `number` counts the images of `pid` in `camera`."""
 
@@ -132,9 +129,6 @@ def _shot(config: SyntheticConfig, folder: str, pid: int, camera: int, number: i
     label = {"junk": "-1", "stranger": "0000", "clutter": "0000"}.get(kind, f"{pid:04d}")
     name = f"{label}_c{camera}s{sequence + 1}_{frame:06d}_{box:02d}.jpg"
     return Shot(folder, name, pid, camera, number, kind)
-
-
-# --- render --------------------------------------------------------------------------------------------------
 
 
 class Figure(NamedTuple):
@@ -217,9 +211,6 @@ def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) ->
             picture = Image.open(io.BytesIO(render(config, shot)))
             sheet.paste(picture, (SHEET_GAP + column * cell_width, SHEET_GAP + row * cell_height))
     return sheet
-
-
-# --- write ---------------------------------------------------------------------------------------------------
 
 
 def make_synthetic(
