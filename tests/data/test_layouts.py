@@ -114,22 +114,22 @@ def test_labels_of_each_form(tmp_path):
     assert all(path.is_file() for split in msmt17.splits.values() for path in split.paths)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "../../secret/0000_000_01_x.jpg 0",
-        "/etc/0000_000_01_x.jpg 0",
-        "0000//etc/0000_000_01_x.jpg 0",
-        r"..\secret\0000_000_01_x.jpg 0",
-        "C:/0000_000_01_x.jpg 0",
-        "0000/anna.jpg 0",
-        "0000/0000_000_01_x.jpg",
-        "0000/0000_000_01_x.jpg -1",
-        "0000/0000_000_01_x.jpg " + "9" * 40,
-        "\x00\x1b[2J/0000_000_01_x.jpg 0",
-        "a/" * 5000,
-    ],
+LINES = (
+    "../../secret/0000_000_01_x.jpg 0",
+    "/etc/0000_000_01_x.jpg 0",
+    "0000//etc/0000_000_01_x.jpg 0",
+    r"..\secret\0000_000_01_x.jpg 0",
+    "C:/0000_000_01_x.jpg 0",
+    "0000/anna.jpg 0",
+    "0000/0000_000_01_x.jpg",
+    "0000/0000_000_01_x.jpg -1",
+    f"0000/0000_000_01_x.jpg {'9' * 40}",
+    "\x00\x1b[2J/0000_000_01_x.jpg 0",
+    "a/" * 5000,
 )
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_line_of_a_list_that_is_not_an_image_and_an_identity_is_refused(tmp_path, line):
     root = MAKERS["msmt17-v1"](tmp_path)
     with (root / "list_query.txt").open("a") as file:
@@ -175,10 +175,7 @@ def test_cuhk03_as_converted_from_the_release(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "[" * 10_000,
-        "{}",
-        "[]",
+        *("", "[" * 10_000, "{}", "[]"),
         '[{"train": [[1]], "query": [], "gallery": []}]',
         '[{"train": [["../1_001_1_01.txt"]], "query": [["1_001_1_01.png"]], "gallery": [["1_001_1_01.png"]]}]',
         '[{"train": [], "query": [], "gallery": []}]',
@@ -191,17 +188,13 @@ def test_a_split_file_of_another_form_is_refused(tmp_path, content):
     refused(root, tmp_path / "splits_new_detected.json")
 
 
-def test_a_wrong_layout_is_refused(tmp_path):
-    duke, msmt17 = MAKERS["dukemtmc-reid"](tmp_path), MAKERS["msmt17-v2"](tmp_path)
+def test_a_wrong_layout_or_folder_is_refused(tmp_path):
+    duke, msmt17 = MAKERS["dukemtmc-reid"](tmp_path), MAKERS["msmt17-v1"](tmp_path)
     refused(duke, "unknown layout dukemtmc", "Did you mean 'dukemtmc-reid'?", layout="dukemtmc")
     refused(duke, "dukemtmc-reid, not msmt17-v1", layout="msmt17-v1")
-    refused(msmt17, "msmt17-v2, not msmt17-v1", layout="msmt17-v1")
-
-
-@pytest.mark.parametrize("inner", ["test", "train/0000"])
-def test_a_folder_inside_of_the_data_set_is_pointed_out(tmp_path, inner):
-    root = MAKERS["msmt17-v1"](tmp_path)
-    refused(root / inner, f"Did you mean {root}?")
+    refused(msmt17, "msmt17-v1, not msmt17-v2", layout="msmt17-v2")
+    for inner in ("test", "train/0000"):
+        refused(msmt17 / inner, f"Did you mean {msmt17}?")
 
 
 def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, monkeypatch):
@@ -218,34 +211,24 @@ def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, mo
     assert (different.kind, different.split, different.images) == (FindingKind.UNEXPECTED_SIZE, "query", 2)
 
 
-@pytest.fixture
-def market(tmp_path):
-    return MAKERS[ANY_MARKET](tmp_path)
-
-
-def findings(root):
-    return [(w.kind, w.split, w.pids, w.images) for w in analyze(read(root)).warnings]
-
-
-def test_counts_and_findings_of_a_data_set(market):
-    counts = analyze(read(market)).splits["gallery"]
-    assert (counts.identities, counts.images, counts.distractors, counts.junk, counts.cameras) == (1, 2, 1, 1, 2)
-    assert findings(market) == [("one-camera", "train", [7], 0)]
-
-
 @pytest.mark.parametrize(
     ("added", "found"),
     [
+        ([], ("one-camera", "train", [7], 0)),
         (["bounding_box_train/0000_c1.jpg", "bounding_box_train/0000_c2.jpg"], ("untrained-images", "train", [0], 2)),
         (["bounding_box_train/-1_c1.jpg"], ("untrained-images", "train", [-1], 1)),
         (["query/0003_c2_1.jpg", "query/0044_c2.jpg"], ("unmatched-queries", "query", [3, 44], 2)),
         (["bounding_box_test/0007_c1.jpg", "bounding_box_test/0007_c2.jpg"], ("train-test-overlap", "", [7], 0)),
     ],
 )
-def test_what_is_wrong_with_the_labels(market, added, found):
+def test_counts_and_what_is_wrong_with_the_labels(tmp_path, added, found):
+    root = MAKERS[ANY_MARKET](tmp_path)
+    counts = analyze(read(root)).splits["gallery"]
+    assert (counts.identities, counts.images, counts.distractors, counts.junk, counts.cameras) == (1, 2, 1, 1, 2)
     for name in added:
-        (market / name).touch()
-    assert found in findings(market)
+        (root / name).touch()
+    found_now = [(w.kind, w.split, w.pids, w.images) for w in analyze(read(root)).warnings]
+    assert found in found_now
 
 
 def test_unreadable_files_are_found(tiny_dataset, tmp_path):

@@ -159,10 +159,7 @@ def test_a_full_folder_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("train_identities", 1), ("cameras", 1), ("cameras", 10), ("images", 1), ("height", 16), ("seed", -1)],
-)
-def test_a_value_out_of_range_is_named(name, value):
-    with pytest.raises(PmmError, match=name):
-        SyntheticConfig(**{name: value})
+def test_a_value_out_of_range_is_named():
+    for name, value in {"train_identities": 1, "cameras": 10, "images": 1, "height": 16, "seed": -1}.items():
+        with pytest.raises(PmmError, match=name):
+            SyntheticConfig(**{name: value})
