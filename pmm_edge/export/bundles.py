@@ -35,12 +35,6 @@ QUEUE_DELAY_US = 2000
 """How long Triton holds a request to batch it with others: less than a batch takes."""
 NAME_TAKEN = "Give the model another name with --triton-name"
 
-_NETWORK_MODES = {"fp32": 0, "fp16": 1, "int8": 2}
-_INPUT_ORDERS = {"NCHW": 0, "NHWC": 1}
-_COLOR_FORMATS = {"RGB": 0, "BGR": 1}
-_TRITON_TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
-_LENGTHS = {False: "are longer", True: "have unit length already and do not change"}
-
 
 @dataclass(frozen=True)
 class Bundle:
@@ -66,23 +60,14 @@ def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
     spec = _load_spec(onnx, DEEPSTREAM_FORM)
     check_quantized_for_tensorrt(spec, onnx)
     section = reid_section(spec)
-    readme = _fill(
-        "deepstream_readme.md",
-        architecture=spec.architecture,
-        backbone=spec.backbone,
-        height=spec.input.height,
-        width=spec.input.width,
-        size=spec.embedding_size,
-        precision=spec.precision,
-        batch=TRACKER_BATCH,
-        length=_LENGTHS[spec.normalized_output],
-    )
     with folder_written_whole(folder) as temporary:
         shutil.copyfile(onnx, temporary / "reid.onnx")
-        (temporary / "reid_section.yml").write_text(section, encoding="utf-8")
-        tracker = _fill("deepstream_nvdcf.yml", reid=section)
-        (temporary / "config_tracker_NvDCF.yml").write_text(tracker, encoding="utf-8")
-        (temporary / "README.md").write_text(readme, encoding="utf-8")
+        for name, text in (
+            ("reid_section.yml", section),
+            ("config_tracker_NvDCF.yml", _fill("deepstream_nvdcf.yml", spec, reid=section)),
+            ("README.md", _fill("deepstream_readme.md", spec, batch=TRACKER_BATCH)),
+        ):
+            (temporary / name).write_text(text, encoding="utf-8")
     return Bundle("deepstream", folder, spec)
 
 
@@ -90,16 +75,11 @@ def reid_section(spec: ModelSpec) -> str:
     """Return the `ReID:` section of the tracker's YAML."""
     return _fill(
         "deepstream_reid.yml",
-        model="reid.onnx",
+        spec,
         engine=f"reid.onnx_b{TRACKER_BATCH}_gpu0_{spec.precision}.engine",
         batch=TRACKER_BATCH,
-        feature_size=spec.embedding_size,
-        infer_dims=list(spec.input.shape(1)[1:]),
-        network_mode=_NETWORK_MODES[spec.precision],
-        input_order=_INPUT_ORDERS[spec.input.layout],
-        color_format=_COLOR_FORMATS[spec.input.color],
-        resize=spec.input.resize,
-        length=_LENGTHS[spec.normalized_output],
+        network_mode=("fp32", "fp16", "int8").index(spec.precision),
+        input_order=("NCHW", "NHWC").index(spec.input.layout),
     )
 
 
@@ -127,22 +107,15 @@ def triton_bundle(onnx: Path, repository: Path, engine: Path | None = None, name
     folder = repository / name
     check_new_folder(folder, NAME_TAKEN)
     platform, file = ("tensorrt_plan", "model.plan") if engine else ("onnxruntime_onnx", "model.onnx")
-    values = {
-        "name": name,
-        "file": file,
-        "height": spec.input.height,
-        "width": spec.input.width,
-        "size": spec.embedding_size,
-        "input": INPUT,
-        "output": OUTPUT,
-        "largest": batches[1],
-    }
     with folder_written_whole(folder) as temporary:
         (temporary / "1").mkdir()
         shutil.copyfile(engine or onnx, temporary / "1" / file)
-        (temporary / "config.pbtxt").write_text(triton_config(spec, name, platform, batches), encoding="utf-8")
-        (temporary / "client.py").write_text(_fill("triton_client.py.txt", **values), encoding="utf-8")
-        (temporary / "README.md").write_text(_fill("triton_readme.md", **values), encoding="utf-8")
+        for path, text in (
+            ("config.pbtxt", triton_config(spec, name, platform, batches)),
+            ("client.py", _fill("triton_client.py.txt", spec, name=name, largest=batches[1])),
+            ("README.md", _fill("triton_readme.md", spec, name=name, largest=batches[1], file=file)),
+        ):
+            (temporary / path).write_text(text, encoding="utf-8")
     return Bundle("triton", folder, spec)
 
 
@@ -153,21 +126,17 @@ def triton_config(spec: ModelSpec, name: str, platform: str, batches: tuple[int,
         platform: `onnxruntime_onnx` or `tensorrt_plan`.
         batches: preferred and maximum batch size.
     """
-    preferred, largest = batches
     return _fill(
         "triton_config.pbtxt",
+        spec,
         name=name,
         platform=platform,
-        input=INPUT,
-        input_type=_TRITON_TYPES[spec.input.dtype],
-        input_dims=list(spec.input.shape(1)[1:]),
-        output=OUTPUT,
-        output_dims=[spec.embedding_size],
-        largest=largest,
-        preferred=sorted({preferred, largest}),
+        input_type={"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}[spec.input.dtype],
+        largest=batches[1],
+        preferred=sorted(set(batches)),
         delay=QUEUE_DELAY_US,
         key=METADATA_KEY,
-        spec=json.dumps(spec.to_json()),  # escapes the same characters as protobuf's text format
+        spec_json=json.dumps(spec.to_json()),  # escapes the same characters as protobuf's text format
     )
 
 
@@ -239,7 +208,20 @@ def _engine_profile(engine: Path, onnx: Path, spec: ModelSpec) -> BatchProfile:
     return manifest.settings.batch
 
 
-def _fill(template: str, **values: object) -> str:
+def _fill(template: str, spec: ModelSpec, **values: object) -> str:
     """Fill in a file of `templates/`: `$name` is a value, `$$` a dollar sign."""
     text = (files("pmm_edge.export") / "templates" / template).read_text(encoding="utf-8")
-    return Template(text).substitute(values)
+    common = {
+        "architecture": spec.architecture,
+        "backbone": spec.backbone,
+        "height": spec.input.height,
+        "width": spec.input.width,
+        "resize": spec.input.resize,
+        "dims": list(spec.input.shape(1)[1:]),
+        "size": spec.embedding_size,
+        "precision": spec.precision,
+        "input": INPUT,
+        "output": OUTPUT,
+        "length": "have unit length already and do not change" if spec.normalized_output else "are longer",
+    }
+    return Template(text).substitute(common | values)

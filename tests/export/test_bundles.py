@@ -99,11 +99,10 @@ def test_input_of_the_tracker_gives_the_embeddings(deepstream: Path, tiny_onnx: 
     np.testing.assert_allclose(embeddings, pmm_edge.load(tiny_onnx, "cpu").embed(crops), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "mode"), [("fp32", 0), ("fp16", 1), ("int8", 2)])
-def test_network_mode_is_the_precision(precision: str, mode: int, spec: ModelSpec) -> None:
-    reid = yaml.safe_load(reid_section(replace(spec, precision=precision)))["ReID"]
-    assert reid["networkMode"] == mode
-    assert reid["modelEngineFile"].endswith(f"_{precision}.engine")
+def test_network_mode_is_the_precision(spec: ModelSpec) -> None:
+    for mode, precision in enumerate(("fp32", "fp16", "int8")):
+        reid = yaml.safe_load(reid_section(replace(spec, precision=precision)))["ReID"]
+        assert (reid["networkMode"], reid["modelEngineFile"]) == (mode, f"reid.onnx_b100_gpu0_{precision}.engine")
 
 
 def test_command_in_the_readme_makes_paths_absolute(raw_onnx: Path, tmp_path: Path) -> None:
@@ -176,14 +175,10 @@ def test_engine_is_served_as_a_plan(tiny_onnx: Path, tmp_path: Path) -> None:
 def test_unsuitable_engines_are_rejected(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
     cut = engine_of(tiny_onnx, tmp_path / "cut.engine")
     cut.write_bytes(b"engin")
-    engines = {
-        tmp_path / "missing.engine": ModelError,
-        engine_of(raw_onnx, tmp_path / "raw.engine"): ModelError,
-        cut: ModelError,
-        engine_of(tiny_onnx, tmp_path / "large.engine", BatchProfile(4, 8, 16)): PmmError,
-    }
-    for engine, error in engines.items():
-        with pytest.raises(error):
+    of_raw = engine_of(raw_onnx, tmp_path / "raw.engine")
+    large = engine_of(tiny_onnx, tmp_path / "large.engine", BatchProfile(4, 8, 16))
+    for engine in (tmp_path / "missing.engine", of_raw, cut, large):
+        with pytest.raises(PmmError):
             triton_bundle(tiny_onnx, tmp_path / "repository", engine)
     assert not (tmp_path / "repository").exists()
 
@@ -205,25 +200,21 @@ def test_models_share_a_repository(tiny_onnx: Path, tmp_path: Path) -> None:
         triton_bundle(tiny_onnx, tmp_path)
 
 
-def test_int8_for_cpus_is_rejected_for_tensorrt(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
+def test_unsuitable_networks_are_rejected(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
     cpu = {"precision": "int8", "quantization": Quantization("cpu", "minmax", 64)}
     raw, uint8 = (relabeled(onnx, tmp_path / onnx.name, **cpu) for onnx in (raw_onnx, tiny_onnx))
-    with pytest.raises(ModelError):
-        deepstream_bundle(raw, tmp_path / "d")
-    with pytest.raises(ModelError):
-        triton_bundle(uint8, tmp_path / "t", engine_of(uint8, tmp_path / "x.engine"))
-    assert triton_bundle(uint8, tmp_path / "t").folder.name == "pmm_resnet18_int8_cpu"
-
-
-def test_input_form_must_be_the_bundles(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
-    for bundle, onnx in (
-        (deepstream_bundle, tiny_onnx),
-        (triton_bundle, raw_onnx),
-        (deepstream_bundle, tmp_path / "missing.onnx"),
+    engine, folder = engine_of(uint8, tmp_path / "x.engine"), tmp_path / "folder"
+    for bundle, arguments in (
+        (deepstream_bundle, (raw, folder)),
+        (deepstream_bundle, (tiny_onnx, folder)),
+        (deepstream_bundle, (tmp_path / "missing.onnx", folder)),
+        (triton_bundle, (raw_onnx, folder)),
+        (triton_bundle, (uint8, folder, engine)),
     ):
         with pytest.raises(ModelError):
-            bundle(onnx, tmp_path / "folder")
-    assert list(tmp_path.iterdir()) == []
+            bundle(*arguments)
+        assert not folder.exists()
+    assert triton_bundle(uint8, folder).folder.name == "pmm_resnet18_int8_cpu"
 
 
 @pytest.mark.parametrize(("normalized", "phrase"), [(False, "are longer"), (True, "have unit length already")])
