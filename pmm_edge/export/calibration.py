@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -20,7 +20,7 @@ from pmm_edge.console import Report, silent
 from pmm_edge.data.checks import analyze
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
 from pmm_edge.errors import DataError, ModelError, PmmWarning
-from pmm_edge.files import sha256, temporary_folder
+from pmm_edge.files import temporary_folder
 from pmm_edge.images import Pixels, evenly, network_input, read_crops
 from pmm_edge.spec import CalibrationMethod, InputSpec
 
@@ -58,18 +58,15 @@ class Calibration:
         return np.concatenate([self.ranges, self.selection, self.held_out])
 
 
-def read_calibration(
-    root: Path, spec: InputSpec, layout: str | None = None, evaluated_on: ReidDataset | None = None
-) -> Calibration:
+def read_calibration(root: Path, spec: InputSpec, layout: str | None = None) -> Calibration:
     """Read calibration crops, spread evenly over the identities of a data set's training split.
 
-    Warns with `PmmWarning` if calibration uses people or images of the split that retrieval is evaluated on.
+    Warns with `PmmWarning` if people of the training split are also in query or gallery.
 
     Args:
         root: folder of the data set.
         spec: size of the network's input.
         layout: of the data set, if it is not detected.
-        evaluated_on: the data set whose query and gallery the network will be evaluated on, if it may be another one.
 
     Raises:
         DataError: `root` is not a data set, has too few training images, or an image cannot be read.
@@ -87,8 +84,10 @@ def read_calibration(
             f"{root} has {len(paths)} training images, but calibration needs at least {MIN_IMAGES}",
             "Name another data set with --calibration",
         )
-    for problem in _leaks(dataset, paths, evaluated_on):
-        warnings.warn(f"calibration uses data that retrieval is evaluated on: {problem}", PmmWarning, stacklevel=2)
+    for found in analyze(dataset).warnings:
+        if found.kind == "train-test-overlap":
+            text = f"calibration uses people that retrieval is evaluated on: {found.text}"
+            warnings.warn(text, PmmWarning, stacklevel=2)
     crops = read_crops(paths, spec.height, spec.width)
     # The crops are in the order of the identities, so each part covers nearly all of them.
     place = np.arange(len(crops)) % 6
@@ -99,30 +98,6 @@ def _spread(split: Split, count: int) -> list[Path]:
     """Select evenly spaced images, in the order of the identities."""
     order = [int(index) for index in np.argsort(split.pids, kind="stable") if split.pids[index] >= DISTRACTOR_PID]
     return [split.paths[order[at]] for at in evenly(len(order), count)]
-
-
-def _leaks(dataset: ReidDataset, paths: Sequence[Path], evaluated_on: ReidDataset | None) -> list[str]:
-    """Find calibration data that would make retrieval figures too good.
-
-    Within a data set identities are compared. In another data set the same number may mean another person, so files are
-    compared instead.
-    """
-    found = [warning.text for warning in analyze(dataset).warnings if warning.kind == "train-test-overlap"]
-    if evaluated_on and evaluated_on.root.resolve() != dataset.root.resolve():
-        shared = _shared_files(paths, evaluated_on)
-        if shared:
-            found.append(f"{shared} of {len(paths)} images are also in the query or gallery of {evaluated_on.root}")
-    return found
-
-
-def _shared_files(paths: Sequence[Path], other: ReidDataset) -> int:
-    """Count the files that also are, under any name, in a data set's query or gallery."""
-    sizes, digests = {path.stat().st_size for path in paths}, set()
-    for path in (*other.query.paths, *other.gallery.paths):
-        with suppress(OSError):  # pmm bench reports unreadable images
-            if path.stat().st_size in sizes:
-                digests.add(sha256(path))
-    return sum(sha256(path) in digests for path in paths)
 
 
 class _Once(CalibrationDataReader):

@@ -337,17 +337,13 @@ def _default_name(spec: ModelSpec) -> str:
 
 def _read_calibration(source: Path, spec: ModelSpec, data: Path | None, layout: str | None) -> Calibration | None:
     """Read the calibration crops; None for FP16 without a data set, with a warning."""
-    from pmm_edge.data.dataset import read
     from pmm_edge.export.calibration import read_calibration
 
-    evaluated_on = None
-    with suppress(DataError):  # the checkpoint is not in a run, or the run's data set is gone
-        evaluated_on = read(*data_of(source))
-    with suppress(DataError):
+    with suppress(DataError):  # the checkpoint is not in a run
         of_run, layout = data_of(source, data, layout)
         data = data or (of_run if of_run.is_dir() else None)
     if data:
-        return read_calibration(data, spec.input, layout, evaluated_on)
+        return read_calibration(data, spec.input, layout)
     if spec.precision == "int8":
         raise DataError("INT8 needs calibration images, and the run's data set does not exist", "Add --calibration")
     warnings.warn(
