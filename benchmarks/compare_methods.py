@@ -5,7 +5,7 @@ training, with mean and standard deviation over the seeds, and draw them. Finish
 folder: run the same command again to continue an interrupted comparison. An interrupted comparison prints its tables so
 far.
 
-    python benchmarks/compare_methods.py                               # the synthetic data set, preset quick
+    python benchmarks/compare_methods.py --set erase_size=8            # the synthetic data set, preset quick
     python benchmarks/compare_methods.py DATA --preset market1501 --seeds 0,1,2
     python benchmarks/compare_methods.py --methods PMM,BDB --dtype bf16 --set height=192 --set mix_blocks=2
 """

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the augmentation and the real step run")
     parser.add_argument("--step", type=float, default=0.03, help="seconds of the sleeping step")
     parser.add_argument("--rounds", type=int, default=3, help="the table shows their medians")
-    parser.add_argument("--preset", default="quick", help="of the real step; ResNet-18, 144x64, batch 32")
+    parser.add_argument("--preset", default="quick", help="of the real step; default: %(default)s")
     parser.add_argument("--batch", type=int, help="of the real step, other than the preset's")
     parser.add_argument("--steps", type=int, default=20, help="real steps")
     options = parser.parse_args()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 
-RESNETS: dict[str, Callable[..., torchvision.models.ResNet]] = {
-    name: getattr(torchvision.models, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")
+RESNETS: dict[str, Callable[..., ResNet]] = {
+    "resnet10": partial(ResNet, BasicBlock, [1, 1, 1, 1]),
+    **{name: getattr(torchvision.models, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
 }
 STRIDE = 16
 """Input pixels per position of the map, in each direction."""
@@ -25,7 +27,7 @@ class Backbone(nn.Module):
     stage only. Parameters keep torchvision's names, so that ImageNet weights load unchanged.
 
     Args:
-        name: `resnet18`, `resnet34`, `resnet50` or `resnet101`.
+        name: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
 
     Raises:
         PmmError: the name is unknown.
@@ -75,8 +77,8 @@ def zero_init_residuals(backbone: Backbone) -> None:
     """Initialize each bottleneck block as the identity: the weight of its last batch norm is 0.
 
     Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1. Without it, a ResNet-50 trained from scratch on a
-    small data set learns almost nothing in a few dozen epochs. ResNet-18 and ResNet-34 have no bottleneck blocks and
-    learn without it.
+    small data set learns almost nothing in a few dozen epochs. Smaller ResNets have no bottleneck blocks and learn
+    without it.
     """
     for module in backbone.modules():
         if isinstance(module, Bottleneck):
@@ -87,8 +89,10 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     """ImageNet weights of torchvision (version 1, that of the paper's time), downloaded once into torch's hub cache.
 
     Raises:
-        PmmError: they are not in the cache and cannot be downloaded.
+        PmmError: there are none for this backbone, or they are not in the cache and cannot be downloaded.
     """
+    if name not in torchvision.models.list_models():
+        raise PmmError(f"{name} has no ImageNet weights", "Choose --backbone-weights none, or name a file of weights")
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -43,7 +43,7 @@ def build_model(
     Args:
         method: `pmm`, `bdb` or `baseline`.
         num_classes: training identities.
-        backbone: `resnet18`, `resnet34`, `resnet50` or `resnet101`.
+        backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
         height: input height in pixels.
         width: input width in pixels. For PMM, the blocks must divide the map of the input.
         mix: what stages II and III of PMM are trained on; ignored by the other methods.

@@ -88,7 +88,7 @@ class ReidNetwork(nn.Module, ABC):
     Methods differ in their heads and in `train_stages`.
 
     Args:
-        backbone: `resnet18`, `resnet34`, `resnet50` or `resnet101`.
+        backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
     """
 
     bottleneck: nn.Module

@@ -29,7 +29,7 @@ from pmm_edge.trainer.logging import Meter
 from pmm_edge.trainer.losses import pmm_loss
 
 PAPER_EPOCHS = 400
-WARM_UP = 0.1
+WARM_UP = 0.15
 """Fraction of a training over which the cosine schedule warms up."""
 
 

@@ -40,7 +40,7 @@ def test_print_config_names_its_preset_the_default_too(pmm, tmp_path):
     assert decode_toml(dict, default, "it")["preset"] == "quick"
     (tmp_path / "run.toml").write_text("epochs = 7\n")
     printed = pmm("train", "--config", tmp_path / "run.toml", "--print-config").stdout
-    assert printed == default.replace("epochs = 24", "epochs = 7"), "a file without a preset has the same default"
+    assert printed == default.replace("epochs = 36", "epochs = 7"), "a file without a preset has the same default"
 
 
 def test_print_config_prints_every_path_as_it_is(pmm):
@@ -138,14 +138,14 @@ def test_an_output_folder_that_cannot_be_written(pmm, tiny_dataset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", 100], "Choose a height that is a multiple of 48 (such as 96 or 144)"),
+        (["--mix-block-size", "3x2", "--height", 100], "Choose a height that is a multiple of 48 (such as 96 or 144)"),
         (["--device", "cuda:63"], "cuda:63"),
         (["--device", "tpu9"], "unknown device"),
-        (["--backbone", "vgg"], "Choose resnet18"),
+        (["--backbone", "vgg"], "Choose resnet10"),
         (["--backbone-weights", "/nowhere.pth"], "backbone weights /nowhere.pth do not exist"),
         (["--backbone-weights", "imagnet"], "Did you mean 'imagenet'"),
         (["--precision", "fp16"], "precision fp16 trains on a GPU only. Choose --precision bf16 or fp32"),
-        (["--batch", 6], "multiple of 4"),
+        (["--batch", 7], "multiple of 2"),
         (["--preset", "quik"], "Did you mean 'quick'"),
         (["--resume", "runs"], "--resume goes on with a run's own settings"),
     ],

@@ -44,6 +44,9 @@ def test_imagenet_weights_without_a_network_name_the_place_for_the_file(monkeypa
     with pytest.raises(PmmError) as caught:
         imagenet_weights("resnet50")
     assert ".pth into" in caught.value.remedy and "--backbone-weights none" in caught.value.remedy
+    with pytest.raises(PmmError) as caught:
+        imagenet_weights("resnet10")
+    assert "resnet10" in caught.value.problem and "--backbone-weights none" in caught.value.remedy
 
 
 @pytest.fixture(scope="module")

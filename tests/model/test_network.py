@@ -28,7 +28,7 @@ def test_bdb_has_the_layers_of_pmm_except_one_bias_and_the_baseline_has_stage_on
     assert parameters("baseline") == 23_508_032 + (2048 * 512 + 512) + 2 * 512 + (512 * 751 + 751)
 
 
-@pytest.mark.parametrize(("backbone", "channels"), [("resnet18", 512), ("resnet34", 512), ("resnet101", 2048)])
+@pytest.mark.parametrize(("backbone", "channels"), [("resnet10", 512), ("resnet34", 512), ("resnet101", 2048)])
 def test_other_backbones(backbone, channels):
     with torch.device("meta"):
         assert Backbone(backbone)(torch.empty(1, 3, 192, 64)).shape == (1, channels, 12, 4)
@@ -80,7 +80,7 @@ def test_training_mode_needs_identities(small):
     [
         ({"method": "pcb"}, "pmm, bdb, baseline"),
         ({"mix": "mixup"}, "a-hard-mix, dropblock"),
-        ({"backbone": "vgg"}, "resnet18, resnet34"),
+        ({"backbone": "vgg"}, "resnet10, resnet18"),
         ({"height": 192, "width": 64, "mix_blocks": 8}, "1 to 7"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pmm_edge.errors import PmmError
-from pmm_edge.trainer.config import PRESETS
+from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import (
     choose_device,
     choose_machine,
@@ -21,7 +21,7 @@ from pmm_edge.trainer.device import (
 from pmm_edge.trainer.distributed import World
 
 CPU = torch.device("cpu")
-CONFIG = replace(PRESETS["quick"], device="cpu", precision="fp32")
+CONFIG = TrainConfig(batch=32, device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("name", ["cuda:63", "63", "mps", "meta", "tpu9"])
@@ -80,14 +80,13 @@ def test_other_errors_are_left_unchanged():
 
 COMPILE = """
 import torch
-from dataclasses import replace
-from pmm_edge.trainer.config import PRESETS
+from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import torch_errors_explained
 from pmm_edge.trainer.distributed import World
 module = torch.nn.Linear(2, 2)
 module.compile()
 try:
-    with torch_errors_explained(torch.device("cpu"), replace(PRESETS["quick"], compile=True), World()):
+    with torch_errors_explained(torch.device("cpu"), TrainConfig(compile=True), World()):
         module(torch.zeros(1, 2))
 except Exception as error:
     print(type(error).__name__, error)

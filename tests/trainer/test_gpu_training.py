@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pmm_edge.model import build_model
-from pmm_edge.trainer.config import PRESETS, TrainConfig
+from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.step import Shard, Trainee, prepare, train_step
 from pmm_edge.trainer.train import train
 
@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"),
 ]
-CONFIG = replace(PRESETS["quick"], height=96, width=64, batch=8)
+CONFIG = TrainConfig(
+    backbone="resnet18", backbone_weights="none", height=96, width=64, mix_blocks=1, batch=8, erase_size=16
+)
 
 
 def trainee_of(config: TrainConfig, dtype: torch.dtype) -> tuple[Trainee, list[Shard]]:
@@ -60,6 +62,6 @@ def test_a_compiled_backbone_gives_the_same_loss() -> None:
 
 @pytest.mark.parametrize("device", ["cuda", 0])
 def test_a_whole_run(tiny_dataset: Path, tmp_path: Path, device: str | int) -> None:
-    config = replace(CONFIG, epochs=2, evaluate_every=1, backbone_weights="none", erase_size=16)
+    config = replace(CONFIG, epochs=2, evaluate_every=1)
     assert train(tiny_dataset, config=config, out=tmp_path / "run", device=device).finished
     assert (tmp_path / "run" / "best.pt").is_file()

@@ -6,7 +6,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from pmm_edge.model.backbone import RESNETS
-from pmm_edge.trainer.config import PRESETS
+from pmm_edge.trainer.config import TrainConfig
 
 
 class TinyResNet(nn.Module):
@@ -35,11 +34,13 @@ def _halving(channels: int, out: int) -> nn.Sequential:
 
 
 RESNETS["tiny"] = TinyResNet
-CONFIG = replace(
-    PRESETS["quick"],
+CONFIG = TrainConfig(
+    preset="quick",
     backbone="tiny",
+    backbone_weights="none",
     height=48,
     width=32,
+    mix_blocks=1,
     mix_block_size="1x1",
     epochs=4,
     batch=8,
