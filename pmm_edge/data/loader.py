@@ -126,9 +126,9 @@ class Replacements:
 
     def __init__(self, paths: Sequence[Path], pids: NDArray[np.int64], limit: int) -> None:
         self._paths, self._pids, self._limit = paths, pids, limit
-        self._bad: dict[int, str] = {}
+        self._bad: dict[int, str] = {}  # what this process has met
         self._taken = 0
-        self._known: set[int] = set()
+        self._known: set[int] = set()  # of all processes
         self._lock = Lock()
 
     def __call__(self, index: int, error: DataError) -> int:

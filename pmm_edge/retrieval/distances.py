@@ -91,16 +91,26 @@ def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[
 
 
 def _check_features(features: ArrayLike, name: str) -> NDArray[Any]:
-    array = np.asarray(features)
-    if array.ndim != 2 or 0 in array.shape:
-        raise DataError(f"{name} have shape {array.shape}", "Pass a (number of images, embedding size) array")
-    if not np.issubdtype(array.dtype, np.floating):
-        if not np.issubdtype(array.dtype, np.integer):
-            raise DataError(f"{name} have dtype {array.dtype}", "Pass real numbers, e.g. float32")
-        array = array.astype(np.float64)
+    array = check_matrix(features, name, "Pass a (number of images, embedding size) array")
     if (row := first_not_finite(array)) is not None:
         remedy = "Check the images and the model's precision (FP16 overflows above 65,504)"
         raise DataError(f"{name} contain NaN or infinity, first in row {row}", remedy)
+    return array
+
+
+def check_matrix(values: ArrayLike, name: str, remedy: str) -> NDArray[Any]:
+    """Return a floating array with two dimensions.
+
+    Raises:
+        DataError: wrong shape, with this remedy, or values that are not real numbers.
+    """
+    array = np.asarray(values)
+    if array.ndim != 2 or 0 in array.shape:
+        raise DataError(f"{name} have shape {array.shape}", remedy)
+    if np.issubdtype(array.dtype, np.integer):
+        return array.astype(np.float64)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise DataError(f"{name} have dtype {array.dtype}", "Pass real numbers, e.g. float32")
     return array
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import check_pair, distance_blocks, first_not_finite, rows_per_block
+from pmm_edge.retrieval.distances import check_matrix, check_pair, distance_blocks, first_not_finite, rows_per_block
 from pmm_edge.retrieval.reranking import rerank_distances
 from pmm_edge.spec import RetrievalFigures
 
@@ -128,13 +128,7 @@ def evaluate_distances(
     Raises:
         DataError: wrong shapes, NaN or infinity, or no query has a match.
     """
-    array = np.asarray(distances)
-    if array.ndim != 2 or 0 in array.shape:
-        raise DataError(f"distances have shape {array.shape}", "Pass a (queries, gallery images) array")
-    if not np.issubdtype(array.dtype, np.floating):
-        if not np.issubdtype(array.dtype, np.integer):
-            raise DataError(f"distances have dtype {array.dtype}", "Pass real numbers, e.g. float32")
-        array = array.astype(np.float64)
+    array = check_matrix(distances, "distances", "Pass a (queries, gallery images) array")
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # the same values; numpy compares them much faster
     queries, gallery = array.shape

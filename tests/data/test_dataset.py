@@ -1,35 +1,260 @@
+"""Layouts, splits and findings of small folders, each in the exact layout of a public data set."""
+
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pmm_edge.data.checks import FindingKind, analyze
+from pmm_edge.data import layouts
+from pmm_edge.data.checks import FindingKind, analyze, unreadable
 from pmm_edge.data.dataset import DISTRACTOR_PID, data_sha256, problems, queries_with_match, read, scan
+from pmm_edge.data.layouts import ANY_MARKET, LAYOUTS, KnownSet, SplitSize, is_dataset
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval import evaluate
 from pmm_edge.retrieval.metrics import JUNK_PID
 
-NAMES = {
-    "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0002_c2s1_000500_01.jpg", "0007_c1s1_000100_01.jpg"],
+MARKET = {
+    "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0002_c2s1_000500_01.jpg", "0007_c1s6_028546_01.jpg.jpg"],
     "query": ["0003_c1s1_000200_00.jpg"],
     "bounding_box_test": [
-        "-1_c2s1_000001_00.jpg",
-        "0000_c1s1_000002_00.jpg",
-        "0003_c2s1_000300_00.jpg",
-        "._0003_c2s1_000300_00.jpg",
-        "Thumbs.db",
+        *("-1_c2s1_000001_00.jpg", "0000_c1s1_000002_00.jpg", "0003_c2s1_000300_00.jpg"),
+        *("._0003_c2s1_000300_00.jpg", "Thumbs.db"),
     ],
 }
-QUERY = f"query/{NAMES['query'][0]}"
+DUKE = {
+    "bounding_box_train": ["0001_c2_f0046182.jpg", "0001_c3_f0046302.jpg", "0005_c2_f0046985.jpg"],
+    "query": ["0002_c1_f0044158.jpg"],
+    "bounding_box_test": ["0002_c2_f0044278.jpg", "7139_c2_f0160815.jpg"],
+}
+CUHK03 = {
+    "bounding_box_train": ["0001_c1_1.png", "0001_c2_6.png", "0004_c1_34.png"],
+    "query": ["0003_c1_21.png"],
+    "bounding_box_test": ["0003_c2_26.png"],
+}
+MSMT17 = {
+    "list_train.txt": ["0000/0000_000_01_0303morning_0015_0.jpg 0", "0001/0001_003_14_0303noon_0100_1_ex.jpg 1"],
+    "list_val.txt": ["0000/0000_045_12_0303morning_0006_2.jpg 0"],
+    "list_query.txt": ["0000/0000_002_05_0114noon_1558_1.jpg 0"],
+    "list_gallery.txt": ["0000/0000_004_06_0114noon_1600_1.jpg 0", "0002/0002_001_05_0114noon_1700_1.jpg 2"],
+}
+RELEASE = {
+    "train": ["1_001_1_01.png", "1_001_2_06.png", "2_001_1_01.png"],
+    "query": ["5_001_1_02.png"],
+    "gallery": ["5_001_2_07.png"],
+}
+
+
+def make_market(root, names):
+    for folder, files in names.items():
+        (root / folder).mkdir(parents=True)
+        for name in files:
+            (root / folder / name).touch()
+    return root
+
+
+def make_msmt17(root, train, test):
+    for name, lines in MSMT17.items():
+        folder = root / (train if name in ("list_train.txt", "list_val.txt") else test)
+        for line in lines:
+            image = folder / line.split()[0]
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.touch()
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def make_release(root, kind):
+    folder = root / f"images_{kind}"
+    folder.mkdir(parents=True)
+    split = {}
+    for number, (name, images) in enumerate(RELEASE.items()):
+        for image in images:
+            (folder / image).touch()
+        split[name] = [[f"/elsewhere/cuhk03/images_{kind}/{image}", number, 0] for image in images]
+    (root / f"splits_new_{kind}.json").write_text(json.dumps([{**split, "num_train_pids": 2}]))
+    return folder
+
+
+MAKERS = {
+    "market1501": lambda tmp: make_market(tmp / "Market-1501-v15.09.15", MARKET),
+    "dukemtmc-reid": lambda tmp: make_market(tmp / "DukeMTMC-reID", DUKE),
+    "cuhk03-np-detected": lambda tmp: make_market(tmp / "CUHK03-NP" / "detected", CUHK03),
+    "cuhk03-np-labeled": lambda tmp: make_market(tmp / "CUHK03-NP" / "labeled", CUHK03),
+    "msmt17-v1": lambda tmp: make_msmt17(tmp / "MSMT17_V1", "train", "test"),
+    "msmt17-v2": lambda tmp: make_msmt17(tmp / "MSMT17_V2", "mask_train_v2", "mask_test_v2"),
+    ANY_MARKET: lambda tmp: make_market(tmp / "warehouse", MARKET),
+}
+
+
+def refused(root, *parts, layout=None):
+    """The data set is refused with one line that contains `parts`."""
+    with pytest.raises(DataError) as error:
+        scan(root, layout)
+    assert all(str(part) in str(error.value) for part in parts), str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_recognized_and_can_be_named(tmp_path, monkeypatch, layout):
+    root = MAKERS[layout](tmp_path)
+    dataset = scan(root)
+    assert dataset.layout == scan(root, layout).layout == layout and dataset.root == root
+    assert dataset.name == ("warehouse" if layout == ANY_MARKET else layout)
+    assert dataset.train.identities == 2 and dataset.query.identities == 1
+    assert is_dataset(root) and is_dataset(root.parent) == (root.parent.name == "CUHK03-NP")
+    monkeypatch.chdir(root)
+    here = scan(Path())
+    assert (here.name, here.layout) == (dataset.name, layout)
+
+
+def test_labels_of_each_form(tmp_path):
+    duke = scan(MAKERS["dukemtmc-reid"](tmp_path))
+    assert duke.train.pids.tolist() == [1, 1, 5] and duke.train.camids.tolist() == [2, 3, 2]
+    assert duke.gallery.identities == 2  # its distractors have identities of their own
+    msmt17 = scan(MAKERS["msmt17-v1"](tmp_path))  # 0 is a person there, and test identities start at 0 again
+    assert msmt17.train.pids.tolist() == [1, 1, 2] and msmt17.train.camids.tolist() == [1, 12, 14]
+    assert msmt17.query.pids.tolist() == [3] and msmt17.query.camids.tolist() == [5]
+    assert msmt17.gallery.pids.tolist() == [3, 5] and msmt17.gallery.camids.tolist() == [6, 5]
+    assert all(path.is_file() for split in msmt17.splits.values() for path in split.paths)
+
+
+LINES = (
+    "../../secret/0000_000_01_x.jpg 0",
+    "/etc/0000_000_01_x.jpg 0",
+    "0000//etc/0000_000_01_x.jpg 0",
+    r"..\secret\0000_000_01_x.jpg 0",
+    "C:/0000_000_01_x.jpg 0",
+    "0000/anna.jpg 0",
+    "0000/0000_000_01_x.jpg",
+    "0000/0000_000_01_x.jpg -1",
+    f"0000/0000_000_01_x.jpg {'9' * 40}",
+    "\x00\x1b[2J/0000_000_01_x.jpg 0",
+    "a/" * 5000,
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_of_a_list_that_is_not_an_image_and_an_identity_is_refused(tmp_path, line):
+    root = MAKERS["msmt17-v1"](tmp_path)
+    with (root / "list_query.txt").open("a") as file:
+        file.write(line)
+    refused(root, "line 2 of", "list_query.txt", repr(line[:80]))
+
+
+def test_lists_of_msmt17_must_be_complete(tmp_path):
+    root = MAKERS["msmt17-v1"](tmp_path)
+    for name in ("0000/0000_000_01_gone.jpg", "0099/0099_000_01_gone.jpg"):
+        (root / "list_query.txt").write_text(f"{name} 0\n")
+        refused(root, root / "test" / name)
+    for content in (b"\xff\xfe\x00", b"\n"):
+        (root / "list_query.txt").write_bytes(content)
+        refused(root, root / "list_query.txt")
+    (root / "list_val.txt").unlink()
+    refused(root, root / "list_val.txt")
+    for path in root.glob("*.txt"):
+        path.unlink()
+    refused(root, root / "list_train.txt")
+
+
+def test_cuhk03_np_must_say_which_kind(tmp_path):
+    detected, labeled = MAKERS["cuhk03-np-detected"](tmp_path), MAKERS["cuhk03-np-labeled"](tmp_path)
+    refused(tmp_path / "CUHK03-NP", f"Pass {detected} or {labeled}")
+    refused(tmp_path, f"Did you mean {detected} or {labeled}?")
+    assert scan(tmp_path / "CUHK03-NP", "cuhk03-np-labeled").root == labeled
+    shutil.rmtree(labeled)
+    refused(tmp_path / "CUHK03-NP", f"Did you mean {detected}?")
+
+
+def test_cuhk03_as_converted_from_the_release(tmp_path):
+    detected, labeled = make_release(tmp_path, "detected"), make_release(tmp_path, "labeled")
+    dataset = scan(labeled)
+    assert dataset.layout == "cuhk03-np-labeled"
+    assert dataset.train.pids.tolist() == [10001, 10001, 20001]  # person 1 of camera pair 1 is not person 1 of pair 2
+    assert dataset.train.camids.tolist() == [1, 2, 1] and dataset.query.paths == [labeled / "5_001_1_02.png"]
+    assert scan(tmp_path, "cuhk03-np-detected").root == detected
+    refused(detected, "not market1501", layout="market1501")
+    refused(tmp_path, f"Pass {detected} or {labeled}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[" * 10_000, "{}", "[]"),
+        '[{"train": [[1]], "query": [], "gallery": []}]',
+        '[{"train": [["../1_001_1_01.txt"]], "query": [["1_001_1_01.png"]], "gallery": [["1_001_1_01.png"]]}]',
+        '[{"train": [], "query": [], "gallery": []}]',
+        '[{"train": [["1_001_1_99.png"]], "query": [["1_001_1_01.png"]], "gallery": [["1_001_1_01.png"]]}]',
+    ],
+)
+def test_a_split_file_of_another_form_is_refused(tmp_path, content):
+    root = make_release(tmp_path, "detected")
+    (tmp_path / "splits_new_detected.json").write_text(content)
+    refused(root, tmp_path / "splits_new_detected.json")
+
+
+def test_a_wrong_layout_or_folder_is_refused(tmp_path):
+    duke, msmt17 = MAKERS["dukemtmc-reid"](tmp_path), MAKERS["msmt17-v1"](tmp_path)
+    refused(duke, "unknown layout dukemtmc", "Did you mean 'dukemtmc-reid'?", layout="dukemtmc")
+    refused(duke, "dukemtmc-reid, not msmt17-v1", layout="msmt17-v1")
+    refused(msmt17, "msmt17-v1, not msmt17-v2", layout="msmt17-v2")
+    for inner in ("test", "train/0000"):
+        refused(msmt17 / inner, f"Did you mean {msmt17}?")
+
+
+def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, monkeypatch):
+    root = make_market(tmp_path / "occluded", DUKE)
+    assert scan(root).layout == ANY_MARKET
+    sizes = SplitSize(2, 3), SplitSize(1, 1), SplitSize(2, 2)
+    monkeypatch.setitem(layouts.KNOWN_SETS, "dukemtmc-reid", KnownSet("Duke", *sizes, one_camera=1))
+    assert scan(root).layout == "dukemtmc-reid"
+    # The authors say that one test identity was seen by one camera, so that is no finding.
+    assert [finding.split for finding in analyze(scan(root)).warnings] == ["train"]
+    assert [finding.split for finding in analyze(scan(root, ANY_MARKET)).warnings] == ["train", "test"]
+    (root / "query" / "0002_c3_f0044158.jpg").touch()
+    different = analyze(scan(root)).warnings[0]
+    assert (different.kind, different.split, different.images) == (FindingKind.UNEXPECTED_SIZE, "query", 2)
+
+
+@pytest.mark.parametrize(
+    ("added", "found"),
+    [
+        ([], ("one-camera", "train", [7], 0)),
+        (["bounding_box_train/0000_c1.jpg", "bounding_box_train/0000_c2.jpg"], ("untrained-images", "train", [0], 2)),
+        (["bounding_box_train/-1_c1.jpg"], ("untrained-images", "train", [-1], 1)),
+        (["query/0003_c2_1.jpg", "query/0044_c2.jpg"], ("unmatched-queries", "query", [3, 44], 2)),
+        (["bounding_box_test/0007_c1.jpg", "bounding_box_test/0007_c2.jpg"], ("train-test-overlap", "", [7], 0)),
+    ],
+)
+def test_counts_and_what_is_wrong_with_the_labels(tmp_path, added, found):
+    root = MAKERS[ANY_MARKET](tmp_path)
+    counts = analyze(read(root)).splits["gallery"]
+    assert (counts.identities, counts.images, counts.distractors, counts.junk, counts.cameras) == (1, 2, 1, 1, 2)
+    for name in added:
+        (root / name).touch()
+    found_now = [(w.kind, w.split, w.pids, w.images) for w in analyze(read(root)).warnings]
+    assert found in found_now
+
+
+def test_unreadable_files_are_found(tiny_dataset, tmp_path):
+    good = sorted((tiny_dataset / "query").iterdir())
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(good[0].read_bytes()[:400])
+    (tmp_path / "empty.jpg").touch()
+    seen = []
+    bad = unreadable([*good, cut, tmp_path / "empty.jpg"], report=lambda *progress: seen.append(progress))
+    assert [image.path.name for image in bad] == ["cut.jpg", "empty.jpg"]
+    assert seen[-1][:3] == ("images", 14, 14)
+
+
+QUERY = f"query/{MARKET['query'][0]}"
 
 
 @pytest.fixture
 def market(tmp_path):
-    for folder, names in NAMES.items():
-        (tmp_path / "mine" / folder).mkdir(parents=True)
-        for name in names:
-            (tmp_path / "mine" / folder / name).touch()
-    return tmp_path / "mine"
+    return MAKERS[ANY_MARKET](tmp_path)
 
 
 def test_names_are_read_as_market1501_writes_them(market):
@@ -38,7 +263,7 @@ def test_names_are_read_as_market1501_writes_them(market):
     assert sorted(dataset.gallery.pids.tolist()) == [JUNK_PID, DISTRACTOR_PID, 3] == [-1, 0, 3]
     assert dataset.gallery.identities == 1 and dataset.gallery.cameras == 2
     assert dataset.query.pids.dtype == np.int64
-    assert (dataset.name, dataset.layout, problems(dataset)) == ("mine", "market-layout", [])
+    assert (dataset.name, dataset.layout, problems(dataset)) == ("warehouse", ANY_MARKET, [])
     one_camera = {name: replace(split, camids=np.ones_like(split.camids)) for name, split in dataset.splits.items()}
     assert len(problems(replace(dataset, **one_camera))) == 1
 
