@@ -102,6 +102,11 @@ def evaluate(
 
     Raises:
         DataError: wrong shapes, NaN or infinity, or no query has a match.
+
+    Example:
+        >>> result = pmm.evaluate([[0.0, 1.0]], [[0.0, 1.1], [3.0, 1.0]], [7], [7, 8], [1], [2, 2])
+        >>> result.rank(1), result.mAP
+        (1.0, 1.0)
     """
     query, gallery = check_pair(query_features, gallery_features)
     labels = check_labels(query_pids, gallery_pids, query_camids, gallery_camids, (len(query), len(gallery)))
