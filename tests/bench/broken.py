@@ -1,4 +1,4 @@
-"""Graph surgery: exports that are broken the way exports break."""
+"""Graph surgery: exports with the mistakes that real exports have."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from pmm_edge.spec import QuantizationTarget
 
 
 class Constants(dict[str, np.ndarray]):
-    """A graph's constants, read when they are asked for."""
+    """A graph's constants, decoded on first access."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ def altered(source: Path, out: Path, alter: Alter) -> Path:
 
 
 def constants_of(graph: onnx.GraphProto, operator: str, constants: Constants) -> list[str]:
-    """Names of the constants that the first node of this kind reads."""
+    """Names of the constants of the first node of this type."""
     node = next(node for node in graph.node if node.op_type == operator)
     return [name for name in node.input if name in constants]
 
 
 def sees_bgr(constants: Constants, graph: onnx.GraphProto) -> None:
-    """What is left when the host swaps the channels and nobody swaps them back."""
+    """The input is BGR, and nothing swaps it back."""
     for operator, axis in (("Mul", 0), ("Add", 0), ("Conv", 1)):
         name = constants_of(graph, operator, constants)[0]
         constants[name] = np.flip(constants[name], axis).copy()
@@ -98,7 +98,7 @@ def sees_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
 
 
 def gives_nan_for(brightness: float) -> Alter:
-    """NaN for the images whose mean is below this: 0 / 0."""
+    """NaN for images whose mean is below `brightness`: 0 / 0."""
 
     def alter(constants: Constants, graph: onnx.GraphProto) -> None:
         constants.update(
@@ -129,7 +129,7 @@ def is_stretched(constants: Constants, graph: onnx.GraphProto) -> None:
 
 
 def with_large_values(source: Path, out: Path) -> Path:
-    """The same function, with values between two convolutions that are scaled up and back: FP32 holds them."""
+    """The same function, with values between two convolutions scaled up and back; FP32 can represent them."""
     first, second = (f"1.backbone.layer3.0.conv{number}" for number in (1, 2))
 
     def alter(constants: Constants, graph: onnx.GraphProto) -> None:
@@ -147,9 +147,9 @@ def fp16(source: Path, out: Path) -> Path:
 
 
 def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
-    """`large` in FP16 by a tool that does not look at what it casts: what float16 does not hold becomes infinite.
+    """`large` in FP16 by a tool that casts without checks: values out of range become infinite.
 
-    On CPUs ONNX Runtime computes float16 graphs in float32: values between the nodes do not overflow there, weights do.
+    ONNX Runtime computes float16 graphs in float32 on CPUs, where only weights overflow.
     """
     parts, whole = split(onnx.load(source)), Constants(onnx.load(large).graph)
     half = cast_to_fp16(parts.network)
@@ -178,7 +178,7 @@ def graph_of_last(graph: onnx.GraphProto, operator: str) -> onnx.GraphProto:
 
 
 def append(graph: onnx.GraphProto, *nodes: onnx.NodeProto) -> None:
-    """Append nodes that read the embeddings as `{}` and give them anew."""
+    """Append nodes that read the embeddings as `{}` and output new ones."""
     for node in graph.node:
         node.output[:] = ["embeddings_before" if name == OUTPUT else name for name in node.output]
     for node in nodes:
@@ -206,7 +206,7 @@ def renamed(source: Path, out: Path) -> Path:
 
 
 def cut_in_half(source: Path, out: Path) -> Path:
-    """The first half of the embedding alone, and a spec that says so."""
+    """The first half of the embedding, and a spec that matches."""
     model = onnx.load(source)
     width = load(source, "cpu").spec.embedding_size // 2
     for name, value in (("start", 0), ("stop", width), ("axis", 1)):
@@ -220,7 +220,7 @@ def cut_in_half(source: Path, out: Path) -> Path:
 
 
 def bakes_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
-    """A reshape with the batch of the export written into it: it runs at batch 1 and at no other."""
+    """A reshape with a fixed batch size: the graph runs with batch 1 only."""
     size = graph.output[0].type.tensor_type.shape.dim[1].dim_value
     constants["baked.shape"] = np.array([1, size], np.int64)
     for node in graph.node:
@@ -230,6 +230,6 @@ def bakes_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
 
 
 def labelled(source: Path, out: Path, precision: str) -> Path:
-    """The same graph under another name, as a tool leaves it that converts nothing."""
+    """The same graph with another declared precision, as written by a tool that converts nothing."""
     onnx.save(finalize(onnx.load(source), replace(load(source, "cpu").spec, precision=precision)), out)
     return out
