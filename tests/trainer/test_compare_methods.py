@@ -84,7 +84,8 @@ def test_every_setting_and_the_images_choose_the_folder(compare, monkeypatch, ti
     import compare_methods
 
     def folder(data, *arguments):
-        monkeypatch.setattr(sys, "argv", ["compare_methods.py", str(data), *map(str, arguments)])
+        command = ["compare_methods.py", data, "--set", "erase_size=8", *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
         return compare_methods.planned().folder
 
     fewer = shutil.copytree(tiny_dataset, tmp_path / tiny_dataset.name)

@@ -11,8 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from conftest import journal
-from tiny_training import CONFIG, start, wait
+from tiny_training import CONFIG, journal, start, wait
 from torch.distributed import TCPStore
 
 from pmm_edge.cli import main
@@ -50,7 +49,7 @@ def test_torchrun_takes_the_steps_of_one_process_with_two_micro_batches(tiny_dat
     command = [*torchrun, script, Path(__file__).parent, "train", tiny_dataset, "--config", settings, "--out", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "THREADS": str(tmp_path)}
     done = subprocess.run(
-        [*map(str, command), "--json"], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*map(str, command), "--json"], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     assert {"best.pt", "last.pt", "config.toml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}

@@ -8,8 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from conftest import assert_same_run, journal
-from tiny_training import CONFIG, start, wait
+from tiny_training import CONFIG, assert_same_run, journal, start, wait
 
 from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
 from pmm_edge.model import load_checkpoint

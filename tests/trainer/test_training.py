@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import journal
-from tiny_training import CONFIG
+from tiny_training import CONFIG, journal
 
 import pmm_edge
 from pmm_edge.data.dataset import scan

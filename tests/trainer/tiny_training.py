@@ -1,6 +1,7 @@
 """A training of a second: a network of 0.2 M parameters, 48x32 images. As a script, `pmm` that knows this network."""
 
 import gc
+import json
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from pmm_edge.model import load_checkpoint
 from pmm_edge.model.backbone import RESNETS
 from pmm_edge.trainer.config import TrainConfig
 
@@ -64,7 +66,7 @@ def start(work: Callable[[], object], output: Path, **environment: str) -> int:
         return process
     code = 1
     gc.freeze()  # an object whose thread is in the other process must not be collected here
-    signal.alarm(120)
+    signal.alarm(60)
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
@@ -83,6 +85,26 @@ def start(work: Callable[[], object], output: Path, **environment: str) -> int:
 def wait(process: int) -> int:
     """The exit code of a process; negative if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def journal(folder: Path) -> list[tuple[str, int]]:
+    """Kind and epoch of each line of metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["kind"], line["epoch"]) for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Assert that two runs have identical weights, optimizer, average and figures, bit by bit."""
+    ours, theirs = (load_checkpoint(folder / "last.pt") for folder in (one, other))
+    states = [(ours.weights, theirs.weights), (ours.training["average"], theirs.training["average"])]
+    optimizers = [checkpoint.training["optimizer"]["state"] for checkpoint in (ours, theirs)]
+    assert optimizers[0].keys() == optimizers[1].keys()
+    states += [(optimizers[0][number], optimizers[1][number]) for number in optimizers[0]]
+    for mine, others in states:
+        assert mine.keys() == others.keys()
+        assert all(torch.equal(mine[name], others[name]) for name in mine)
+    assert ours.training["position"] == theirs.training["position"]
+    assert journal(one) == journal(other)
 
 
 if __name__ == "__main__":
