@@ -35,8 +35,7 @@ from pmm_edge.spec import FLOAT16_MAX, CalibrationMethod, InputSpec, ModelSpec, 
 def cast_to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
     """Cast all weights and values of a network to float16; input and output stay float32. Returns a copy.
 
-    Raises:
-        CheckFailedError: a weight exceeds the range of float16.
+    Raises CheckFailedError for a weight that exceeds the range of float16.
     """
     for tensor in network.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
@@ -47,8 +46,7 @@ def cast_to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
 def largest_value(network: onnx.ModelProto, ranges: Ranges) -> float:
     """Return the largest absolute value between the nodes of a float32 network.
 
-    Raises:
-        CheckFailedError: it exceeds the range of float16. The message names the first node that produces such a value.
+    Raises CheckFailedError, which names the node, for a value that exceeds the range of float16.
     """
     largest = 0.0
     for node in network.graph.node:
@@ -273,11 +271,7 @@ def search_float_layers(
         mean_ap: of a network, in 0..1.
         max_drop: in points of 100.
 
-    Returns:
-        The quantized network and the findings.
-
-    Raises:
-        CheckFailedError: mAP drops by more with all layers but one in float32.
+    Raises CheckFailedError if mAP drops by more with all layers but one in float32.
     """
     names, work = layer_names(network), multiply_adds(network)
     baseline = mean_ap(network)
@@ -326,21 +320,8 @@ def _fewest(holds: Callable[[int], bool], most: int) -> int:
 
 
 def mean_average_precision(embedder: Embedder, dataset: ReidDataset, report: Report = silent) -> float:
-    """Return mAP, 0..1, on a data set's query and gallery.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """Return mAP, 0..1, on a data set's query and gallery."""
     return embed_dataset(embedder, dataset, report=report).evaluate().mAP
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedNetwork:
-    """An INT8 network and how it was made."""
-
-    network: onnx.ModelProto
-    quantization: Quantization
-    search: SensitivitySearch | None
 
 
 def quantize_network(
@@ -350,8 +331,8 @@ def quantize_network(
     method: CalibrationMethod | None = None,
     max_map_drop: float | None = None,
     report: Report = silent,
-) -> QuantizedNetwork:
-    """Calibrate and quantize a network to INT8.
+) -> tuple[onnx.ModelProto, Quantization, SensitivitySearch | None]:
+    """Calibrate and quantize a network to INT8; say how, and what the search found if there was one.
 
     Args:
         parts: in float32, with the preprocessing to evaluate with.
@@ -398,4 +379,4 @@ def quantize_network(
             )
     float_layers = tuple(layer.layer for layer in search.layers if layer.float32) if search else ()
     quantization = Quantization(target, best, len(calibration.ranges), calibration.dataset.name, float_layers)
-    return QuantizedNetwork(quantized, quantization, search)
+    return quantized, quantization, search

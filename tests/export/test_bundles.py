@@ -162,16 +162,6 @@ def engine_of(onnx: Path, engine: Path, batch: BatchProfile = BatchProfile(1, 8,
     return engine
 
 
-def test_engine_is_served_as_a_plan(tiny_onnx: Path, tmp_path: Path) -> None:
-    engine = engine_of(tiny_onnx, tmp_path / "model.engine")
-    folder = triton_bundle(tiny_onnx, tmp_path / "repository", engine).folder
-    config = parsed((folder / "config.pbtxt").read_text())
-    assert config.name == folder.name == "pmm_resnet18_trt"
-    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 32)
-    assert list(config.dynamic_batching.preferred_batch_size) == [8, 32]
-    assert [path.name for path in (folder / "1").iterdir()] == ["model.plan"]
-
-
 def test_unsuitable_engines_are_rejected(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
     cut = engine_of(tiny_onnx, tmp_path / "cut.engine")
     cut.write_bytes(b"engin")
@@ -215,14 +205,6 @@ def test_unsuitable_networks_are_rejected(tiny_onnx: Path, raw_onnx: Path, tmp_p
             bundle(*arguments)
         assert not folder.exists()
     assert triton_bundle(uint8, folder).folder.name == "pmm_resnet18_int8_cpu"
-
-
-@pytest.mark.parametrize(("normalized", "phrase"), [(False, "are longer"), (True, "have unit length already")])
-def test_length_of_embeddings_is_described(normalized: bool, phrase: str, raw_onnx: Path, tmp_path: Path) -> None:
-    onnx = relabeled(raw_onnx, tmp_path / "a.onnx", normalized_output=normalized)
-    folder = deepstream_bundle(onnx, tmp_path / "tracker").folder
-    for name in ("README.md", "reid_section.yml", "config_tracker_NvDCF.yml"):
-        assert phrase in " ".join((folder / name).read_text().replace("#", "").split()), name
 
 
 @pytest.fixture

@@ -8,10 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from numpy.typing import NDArray
-from onnx import numpy_helper
 
 import pmm_edge
 from pmm_edge.export import ExportedFile
@@ -29,23 +26,6 @@ options.log_severity_level = 3
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 np.save(sys.argv[3], session.run(None, {"images": np.load(sys.argv[2])})[0])
 """
-
-
-def pair_sums(rows: NDArray[np.int8]) -> NDArray[np.int64]:
-    """Sums of neighbors, as instructions on uint8 x int8 pair them."""
-    rows = np.pad(rows.astype(np.int64), ((0, 0), (0, rows.shape[1] % 2)))
-    return rows.reshape(len(rows), -1, 2).sum(axis=2)
-
-
-def test_two_products_fit_in_16_bits_in_either_layout(int8_cpu: list[ExportedFile]) -> None:
-    graph = onnx.load(int8_cpu[1].path).graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    maker = {node.output[0]: node for node in graph.node}
-    for layer in [node for node in graph.node if node.op_type in ("Conv", "Gemm")]:
-        weights = constants[maker[layer.input[1]].input[0]]
-        assert weights.dtype == np.int8
-        for layout in (weights, np.moveaxis(weights, 1, -1)):
-            assert np.abs(pair_sums(layout.reshape(len(weights), -1))).max() <= 128
 
 
 @pytest.mark.parametrize("safe_pairs", [False, True])
