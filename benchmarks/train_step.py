@@ -1,9 +1,9 @@
-"""Time of one training step of PMM, beside one with textbook Grad-CAM, in one run.
+"""Time of a training step of PMM, compared with textbook Grad-CAM in the same run.
 
-The textbook step sends the true-class logits back through the whole network, twice, to read the gradient at the
-map (with `retain_graph`, as Grad-CAM is usually written), and ranks and mixes blocks sample by sample. Mixing alone
-is Grad-CAM, ranking and mixing of both stages on maps of the step's size, forward and backward. The floor is the
-step's floating-point operations at the rate of a large matrix product, measured in the same run.
+The textbook step sends the true-class logits back through the whole network twice to get the gradient at the map (with
+`retain_graph`, as Grad-CAM is usually written), and ranks and mixes blocks sample by sample. "mixing only" is Grad-CAM,
+ranking and mixing of both stages on maps of the same size, forward and backward. The floor is the number of
+floating-point operations of the step at the rate of a large matrix product.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --dtype bf16 --batch 16
@@ -34,7 +34,7 @@ from pmm_edge.trainer.step import PAPER_EPOCHS, Shard, prepare, train_step
 PRODUCT_SIDE = 2048
 PRODUCT_OPERATIONS = 2 * PRODUCT_SIDE**3
 MARKET_PEOPLE = 751
-"""Of Market-1501's training split; an epoch takes as many images of each as a batch does."""
+"""Training identities of Market-1501; an epoch draws as many images of each as a batch does."""
 
 
 class TextbookPMM(PMM):
@@ -94,10 +94,10 @@ def main() -> None:
     steps = {
         "pmm train": _step(PMM, options, device, dtype),
         "textbook Grad-CAM": _step(TextbookPMM, options, device, dtype),
-        "mixing alone": _mixing(options, device, dtype),
+        "mixing only": _mixing(options, device, dtype),
         "floor": _matrix_product(device, dtype),
     }
-    # Taken in turns, so that drift of the machine hits all alike; the first round warms up.
+    # Interleaved, so that a drift of the machine affects all alike; the first round warms up.
     rounds = [{name: _seconds(step, device) for name, step in steps.items()} for _ in range(options.repeat + 1)][1:]
     for taken in rounds:
         taken["floor"] *= operations / PRODUCT_OPERATIONS
@@ -156,7 +156,7 @@ def _operations(options: argparse.Namespace) -> float:
     with torch.device("meta"):
         network = PMM(751, options.backbone)
         images = torch.empty(2, 3, options.height, options.width)
-    # Convolutions and matrix products count; mixing has none, so one stage's loss on each head stands for the step.
+    # Only convolutions and matrix products count, so a sum over the logits of each head can replace the losses.
     with FlopCounterMode(display=False) as counter:
         features = network.backbone(images)
         maximum = max_pool(network.bottleneck(features))
