@@ -1,6 +1,6 @@
 """BoxMOT's ReID ONNX back end on an export of ours, against `pmm_edge` on the same crops: cosine of each pair.
 
-    pmm export --input normalized --out reid.onnx
+    pmm export --input-form normalized --out reid.onnx
     python benchmarks/boxmot_agreement.py reid.onnx DATA [--images 200] [--json]
 
 Needs boxmot and opencv-python, which the project does not install: docs/boxmot.md says how. BoxMOT cuts boxes out of a
@@ -44,7 +44,7 @@ def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="an export with --input normalized")
+    parser.add_argument("model", type=Path, help="an export with --input-form normalized")
     parser.add_argument("images", type=Path, help="a folder or data set")
     parser.add_argument(
         "--images",
@@ -59,7 +59,7 @@ def main() -> None:
 
     embedder = load(arguments.model, "cpu")
     if embedder.spec.input.form != "normalized":
-        parser.error(f"{arguments.model} takes {embedder.spec.input.form}; export it with --input normalized")
+        parser.error(f"{arguments.model} takes {embedder.spec.input.form}; export it with --input-form normalized")
     boxmot = ONNXBackend(arguments.model, torch.device("cpu"), half=False)
     paths = find_images(arguments.images).paths
     paths = paths[:: max(1, len(paths) // arguments.count)][: arguments.count]

@@ -49,13 +49,8 @@ class Bundle:
 def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
     """Write a folder for DeepStream's tracker: network, complete NvDCF configuration, `ReID:` section, README.
 
-    Args:
-        onnx: an export with the input form `raw`.
-        folder: new or empty; it is written atomically.
-
-    Raises:
-        ModelError: the file cannot be loaded, has another input form or a static batch, or is INT8 for CPUs.
-        OutputError: the folder is not empty or cannot be written.
+    `onnx` is an export with the input form `raw`. `folder` must be new or empty and is written atomically. Raises
+    ModelError if the network does not suit the tracker, OutputError if the folder cannot be written.
     """
     spec = _load_spec(onnx, DEEPSTREAM_FORM)
     check_quantized_for_tensorrt(spec, onnx)
@@ -91,11 +86,8 @@ def triton_bundle(onnx: Path, repository: Path, engine: Path | None = None, name
         engine: a TensorRT engine built from `onnx`, with its manifest, to serve instead.
         name: of the model, used by clients; default `triton_name`.
 
-    Raises:
-        ModelError: a file cannot be loaded, the network has another input form or a static batch, or the engine was not
-            built from `onnx`.
-        OutputError: the repository has a model of that name, or cannot be written.
-        PmmError: the name is invalid, or the engine does not support a batch of 1.
+    Raises ModelError if a file does not suit Triton or the engine was not built from `onnx`, OutputError if the name is
+    taken or the folder cannot be written, PmmError if the name is invalid or the engine does not take a batch of 1.
     """
     spec = _load_spec(onnx, TRITON_FORM)
     batches = (PREFERRED_BATCH, MAX_BATCH)
@@ -120,12 +112,7 @@ def triton_bundle(onnx: Path, repository: Path, engine: Path | None = None, name
 
 
 def triton_config(spec: ModelSpec, name: str, platform: str, batches: tuple[int, int]) -> str:
-    """Return the text of config.pbtxt.
-
-    Args:
-        platform: `onnxruntime_onnx` or `tensorrt_plan`.
-        batches: preferred and maximum batch size.
-    """
+    """Return the text of config.pbtxt; `batches` are the preferred and the maximum batch size."""
     return _fill(
         "triton_config.pbtxt",
         spec,
@@ -151,22 +138,14 @@ def triton_name(spec: ModelSpec, as_engine: bool) -> str:
 
 
 def check_triton_name(name: str) -> str:
-    """Return the name if it is valid for a folder and in config.pbtxt.
-
-    Raises:
-        PmmError: it is not.
-    """
+    """Return the name, or raise PmmError if it is not valid for a folder and in config.pbtxt."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise PmmError(f"'{name}' is not a valid model name", "Use letters, digits, _, . and -")
     return name
 
 
 def check_accepts(spec: ModelSpec, static_batch: int | None, onnx: Path, form: InputForm) -> None:
-    """Check that a network accepts what DeepStream or Triton feeds: one input form and any number of crops.
-
-    Raises:
-        ModelError: it has another input form or a static batch.
-    """
+    """Raise ModelError unless a network accepts what DeepStream or Triton feeds: one input form, any batch size."""
     if spec.input.form != form:
         raise ModelError(
             f"{onnx} has the input form {spec.input.form}, but the bundle needs {form}",
@@ -180,11 +159,7 @@ def check_accepts(spec: ModelSpec, static_batch: int | None, onnx: Path, form: I
 
 
 def check_batch_of_one(profile: BatchProfile) -> None:
-    """Check that an engine can serve a single crop: Triton does not pad batches.
-
-    Raises:
-        PmmError: its smallest batch is greater than 1.
-    """
+    """Raise PmmError unless an engine can serve a single crop: Triton does not pad batches."""
     if profile.minimum != 1:
         raise PmmError(
             f"Triton sends single requests, but the smallest batch of the engine is {profile.minimum}",
