@@ -26,11 +26,8 @@ class Backbone(nn.Module):
     The paper takes stride 1 in "the 3rd and 4th blocks"; its 24x8 map and the authors' code have stride 1 in the last
     stage only. Parameters keep torchvision's names, so that ImageNet weights load unchanged.
 
-    Args:
-        name: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
-
     Raises:
-        PmmError: the name is unknown.
+        PmmError: the name is not in `RESNETS`.
     """
 
     def __init__(self, name: str) -> None:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from pmm_edge.model.network import STAGE_SIZE, Head, ReidNetwork, StageOutput, average_pool, max_pool
+from pmm_edge.model.network import (
+    STAGE_SIZE,
+    Generator,
+    Head,
+    Negatives,
+    ReidNetwork,
+    StageOutput,
+    average_pool,
+    max_pool,
+)
 
 
 class Baseline(ReidNetwork):
@@ -14,10 +23,6 @@ class Baseline(ReidNetwork):
 
     The paper does not say what follows the pooling. Here it is the head of PMM's stage I, so that the additional stages
     are the only difference.
-
-    Args:
-        num_classes: training identities.
-        backbone: see `ReidNetwork`.
     """
 
     def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
@@ -29,11 +34,7 @@ class Baseline(ReidNetwork):
         return [self.stage1]
 
     def train_stages(
-        self,
-        features: Tensor,
-        pids: Tensor,
-        negatives: tuple[Tensor, Tensor] | None,
-        generator: torch.Generator | None,
+        self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
     ) -> tuple[StageOutput, ...]:
         return (StageOutput(*self.stage1(average_pool(features))),)
 
@@ -43,10 +44,6 @@ class BDB(ReidNetwork):
 
     The part branch reads the bottleneck's map without one full-width stripe, the same for the whole batch. PMM splits
     this branch into its stages II and III, so both networks have the same layers except for one classifier's bias.
-
-    Args:
-        num_classes: training identities.
-        backbone: see `ReidNetwork`.
     """
 
     def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
@@ -65,26 +62,14 @@ class BDB(ReidNetwork):
         return [self.part]
 
     def train_stages(
-        self,
-        features: Tensor,
-        pids: Tensor,
-        negatives: tuple[Tensor, Tensor] | None,
-        generator: torch.Generator | None,
+        self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
     ) -> tuple[StageOutput, ...]:
         dropped = drop_stripe(self.bottleneck(features), generator)
         return StageOutput(*self.stage1(average_pool(features))), StageOutput(*self.part(max_pool(dropped)))
 
 
-def drop_stripe(features: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Set one full-width stripe of a third of the height to 0, at one random position for the whole batch.
-
-    Args:
-        features: (N, C, H, W).
-        generator: source of randomness on the device of `features`.
-
-    Returns:
-        (N, C, H, W).
-    """
+def drop_stripe(features: Tensor, generator: Generator = None) -> Tensor:
+    """Set one full-width stripe of a third of the height of (N, C, H, W) to 0, at one random position for all."""
     height = features.shape[2]
     stripe = round(height / 3)
     start = torch.rand(1, device=features.device, generator=generator) * (height - stripe + 1)

@@ -77,11 +77,7 @@ def build_model(
 
 
 def load_pretrained(network: ReidNetwork, backbone: str, pretrained: str | Path) -> None:
-    """Load the weights of the backbone in place: `imagenet`, or a file in torchvision's layout.
-
-    Raises:
-        PmmError: the weights are not available or belong to another backbone.
-    """
+    """Load the weights of the backbone in place; arguments and errors as in `build_model`."""
     weights = imagenet_weights(backbone) if pretrained == "imagenet" else _read_torch_file(Path(pretrained))
     load_backbone_weights(network.backbone, weights)
 
@@ -136,15 +132,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    content = {
-        "format": _FORMAT,
-        "spec": checkpoint.spec.to_json(),
-        "weights": checkpoint.weights,
-        "training": checkpoint.training,
-    }
+    content = {"format": _FORMAT, "spec": checkpoint.spec.to_json()}
     with written_whole(path) as temporary:
         try:
-            torch.save(content, temporary)
+            torch.save({**content, "weights": checkpoint.weights, "training": checkpoint.training}, temporary)
         except RuntimeError as error:  # torch's writer reports a full disk like this
             raise OSError(errno.ENOSPC, "no space left on the disk") from error
 
@@ -171,11 +162,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_any_weights(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a pmm-edge checkpoint or of the paper's authors, under our names.
-
-    Raises:
-        ModelError: the file is neither.
-    """
+    """Read the weights of a pmm-edge checkpoint or of the paper's authors, under our names, or raise ModelError."""
     content = _read_torch_file(path)
     return dict(content["weights"]) if _is_ours(content) else _our_weights(_state_dict_in(content, str(path)))
 

@@ -49,16 +49,11 @@ def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) 
 def draw_negatives(pids: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """For each sample, draw the index of a sample of another identity, uniformly.
 
-    Args:
-        pids: (N,) identities. A batch of a single identity is an error on the CPU; on a GPU the check would wait for
-            the device.
-        generator: source of randomness on the device of `pids`.
-
     Returns:
         (N,) int64.
 
     Raises:
-        PmmError: the batch contains a single identity.
+        PmmError: the batch contains a single identity. On a GPU this is not checked: it would wait for the device.
     """
     same = pids[:, None] == pids[None, :]
     if not pids.is_cuda and bool(same.all()):
@@ -90,14 +85,8 @@ def random_blocks(
     DropBlock drops squares at any position. Here the blocks have the grid and number of A-Hard-Mix, so that the two
     differ only in what is compared: the guidance by attention, and features of another identity instead of zeros.
 
-    Args:
-        features: (N, C, H, W).
-        block_size: height and width of a block.
-        count: K.
-        generator: source of randomness on the device of `features`.
-
     Returns:
-        (N, 1, H, W) bool, True where the map is to be dropped.
+        (N, 1, H, W) bool, True where the map (N, C, H, W) is to be dropped.
     """
     samples, _, height, width = features.shape
     grid = (samples, 1, height // block_size[0], width // block_size[1])
@@ -146,11 +135,7 @@ def cutmix(images: Tensor, pids: Tensor, generator: torch.Generator) -> tuple[Te
 
     The box has the proportions of the image. Its share of the area is drawn uniformly for each sample, the Beta(1, 1)
     of the source. Clipped at the border it fills less, and the labels follow the area that it really fills.
-
-    Args:
-        images: (N, 3, H, W).
-        pids: (N,) class indices.
-        generator: source of randomness on the device of `images`.
+    `images` are (N, 3, H, W), `pids` are (N,) class indices.
     """
     height, width = images.shape[-2:]
     negatives = draw_negatives(pids, generator)
@@ -174,7 +159,7 @@ def attentive_cutmix(
         attention: (N, h, w) Grad-CAM of the unmixed images.
         block_size: height and width of a block on the map.
         count: K.
-        generator: source of randomness on the device of `images`.
+        generator: source of randomness, as for the other mixes on the device of the images.
     """
     negatives = draw_negatives(pids, generator)
     salient = top_blocks(attention, block_size, count)[negatives]

@@ -14,6 +14,8 @@ from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import Backbone
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, random_blocks, top_blocks
 
+Negatives = tuple[Tensor, Tensor] | None
+Generator = torch.Generator | None
 STAGE_SIZE = 512
 """Size of the embedding of one stage."""
 
@@ -48,12 +50,7 @@ class Head(nn.Module):
 
     The released code has a 1x1 convolution in stage I (on a map of one position) and linear layers in the others. They
     compute the same product and differ in their initialization.
-
-    Args:
-        channels: size of the pooled vector.
-        num_classes: training identities.
-        init_mode: mode of the Kaiming normal initialization of the linear layer.
-        size: size of the embedding.
+    `init_mode` is that of the Kaiming normal initialization of the linear layer.
     """
 
     def __init__(
@@ -86,9 +83,6 @@ class ReidNetwork(nn.Module, ABC):
 
     The embedding is the concatenation of the heads' embeddings. It is not normalized, and its distance is Euclidean.
     Methods differ in their heads and in `train_stages`.
-
-    Args:
-        backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
     """
 
     bottleneck: nn.Module
@@ -109,11 +103,7 @@ class ReidNetwork(nn.Module, ABC):
 
     @abstractmethod
     def train_stages(
-        self,
-        features: Tensor,
-        pids: Tensor,
-        negatives: tuple[Tensor, Tensor] | None,
-        generator: torch.Generator | None,
+        self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
     ) -> tuple[StageOutput, ...]:
         """Outputs of all stages in training mode, from the backbone's map (N, C, H, W); other arguments: `forward`."""
 
@@ -121,19 +111,16 @@ class ReidNetwork(nn.Module, ABC):
         self,
         images: Tensor,
         pids: Tensor | None = None,
-        negatives: tuple[Tensor, Tensor] | None = None,
-        generator: torch.Generator | None = None,
+        negatives: Negatives = None,
+        generator: Generator = None,
     ) -> tuple[StageOutput, ...] | Tensor:
-        """Compute stage outputs in training mode, embeddings in evaluation mode.
+        """Compute one StageOutput per stage in training mode, embeddings (N, D) float32 in evaluation mode.
 
         Args:
             images: (N, 3, H, W) float, normalized.
             pids: (N,) int64 class indices; required in training mode, ignored in evaluation mode.
             negatives: indices of the samples to mix in for stages II and III, each (N,) int64; drawn if None.
             generator: source of randomness for the mixing.
-
-        Returns:
-            In training mode one StageOutput per stage, in evaluation mode embeddings (N, D) float32.
 
         Raises:
             PmmError: training mode without `pids`.
@@ -173,7 +160,7 @@ class PMM(ReidNetwork):
 
     Args:
         num_classes: training identities.
-        backbone: see `ReidNetwork`.
+        backbone: name of a `Backbone`.
         mix_blocks: K, the number of blocks that mixing replaces.
         block_size: (height, width) of a block on the map.
         mix: `a-hard-mix` replaces salient blocks, `dropblock` sets random blocks to 0, any other leaves the map
@@ -207,16 +194,20 @@ class PMM(ReidNetwork):
         return [self.stage2, self.stage3]
 
     def train_stages(
-        self,
-        features: Tensor,
-        pids: Tensor,
-        negatives: tuple[Tensor, Tensor] | None,
-        generator: torch.Generator | None,
+        self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
     ) -> tuple[StageOutput, StageOutput, StageOutput]:
-        if self.mix != "a-hard-mix":
-            return self._train_stages_without_attention(features, generator)
-        first, second = negatives or (draw_negatives(pids, generator), draw_negatives(pids, generator))
         unmixed = self.bottleneck(features)
+        if self.mix != "a-hard-mix":
+            maps = [unmixed, unmixed]
+            if self.mix == "dropblock":
+                drops = [random_blocks(unmixed, self.block_size, self.mix_blocks, generator) for _ in maps]
+                maps = [unmixed.masked_fill(drop, 0.0) for drop in drops]
+            return (
+                StageOutput(*self.stage1(average_pool(features))),
+                StageOutput(*self.stage2(max_pool(maps[0]))),
+                StageOutput(*self.stage3(max_pool(maps[1]))),
+            )
+        first, second = negatives or (draw_negatives(pids, generator), draw_negatives(pids, generator))
 
         pooled = average_pool(features)
         embedding, logits = self.stage1(pooled)
@@ -234,32 +225,10 @@ class PMM(ReidNetwork):
         stage3 = StageOutput(*self.stage3(max_pool(mixed)))
         return stage1, stage2, stage3
 
-    def _train_stages_without_attention(
-        self, features: Tensor, generator: torch.Generator | None
-    ) -> tuple[StageOutput, StageOutput, StageOutput]:
-        """Stages on the unmixed map, or with random blocks dropped."""
-        unmixed = self.bottleneck(features)
-        maps = [unmixed, unmixed]
-        if self.mix == "dropblock":
-            maps = [
-                unmixed.masked_fill(random_blocks(unmixed, self.block_size, self.mix_blocks, generator), 0.0)
-                for _ in range(2)
-            ]
-        stage1 = StageOutput(*self.stage1(average_pool(features)))
-        stage2, stage3 = (StageOutput(*head(max_pool(seen))) for head, seen in zip(self.max_heads, maps, strict=True))
-        return stage1, stage2, stage3
-
     def attention(self, images: Tensor, pids: Tensor) -> Tensor:
-        """Grad-CAM of stage I on unmixed images, for A-CutMix.
+        """Grad-CAM of stage I, (N, h, w) detached, on unmixed images (N, 3, H, W) of classes (N,), for A-CutMix.
 
         It runs in evaluation mode, so that batch statistics do not count these images twice in a step.
-
-        Args:
-            images: (N, 3, H, W) float, normalized.
-            pids: (N,) int64 class indices.
-
-        Returns:
-            (N, h, w), detached.
         """
         was_training = self.training
         self.eval()

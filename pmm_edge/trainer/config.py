@@ -6,6 +6,7 @@ The command line builds its flags from `TrainConfig`, so importing this module d
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -157,7 +158,6 @@ PRESETS = {
         backbone_weights="none",
         height=80,
         width=32,
-        mix="a-hard-mix",
         mix_blocks=1,
         mix_block_size="1x1",  # one of 10 blocks is close to the paper's share, 3 of 32; of 3x2 there would be only 1
         batch=16,
@@ -165,7 +165,6 @@ PRESETS = {
         epochs=36,
         lr=3e-3,
         schedule="cosine",
-        weight_decay=5e-4,
         erase_size=0,
         evaluate_every=36,
     ),
@@ -194,7 +193,14 @@ def choose_config(
     if preset is not None and config is not None:
         raise PmmError("a preset and a configuration are both given", "The configuration can name its preset; give one")
     if isinstance(config, Path):
-        values = decode_toml(dict[str, Any], _text_of(config), str(config))
+        try:
+            text = config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise PmmError(
+                f"cannot read {config}: {reason}", "Name a TOML file, such as config.toml of a run"
+            ) from error
+        values = decode_toml(dict[str, Any], text, str(config))
         config = _override(_preset(str(values.get("preset", DEFAULT_PRESET))), values)
     return _override(config or _preset(preset or DEFAULT_PRESET), settings or {})
 
@@ -226,29 +232,19 @@ def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         except msgspec.ValidationError as error:
             raise PmmError(f"{name} is {value!r}", f"It must be of type {kind.__name__}") from error
     config = replace(base, **checked)
-    if "mix_blocks" in values or _blocks(config) == _blocks(base):
+    geometry = ("height", "width", "block_size")
+    if "mix_blocks" in values or all(getattr(config, name) == getattr(base, name) for name in geometry):
         return config
+    from pmm_edge.model.backbone import map_size
     from pmm_edge.model.mixing import scaled_mix_blocks
 
-    return replace(config, mix_blocks=scaled_mix_blocks(base.mix_blocks, _blocks(config), _blocks(base)))
+    blocks, base_blocks = (
+        math.prod(map_size(each.height, each.width)) / math.prod(each.block_size) for each in (config, base)
+    )
+    return replace(config, mix_blocks=scaled_mix_blocks(base.mix_blocks, blocks, base_blocks))
 
 
 def _preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise PmmError(f"unknown preset '{name}'", f"{did_you_mean(name, PRESETS)}Choose {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def _blocks(config: TrainConfig) -> float:
-    from pmm_edge.model.backbone import map_size
-
-    (rows, columns), (height, width) = map_size(config.height, config.width), config.block_size
-    return rows * columns / (height * width)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise PmmError(f"cannot read {path}: {reason}", "Name a TOML file, such as the config.toml of a run") from error

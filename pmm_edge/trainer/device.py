@@ -79,24 +79,18 @@ def torch_errors_explained(device: torch.device, config: TrainConfig, world: Wor
                 f"training with a batch of {config.batch} does not fit into the memory of {owner}",
                 memory_remedy(config, world),
             ) from error
-        if config.compile:
-            _explain_compiler_error(error)
-        raise
+        from torch._dynamo.exc import BackendCompilerFailed
 
-
-def _explain_compiler_error(error: Exception) -> None:
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    if not isinstance(error, BackendCompilerFailed):
-        return
-    reason = str(error).strip().splitlines()[0]
-    # The CPU backend looks for a C++ compiler, the GPU backend for a C compiler; their errors have no common type.
-    if "compiler" in reason.lower():
-        raise PmmError(
-            "--compile needs a C++ compiler, and none was found",
-            "Install one (such as the Debian package g++), or name it in CXX, or leave --compile out",
-        ) from error
-    raise PmmError(f"--compile failed: {reason}", "Leave --compile out; the result is the same") from error
+        if not isinstance(error, BackendCompilerFailed):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        remedy = "Leave --compile out; the result is the same"
+        # The CPU backend looks for a C++ compiler, the GPU backend for a C compiler; their errors have no common type.
+        if "compiler" in reason.lower():
+            remedy = (
+                "Install a C++ compiler (such as the Debian package g++), or name it in CXX, or leave --compile out"
+            )
+        raise PmmError(f"--compile failed: {reason}", remedy) from error
 
 
 def memory_remedy(config: TrainConfig, world: World) -> str:

@@ -80,9 +80,6 @@ class World:
 def joined(device: str) -> Iterator[World]:
     """Join the processes that `torchrun` started with this one; without `torchrun`, a world of one.
 
-    Args:
-        device: the setting of the run: `auto`, `cpu`, `cuda` or a GPU.
-
     Raises:
         PmmError: all processes would use one GPU, another process has stopped or cannot be joined, or the environment
             is not that of `torchrun`.
@@ -103,7 +100,14 @@ def joined(device: str) -> Iterator[World]:
         )
     if on_gpus:
         torch.cuda.set_device(world.local_rank)
-    _init_process_group(world, "cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise PmmError(
+            f"cannot join {world.size} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {reason}",
+            "Start them with torchrun --standalone, which finds a free port; if one has stopped, its error says why",
+        ) from error
     try:
         yield world
     except RuntimeError as error:
@@ -133,18 +137,6 @@ def first_to_report(text: str) -> bool:
         return store.add(f"pmm-edge/{attempt}/{text}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return True
-
-
-def _init_process_group(world: World, backend: str) -> None:
-    try:
-        dist.init_process_group(backend)
-    except (RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise PmmError(
-            f"cannot join {world.size} processes at {place}: {reason}",
-            "Start them with torchrun --standalone, which finds a free port; if one has stopped, its error says why",
-        ) from error
 
 
 def _from_environment() -> World:

@@ -6,7 +6,6 @@ import json
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -93,16 +92,14 @@ class Journal:
         self._folder, self._active = folder, active
         self._board: SummaryWriter | None = None
         if active:
-            _remove_after(folder / METRICS, {"train": epoch, "evaluate": -1 if evaluated is None else evaluated})
-            purge_step = 0 if evaluated is None else epoch + 1
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+            if (folder / METRICS).exists():
+                self._remove_after({"train": epoch, "evaluate": -1 if evaluated is None else evaluated})
+            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=0 if evaluated is None else epoch + 1)
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is not None:
                 self.write(f"stopped by {type(error).__name__}: {error}")
@@ -127,16 +124,13 @@ class Journal:
             with (self._folder / name).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-
-def _remove_after(metrics: Path, last: dict[str, int]) -> None:
-    """Keep the lines of each kind up to its last epoch."""
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # a killed run may leave an incomplete line
-            values = json.loads(line)
-            if values["epoch"] <= last[values["kind"]]:
-                kept.append(line + "\n")
-    with written_whole(metrics) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    def _remove_after(self, last: dict[str, int]) -> None:
+        """Keep the lines of each kind up to its last epoch."""
+        kept = []
+        for line in (self._folder / METRICS).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a killed run may leave an incomplete line
+                values = json.loads(line)
+                if values["epoch"] <= last[values["kind"]]:
+                    kept.append(line + "\n")
+        with written_whole(self._folder / METRICS) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")

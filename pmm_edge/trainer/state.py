@@ -74,15 +74,7 @@ def save_state(
 ) -> None:
     """Write `last.pt` atomically, with everything that training changes; keep older epochs if configured.
 
-    No random state is saved: each shard has its own seed (see `Feed`).
-
-    Args:
-        folder: the run folder.
-        position: how far the run is.
-        trainee: the network, its optimizer, gradient scaler and average.
-        config: the settings of the run.
-        dataset: the data set it trains on.
-        data: the `fingerprint` of that data set.
+    No random state is saved: each shard has its own seed (see `Feed`). `data` is the `fingerprint` of the data set.
 
     Raises:
         OutputError: the file cannot be written; the previous one is kept.
@@ -134,7 +126,7 @@ def load_state(folder: Path, config: TrainConfig, dataset: ReidDataset) -> Check
 
 
 def restore_state(trainee: Trainee, checkpoint: Checkpoint) -> None:
-    """Load the optimizer, the gradient scaler and the average of a checkpoint."""
+    """Load the optimizer, gradient scaler and average of a checkpoint, whose weights the network already has."""
     trainee.optimizer.load_state_dict(checkpoint.training["optimizer"])
     trainee.scaler.load_state_dict(checkpoint.training["scaler"])
     if trainee.average:

@@ -22,7 +22,7 @@ from pmm_edge.data.loader import Crops, Replacements, identity_batches
 from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
-from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix
+from pmm_edge.model.mixing import attentive_cutmix, cutmix
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.distributed import World
 from pmm_edge.trainer.logging import Meter
@@ -54,11 +54,7 @@ def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
     paper_epoch = int(1 + (epoch - 1) * PAPER_EPOCHS / config.epochs)
     if paper_epoch < 50:
         return scale * 1e-4 * (paper_epoch // 5 + 1)
-    if paper_epoch < 200:
-        return scale * 1e-3
-    if paper_epoch < 300:
-        return scale * 1e-4
-    return scale * 1e-5
+    return scale * (1e-3 if paper_epoch < 200 else 1e-4 if paper_epoch < 300 else 1e-5)
 
 
 class Shard(NamedTuple):
@@ -229,19 +225,12 @@ def _shard_loss(trainee: Trainee, shard: Shard, config: TrainConfig) -> tuple[Te
     generator = torch.Generator(trainee.device).manual_seed(shard.seed)
     erase_probability = 1.0 if config.mix == "cutout" else ERASE_PROBABILITY
     images = augment(shard.crops, config.erase_size, generator, erase_probability)
+    network, pids, mixed = trainee.network, shard.pids, None
     with torch.autocast(trainee.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
-        images, mixed = _mix_images(trainee.network, images, shard.pids, generator)
-        outputs = trainee.forward(images, shard.pids, generator=generator)
-    return pmm_loss(outputs, shard.pids, mixed)
-
-
-def _mix_images(
-    network: ReidNetwork, images: Tensor, pids: Tensor, generator: torch.Generator
-) -> tuple[Tensor, MixedLabels | None]:
-    """Apply CutMix or A-CutMix; other methods leave the images unchanged."""
-    if isinstance(network, PMM) and network.mix == "cutmix":
-        return cutmix(images, pids, generator)
-    if isinstance(network, PMM) and network.mix == "a-cutmix":
-        attention = network.attention(images, pids)
-        return attentive_cutmix(images, pids, attention, network.block_size, network.mix_blocks, generator)
-    return images, None
+        if isinstance(network, PMM) and network.mix == "cutmix":
+            images, mixed = cutmix(images, pids, generator)
+        elif isinstance(network, PMM) and network.mix == "a-cutmix":
+            cam = network.attention(images, pids)
+            images, mixed = attentive_cutmix(images, pids, cam, network.block_size, network.mix_blocks, generator)
+        outputs = trainee.forward(images, pids, generator=generator)
+    return pmm_loss(outputs, pids, mixed)

@@ -165,7 +165,12 @@ def train(
             network = new_network(chosen, dataset.train.identities, world)
             if world.leads:
                 lock.enter_context(run_lock(folder))
-                _create_folder(folder, chosen, dataset, layout)
+                about = AboutRun(chosen.preset, str(dataset.root.resolve()), pmm_edge.__version__, layout)
+                new_run_folder(about, folder)
+                with written_whole(folder / CONFIG) as temporary:
+                    temporary.write_text(chosen.to_toml(), encoding="utf-8")
+                for finding in untrained_images(dataset.train):
+                    warnings.warn(finding.text, PmmWarning, stacklevel=2)
             folder = Path(world.broadcast(str(folder)))
         else:
             folder = resume
@@ -176,8 +181,9 @@ def train(
             network = checkpoint.network() if checkpoint else new_network(chosen, dataset.train.identities, world)
             if checkpoint:  # a moved data set keeps the name that the run knows it by
                 dataset = replace(dataset, name=str(checkpoint.spec.dataset))
-            if world.leads:
-                _remember_place(folder, dataset)
+            known, place = about_run(folder), str(dataset.root.resolve())
+            if world.leads and known and place != known.data:
+                write_about_run(folder, replace(known, data=place))  # for later commands
         if world.leads:
             remove_unfinished(folder, _WRITTEN)
 
@@ -219,21 +225,6 @@ def _open_dataset(data: str | Path | None, layout: str | None, resume: Path | No
         raise DataError(error.problem, remedy) from error
 
 
-def _create_folder(folder: Path, config: TrainConfig, dataset: ReidDataset, layout: str | None) -> None:
-    new_run_folder(AboutRun(config.preset, str(dataset.root.resolve()), pmm_edge.__version__, layout), folder)
-    with written_whole(folder / CONFIG) as temporary:
-        temporary.write_text(config.to_toml(), encoding="utf-8")
-    for finding in untrained_images(dataset.train):
-        warnings.warn(finding.text, PmmWarning, stacklevel=3)
-
-
-def _remember_place(folder: Path, dataset: ReidDataset) -> None:
-    """Record where a data set was moved, for later commands."""
-    about, place = about_run(folder), str(dataset.root.resolve())
-    if about and place != about.data:
-        write_about_run(folder, replace(about, data=place))
-
-
 def new_network(config: TrainConfig, num_classes: int, world: World | None = None) -> ReidNetwork:
     """Build the network of a run; weights that are not loaded are drawn from the seed of the run.
 
@@ -247,16 +238,8 @@ def new_network(config: TrainConfig, num_classes: int, world: World | None = Non
     given = load_any_weights(Path(config.init_from)) if config.init_from else {}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = build_model(
-            config.method,
-            num_classes=num_classes,
-            backbone=config.backbone,
-            height=config.height,
-            width=config.width,
-            mix=config.mix,
-            mix_blocks=config.mix_blocks,
-            block_size=config.block_size,
-        )
+        settings = ("method", "backbone", "height", "width", "mix", "mix_blocks", "block_size")
+        network = build_model(num_classes=num_classes, **{name: getattr(config, name) for name in settings})
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
     # Old versions of torch did not save num_batches_tracked.
@@ -324,7 +307,13 @@ def fit(run: Run) -> bool:
     run.journal.write(
         f"{run.trainee.device}, {run.trainee.dtype}, {run.dataset.root}, starting with epoch {position.epoch + 1}"
     )
-    _warn_of_small_cache(run)
+    crops = [*[run.feed.crops] * world.local_size, run.query, run.gallery]
+    cached, needed = (sum(sizes) / 2**30 for sizes in zip(*((c.cached_bytes, c.all_bytes) for c in crops), strict=True))
+    if cached < needed:
+        run.warn(
+            f"{cached:.2g} of {needed:.2g} GiB of decoded images fit into the cache, the others are decoded each time;"
+            f" --cache-gib {math.ceil(needed * 10) / 10:g} holds all"
+        )
     if position.before is None and world.leads:
         position.before = evaluate_network(run)
     while True:
@@ -365,7 +354,10 @@ def train_epoch(run: Run) -> bool:
         meter.add(loss, parts, position.step, len(batches[position.step]))
         position.step += 1
         last = position.step == len(batches)
-        if last or _sync_due(run, meter):
+        # Reading results waits for the device, and several processes do it in the same steps. On a CPU the exchange is
+        # cheap, and torchrun kills a process 30 s after SIGTERM.
+        alone, cheap = world.size == 1, run.trainee.device.type == "cpu"
+        if last or (meter.due() or run.stop() if alone else cheap or position.step % SYNC_STEPS == 0):
             unreadable = feed.replacements.take_new()
             stop, any_unreadable = world.any(run.stop(), bool(unreadable))
             if any_unreadable:
@@ -381,29 +373,16 @@ def train_epoch(run: Run) -> bool:
     return True
 
 
-def _sync_due(run: Run, meter: Meter) -> bool:
-    """Whether to read results, which waits for the device. Several processes do it in the same steps."""
-    if run.world.size == 1:
-        return meter.due() or run.stop()
-    # On a CPU the exchange is cheap, and torchrun kills a process 30 s after SIGTERM.
-    return run.trainee.device.type == "cpu" or run.position.step % SYNC_STEPS == 0
-
-
 def _check_finite(run: Run, meter: Meter, epoch: int) -> None:
     """Stop with the batch saved if a loss was not finite."""
     step = run.world.minimum(meter.bad_step())
     if step is None:
         return
-    path = run.folder / BAD_BATCH
+    path, feed = run.folder / BAD_BATCH, run.feed
     if run.world.leads:
-        indices = run.feed.batches(epoch)[step]
-        content = {
-            "epoch": epoch,
-            "step": step,
-            "images": [str(run.feed.paths[index]) for index in indices],
-            "crops": torch.from_numpy(run.feed.crops.batch(indices)),
-            "seeds": run.feed.seeds(epoch, step),
-        }
+        indices = feed.batches(epoch)[step]
+        images, crops = [str(feed.paths[index]) for index in indices], torch.from_numpy(feed.crops.batch(indices))
+        content = {"epoch": epoch, "step": step, "images": images, "crops": crops, "seeds": feed.seeds(epoch, step)}
         with written_whole(path) as temporary:
             torch.save(content, temporary)
     earlier = f"{run.folder / LAST} is from before that step. " if (run.folder / LAST).exists() else ""
@@ -468,14 +447,3 @@ def save_last(run: Run) -> None:
     run.saved = time.monotonic()
     if run.world.leads:
         save_state(run.folder, run.position, run.trainee, run.config, run.dataset, run.data)
-
-
-def _warn_of_small_cache(run: Run) -> None:
-    """Name the cache size that would keep all decoded images."""
-    crops = [*[run.feed.crops] * run.world.local_size, run.query, run.gallery]
-    cached, needed = (sum(sizes) / 2**30 for sizes in zip(*((c.cached_bytes, c.all_bytes) for c in crops), strict=True))
-    if cached < needed:
-        run.warn(
-            f"{cached:.2g} of {needed:.2g} GiB of decoded images fit into the cache, the others are decoded each time;"
-            f" --cache-gib {math.ceil(needed * 10) / 10:g} holds all"
-        )
