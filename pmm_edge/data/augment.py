@@ -20,11 +20,7 @@ ERASE_PROBABILITY = 0.5
 def normalize(crops: Tensor) -> Tensor:
     """Normalize with the ImageNet mean and standard deviation.
 
-    Args:
-        crops: (N, H, W, 3) uint8 RGB.
-
-    Returns:
-        (N, 3, H, W) float32, channels-last in memory.
+    (N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, channels-last in memory.
     """
     if crops.device.type != "cpu":
         return _normalize_batch(crops)
@@ -60,11 +56,7 @@ def augment(
 def augment_each(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
     """Augment one image at a time, for CPUs.
 
-    Args:
-        crops: (N, H, W, 3) uint8 RGB.
-        flipped, erased: (N,) bool.
-        rows, columns: (N,) int64, the top left corner of the square of `size` pixels.
-        size: side of the square.
+    `flipped` and `erased` are (N,) bool; `rows` and `columns` are (N,) int64, the top left corner of the square.
     """
     images = torch.empty(crops.shape)
     draws = zip(flipped.tolist(), erased.tolist(), rows.tolist(), columns.tolist(), strict=True)
@@ -78,15 +70,11 @@ def augment_each(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, c
 def augment_batch(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
     """Augment the whole batch at once without synchronizing, for GPUs. Arguments as in `augment_each`."""
     images = _normalize_batch(torch.where(flipped[:, None, None, None], crops.flip(2), crops))
-    in_rows, in_columns = _covered(rows, crops.shape[1], size), _covered(columns, crops.shape[2], size)
+    y, x = (torch.arange(length, device=crops.device) for length in crops.shape[1:3])
+    in_rows = (y >= rows[:, None]) & (y < rows[:, None] + size)
+    in_columns = (x >= columns[:, None]) & (x < columns[:, None] + size)
     square = in_rows[:, :, None] & in_columns[:, None, :] & erased[:, None, None]
     return images.masked_fill_(square[:, None], 0.0)
-
-
-def _covered(start: Tensor, length: int, size: int) -> Tensor:
-    """(N,) int64 -> (N, length) bool: True from `start` to `start + size`."""
-    position = torch.arange(length, device=start.device)[None]
-    return (position >= start[:, None]) & (position < start[:, None] + size)
 
 
 def _normalize_batch(crops: Tensor) -> Tensor:
@@ -97,19 +85,13 @@ def _normalize_batch(crops: Tensor) -> Tensor:
 def _normalize_into(image: Tensor, crop: Tensor) -> None:
     """Write the normalized `crop`, (H, W, 3) uint8, into `image`, (H, W, 3) float32 and contiguous."""
     height, width, _ = image.shape
-    scale, shift = _row_of_scale_and_shift(width)
+    scale, shift = _scale_and_shift(crop.device, width)
     image.copy_(crop)
     image.view(height, 3 * width).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
 
 
 @cache  # once for each device: copying a constant to a GPU synchronizes
-def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The factors of `x * scale - shift`, equal to `(x / 255 - mean) / std`; (3,) each."""
+def _scale_and_shift(device: torch.device, pixels: int = 1) -> tuple[Tensor, Tensor]:
+    """The factors of `x * scale - shift`, equal to `(x / 255 - mean) / std`; (3 * pixels,) each."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    return (1 / (255 * std)).to(device), (mean / std).to(device)
-
-
-@cache
-def _row_of_scale_and_shift(width: int) -> tuple[Tensor, Tensor]:
-    scale, shift = _scale_and_shift(torch.device("cpu"))
-    return scale.repeat(width), shift.repeat(width)
+    return (1 / (255 * std)).repeat(pixels).to(device), (mean / std).repeat(pixels).to(device)

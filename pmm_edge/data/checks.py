@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, problems, queries_with_match
@@ -57,10 +57,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Counts of a data set and what is wrong with it."""
+    """Counts of a data set by split, the published sizes if it is a known one, and what is wrong with it."""
 
-    splits: dict[str, SplitCounts]  # by name: train, query, gallery
-    known: KnownSet | None  # the published sizes if the data set is a known one
+    splits: dict[str, SplitCounts]
+    known: KnownSet | None
     warnings: list[Finding]
 
 
@@ -75,15 +75,14 @@ class BadImage:
 def analyze(dataset: ReidDataset) -> Analysis:
     """Count the images of a data set and check its labels. No image is opened."""
     known = KNOWN_SETS.get(dataset.layout)
+    splits = {name: _count(split) for name, split in dataset.splits.items()}
     warnings = [
         *(Finding(FindingKind.UNUSABLE, str(problem)) for problem in problems(dataset)),
-        *(_unexpected_sizes(dataset, known) if known else ()),
+        *(_unexpected_sizes(splits, known) if known else ()),
         *untrained_images(dataset.train),
-        *_train_test_overlap(dataset),
-        *_unmatched_queries(dataset),
-        *_seen_by_one_camera(dataset, known.one_camera if known else 0),
+        *_mislabeled_people(dataset, known.one_camera if known else 0),
     ]
-    return Analysis({name: _count(split) for name, split in dataset.splits.items()}, known, warnings)
+    return Analysis(splits, known, warnings)
 
 
 def untrained_images(train: Split) -> list[Finding]:
@@ -93,8 +92,7 @@ def untrained_images(train: Split) -> list[Finding]:
     """
     found = []
     for pid in (DISTRACTOR_PID, JUNK_PID):
-        images = int((train.pids == pid).sum())
-        if images:
+        if images := int((train.pids == pid).sum()):
             text = (
                 f"train: training skips {images:,} images with identity {pid}, which means that they show nobody; if"
                 " they show a person, rename all images of that identity to an unused number above 0"
@@ -124,15 +122,13 @@ def _try_image(path: Path) -> BadImage | None:
 
 
 def _count(split: Split) -> SplitCounts:
-    junk = int((split.pids == JUNK_PID).sum())
-    distractors = int((split.pids == DISTRACTOR_PID).sum())
+    junk, distractors = (int((split.pids == pid).sum()) for pid in (JUNK_PID, DISTRACTOR_PID))
     return SplitCounts(split.identities, split.cameras, len(split) - junk, distractors, junk)
 
 
-def _unexpected_sizes(dataset: ReidDataset, known: KnownSet) -> Iterator[Finding]:
+def _unexpected_sizes(splits: dict[str, SplitCounts], known: KnownSet) -> Iterator[Finding]:
     for name, expected in (("train", known.train), ("query", known.query), ("gallery", known.gallery)):
-        counts = _count(dataset.splits[name])
-        found = SplitSize(counts.identities, counts.images)
+        found = SplitSize(splits[name].identities, splits[name].images)
         if found != expected:
             text = (
                 f"{name} has {found.identities:,} identities in {found.images:,} images, {known.title} has"
@@ -141,45 +137,34 @@ def _unexpected_sizes(dataset: ReidDataset, known: KnownSet) -> Iterator[Finding
             yield Finding(FindingKind.UNEXPECTED_SIZE, text, name, images=found.images)
 
 
-def _train_test_overlap(dataset: ReidDataset) -> Iterator[Finding]:
-    pids = sorted(set(_cameras_by_pid(dataset.train)) & set(_cameras_by_pid(dataset.query, dataset.gallery)))
-    if pids:
-        text = (
-            f"identities are both in the training set and in query or gallery, which inflates results: {_listed(pids)}"
-        )
+def _mislabeled_people(dataset: ReidDataset, one_camera_in_test: int) -> Iterator[Finding]:
+    """Identities in training and test, queries without a match, and identities that only one camera has seen."""
+    (train, train_cameras), (test, test_cameras) = _people(dataset.train), _people(dataset.query, dataset.gallery)
+    if pids := np.intersect1d(train, test).tolist():
+        text = f"identities are in the training set and in query or gallery, which inflates results: {_listed(pids)}"
         yield Finding(FindingKind.TRAIN_TEST_OVERLAP, text, pids=pids)
-
-
-def _unmatched_queries(dataset: ReidDataset) -> Iterator[Finding]:
     unmatched = np.delete(dataset.query.pids, queries_with_match(dataset))
-    if len(unmatched):
-        pids = np.unique(unmatched).tolist()
+    if pids := np.unique(unmatched).tolist():
         text = (
             f"{len(unmatched):,} of {len(dataset.query):,} queries have no gallery image from another camera and do not"
             f" count in an evaluation: {_listed(pids)}"
         )
         yield Finding(FindingKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched))
-
-
-def _seen_by_one_camera(dataset: ReidDataset, expected_in_test: int) -> Iterator[Finding]:
-    for split, cameras, expected in (
-        ("train", _cameras_by_pid(dataset.train), 0),
-        ("test", _cameras_by_pid(dataset.query, dataset.gallery), expected_in_test),
+    for split, people, cameras, expected in (
+        ("train", train, train_cameras, 0),
+        ("test", test, test_cameras, one_camera_in_test),  # 408 in the gallery of DukeMTMC-reID, by design
     ):
-        pids = sorted(pid for pid, seen_by in cameras.items() if len(seen_by) == 1)
-        if len(pids) not in (0, expected):  # the gallery of DukeMTMC-reID has 408 of them by design
-            text = f"{split}: only one camera has seen some of the {len(cameras):,} identities: {_listed(pids)}"
+        pids = people[cameras == 1].tolist()
+        if len(pids) not in (0, expected):
+            text = f"{split}: only one camera has seen some of the {len(people):,} identities: {_listed(pids)}"
             yield Finding(FindingKind.ONE_CAMERA, text, split, pids)
 
 
-def _cameras_by_pid(*splits: Split) -> dict[int, set[int]]:
-    """The cameras that have seen each identity, without junk and distractors."""
-    cameras: dict[int, set[int]] = defaultdict(set)
-    for split in splits:
-        labels = np.stack([split.pids, split.camids], axis=1)[split.pids > DISTRACTOR_PID]
-        for pid, camid in np.unique(labels, axis=0).tolist():
-            cameras[pid].add(camid)
-    return dict(cameras)
+def _people(*splits: Split) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """Identities, ascending, without junk and distractors, and the number of cameras that have seen each."""
+    labels = np.concatenate([np.stack([split.pids, split.camids], axis=1) for split in splits])
+    seen = np.unique(labels[labels[:, 0] > DISTRACTOR_PID], axis=0)
+    return np.unique(seen[:, 0], return_counts=True)
 
 
 def _listed(pids: Sequence[int]) -> str:

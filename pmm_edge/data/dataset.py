@@ -53,23 +53,17 @@ class ReidDataset:
     query: Split
     gallery: Split
     layout: str = ANY_MARKET
-    """One of `pmm_edge.data.layouts.LAYOUTS`."""
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The three splits by name."""
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
 
 def scan(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set and require that it can be trained and evaluated on. No image is opened.
 
-    Args:
-        root: folder of the data set.
-        layout: one of `pmm_edge.data.layouts.LAYOUTS`; recognized automatically if None.
-
-    Raises:
-        DataError: a folder is missing or empty, a file name has no labels, or `problems` finds something.
+    `layout` is one of `pmm_edge.data.layouts.LAYOUTS`; it is recognized automatically if None. Raises DataError if a
+    folder is missing or empty, a file name has no labels, or `problems` finds something.
     """
     dataset = read(root, layout)
     for problem in problems(dataset):
@@ -78,11 +72,7 @@ def scan(root: Path, layout: str | None = None) -> ReidDataset:
 
 
 def read(root: Path, layout: str | None = None) -> ReidDataset:
-    """Read a data set like `scan`, but accept splits that cannot be trained or evaluated on.
-
-    Raises:
-        DataError: a folder is missing or empty, or a file name has no labels.
-    """
+    """Read a data set like `scan`, but accept splits that cannot be trained or evaluated on."""
     try:
         listing = list_images(root, layout)
     except OSError as error:
@@ -94,12 +84,12 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
 
 def problems(dataset: ReidDataset) -> list[DataError]:
     """Return the reasons why a network cannot be trained or evaluated on a data set."""
-    train, query, gallery, root = dataset.train, dataset.query, dataset.gallery, dataset.root
+    root, train = dataset.root, dataset.train
     found = []
     if train.identities < 2:
         problem = f"the training set of {root} has {train.identities} identities"
         found.append(DataError(problem, "Training needs at least two"))
-    if len(np.unique(np.concatenate([query.camids, gallery.camids]))) < 2:
+    if len(np.unique(np.concatenate([dataset.query.camids, dataset.gallery.camids]))) < 2:
         problem = f"all query and gallery images of {root} come from one camera"
         found.append(DataError(problem, "Evaluation needs at least two cameras"))
     elif not len(queries_with_match(dataset)):
@@ -118,13 +108,7 @@ def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
 
 
 def data_sha256(paths: Sequence[Path], root: Path, report: Report = silent) -> str:
-    """The SHA-256 of the names and contents of images, in the given order.
-
-    Names are relative to `root`, so that moving or copying a data set keeps its hash.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """The SHA-256 of the names, relative to `root`, and contents of images, in the given order."""
     digest = hashlib.sha256()
     for number, path in enumerate(paths):
         if number % 256 == 0:

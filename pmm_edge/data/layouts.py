@@ -44,12 +44,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class SplitSize:
-    """Size of a split as papers count it."""
+    """Size of a split as papers count it: identities without distractors, images with distractors and without junk."""
 
     identities: int
-    """Without distractors."""
     images: int
-    """With distractors, without junk."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,7 @@ class KnownSet:
     train: SplitSize
     query: SplitSize
     gallery: SplitSize
-    one_camera: int = 0
-    """Test identities that only one camera has seen, according to the authors."""
+    one_camera: int = 0  # test identities that only one camera has seen, according to the authors
 
 
 _DUKE_GALLERY = SplitSize(1_110, 17_661)
@@ -81,14 +78,8 @@ KNOWN_SETS = {
 def list_images(root: Path, layout: str | None = None) -> Listing:
     """Recognize a data set and list its images.
 
-    Args:
-        root: folder of the data set.
-        layout: one of `LAYOUTS`; recognized automatically if None. It selects one of the two kinds of CUHK03-NP,
-            and tells which data set a folder in Market-1501's form is.
-
-    Raises:
-        DataError: `root` is not a data set, has another layout than `layout`, or is incomplete.
-        OSError: a folder or file cannot be read.
+    `layout`, one of `LAYOUTS`, selects one of the two kinds of CUHK03-NP, and tells which data set a folder in
+    Market-1501's form is. Raises DataError if `root` is not a data set, has another layout or is incomplete.
     """
     if layout is not None and layout not in LAYOUTS:
         remedy = f"{did_you_mean(layout, LAYOUTS)}Choose one of {', '.join(LAYOUTS)}"
@@ -97,8 +88,12 @@ def list_images(root: Path, layout: str | None = None) -> Listing:
         raise DataError(f"{root} is not a folder", f"Pass the folder that contains {TRAIN}/, or run pmm synth")
     if root.name in ("", ".."):  # folder names matter below, and "." has none
         root = root.resolve()
-    if not _is_market(root):
-        root = _choose_cuhk03_kind(root, layout)
+    kinds = {} if _is_market(root) else _cuhk03_kinds(root)
+    if layout in kinds:
+        root = kinds[layout]
+    elif len(kinds) > 1:
+        problem = f"{root} contains CUHK03-NP with detected and with labeled boxes"
+        raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
     read = next((read for detect, read in _FORMS if detect(root)), None)
     if read is None:
         raise _not_recognized(root)
@@ -118,10 +113,9 @@ def _not_recognized(root: Path) -> DataError:
     children = [child for child in sorted(root.iterdir()) if child.is_dir()]
     below = [kind for child in children if is_dataset(child) for kind in _cuhk03_kinds(child).values() or [child]]
     nearby = below or [parent for parent in list(root.resolve().parents)[:2] if is_dataset(parent)]
+    remedy = f"It must contain {TRAIN}, {QUERY} and {GALLERY}; docs/datasets.md shows other layouts"
     if nearby:
         remedy = f"Did you mean {' or '.join(map(str, nearby[:3]))}?"
-    else:
-        remedy = f"It must contain {TRAIN}, {QUERY} and {GALLERY}; docs/datasets.md shows other layouts"
     return DataError(f"{root} is not a data set with a known layout", remedy)
 
 
@@ -187,7 +181,6 @@ def _read_market_folder(folder: Path) -> list[Record]:
 
 # --- the release of CUHK03, converted ------------------------------------------------------------------------
 
-_CUHK03_KINDS = ("detected", "labeled")
 _CUHK03_NAME = re.compile(r"([1-9])_(\d{3,4})_([12])_\d{1,3}\.png", re.ASCII)
 _PEOPLE_PER_PAIR = 10_000
 """More than any pair of cameras has; identity = pair * this + person."""
@@ -198,7 +191,7 @@ def _is_cuhk03_release(root: Path) -> bool:
 
 
 def _read_cuhk03_release(root: Path, layout: str | None) -> Listing:
-    """Read `splits_new_KIND.json` beside the folder, and the labels in the file names.
+    """Read `splits_new_KIND.json` next to the folder, and the labels in the file names.
 
     The labels in the file are not used: it numbers training identities from 0, and test identities otherwise.
     """
@@ -227,23 +220,12 @@ def _read_cuhk03_release(root: Path, layout: str | None) -> Listing:
 def _cuhk03_kinds(root: Path) -> dict[str, Path]:
     """The folders of the two kinds in `root`, by layout, in either form."""
     found: dict[str, Path] = {}
-    for kind in _CUHK03_KINDS:
+    for kind in ("detected", "labeled"):
         if _is_market(root / kind):
             found[f"cuhk03-np-{kind}"] = root / kind
         elif (root / f"images_{kind}").is_dir():
             found[f"cuhk03-np-{kind}"] = root / f"images_{kind}"
     return found
-
-
-def _choose_cuhk03_kind(root: Path, layout: str | None) -> Path:
-    """Return the folder of the kind that `layout` selects if `root` contains CUHK03-NP, otherwise `root`."""
-    kinds = _cuhk03_kinds(root)
-    if layout in kinds:
-        return kinds[layout]
-    if len(kinds) > 1:
-        problem = f"{root} contains CUHK03-NP with detected and with labeled boxes"
-        raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
-    return root
 
 
 # --- MSMT17 --------------------------------------------------------------------------------------------------
@@ -283,7 +265,8 @@ def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[Record]:
         if not line.strip():
             continue
         match = _MSMT17_LINE.fullmatch(line.strip())
-        if match is None or not _stays_inside(match[1]):
+        # A downloaded name, joined to a folder, must stay inside of it on any operating system.
+        if match is None or not {"..", ".", ""}.isdisjoint(match[1].split("/")) or set(match[1]) & set("\\:\0"):
             raise DataError(
                 f"line {number} of {path} is not an image of the data set and an identity: {line[:80]!r}",
                 "It must read like 0000/0000_000_01_0303morning_0015_0.jpg 0; download the list again",
@@ -291,11 +274,6 @@ def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[Record]:
         records.append(Record(folder / match[1], first_pid + int(match[3]), int(match[2])))
     _require_files(records, path)
     return sorted(records)
-
-
-def _stays_inside(name: str) -> bool:
-    """Whether a downloaded file name, joined to a folder, stays inside of it on any operating system."""
-    return {"..", ".", ""}.isdisjoint(name.split("/")) and not any(character in name for character in "\\:\0")
 
 
 # --- list files ----------------------------------------------------------------------------------------------

@@ -31,9 +31,6 @@ class Crops:
         instead_of: called with the index of an unreadable image and the error, returns the index of the image to use
             instead; None raises the error.
         workers: number of decoding threads; one for each usable core by default.
-
-    Raises:
-        PmmError: there is not enough memory for the cache.
     """
 
     def __init__(
@@ -72,19 +69,15 @@ class Crops:
         return len(self.paths) * self.height * self.width * 3
 
     def batch(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the images at `indices`: (N,) -> (N, height, width, 3) uint8 RGB.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
+        """Return the images at `indices`: (N,) -> (N, height, width, 3) uint8 RGB. Raises DataError if one cannot be read."""
         if indices.max(initial=-1) < len(self._cache) and self._decoded[indices].all():
             return self._cache[indices]
         return np.stack(list(self._pool.map(self._crop, indices.tolist())))
 
     def prefetched(self, batches: Sequence[NDArray[np.int64]], ahead: int = 2) -> Generator[NDArray[np.uint8]]:
         """Yield `batch(indices)` for each of `batches`, decoding the next ones in the background."""
+        waiting: list[Future[NDArray[np.uint8]]] = []
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as assembler:
-            waiting: list[Future[NDArray[np.uint8]]] = []
             try:
                 for indices in batches:
                     waiting.append(assembler.submit(self.batch, indices))
@@ -118,10 +111,7 @@ Unreadable = tuple[int, str]
 class Replacements:
     """Replace each unreadable training image by the next readable one of its identity, the same in every run.
 
-    Args:
-        paths: image files of the split.
-        pids: (N,) their identities.
-        limit: maximum number of unreadable images.
+    `pids` are the (N,) identities of the images at `paths`, `limit` is the maximum number of unreadable images.
     """
 
     def __init__(self, paths: Sequence[Path], pids: NDArray[np.int64], limit: int) -> None:
@@ -132,11 +122,7 @@ class Replacements:
         self._lock = Lock()
 
     def __call__(self, index: int, error: DataError) -> int:
-        """Return the index of the image to use instead of `index`.
-
-        Raises:
-            DataError: the identity has no other readable image.
-        """
+        """Return the index of the image to use instead of `index`."""
         with self._lock:
             self._bad.setdefault(index, error.problem)
             same = np.flatnonzero(self._pids == self._pids[index])
@@ -154,11 +140,7 @@ class Replacements:
         return new
 
     def register(self, unreadable: Sequence[Unreadable]) -> list[str]:
-        """Count unreadable images of all processes; return a message for each that was not counted before.
-
-        Raises:
-            DataError: there are more than the limit.
-        """
+        """Count unreadable images of all processes; return a message for each that was not counted before."""
         messages = []
         for index, problem in unreadable:
             if index in self._known:
@@ -190,17 +172,17 @@ def identity_batches(
     Returns:
         Index vectors into `pids`; the images of an identity are adjacent.
     """
+
+    def draw(members: NDArray[np.int64]) -> NDArray[np.int64]:
+        chosen = generator.permutation(len(members))[:images]
+        if len(members) < images:
+            chosen = np.concatenate([chosen, generator.integers(len(members), size=images - len(members))])
+        return members[chosen]
+
     order = np.argsort(pids, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)
-    drawn = [_draw(members[identity], images, generator) for identity in generator.permutation(len(members))]
+    drawn = [draw(members[identity]) for identity in generator.permutation(len(members))]
     batches = [np.concatenate(drawn[start : start + identities]) for start in range(0, len(drawn), identities)]
     if len(drawn) % identities == 1:
         batches.pop()
     return batches
-
-
-def _draw(members: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    chosen = generator.permutation(len(members))[:count]
-    if len(members) < count:
-        chosen = np.concatenate([chosen, generator.integers(len(members), size=count - len(members))])
-    return members[chosen]

@@ -19,17 +19,10 @@ _ROUNDING = 2e-14
 
 
 def euclidean_distances(query_features: ArrayLike, gallery_features: ArrayLike) -> NDArray[np.float32]:
-    """Compute the Euclidean distance of every query to every gallery embedding.
+    """Compute the Euclidean distances between (Q, D) and (G, D) embeddings: (Q, G) float32.
 
-    Args:
-        query_features: (Q, D) real numbers.
-        gallery_features: (G, D) real numbers.
-
-    Returns:
-        (Q, G) float32. The distance of identical embeddings is exactly 0, whatever their norm.
-
-    Raises:
-        DataError: wrong shapes, NaN or infinity.
+    The distance of identical embeddings is exactly 0, whatever their norm. Raises DataError for wrong shapes, NaN or
+    infinity.
     """
     query, gallery = check_pair(query_features, gallery_features)
     distances = np.empty((len(query), len(gallery)), np.float32)
@@ -39,20 +32,20 @@ def euclidean_distances(query_features: ArrayLike, gallery_features: ArrayLike) 
 
 
 def distance_blocks(query: NDArray[Any], gallery: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield `(first query, (rows, G) float32 Euclidean distances)`, block after block.
+    """Yield `(first query, (rows, G) float32 Euclidean distances)` of checked features, block after block.
 
-    So the 3,368 x 15,913 distances of Market-1501 are never in memory at once. The features must be checked.
+    So the 3,368 x 15,913 distances of Market-1501 are never in memory at once.
     """
     for start, squared in squared_distance_blocks(query, gallery):
         yield start, np.sqrt(squared, out=squared).astype(np.float32)
 
 
 def squared_distance_blocks(query: NDArray[Any], gallery: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield `(first query, (rows, G) float64 squared Euclidean distances)`, block after block.
+    """Yield `(first query, (rows, G) float64 squared Euclidean distances)` of checked features, block after block.
 
     ||q - g||² = ||q||² + ||g||² - 2 q·g suffers from cancellation: in float32, the distance of identical embeddings
     of norm 5,000 would be several units. In float64 the error stays below one float32 step of the embeddings, and
-    smaller values are set to 0. The features must be checked.
+    smaller values are set to 0.
     """
     wide_gallery = gallery.astype(np.float64, copy=False)
     gallery_norms = np.einsum("ij,ij->i", wide_gallery, wide_gallery)
@@ -75,35 +68,23 @@ def rows_per_block(columns: int) -> int:
 
 
 def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return query and gallery embeddings as (Q, D) and (G, D) floating arrays.
-
-    Raises:
-        DataError: wrong shapes or dtypes, NaN or infinity, or different embedding sizes.
-    """
-    query = _check_features(query_features, "query features")
-    gallery = _check_features(gallery_features, "gallery features")
+    """Return finite embeddings as (Q, D) and (G, D) floating arrays; raise DataError for anything else."""
+    query, gallery = (
+        check_matrix(features, name, "Pass a (number of images, embedding size) array")
+        for features, name in ((query_features, "query features"), (gallery_features, "gallery features"))
+    )
+    for array, name in ((query, "query features"), (gallery, "gallery features")):
+        if (row := first_not_finite(array)) is not None:
+            remedy = "Check the images and the model's precision (FP16 overflows above 65,504)"
+            raise DataError(f"{name} contain NaN or infinity, first in row {row}", remedy)
     if query.shape[1] != gallery.shape[1]:
-        raise DataError(
-            f"query embeddings have {query.shape[1]} values, gallery embeddings {gallery.shape[1]}",
-            "Compute both with the same model",
-        )
+        problem = f"query embeddings have {query.shape[1]} values, gallery embeddings {gallery.shape[1]}"
+        raise DataError(problem, "Compute both with the same model")
     return query, gallery
 
 
-def _check_features(features: ArrayLike, name: str) -> NDArray[Any]:
-    array = check_matrix(features, name, "Pass a (number of images, embedding size) array")
-    if (row := first_not_finite(array)) is not None:
-        remedy = "Check the images and the model's precision (FP16 overflows above 65,504)"
-        raise DataError(f"{name} contain NaN or infinity, first in row {row}", remedy)
-    return array
-
-
 def check_matrix(values: ArrayLike, name: str, remedy: str) -> NDArray[Any]:
-    """Return a floating array with two dimensions.
-
-    Raises:
-        DataError: wrong shape, with this remedy, or values that are not real numbers.
-    """
+    """Return real numbers as a floating array with two dimensions; raise DataError for anything else."""
     array = np.asarray(values)
     if array.ndim != 2 or 0 in array.shape:
         raise DataError(f"{name} have shape {array.shape}", remedy)
@@ -129,8 +110,7 @@ def finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 def unit_length(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     """Divide (N, D) embeddings by their L2 norm; zeros stay zeros."""
-    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return embeddings / np.maximum(norms, 1e-12)
+    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
 
 
 def cosines(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -138,9 +118,9 @@ def cosines(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> N
 
     It is 0 if the candidate is not finite or only one of the rows is all zeros, and 1 if both are.
     """
-    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
-    finite = finite_rows(actual)
-    actual = np.where(finite[:, None], actual, 0.0)
+    finite = finite_rows(candidate)
+    expected = reference.astype(np.float64)
+    actual = np.where(finite[:, None], candidate, 0.0).astype(np.float64)
     norms = np.linalg.norm(expected, axis=1), np.linalg.norm(actual, axis=1)
     product = norms[0] * norms[1]
     equal = ((norms[0] == 0) & (norms[1] == 0) & finite).astype(np.float64)

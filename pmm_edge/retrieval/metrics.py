@@ -26,8 +26,6 @@ PAPER_CUTOFF = 50
 
 _SORT_FROM = 64
 """With more matches than this, sorting the row is faster than two passes over the row for each match."""
-_FEW = 4
-"""Copying the relevant part of a row pays off if it is less than a fourth of the row."""
 
 Blocks = Iterable[tuple[int, NDArray[Any]]]
 """`(first query, (rows, G) distances)`, block after block."""
@@ -46,22 +44,17 @@ class RetrievalResult:
     cmc: NDArray[np.float64]
     """(max_rank,): `cmc[k - 1]` is the fraction of queries with a match among the first k."""
     valid_queries: int
-    """Number of queries with a match; the others do not count."""
     average_precision: NDArray[np.float64]
-    """(Q,): the average precision of each query, NaN without a match."""
+    """(Q,), NaN for a query without a match."""
     inverse_penalty: NDArray[np.float64]
-    """(Q,): the inverse negative penalty of each query, NaN without a match."""
+    """(Q,), NaN for a query without a match."""
     first_match_rank: NDArray[np.int64]
     """(Q,): the rank of each query's first match, starting at 1; 0 without a match."""
     top1: NDArray[np.int64]
     """(Q,): the gallery index of the image ranked first; -1 if all images are excluded."""
 
     def rank(self, k: int) -> float:
-        """Rank-k: the fraction of queries with a match among the first k.
-
-        Raises:
-            DataError: k is not in 1..max_rank.
-        """
+        """Rank-k: the fraction of queries with a match among the first k, at most `max_rank`."""
         if not 1 <= k <= len(self.cmc):
             raise DataError(f"Rank-{k} is not in 1..{len(self.cmc)}", "Evaluate with a larger max_rank")
         return float(self.cmc[k - 1])
@@ -89,12 +82,9 @@ def evaluate(
     distractors (pid 0 in Market-1501, which no query has) count as wrong answers. Queries without a match do not count.
 
     Args:
-        query_features: (Q, D) real numbers.
-        gallery_features: (G, D) real numbers.
-        query_pids: (Q,) integer identities.
-        gallery_pids: (G,) integer identities.
-        query_camids: (Q,) integer cameras.
-        gallery_camids: (G,) integer cameras.
+        query_features, gallery_features: (Q, D) and (G, D) real numbers.
+        query_pids, gallery_pids: (Q,) and (G,) integer identities.
+        query_camids, gallery_camids: (Q,) and (G,) integer cameras.
         max_rank: length of the CMC.
         ap_cutoff: cut rankings here for the average precision; 50 gives what the paper calls mAP.
         rerank: rank by k-reciprocal re-ranked distances (k1 20, k2 6, lambda 0.3).
@@ -110,7 +100,6 @@ def evaluate(
     """
     query, gallery = check_pair(query_features, gallery_features)
     labels = check_labels(query_pids, gallery_pids, query_camids, gallery_camids, (len(query), len(gallery)))
-    _check_ranks(max_rank, ap_cutoff)
     if len(labels.kept) < len(gallery):
         # Before computing distances: junk costs time, and it must not be a neighbor in re-ranking.
         gallery = gallery[labels.kept]
@@ -128,17 +117,12 @@ def evaluate_distances(
     max_rank: int = 50,
     ap_cutoff: int | None = None,
 ) -> RetrievalResult:
-    """Evaluate (Q, G) distances, where smaller is nearer. Everything else is as in `evaluate`.
-
-    Raises:
-        DataError: wrong shapes, NaN or infinity, or no query has a match.
-    """
+    """Evaluate (Q, G) distances, where smaller is nearer. Everything else is as in `evaluate`."""
     array = check_matrix(distances, "distances", "Pass a (queries, gallery images) array")
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # the same values; numpy compares them much faster
     queries, gallery = array.shape
     labels = check_labels(query_pids, gallery_pids, query_camids, gallery_camids, (queries, gallery))
-    _check_ranks(max_rank, ap_cutoff)
     step = rows_per_block(gallery)
     blocks = ((start, array[start : start + step]) for start in range(0, queries, step))
     if len(labels.kept) < gallery:
@@ -153,8 +137,7 @@ class ProtocolLabels:
     kept: NDArray[np.intp]
     """Indices of the gallery images that are not junk, ascending. Positions below are positions in this array."""
     query_camids: NDArray[np.int64]
-    gallery_camids: NDArray[np.int64]
-    """Without junk."""
+    gallery_camids: NDArray[np.int64]  # without junk
     by_pid: NDArray[np.intp]
     """Positions grouped by identity, ascending within each."""
     group: NDArray[np.intp]
@@ -177,8 +160,7 @@ def check_labels(
 ) -> ProtocolLabels:
     """Check the labels of `shape` = (Q, G) images and group the gallery by identity.
 
-    Raises:
-        DataError: wrong number of labels, labels that are not integers, or all gallery images are junk.
+    Raises DataError unless there is an integer for each image, and a gallery image that is not junk.
     """
     queries, gallery = shape
     all_pids = _checked_labels(gallery_pids, "gallery pids", gallery)
@@ -206,24 +188,19 @@ def _checked_labels(values: ArrayLike, name: str, count: int) -> NDArray[np.int6
     return array.astype(np.int64)
 
 
-def _check_ranks(max_rank: int, ap_cutoff: int | None) -> None:
-    for name, value in (("max_rank", max_rank), ("ap_cutoff", ap_cutoff)):
-        if value is not None and value < 1:
-            raise DataError(f"{name} is {value}", f"Pass a {name} of 1 or more")
-
-
 def _figures(
     blocks: Blocks, labels: ProtocolLabels, max_rank: int, ap_cutoff: int | None, report: Report = silent
 ) -> RetrievalResult:
     """Rank the queries of all blocks and average. The blocks have the columns `labels.kept`."""
+    for name, value in (("max_rank", max_rank), ("ap_cutoff", ap_cutoff)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}", f"Pass a {name} of 1 or more")
     ranks, top1 = _rank(blocks, labels, report)
     counts = np.array([len(matches) for matches in ranks])
     valid = np.flatnonzero(counts)
     if len(valid) == 0:
-        raise DataError(
-            f"none of {len(counts):,} queries has a match in the gallery from another camera",
-            "Check that query and gallery share identities and that their camera ids differ",
-        )
+        problem = f"none of {len(counts):,} queries has a match in the gallery from another camera"
+        raise DataError(problem, "Check that query and gallery share identities and that their camera ids differ")
     positions = np.concatenate([ranks[query] for query in valid])
     ends = np.cumsum(counts[valid])
     starts = ends - counts[valid]
@@ -284,35 +261,17 @@ def _rank(blocks: Blocks, labels: ProtocolLabels, report: Report) -> tuple[list[
 
 def _positions(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64]:
     """Find the positions of the matches, starting at 0, in a stable sort of the row."""
-    up_to_last = row <= row[matches].max()
-    if np.count_nonzero(up_to_last) * _FEW < len(row):
-        # Images beyond the last match do not change a position, and a trained model leaves few before it.
-        near = np.flatnonzero(up_to_last)
-        row, matches = row[near], np.searchsorted(near, matches)
-    return (_positions_by_sort if len(matches) > _SORT_FROM else _positions_by_count)(row, matches)
-
-
-def _positions_by_count(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64]:
-    """Count the smaller distances for each match."""
     values = row[matches]
-    mask = row <= values[:, None]
-    positions = np.array([np.count_nonzero(up_to) for up_to in mask], np.int64) - 1
-    np.less(row, values[:, None], out=mask)
-    if np.count_nonzero(mask) != positions.sum():  # a match has ties
-        for slot, below in enumerate(mask):
-            positions[slot] = np.count_nonzero(below) + _equal_before(row, matches[slot])
+    up_to_last = row <= values.max()
+    # Images beyond the last match do not change a position, and a trained model leaves few before it.
+    near = row[up_to_last] if np.count_nonzero(up_to_last) * 4 < len(row) else row
+    if len(matches) > _SORT_FROM:
+        in_order = np.sort(near)
+        positions = np.searchsorted(in_order, values, "left")
+        tied = np.flatnonzero(np.searchsorted(in_order, values, "right") - positions > 1)
+    else:
+        positions = np.array([np.count_nonzero(near < value) for value in values])
+        tied = np.arange(len(matches))
+    for slot in tied:
+        positions[slot] += np.count_nonzero(row[: matches[slot]] == values[slot])
     return positions
-
-
-def _positions_by_sort(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64]:
-    """Look the matches up in the sorted distances, which is much faster than sorting indices."""
-    values = row[matches]
-    in_order = np.sort(row)
-    positions = np.searchsorted(in_order, values, "left").astype(np.int64)
-    for slot in np.flatnonzero(np.searchsorted(in_order, values, "right") - positions > 1):
-        positions[slot] += _equal_before(row, matches[slot])
-    return positions
-
-
-def _equal_before(row: NDArray[Any], index: np.intp) -> int:
-    return int(np.count_nonzero(row[:index] == row[index]))

@@ -28,12 +28,15 @@ class SparseRows:
     columns: NDArray[np.int32]
     weights: NDArray[np.float32]
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def rows_of_entries(self) -> NDArray[np.int32]:
+    def rows(self) -> NDArray[np.int32]:
         """Row of each entry."""
-        return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.starts))
+        return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), np.diff(self.starts))
+
+    def entries(self, rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Indices of the entries of `rows`, row after row, and the number of entries of each."""
+        sizes = self.starts[rows + 1] - self.starts[rows]
+        ends = np.cumsum(sizes)
+        return np.arange(ends[-1]) + np.repeat(self.starts[rows] - (ends - sizes), sizes), sizes
 
 
 def rerank_distances(
@@ -50,28 +53,23 @@ def rerank_distances(
     latter is divided by the largest squared distance of the query (equation 12, and the authors' code).
 
     Args:
-        query_features: (Q, D) real numbers.
-        gallery_features: (G, D) real numbers.
+        query_features, gallery_features: (Q, D) and (G, D) real numbers.
         k1: number of neighbors for the k-reciprocal sets.
-        k2: number of neighbors whose encodings are averaged (local query expansion); 1 disables it.
-        lambda_value: weight of the original distance.
+        k2: number of neighbors whose encodings are averaged (local query expansion), at most k1; 1 disables it.
+        lambda_value: weight of the original distance, in 0..1.
         report: called with the number of images whose neighbors are known, which takes most of the time.
 
     Returns:
         (Q, G) float32.
-
-    Raises:
-        DataError: wrong shapes, NaN or infinity, or parameters out of range.
     """
     query, gallery = check_pair(query_features, gallery_features)
-    total = len(query) + len(gallery)
     if not 1 <= k2 <= k1 or not 0.0 <= lambda_value <= 1.0:
         problem = f"re-ranking parameters k1={k1}, k2={k2}, lambda={lambda_value} are out of range"
         raise DataError(problem, "Pass 1 <= k2 <= k1 and lambda in 0..1")
     # float16 would overflow in the squares of `_encode`.
     images = np.concatenate([query, gallery], dtype=np.result_type(query, gallery, np.float32))
     original = np.empty((len(query), len(gallery)), np.float32)
-    neighbors, farthest = _neighbors(images, min(k1 + 1, total), original, report)
+    neighbors, farthest = _neighbors(images, min(k1 + 1, len(images)), original, report)
     encoding = _expand(_encode(images, neighbors, farthest, k1), neighbors[:, :k2])
     return _blend(original, encoding, lambda_value)
 
@@ -97,18 +95,11 @@ def _neighbors(
             original[rows] = to_gallery / farthest[rows, None]
         own = np.arange(len(squared))
         squared[own, start + own] = -1.0  # an image is its own nearest neighbor even if it has duplicates
-        _select_nearest(squared.astype(np.float32), neighbors[start:stop])
+        for row, nearest in zip(squared.astype(np.float32), neighbors[start:stop], strict=True):
+            candidates = np.flatnonzero(row <= np.partition(row, count - 1)[count - 1])
+            nearest[:] = candidates[np.argsort(row[candidates], kind="stable")[:count]]
         report("re-ranking", stop, len(images))
     return neighbors, farthest
-
-
-def _select_nearest(squared: NDArray[np.float32], nearest: NDArray[np.int32]) -> None:
-    """Write the columns of the smallest values of each row into `nearest`, in order."""
-    count = nearest.shape[1]
-    for row, out in zip(squared, nearest, strict=True):
-        bound = np.partition(row, count - 1)[count - 1]
-        candidates = np.flatnonzero(row <= bound)
-        out[:] = candidates[np.argsort(row[candidates], kind="stable")[:count]]
 
 
 def _mutual(neighbors: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -126,7 +117,7 @@ def _encode(images: NDArray[Any], neighbors: NDArray[np.int32], farthest: NDArra
     # Half of k1, rounded half to even as in the authors' code, and the image itself.
     half = neighbors[:, : round(k1 / 2) + 1]
     sets = _expanded_sets(neighbors, _mutual(neighbors), half, _mutual(half))
-    rows = sets.rows_of_entries()
+    rows = sets.rows()
     for start in range(0, len(rows), _PAIRS_PER_PART):
         part = slice(start, start + _PAIRS_PER_PART)
         # For these few pairs, subtract: the product form would suffer from cancellation.
@@ -138,10 +129,7 @@ def _encode(images: NDArray[Any], neighbors: NDArray[np.int32], farthest: NDArra
 
 
 def _expanded_sets(
-    neighbors: NDArray[np.int32],
-    mutual: NDArray[np.bool_],
-    half: NDArray[np.int32],
-    half_mutual: NDArray[np.bool_],
+    neighbors: NDArray[np.int32], mutual: NDArray[np.bool_], half: NDArray[np.int32], half_mutual: NDArray[np.bool_]
 ) -> SparseRows:
     """Build the k-reciprocal sets, and join those of members that overlap by two thirds (equation 6). Weights are 1."""
     none = np.int32(-1)
@@ -164,15 +152,7 @@ def _expanded_sets(
         columns.append(members[keep])
         sizes.append(keep.sum(axis=1))
     starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    members_of_all = np.concatenate(columns)
-    return SparseRows(starts, members_of_all, np.ones(len(members_of_all), np.float32))
-
-
-def _entries_of_rows(matrix: SparseRows, rows: NDArray[Any]) -> NDArray[np.int64]:
-    """Indices of the entries of `rows`, row after row."""
-    sizes = matrix.starts[rows + 1] - matrix.starts[rows]
-    ends = np.cumsum(sizes)
-    return np.arange(ends[-1]) + np.repeat(matrix.starts[rows] - (ends - sizes), sizes)
+    return SparseRows(starts, np.concatenate(columns), np.ones(starts[-1], np.float32))
 
 
 def _expand(matrix: SparseRows, nearest: NDArray[np.int32]) -> SparseRows:
@@ -183,10 +163,8 @@ def _expand(matrix: SparseRows, nearest: NDArray[np.int32]) -> SparseRows:
     columns, weights, sizes = [], [], []
     for start in range(0, total, _IMAGES_PER_PART):
         part = nearest[start : start + _IMAGES_PER_PART]
-        sources = part.ravel()
-        entries = _entries_of_rows(matrix, sources)
-        source_sizes = matrix.starts[sources + 1] - matrix.starts[sources]
-        target = np.repeat(np.repeat(np.arange(len(part)), k2), source_sizes)
+        entries, entry_counts = matrix.entries(part.ravel())
+        target = np.repeat(np.repeat(np.arange(len(part)), k2), entry_counts)
         key = target * total + matrix.columns[entries]
         order = np.argsort(key, kind="stable")
         key = key[order]
@@ -198,16 +176,6 @@ def _expand(matrix: SparseRows, nearest: NDArray[np.int32]) -> SparseRows:
     return SparseRows(starts, np.concatenate(columns), np.concatenate(weights))
 
 
-def _by_column(matrix: SparseRows, first_row: int) -> SparseRows:
-    """Transpose the rows from `first_row` on: row c of the result lists the rows with column c, starting at 0."""
-    begin = matrix.starts[first_row]
-    columns = matrix.columns[begin:]
-    order = np.argsort(columns, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=len(matrix)))])
-    rows = matrix.rows_of_entries()[begin:] - np.int32(first_row)
-    return SparseRows(starts, rows[order], matrix.weights[begin:][order])
-
-
 def _blend(original: NDArray[np.float32], encoding: SparseRows, lambda_value: float) -> NDArray[np.float32]:
     """Blend the original distances with the Jaccard distances of the encodings (equation 10), in place.
 
@@ -215,12 +183,16 @@ def _blend(original: NDArray[np.float32], encoding: SparseRows, lambda_value: fl
     maxima is 2 - m. So only images that share a column with the query are visited.
     """
     queries, gallery = original.shape
-    by_column = _by_column(encoding, queries)
+    # The transposed rows of the gallery: row c lists the gallery images with column c.
+    begin = encoding.starts[queries]
+    columns = encoding.columns[begin:]
+    order = np.argsort(columns, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=queries + gallery))])
+    images = encoding.rows()[begin:] - np.int32(queries)
+    by_column = SparseRows(starts, images[order], encoding.weights[begin:][order])
     for query, distances in enumerate(original):
         own = slice(encoding.starts[query], encoding.starts[query + 1])
-        columns = encoding.columns[own]
-        entries = _entries_of_rows(by_column, columns)
-        sizes = by_column.starts[columns + 1] - by_column.starts[columns]
+        entries, sizes = by_column.entries(encoding.columns[own])
         minima = np.minimum(by_column.weights[entries], np.repeat(encoding.weights[own], sizes))
         shared = np.bincount(by_column.columns[entries], minima, minlength=gallery)
         np.minimum(shared, 1.0, out=shared)  # float32 weights sum to 1 up to rounding

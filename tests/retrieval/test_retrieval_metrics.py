@@ -87,11 +87,9 @@ def test_golden_reranked_figures(golden):
 
 @pytest.mark.parametrize("levels", [None, 200, 7, 1], ids=lambda levels: f"{levels} levels")
 @pytest.mark.parametrize("sort_from", [0, 1000], ids=["by sort", "by count"])
-@pytest.mark.parametrize("few", [0, 10**6], ids=["up to the last match", "whole row"])
 @pytest.mark.parametrize("ap_cutoff", [None, 20])
-def test_figures_are_those_of_the_slow_reference(monkeypatch, levels, sort_from, few, ap_cutoff):
+def test_figures_are_those_of_the_slow_reference(monkeypatch, levels, sort_from, ap_cutoff):
     monkeypatch.setattr(metrics, "_SORT_FROM", sort_from)
-    monkeypatch.setattr(metrics, "_FEW", few)
     monkeypatch.setattr(distances, "BLOCK_BYTES", 8 * 300 * 7)  # blocks of seven queries
     for seed in range(4):
         case = random_case(seed, levels=levels)
