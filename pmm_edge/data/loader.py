@@ -69,7 +69,7 @@ class Crops:
         return len(self.paths) * self.height * self.width * 3
 
     def batch(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the images at `indices`: (N,) -> (N, height, width, 3) uint8 RGB. Raises DataError if one cannot be read."""
+        """Return the images at `indices`, (N, height, width, 3) uint8 RGB; raise DataError if one cannot be read."""
         if indices.max(initial=-1) < len(self._cache) and self._decoded[indices].all():
             return self._cache[indices]
         return np.stack(list(self._pool.map(self._crop, indices.tolist())))
