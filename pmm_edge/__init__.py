@@ -1,4 +1,17 @@
-"""Train, export and prove person re-identification networks. Names load on first use: no torch until needed."""
+"""Train person re-identification networks, export them for edge devices, and verify the export.
+
+    import pmm_edge as pmm
+
+    run = pmm.train("/data/Market-1501", preset="market1501")
+    exported = pmm.export(run.folder, precision="fp16")
+    checked = pmm.bench(exported.files[0].path)
+    checked.report.passed
+
+    embedder = pmm.load(exported.files[0].path)
+    embeddings = embedder.embed(crops)  # a list of (H, W, 3) uint8 RGB arrays -> (N, D) float32
+
+Names are imported on first use; `import pmm_edge` does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +20,42 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME_OF = {
-    "ModelSpec": "pmm_edge.spec",
-    "PmmError": "pmm_edge.errors",
-    "build_model": "pmm_edge.model",
-    "load_released_checkpoint": "pmm_edge.model",
-    "pmm_loss": "pmm_edge.trainer.losses",
-    "train": "pmm_edge.trainer.train",
-    "evaluate": "pmm_edge.retrieval",
-    "load": "pmm_edge.runtime",
-}
-
 if TYPE_CHECKING:
+    from pmm_edge.bench import bench as bench
     from pmm_edge.errors import PmmError as PmmError
+    from pmm_edge.export import export as export
     from pmm_edge.model import build_model as build_model
     from pmm_edge.model import load_released_checkpoint as load_released_checkpoint
     from pmm_edge.retrieval import evaluate as evaluate
+    from pmm_edge.runtime import embed_files as embed_files
     from pmm_edge.runtime import load as load
     from pmm_edge.spec import ModelSpec as ModelSpec
     from pmm_edge.trainer.losses import pmm_loss as pmm_loss
     from pmm_edge.trainer.train import train as train
 
-__all__ = ["ModelSpec", "PmmError", "build_model", "evaluate", "load", "load_released_checkpoint", "pmm_loss", "train"]
+_MODULES = {
+    "ModelSpec": "spec",
+    "PmmError": "errors",
+    "build_model": "model",
+    "embed_files": "runtime.embed_files",
+    "evaluate": "retrieval",
+    "load": "runtime",
+    "load_released_checkpoint": "model",
+    "pmm_loss": "trainer.losses",
+    "train": "trainer.train",
+}
+"""The module of each public name. The packages `export` and `bench` can be called themselves."""
+__all__ = ["ModelSpec", "PmmError", "bench", "build_model", "embed_files", "evaluate", "export", "load"]
+__all__ += ["load_released_checkpoint", "pmm_loss", "train"]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
+    if name in ("bench", "export"):
+        return import_module(f"pmm_edge.{name}")
+    if name not in _MODULES:
         raise AttributeError(f"module 'pmm_edge' has no attribute '{name}'")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(f"pmm_edge.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME_OF])
+    return sorted({*globals(), *__all__})

@@ -45,6 +45,11 @@ def out() -> Console:
     return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
+def is_terminal() -> bool:
+    """Whether results go to a terminal rather than a file or a pipe."""
+    return out().is_terminal
+
+
 @cache
 def err() -> Console:
     """Standard error, for progress, notes and errors."""

@@ -101,6 +101,15 @@ class Outcome(NamedTuple):
     stdout: str
     stderr: str
 
+    @property
+    def error(self) -> str:
+        """The error message of a command that was used wrongly and printed no result."""
+        assert (self.exit_code, self.stdout) == (2, ""), self.stderr
+        *_, last = self.stderr.strip().splitlines()
+        assert last.startswith("error: ")
+        assert "Traceback" not in self.stderr
+        return last
+
 
 @pytest.fixture
 def pmm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmm_edge.errors import ModelError
+from pmm_edge.runs import resolve_checkpoint
 from pmm_edge.runtime.embed_files import embed_files
 from pmm_edge.runtime.embedder import Embedder
 
@@ -20,7 +21,8 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
         embeddings = embedder.embed(crops)      # a list of (H, W, 3) uint8 RGB arrays -> (N, D) float32
 
     Args:
-        path: `.onnx` runs in ONNX Runtime, `.engine` in TensorRT, a checkpoint `.pt` or `.safetensors` in PyTorch.
+        path: `.onnx` runs in ONNX Runtime, `.engine` in TensorRT, a checkpoint `.pt`, `.safetensors` or a run folder
+            (for its `best.pt`) in PyTorch.
         device: `cpu`, `cuda`, `cuda:N` or the index of a GPU. By default a GPU if the engine can use one, otherwise the
             CPU; a `PmmWarning` says when ONNX Runtime cannot use an existing GPU. For `.onnx` also `tensorrt` or
             `tensorrt:N`, the TensorRT provider of ONNX Runtime, whose first run builds an engine for minutes.
@@ -32,6 +34,8 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
         NotOnThisMachineError, GpuError: TensorRT, cuda-python or a usable GPU is missing for an `.engine`.
     """
     path = Path(path)
+    if path.is_dir():
+        path = resolve_checkpoint(path)
     if not require_certificate:
         return _load(path, device)
     from pmm_edge.runtime.certificate import CertificateError, check_certificate, read_certified

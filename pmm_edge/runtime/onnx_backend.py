@@ -73,7 +73,7 @@ def open_session(
                 return session, f"cuda:{index}", profile
         except ModelError as error:
             reason = _message(error.__cause__)
-        reason = _load_error(wanted) or reason
+        reason = load_error(wanted) or reason
     on_cpu = _session(path, content, [_CPU])  # raises if the file is the problem
     version = onnxruntime.__version__
     if device is not None:
@@ -90,7 +90,7 @@ def open_session(
     return on_cpu, "cpu", None
 
 
-def _load_error(provider: str) -> str | None:
+def load_error(provider: str) -> str | None:
     """Return why the library of a provider does not load, which ONNX Runtime only logs."""
     name = provider.removesuffix("ExecutionProvider").lower()
     library = Path(onnxruntime.__file__).with_name("capi") / f"libonnxruntime_providers_{name}.so"

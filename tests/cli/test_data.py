@@ -1,60 +1,85 @@
+"""`pmm data` and `pmm synth`."""
+
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from PIL import Image
+
+SMALL = ["--train-identities", 2, "--test-identities", 1, "--cameras", 2, "--images", 2, "--workers", 1]
 
 
 @pytest.fixture
-def data(tiny_dataset, tmp_path):
-    return shutil.copytree(tiny_dataset, tmp_path / "tiny")
+def data(tiny_dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_dataset, tmp_path / "tiny"))
 
 
-def test_the_table_tells_what_is_there(pmm, data):
-    result = pmm("data", data)
-    assert result.exit_code == 0, result.stderr
-    assert "market-layout" in result.stdout and "nothing looks wrong" in result.stdout
-    row = next(line for line in result.stdout.splitlines() if "gallery" in line)
+def test_counts(pmm: Callable, data: Path) -> None:
+    ended = pmm("data", data)
+    assert ended.exit_code == 0, ended.stderr
+    row = next(line for line in ended.stdout.splitlines() if "gallery" in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["gallery", "4", "3", "12", "0", "0"]
-
-
-def test_json(pmm, data):
     facts = json.loads(pmm("data", data, "--json").stdout)
-    assert facts["layout"] == "market-layout" and facts["expected"] is None and facts["unreadable"] is None
+    assert (facts["layout"], facts["expected"], facts["unreadable"]) == ("market-layout", None, None)
     assert facts["splits"]["query"] == {"identities": 4, "cameras": 3, "images": 12, "distractors": 0, "junk": 0}
 
 
-def test_a_named_set_is_compared_with_what_it_should_hold(pmm, data):
-    result = pmm("data", data, "--layout", "market1501")
-    assert result.exit_code == 0, "a warning is no failure"
-    assert "train has 4 identities in 12 images, Market-1501 has 751 in 12,936" in result.stdout
+def test_a_known_set_is_compared_with_its_published_size(pmm: Callable, data: Path) -> None:
+    ended = pmm("data", data, "--layout", "market1501")
+    assert ended.exit_code == 0  # a warning is not a failure
+    assert ended.stdout.count("warning: ") == 3
     facts = json.loads(pmm("data", data, "--layout", "market1501", "--json").stdout)
     assert [warning["kind"] for warning in facts["warnings"]] == ["unexpected-size"] * 3
     assert facts["expected"]["gallery"]["images"] == 15_913
 
 
-def test_splits_that_cannot_judge_are_still_shown(pmm, data):
-    for path in (data / "query").iterdir():
-        path.rename(path.with_name("9" + path.name))
-    result = pmm("data", data)
-    assert result.exit_code == 0
-    assert "has a match in the gallery" in result.stdout and "12 of 12 queries" in result.stdout
-
-
-def test_verify_names_unreadable_files(pmm, data):
-    assert pmm("data", data, "--verify").exit_code == 0
-    for path in sorted((data / "query").iterdir()) + sorted((data / "bounding_box_test").iterdir()):
+def test_decode_names_unreadable_files(pmm: Callable, data: Path) -> None:
+    assert pmm("data", data, "--decode").exit_code == 0
+    broken = sorted((data / "query").iterdir()) + sorted((data / "bounding_box_test").iterdir())
+    for path in broken:
         path.write_bytes(path.read_bytes()[:300])
-    result = pmm("data", data, "--verify")
-    assert result.exit_code == 1
-    assert result.stdout.count("unreadable: ") == 21 and "and 4 more; --json names them all" in result.stdout
-    assert str(sorted((data / "query").iterdir())[0]) in result.stdout
-    assert "24 of 36 images cannot be read" in result.stderr and "Traceback" not in result.stderr
-    result = pmm("data", data, "--verify", "--json")
-    assert result.exit_code == 1 and len(json.loads(result.stdout)["unreadable"]) == 24
+    ended = pmm("data", data, "--decode")
+    assert ended.exit_code == 1
+    assert ended.stderr.count("unreadable: ") == 21
+    assert f"{broken[0]}: " in ended.stderr
+    assert "24 of 36" in ended.stderr.splitlines()[-1]
+    ended = pmm("data", data, "--decode", "--json")
+    assert ended.exit_code == 1
+    assert [item["path"] for item in json.loads(ended.stdout)["unreadable"]] == [str(path) for path in broken]
 
 
-def test_bad_input_is_one_line(pmm, data, tmp_path):
-    result = pmm("data", tmp_path / "nowhere")
-    assert result.exit_code == 2 and "nowhere is not a folder" in result.stderr
-    result = pmm("data", data, "--layout", "market1502")
-    assert result.exit_code == 2 and "Did you mean 'market1501'?" in result.stderr
+def test_bad_input(pmm: Callable, data: Path, tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere") in pmm("data", tmp_path / "nowhere").error
+    assert "Did you mean 'market1501'?" in pmm("data", data, "--layout", "market1502").error
+
+
+def test_synth(pmm: Callable, tmp_path: Path) -> None:
+    folder, sheet = tmp_path / "set", tmp_path / "pictures" / "sheet.jpg"
+    ended = pmm("synth", folder, *SMALL, "--sheet", sheet, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    printed = json.loads(ended.stdout)
+    assert (printed["folder"], printed["config"]["train_identities"]) == (str(folder), 2)
+    assert printed["images"]["bounding_box_train"] == len(list((folder / "bounding_box_train").iterdir())) == 8
+    with Image.open(sheet) as image:
+        assert image.format == "JPEG"
+    assert "bounding_box_test" in pmm("synth", tmp_path / "other", *SMALL).stdout
+    assert str(folder) in pmm("synth", folder, *SMALL).error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--cameras", "1"], "2 to 9"),
+        (["--images", "99"], "2 to 32"),
+        (["--sheet", "sheet.docx"], ".jpg"),
+        (["--sheet", "/proc/none/sheet.jpg"], "/proc/none/sheet.jpg"),
+    ],
+)
+def test_wrong_values_leave_nothing(
+    arguments: list[str], remedy: str, pmm: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert remedy in pmm("synth", "set", *SMALL, *arguments).error
+    assert list(tmp_path.iterdir()) == []

@@ -1,14 +1,17 @@
-"""`pmm export` writes what it says, quietly, or says in one line why it does not."""
+"""`pmm export`: the files of a run, and one clear line when it cannot write them."""
 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from color_network import color_network
 
 import pmm_edge
+from pmm_edge.errors import OutputError
 from pmm_edge.runs import AboutRun, new_run_folder
 
 
@@ -20,59 +23,68 @@ def test_the_newest_run_is_exported_into_its_folder(
         run = new_run_folder(AboutRun(name, "data", "0"), Path("runs") / name)
         shutil.copy(tiny_checkpoint, run / "best.pt")
         os.utime(run / "best.pt", (1e9 - age, 1e9 - age))
-    ended = pmm("export", "--input-form", "raw", "--safetensors", "--json")
+    ended = pmm("export", "--input-form", "raw", "--safetensors", "--deepstream", "tracker", "--json")
     assert ended.exit_code == 0, ended.stderr
     printed = json.loads(ended.stdout)
     assert printed["checkpoint"] == "runs/new/best.pt"
     paths = [item["path"] for item in printed["exported"]]
     assert paths == ["runs/new/export/model-raw.onnx", "runs/new/export/model-raw.safetensors"]
     assert [pmm_edge.load(path, "cpu").spec.input.form for path in paths] == ["raw", "normalized"]
+    assert printed["bundles"] == {"deepstream": "tracker"}
     assert "arning" not in ended.stderr
-    assert "torch" not in ended.stderr
+    shown = pmm("export", paths[0], "--deepstream", "other")
+    assert shown.exit_code == 0, shown.stderr
+    assert "other" in shown.stderr
 
 
-def refused(pmm: Callable, *arguments: object) -> str:
-    ended = pmm("export", *arguments)
-    assert ended.exit_code == 2
-    assert ended.stdout == ""
+def test_an_engine_that_cannot_be_built_does_not_hide_the_file(
+    pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OutputError("cannot write tracker: No space left on device")
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    out = tmp_path / "model.onnx"
+    ended = pmm("export", tiny_checkpoint, "-o", out, "--trt", "--batch-profile", "1,4,8")
+    assert ended.exit_code == 1
+    assert out.is_file()
+    for shown in (str(tmp_path), "model.onnx", "fp32", "uint8", "1.000000"):
+        assert shown in ended.stdout
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
+    assert str(out) in last
+    assert "pmm export model.onnx --trt --batch-profile 1,4,8" in last
+    monkeypatch.setattr("pmm_edge.export.bundles.deepstream_bundle", full)
+    raw = color_network(tmp_path / "raw.onnx", form="raw")
+    ended = pmm("export", raw, "--trt", "--deepstream", tmp_path / "tracker", "--json")
+    assert ended.exit_code == 2
+    assert len(json.loads(ended.stdout)["failures"]) == 2
+    first, last = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert "TensorRT" in first
+    assert last == "error: cannot write tracker: No space left on device"
 
 
-def test_bad_checkpoints(pmm: Callable, tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path) -> None:
-    short = tmp_path / "short.pt"
+def test_wrong_use(pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short, foreign, missing = (tmp_path / f"{name}.pt" for name in ("short", "foreign", "missing"))
     short.write_bytes(tiny_checkpoint.read_bytes()[:5000])
-    foreign = tmp_path / "foreign.pt"
     foreign.write_text("weights")
-    missing = tmp_path / "missing.pt"
-    for path in (short, foreign, tiny_onnx, missing):
-        assert str(path) in refused(pmm, path, "--out", tmp_path / "out" / "model.onnx")
+    for path in (short, foreign, missing):
+        assert str(path) in pmm("export", path, "--out", tmp_path / "out" / "model.onnx").error
+    assert "pmm train" in pmm("export").error
+    assert ".onnx" in pmm("export", tiny_checkpoint, "--out", "model").error
+    assert "--precision int8" in pmm("export", tiny_checkpoint, "--target", "cpu").error
+    assert "--trt" in pmm("export", tiny_checkpoint, "--batch-profile", "1,2,3").error
     assert not (tmp_path / "out").exists()
 
 
-def test_no_run_to_export(pmm: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "Run pmm train first, or name a checkpoint" in refused(pmm)
-
-
-def test_places_that_cannot_be_written(pmm: Callable, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    assert "does not end in .onnx" in refused(pmm, tiny_checkpoint, "--out", tmp_path / "model")
-    (tmp_path / "file").touch()
-    out = tmp_path / "file" / "model.onnx"
-    assert f"cannot write {out}" in refused(pmm, tiny_checkpoint, "--out", out)
-
-
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".engine"])
-def test_places_are_tried_before_minutes_of_work(
+def test_places_are_checked_before_the_work(
     suffix: str, pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def minutes(*_: object) -> None:
-        raise AssertionError("the work has begun")
-
-    monkeypatch.setattr("pmm_edge.export.exporter._write_onnx", minutes)
-    (tmp_path / f"model{suffix}").mkdir()
-    said = refused(pmm, tiny_checkpoint, "--out", tmp_path / "model.onnx", "--safetensors", "--trt")
-    assert f"cannot write {tmp_path}/model{suffix}: {tmp_path}/model{suffix} is a folder" in said
-    assert "cannot write /proc/model.onnx" in refused(pmm, tiny_checkpoint, "--out", "/proc/model.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == [f"model{suffix}"]
+    monkeypatch.setattr("pmm_edge.export.exporter._write_onnx", None)
+    blocked = tmp_path / f"model{suffix}"
+    blocked.mkdir()
+    arguments = (tiny_checkpoint, "--safetensors", "--trt", "--out")
+    assert f"cannot write {blocked}: " in pmm("export", *arguments, tmp_path / "model.onnx").error
+    assert "cannot write /proc/model.onnx" in pmm("export", *arguments, "/proc/model.onnx").error
+    assert [path.name for path in tmp_path.iterdir()] == [blocked.name]

@@ -47,7 +47,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
         monkeypatch.setattr(onnx_backend, "driver_is_there", lambda: True)
-        monkeypatch.setattr(onnx_backend, "_load_error", lambda provider: REASON)
+        monkeypatch.setattr(onnx_backend, "load_error", lambda provider: REASON)
         monkeypatch.setenv("PMM_HOME", str(tmp_path / "home"))
         return requested
 

@@ -1,0 +1,587 @@
+"""The command line. Each command parses its arguments, calls one public function and prints the result."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_type_hints
+
+import typer
+from rich.markup import escape
+
+from pmm_edge import __version__, render
+from pmm_edge.console import INTERRUPTED, err, is_terminal, note, print_json, print_plain, progress
+from pmm_edge.data.synthetic import SyntheticConfig
+from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning
+from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
+
+app = typer.Typer(
+    name="pmm",
+    help="Train person re-identification networks, export them for edge devices, and verify that the exported network"
+    " retrieves the same people.\n\n"
+    "Start with [bold]pmm train[/], [bold]pmm export[/], [bold]pmm bench[/]: without arguments, each continues from"
+    " the result of the previous one.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _opt(default: Any, text: str, *names: str, panel: str | None = None, **more: Any) -> Any:
+    return typer.Option(default, *names, help=text, rich_help_panel=panel, **more)
+
+
+def _arg(default: Any, text: str, metavar: str | None = None) -> Any:
+    return typer.Argument(default, help=text, metavar=metavar)
+
+
+def _out(default: Any, text: str, metavar: str | None = None) -> Any:
+    return _opt(default, text, "--out", "-o", metavar=metavar)
+
+
+MODEL = _arg(..., "Checkpoint, run folder, or .onnx, .engine or .safetensors file.", "MODEL")
+LAYOUT = _opt(None, "Data set layout. Default: detected; pmm data -h lists the layouts.")
+DEVICE = _opt(None, "cpu, cuda, cuda:N or N; for .onnx files also tensorrt. Default: a usable GPU.")
+JSON = _opt(False, "Print the result as JSON.", "--json")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pmm-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: bool = _opt(False, "Show tracebacks; also accepted after the command.", "--debug"),
+    version: bool = _opt(False, "Show the version.", "--version", callback=_version, is_eager=True),
+) -> None:
+    """Options of every command."""
+
+
+def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace `**settings` of a command by a flag for each field of a dataclass that has a help text."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints, kinds = get_type_hints(command), get_type_hints(config)
+        parameters = inspect.signature(command).parameters.values()
+        kept = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        for setting in fields(config):
+            if text := setting.metadata.get("help"):
+                if limits := setting.metadata.get("range"):
+                    text = f"{text}, {limits[0]} to {limits[1]}. Default: {setting.default}."
+                flag = f"--{setting.name.replace('_', '-')}"
+                names = (f"{flag}/--no-{flag[2:]}",) if kinds[setting.name] is bool else (flag,)
+                option = _opt(None, text, *names, panel=setting.metadata.get("panel"))
+                hints[setting.name] = kinds[setting.name] | None
+                kept.append(inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=option))
+        command.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+        command.__annotations__ = hints
+        return command
+
+    return decorate
+
+
+@app.command()
+@_with_flags(TrainConfig)
+def train(
+    data: Path | None = _arg(None, "Data set folder. Default: the built-in synthetic set.", "DATA"),
+    preset: str | None = _opt(
+        None,
+        "market1501, dukemtmc-reid, cuhk03-detected or cuhk03-labeled (the paper's settings), quick (minutes on a CPU;"
+        " default) or edge (a small network for a small board).",
+    ),
+    config: Path | None = _opt(None, "TOML file with any of the settings below; its preset gives the rest."),
+    layout: str | None = LAYOUT,
+    out: Path | None = _out(None, "Run folder. Default: runs/<time>-<preset>."),
+    resume: Path | None = _opt(
+        None, "Run folder to resume; its settings are kept. Name DATA only if the data set moved."
+    ),
+    print_config: bool = _opt(False, "Print the settings as TOML and exit.", "--print-config"),
+    as_json: bool = JSON,
+    **settings: Any,
+) -> None:
+    """Train PMM: a ResNet with three heads, each trained to find what the previous head missed.
+
+    The run folder holds settings, log, metrics, TensorBoard files and the checkpoints last.pt and best.pt (best mAP).
+    Ctrl-C saves the state and prints how to resume.
+
+    [dim]pmm train[/]  trains on the built-in data set in minutes, without a GPU
+
+    [dim]pmm train /data/Market-1501 --preset market1501[/]  the paper's training
+
+    [dim]pmm train --resume runs/20261122-174200-quick[/]
+
+    [dim]torchrun --nproc-per-node 4 -m pmm_edge train /data/Market-1501 --preset market1501[/]
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if print_config:
+        print_plain((read_run_config(resume) if resume else choose_config(preset, config, given)).to_toml())
+        return
+    note("[dim]loading torch[/]")
+    from pmm_edge.trainer.train import train as run
+
+    with progress() as report:
+        result = run(data, preset=preset, config=config, layout=layout, out=out, resume=resume, report=report, **given)
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints
+        print_json(result) if as_json else render.show_training(result)
+    if not result.finished:
+        raise typer.Exit(INTERRUPTED)
+
+
+_precision, _tensorrt, _bundle = (partial(_opt, panel=name) for name in ("Precision", "TensorRT", "Deployment bundles"))
+
+
+@app.command()
+def export(
+    checkpoint: Path | None = _arg(
+        None, "Checkpoint, run folder, or .onnx file. Default: the newest run.", "CHECKPOINT"
+    ),
+    out: Path | None = _out(None, ".onnx file to write (from .onnx: .engine). Default: in the run's export folder."),
+    input_form: Literal["uint8", "raw", "normalized"] | None = _opt(
+        None,
+        "uint8 (default): (N, H, W, 3) RGB, normalized in the graph. raw: float32 (N, 3, H, W) in 0..255, normalized in"
+        " the graph, for DeepStream. normalized: float32 (N, 3, H, W), for consumers that normalize.",
+    ),
+    opset: int = _opt(18, "ONNX opset, 17 to 20."),
+    normalize_output: bool = _opt(False, "Scale embeddings to unit length.", "--normalize-output"),
+    static_batch: int | None = _opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
+    safetensors: bool = _opt(False, "Also write the weights, for PyTorch.", "--safetensors"),
+    precision: Literal["fp32", "fp16", "int8"] = _precision("fp32", "Weights and activations."),
+    calibration: Path | None = _precision(None, "Data set for INT8 and for FP16 range checks. Default: the run's."),
+    layout: str | None = _precision(None, "Layout of that data set. Default: detected."),
+    target: Literal["tensorrt", "cpu"] | None = _precision(None, "Engine for INT8. Default: tensorrt."),
+    calibration_method: Literal["minmax", "percentile", "entropy"] | None = _precision(
+        None, "How activation ranges are chosen. Default: the most accurate method."
+    ),
+    max_map_drop: float | None = _precision(None, "Maximum loss of mAP in points; sensitive layers stay in float32."),
+    trt: bool = _tensorrt(False, "Also build a TensorRT engine for this machine's GPU.", "--trt"),
+    batch_profile: str | None = _tensorrt(None, "Batch sizes of the engine. Default: 1,16,64.", metavar="MIN,OPT,MAX"),
+    workspace_gib: float | None = _tensorrt(None, "Scratch memory limit. Default: all.", "--workspace", metavar="GIB"),
+    optimization_level: int | None = _tensorrt(None, "0 (fastest build) to 5 (longest search)."),
+    hardware_compatible: bool = _tensorrt(False, "Support all GPUs since Ampere; not Jetson.", "--hardware-compatible"),
+    version_compatible: bool = _tensorrt(False, "Build for later TensorRT versions as well.", "--version-compatible"),
+    timing_cache: bool = _tensorrt(True, "Reuse layer timings of earlier builds."),
+    deepstream: Path | None = _bundle(None, "Write a folder for DeepStream's tracker.", metavar="DIR"),
+    triton: Path | None = _bundle(None, "Add the network or engine to this Triton repository.", metavar="DIR"),
+    triton_name: str | None = _bundle(None, "Model name there. Default: such as pmm_resnet50.", metavar="NAME"),
+    as_json: bool = JSON,
+) -> None:
+    """Export a checkpoint to ONNX and, on request, TensorRT, DeepStream and Triton.
+
+    The exported network has no classifiers and no mixing, batch norm is folded, and preprocessing is part of the graph.
+    Each file is compared with the checkpoint before it is written.
+
+    [dim]pmm export[/]  the best checkpoint of the newest run
+
+    [dim]pmm export runs/20261122-174200-quick --precision int8 --target cpu[/]
+
+    [dim]pmm export best.pt --precision fp16 --trt --batch-profile 1,16,64[/]
+
+    [dim]pmm export model.onnx --deepstream tracker/ --triton models/[/]
+    """
+    arguments = {name: value for name, value in locals().items() if name != "as_json"}
+    from pmm_edge.export.exporter import export as run
+
+    with progress() as report:
+        result = run(**arguments, report=report)
+    print_json(render.export_facts(result)) if as_json else render.show_export(result)
+    for failure in result.failures[:-1]:
+        note(f"[red]error:[/] {escape(str(failure))}")
+    if result.failures:
+        raise result.failures[-1]
+    if result.files and not result.engine:
+        note("next: [bold]pmm bench[/] compares it with the checkpoint")
+
+
+_gate, _speed, _comparison = (partial(_opt, panel=name) for name in ("Gates", "Speed", "Comparison of two reports"))
+
+
+@app.command()
+def bench(
+    models: list[Path] | None = _arg(None, "Models to check. Default: all exports of the reference's run.", "MODEL"),
+    reference: Path | None = _opt(None, "Checkpoint or run folder to compare with. Default: the models' own."),
+    data: Path | None = _opt(None, "Data set or folder of crops (no retrieval then). Default: the run's."),
+    layout: str | None = LAYOUT,
+    limit: int | None = _opt(None, "Use this many evenly spaced images, without retrieval."),
+    device: str | None = DEVICE,
+    explain: bool = _opt(False, "Find the layer at which a failing ONNX model departs.", "--explain"),
+    out: Path | None = _out(None, "Report; also writes .md and .html. Default: in the run folder.", "FILE.json"),
+    as_json: bool = JSON,
+    min_cosine: float | None = _gate(None, "Minimum cosine of any image. Default: fp32 0.9999, fp16 0.999, int8 0.95."),
+    min_mean_cosine: float | None = _gate(None, "Minimum mean cosine. Default: fp16 0.9999, int8 0.99."),
+    max_map_drop: float | None = _gate(None, "Maximum loss of mAP, in points. Default: fp32 and fp16 0.1, int8 0.5."),
+    max_stretch: float | None = _gate(None, "Maximum ratio of lengths. Default: fp32 1.001, fp16 1.01, int8 1.1."),
+    batch_sizes: str = _speed("1,8", "Batch sizes to time, such as 1,8,64."),
+    parity_only: bool = _speed(False, "Skip all timing.", "--parity-only"),
+    compare: tuple[Path, Path] | None = _comparison(None, "Exit code 1 on a regression.", metavar="OLD.json NEW.json"),
+) -> None:
+    """Check that exported models retrieve the same people as their checkpoint, and measure how fast they are.
+
+    Every model embeds the same images as the reference. It passes if cosine, embedding length and mAP meet the gates
+    and if batch size, order and neighbors do not change an embedding. A model that passes gets a certificate. For one
+    that fails, the report names the gate, the image and, if recognized, the mistake that explains it.
+
+    Exit code 0: all models pass. 1: a model fails. 2: nothing could be compared. 130: interrupted; results so far are
+    saved. docs/parity.md explains every figure.
+
+    [dim]pmm bench[/]
+
+    [dim]pmm bench model.onnx --reference best.pt --data market1501 --batch-sizes 1,16,64[/]
+
+    [dim]pmm bench broken.onnx --parity-only --explain[/]
+
+    [dim]pmm bench --compare monday/bench.json bench.json[/]
+    """
+    if compare:
+        _compare(*compare, as_json)
+        return
+    from pmm_edge.bench.parity import GateOverrides
+    from pmm_edge.bench.pipeline import bench as run
+
+    with progress() as report:
+        result = run(
+            models,
+            reference=reference,
+            data=data,
+            layout=layout,
+            limit=limit,
+            device=device,
+            batch_sizes=_numbers(batch_sizes),
+            gates=GateOverrides(min_cosine, min_mean_cosine, max_map_drop, max_stretch),
+            parity_only=parity_only,
+            explain=explain,
+            out=out,
+            report=report,
+        )
+    print_plain(result.report.to_json()) if as_json else render.show_bench(result.report)
+    render.show_bench_files(result)
+    if not result.report.complete:
+        note(f"[yellow]interrupted[/]: the results so far are in {escape(str(result.files[0]))}")
+        raise typer.Exit(INTERRUPTED)
+    if result.report.failures:
+        raise CheckFailedError(render.describe_failures(result.report), f"See {result.files[0]}")
+    note("[green]ok:[/] all models meet their gates")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise PmmError(f"'{text}' is not a list of batch sizes", "Write, for example, --batch-sizes 1,8") from error
+
+
+def _compare(old: Path, new: Path, as_json: bool) -> None:
+    from pmm_edge.bench.regression import compare_reports
+
+    found = compare_reports(old, new)
+    print_json({"passed": not found.regressions, **vars(found)}) if as_json else render.show_comparison(found)
+    if found.regressions:
+        raise CheckFailedError("; ".join(one.sentence for one in found.regressions), f"See {new}")
+    note("[green]ok:[/] nothing is worse beyond noise")
+
+
+@app.command()
+def verify(
+    models: list[Path] = _arg(..., "Models that passed pmm bench.", "MODEL"),
+    data: Path | None = _opt(None, "Data set; query and gallery must be those of the certificate."),
+    layout: str | None = LAYOUT,
+    reference: Path | None = _opt(None, "Checkpoint; must be the one of the certificate, byte for byte."),
+    digest: str | None = _opt(None, "Accept only the certificate with this digest.", metavar="SHA-256"),
+    as_json: bool = JSON,
+) -> None:
+    """Check that models are still the files that pmm bench certified.
+
+    pmm bench writes MODEL.certificate.json next to each model that passes. This command compares the SHA-256 of the
+    model with it, and the certificate's digest with its content. The model is not run; neither torch nor a GPU is
+    needed. Exit code 1 if a certificate is missing, or if it or its model was changed.
+
+    A certificate is not a signature: whoever can write both files can create a new pair. Keep the digest elsewhere and
+    pass it with --digest. In Python: pmm_edge.load(MODEL, require_certificate=True).
+
+    [dim]pmm verify runs/20261122-174200-quick/export/*.onnx[/]
+
+    [dim]pmm verify model.onnx --data market1501 --reference best.pt[/]
+    """
+    from pmm_edge.bench.certification import verify as run
+
+    with progress() as report:
+        found = run(models, data, layout, reference, digest, report)
+    print_json(render.verification_facts(found)) if as_json else render.show_verification(found)
+    if failures := [failure for item in found for failure in item.failures]:
+        raise CheckFailedError("; ".join(failure.rstrip(".") for failure in failures), "Run pmm bench to certify again")
+    note(f"[green]ok:[/] certified: {', '.join(escape(str(model)) for model in models)}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Path = MODEL,
+    data: Path = _arg(..., "Data set folder; pmm data describes it.", "DATA"),
+    layout: str | None = LAYOUT,
+    rerank: bool = _opt(False, "Also show k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3).", "--rerank"),
+    flip: bool = _opt(False, "Also show the mean embedding of each image and its mirror image.", "--flip"),
+    cmc: Path | None = _opt(None, "Plot the CMC, ranks 1 to 50.", metavar="FILE.png|.svg"),
+    features: Path | None = _opt(None, "Save the embeddings with their labels.", metavar="FILE.npz"),
+    device: str | None = DEVICE,
+    as_json: bool = JSON,
+) -> None:
+    """Evaluate retrieval under the Market-1501 protocol: Rank-k, mAP and mINP.
+
+    The PMM paper's mAP is mAP@50: its released evaluation cuts each ranking at 50. docs/evaluation.md explains every
+    figure.
+
+    [dim]pmm eval runs/20261122-174200-quick market1501[/]
+
+    [dim]pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png[/]
+    """
+    from pmm_edge.bench.evaluation import evaluate_model
+
+    options: dict[str, Any] = {"layout": layout, "rerank": rerank, "flip": flip, "cmc": cmc, "features": features}
+    with progress() as report:
+        found = evaluate_model(model, data, **options, device=device, report=report)
+    print_json(render.evaluation_facts(found)) if as_json else render.show_evaluation(found)
+    render.show_written(features, cmc)
+
+
+@app.command()
+def embed(
+    model: Path = MODEL,
+    images: Path = _arg(
+        ..., "Data set, folder of images (searched recursively), or text file with one path per line.", "IMAGES"
+    ),
+    out: Path = _out(Path("embeddings.npz"), "File to write; .parquet needs pyarrow.", "FILE.npz|.parquet"),
+    layout: str | None = LAYOUT,
+    batch: int | None = _opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
+    device: str | None = DEVICE,
+    as_json: bool = JSON,
+) -> None:
+    """Embed images and save one row per image; for a data set with identity, camera and split.
+
+    Unreadable images are listed and skipped; if no image can be read, nothing is written and the exit code is 1. Rows
+    follow the sorted paths, the list, or query, gallery and train.
+
+    A .npz file holds the arrays embeddings, paths, spec (JSON) and, for a data set, pids, camids and split; a .parquet
+    file the columns path, embedding, pid, camid and split, with the spec in its metadata.
+
+    [dim]pmm embed model.onnx crops/ -o embeddings.npz[/]
+
+    [dim]pmm embed model.onnx market1501 -o market.parquet[/]
+    """
+    from pmm_edge.runtime.embed_files import embed_files
+
+    with progress() as report:
+        found = embed_files(model, images, out, layout=layout, device=device, batch=batch, skip_bad=True, report=report)
+    print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)
+
+
+@app.command()
+def visualize(
+    models: list[Path] | None = _arg(
+        None, "Checkpoints or run folders; for galleries any model. Default: newest.", "MODEL"
+    ),
+    what: Literal["cams", "galleries", "mixing", "all"] = _opt(
+        "all",
+        "cams: Grad-CAM of each stage. galleries: queries and their nearest images. mixing: what training replaces."
+        " all: those that the model and the images allow.",
+    ),
+    data: Path | None = _opt(
+        None, "Data set; for --what cams also a folder or list of images. Default: the run's data set."
+    ),
+    images: int = _opt(6, "Number of images to draw, chosen at random.", metavar="N"),
+    top: int = _opt(10, "Number of gallery images per query.", metavar="K"),
+    seed: int = _opt(0, "Seed for the choice of images and negatives."),
+    true_class: bool = _opt(False, "CAMs of training images, for their true class.", "--true-class"),
+    out: Path | None = _out(None, "Folder to write. Default: pictures/ in the run folder.", "FOLDER"),
+    layout: str | None = LAYOUT,
+    device: str | None = DEVICE,
+    as_json: bool = JSON,
+) -> None:
+    """Draw what a network sees: attention of its stages, ranked galleries and the mixing of training.
+
+    Writes PNG files, and overlap.json with the overlap of the stages' attention maps (0: disjoint, 1: identical).
+
+    [dim]pmm visualize[/]
+
+    [dim]pmm visualize --what cams --data crops/ --images 20[/]
+
+    [dim]pmm visualize runs/baseline runs/bdb runs/pmm --what cams[/]
+
+    [dim]pmm visualize model.onnx --what galleries --data market1501[/]
+    """
+    arguments = {name: value for name, value in locals().items() if name != "as_json"}
+    from pmm_edge.pictures.album import visualize as run
+
+    with progress() as report:
+        album = run(**arguments, report=report)
+    print_json(album.to_json()) if as_json else render.show_album(album)
+
+
+@app.command()
+@_with_flags(SyntheticConfig)
+def synth(
+    folder: Path = _arg(..., "Folder to write; it must not exist, or be empty.", "FOLDER"),
+    workers: int | None = _opt(None, "Worker processes. Default: one per core.", min=1),
+    sheet: Path | None = _opt(None, "Also write a contact sheet.", metavar="FILE.jpg|.png"),
+    as_json: bool = JSON,
+    **settings: Any,
+) -> None:
+    """Generate a synthetic reID data set in the layout of Market-1501.
+
+    People pass cameras that differ in viewpoint, background, color, exposure and blur. Several wear the same clothes,
+    so that only hair, hat, shoes, logo and bag distinguish them. Nothing is downloaded.
+
+    [dim]pmm synth data/synthetic[/]
+
+    [dim]pmm synth data/small --train-identities 20 --test-identities 10 --sheet small.jpg[/]
+    """
+    from pmm_edge.data.synthetic import make_synthetic
+
+    config = SyntheticConfig(**{name: value for name, value in settings.items() if value is not None})
+    with progress() as report:
+        counts = make_synthetic(folder, config, workers=workers, sheet=sheet, report=report)
+    facts = {"folder": folder, "images": counts, "sheet": sheet, "config": config}
+    print_json(facts) if as_json else render.show_synthetic(folder, counts)
+    render.show_written(folder / "synthetic.json", sheet)
+
+
+@app.command()
+def data(
+    folder: Path = _arg(..., "Data set folder.", "DATA"),
+    layout: str | None = _opt(
+        None,
+        "market1501, dukemtmc-reid, cuhk03-np-detected, cuhk03-np-labeled, msmt17-v1, msmt17-v2 or market-layout."
+        " Default: detected.",
+    ),
+    decode: bool = _opt(False, "Decode every image; exit code 1 if one is unreadable.", "--decode"),
+    as_json: bool = JSON,
+) -> None:
+    """Describe a data set: identities, cameras and images per split, and anything that looks wrong.
+
+    Images are counted as in papers: distractors (0000) are included, junk (-1) is not.
+
+    [dim]pmm data /data/Market-1501-v15.09.15[/]
+
+    [dim]pmm data /data/CUHK03-NP --layout cuhk03-np-labeled --decode[/]
+    """
+    from pmm_edge.data.checks import analyze, unreadable
+    from pmm_edge.data.dataset import read
+
+    dataset = read(folder, layout)
+    analysis = analyze(dataset)
+    paths = [path for split in dataset.splits.values() for path in split.paths]
+    with progress() as report:
+        bad = unreadable(paths, report=report) if decode else None
+    results = dataset, analysis, bad
+    print_json(render.dataset_facts(*results)) if as_json else render.show_dataset(*results)
+    if bad:
+        raise CheckFailedError(f"{len(bad):,} of {len(paths):,} images cannot be read", "Replace or remove them")
+
+
+@app.command()
+def doctor(
+    commands: list[str] | None = _arg(None, "Commands that must work; trt is pmm export --trt.", "COMMAND"),
+    text: bool = _opt(False, "Print Markdown for an issue; the default in a pipe.", "--text"),
+    as_json: bool = JSON,
+) -> None:
+    """Show what is installed, what works, and what each command still needs.
+
+    ONNX Runtime's providers, TensorRT and the driver are each tried in a process of their own. torch is not imported.
+    Nothing that is printed names a home folder. Exit code 1 if a COMMAND given here cannot work.
+
+    [dim]pmm doctor[/]
+
+    [dim]pmm doctor --text | xclip[/]
+
+    [dim]pmm doctor embed trt && ./start.sh[/]
+    """
+    from pmm_edge.doctor import as_markdown, check_commands, examine
+
+    found = examine(commands or [])
+    if as_json:
+        print_json(found)
+    elif text or not is_terminal():
+        print_plain(as_markdown(found))
+    else:
+        render.show_diagnosis(found)
+    check_commands(found, commands or [])
+
+
+for _command in app.registered_commands:  # typer would keep the line breaks of a docstring
+    paragraphs = inspect.cleandoc(_command.callback.__doc__ or "").split("\n\n") if _command.callback else []
+    _command.help = "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
+
+FOREIGN_FLAGS = {
+    **dict.fromkeys(("--imgsz", "--img-size"), "The input size is set in training: pmm train --height and --width"),
+    **dict.fromkeys(("--half", "--fp16"), "Use --precision fp16"),
+    **dict.fromkeys(("--project", "--name", "--output"), "Use --out"),
+    "--int8": "Use --precision int8",
+    "--format": "pmm export writes ONNX; add --trt for TensorRT or --safetensors for PyTorch",
+    "--input": "Use --input-form",
+    "--batch-size": "Use --batch (training), --batch-sizes (bench) or --batch-profile (TensorRT)",
+    "--lr0": "Use --lr",
+    "--weights": "Name the model as an argument; training starts from one with --init-from",
+    "--verify": "Use --decode",
+}
+"""Options of other tools and earlier versions, with a remedy that names ours."""
+
+
+def main() -> None:
+    """Run `pmm`. A user's error is one line on standard error; `--debug` anywhere shows its traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(arguments, standalone_mode=False)
+    except PmmError as error:
+        _end(error, str(error), error.exit_code, debug)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(error, f"{where}{error.strerror or error}", 2, debug)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pmm_edge"):
+            raise
+        _end(error, f"this command needs {error.name}. Install the extra: pip install 'pmm-edge[train]'", 2, debug)
+    except KeyboardInterrupt:
+        note("[yellow]interrupted[/]")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # usage errors are click's, which typer bundles in some versions
+            raise
+        remedy = FOREIGN_FLAGS.get(getattr(error, "option_name", ""), "Add -h for help")
+        _end(error, f"{error.format_message().rstrip('.')}. {remedy}", 2, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **_: Any) -> None:
+    """Print our own warnings as one line; show others as Python does."""
+    if issubclass(category, PmmWarning):
+        note(f"[yellow]warning:[/] {escape(str(message))}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+
+
+def _end(error: Exception, text: str, exit_code: int, debug: bool) -> NoReturn:
+    """Print an error in one line, once for all processes of torchrun that meet it, and exit."""
+    if debug:
+        raise error
+    if _speaks(text):
+        err().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    sys.exit(exit_code)
+
+
+def _speaks(text: str) -> bool:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    try:
+        from pmm_edge.trainer.distributed import first_to_report
+    except ModuleNotFoundError:  # the error is about torch
+        return True
+    return first_to_report(text)

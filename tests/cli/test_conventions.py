@@ -1,0 +1,197 @@
+"""What holds for every command, and the public Python functions behind them."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pmm_edge
+from pmm_edge import cli
+from pmm_edge.console import note, print_json, print_plain, print_table, progress
+from pmm_edge.data.synthetic import SyntheticConfig
+from pmm_edge.errors import PmmError, PmmWarning
+from pmm_edge.trainer.config import TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+COMMANDS = ("train", "export", "bench", "verify", "eval", "embed", "visualize", "synth", "data", "doctor")
+PATH = "/data/" + "a long name " * 15 + "/:smile:/[bold]x"
+
+
+def parameters(command: str) -> dict[str, Any]:
+    """The arguments and options of a command by the name of their parameter."""
+    (found,) = [item for item in cli.app.registered_commands if (item.name or item.callback.__name__) == command]
+    return {name: entry.default for name, entry in inspect.signature(found.callback).parameters.items()}
+
+
+def flags(command: str) -> set[str]:
+    return {
+        flag
+        for name, option in parameters(command).items()
+        for flag in getattr(option, "param_decls", None) or [f"--{name.replace('_', '-')}"]
+    }
+
+
+def test_help(pmm: Callable) -> None:
+    shown = pmm("-h")
+    assert shown.exit_code == 0
+    assert all(f"{command} " in shown.stdout for command in COMMANDS)
+    assert "--install-completion" in shown.stdout
+    for command in COMMANDS:
+        short, long = pmm(command, "-h"), pmm(command, "--help")
+        assert (short.exit_code, short.stdout) == (0, long.stdout)
+
+
+def test_help_and_settings_need_no_torch() -> None:
+    script = "import sys; sys.modules['torch'] = sys.modules['onnxruntime'] = None\n"
+    script += "from pmm_edge.cli import main; main()"
+    for arguments in (["export", "-h"], ["train", "--preset", "edge", "--epochs", "3", "--print-config"]):
+        ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(("command", "config"), [("train", TrainConfig), ("synth", SyntheticConfig)])
+def test_settings_are_declared_once(command: str, config: type) -> None:
+    options = parameters(command)
+    assert {setting.name for setting in fields(config)} <= set(options)
+    for setting in fields(config):
+        if "help" in setting.metadata:
+            assert options[setting.name].help.startswith(setting.metadata["help"])
+            assert options[setting.name].rich_help_panel == setting.metadata.get("panel")
+
+
+def test_options_have_the_same_name_everywhere() -> None:
+    for command in ("train", "export", "bench", "embed", "visualize"):
+        assert {"--out", "-o"} <= flags(command)
+    assert all("--json" in flags(command) for command in COMMANDS)
+    assert {"--input-form", "--batch-profile"} <= flags("export")
+    assert "--batch-sizes" in flags("bench")
+    assert {"--batch", "--lr", "--schedule", "--device"} <= flags("train")
+    assert "--decode" in flags("data")
+    assert "--what" in flags("visualize")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        (["train", "--imgsz", "256"], "--height"),
+        (["export", "--half"], "--precision fp16"),
+        (["export", "--int8"], "--precision int8"),
+        (["export", "--format", "engine"], "--trt"),
+        (["export", "--input", "raw"], "--input-form"),
+        (["bench", "--batch-size", "8"], "--batch-sizes"),
+        (["data", "x", "--verify"], "--decode"),
+        (["train", "--lr0", "0.1"], "--lr"),
+        (["train", "--nonsense"], "-h"),
+        (["nonsense"], "-h"),
+    ],
+)
+def test_options_of_other_tools_are_answered_with_ours(arguments: list[str], ours: str, pmm: Callable) -> None:
+    assert ours in pmm(*arguments).error
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "data", "nowhere"], ["data", "nowhere", "--debug"]])
+def test_debug_before_or_after_the_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pmm", *arguments])
+    with pytest.raises(PmmError, match="nowhere"):
+        cli.main()
+
+
+def test_shell_completion() -> None:
+    environment = {**os.environ, "_PMM_COMPLETE": "complete_bash", "COMP_WORDS": "pmm vis", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "import sys; sys.argv = ['pmm']; from pmm_edge.cli import main; main()"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ended.stdout.split() == ["visualize"], ended.stderr
+
+
+def test_two_names_of_the_program() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"pmm": "pmm_edge.cli:main", "pmm-edge": "pmm_edge.cli:main"}
+
+
+def test_a_run_folder_is_accepted_like_its_checkpoint(pmm: Callable, run: Path, tiny_dataset: Path) -> None:
+    by_file, by_folder = (
+        json.loads(pmm("eval", model, tiny_dataset, "--device", "cpu", "--json").stdout)
+        for model in (run / "best.pt", run)
+    )
+    assert by_folder["figures"] == by_file["figures"]
+    assert "best.pt" in pmm("embed", tiny_dataset, tiny_dataset).error
+
+
+def test_the_number_of_a_device(pmm: Callable, tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path) -> None:
+    for model in (tiny_onnx, tiny_checkpoint):
+        assert "63" in pmm("eval", model, tiny_dataset, "--device", 63).error
+    assert "63" in pmm("train", tiny_dataset, "--device", 63).error
+    assert "npu" in pmm("eval", tiny_onnx, tiny_dataset, "--device", "npu").error
+
+
+def test_warnings_and_errors_are_one_line(pmm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        warnings.warn("something [odd]", PmmWarning, stacklevel=1)
+        raise OSError(28, "No space left", "/disk")
+
+    monkeypatch.setattr("pmm_edge.data.dataset.read", read)
+    ended = pmm("data", "x")
+    assert ended.stderr.splitlines() == ["warning: something [odd]", "error: /disk: No space left"]
+    monkeypatch.setitem(sys.modules, "pmm_edge.export.exporter", None)
+    monkeypatch.setattr("pmm_edge.data.dataset.read", lambda *_: __import__("not_installed"))
+    assert "pmm-edge[train]" in pmm("data", "x").error
+
+
+def test_every_public_name_can_be_used() -> None:
+    for name in pmm_edge.__all__:
+        assert callable(getattr(pmm_edge, name))
+        assert name in dir(pmm_edge)
+    for name in ("train", "evaluate", "load", "embed_files", "build_model"):
+        assert "\n    " in inspect.getdoc(getattr(pmm_edge, name))  # an example
+    with pytest.raises(AttributeError):
+        pmm_edge.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["sys", "pmm_edge.bench.tables, pmm_edge.export.bundles, pmm_edge.cli"])
+def test_packages_can_be_called_whatever_was_imported_before(first: str, tmp_path: Path) -> None:
+    script = f"""
+import sys, {first}
+import pmm_edge as pmm
+assert "torch" not in sys.modules
+for call in (lambda: pmm.export("none.pt"), lambda: pmm.bench("none.onnx", reference="none.pt", data=".")):
+    try:
+        call()
+    except pmm.PmmError as error:
+        assert "none.pt" in str(error)
+    else:
+        raise AssertionError
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_output_arrives_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    """No path is wrapped, and nothing in it is markup or an emoji."""
+    print_json({"folder": PATH})
+    assert json.loads(capsys.readouterr().out) == {"folder": PATH}
+    print_plain(f"{PATH}\t{PATH}\n")
+    assert capsys.readouterr().out == f"{PATH}\t{PATH}\n"
+    note("in /:smile:/x")
+    title = f"in {PATH.replace('[bold]', '')}"
+    print_table(title, (":smile:", "y"), [(":bug:", ":car:")])
+    printed = capsys.readouterr()
+    assert ":smile:" in printed.err
+    assert printed.out.splitlines()[0] == title
+    assert [printed.out.count(code) for code in (":smile:", ":bug:", ":car:")] == [2, 1, 1]
+    with progress() as report:
+        report("exporting :smile:[bold].onnx", 1, 1, "[red]:bug:")
+    shown = capsys.readouterr().err
+    assert "exporting :smile:[bold].onnx" in shown
+    assert "[red]:bug:" in shown
