@@ -21,6 +21,13 @@ Pixel = tuple[float, float]
 EDGE = 82.0
 """Angle to the line of sight, in degrees, beyond which a surface is not painted."""
 LIT, SHADE = (255, 255, 255, 26), (0, 0, 0, 50)
+PATCH = [(-1.0, k / 4) for k in range(-4, 5)] + [(1.0, -k / 4) for k in range(-4, 5)]
+VERTICAL_STRIPES: dict[str, tuple[Sequence[int], float]] = {
+    "columns": (range(0, 360, 45), 9),
+    "checks": (range(0, 360, 45), 9),
+    "side stripe": ((90, 270), 14),
+}
+"""Pattern -> angles of the stripes around a garment, and half their width; all in degrees."""
 
 
 class Point(NamedTuple):
@@ -51,15 +58,14 @@ class Pose(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """A body placed in an image: its point on the ground and its height, in pixels, and its pose."""
+    """A body placed in an image: its point on the ground and its height, in pixels, its pose, and the light."""
 
     draw: ImageDraw.ImageDraw
     x: float
     ground: float
     size: float
     pose: Pose
-    light: float
-    """-1: light from the left of the image; 1: from the right."""
+    light: float  # -1: from the left of the image; 1: from the right
 
     @cached_property
     def turn(self) -> tuple[float, float]:
@@ -98,29 +104,26 @@ class View:
         return abs(self.off_center(angle)) < EDGE
 
     def line(self, points: Sequence[Pixel], width: float, color: Color) -> None:
-        """A line of `width` body units, at least one pixel."""
+        """Paint a line of `width` body units, at least one pixel."""
         self.draw.line(points, fill=color, width=max(1, round(width * self.size)), joint="curve")
 
     def disc(self, center: Pixel, rx: float, ry: float, color: tuple[int, ...]) -> None:
-        """An ellipse with its radii in pixels."""
+        """Paint an ellipse with its radii in pixels."""
         x, y = center
         self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=color)
 
     def bone(self, a: Pixel, b: Pixel, ra: float, rb: float, color: tuple[int, ...], cuff: bool = False) -> None:
-        """Two discs and the quadrilateral between them, radii in pixels; a cuff has a flat end."""
+        """Paint two discs and the quadrilateral between them, radii in pixels; a cuff has a flat end."""
         length = math.hypot(b[0] - a[0], b[1] - a[1]) or 1.0
         nx, ny = (a[1] - b[1]) / length, (b[0] - a[0]) / length
-        corners = [
-            (a[0] + nx * ra, a[1] + ny * ra), (b[0] + nx * rb, b[1] + ny * rb),
-            (b[0] - nx * rb, b[1] - ny * rb), (a[0] - nx * ra, a[1] - ny * ra),
-        ]  # fmt: skip
-        self.draw.polygon(corners, fill=color)
+        sides = ((a, ra), (b, rb), (b, -rb), (a, -ra))
+        self.draw.polygon([(x + nx * r, y + ny * r) for (x, y), r in sides], fill=color)
         if len(color) == 3:  # the overlap of translucent shapes would be visible
             self.disc(a, ra, ra, color)
             self.disc(b, rb, rb * 0.35 if cuff else rb, color)
 
     def limb(self, a: Point, b: Point, ra: float, rb: float, color: Color, cuff: bool = False) -> None:
-        """A bone in body units, shaded on the side away from the light."""
+        """Paint a bone in body units, shaded on the side away from the light."""
         pa, pb = self.at(a), self.at(b)
         ra, rb = ra * self.size, rb * self.size
         self.bone(pa, pb, ra, rb, color, cuff)
@@ -128,20 +131,13 @@ class View:
         self.bone((pa[0] + off * ra, pa[1]), (pb[0] + off * rb, pb[1]), ra * 0.5, rb * 0.5, SHADE)
 
     def band(self, rings: Sequence[Ring], left: float, right: float, color: tuple[int, ...]) -> None:
-        """The part of a tube's silhouette between two fractions (-1..1) of its width."""
+        """Paint the part of a tube's silhouette between two fractions (-1..1) of its width."""
         centers = [(self.at(Point(0, ring.y, ring.z)), self.reach(ring)) for ring in rings]
         down = [(x + left * reach, y) for (x, y), reach in centers]
         up = [(x + right * reach, y) for (x, y), reach in reversed(centers)]
         self.draw.polygon(down + up, fill=color)
 
-    def stamp(
-        self,
-        rings: Sequence[Ring],
-        center: tuple[float, float],
-        reach: tuple[float, float],
-        outline: Sequence[Pixel],
-        color: Color,
-    ) -> None:
+    def stamp(self, rings: Sequence[Ring], center: Pixel, reach: Pixel, outline: Sequence[Pixel], color: Color) -> None:
         """Paint a shape onto the surface of a tube, bent around it and cut off where the surface turns away.
 
         `center` and `reach` are (degrees around the tube, fraction of its height); `outline` is in -1..1.
@@ -155,34 +151,25 @@ class View:
 
     def patch(self, rings: Sequence[Ring], angle: float, half: float, top: float, bottom: float, color: Color) -> None:
         """Paint the surface of a tube within `half` degrees of `angle`, between two fractions of its height."""
-        self.stamp(rings, (angle, (top + bottom) / 2), (half, (bottom - top) / 2), _PATCH, color)
+        self.stamp(rings, (angle, (top + bottom) / 2), (half, (bottom - top) / 2), PATCH, color)
 
     def tube(self, rings: Sequence[Ring], garment: Garment) -> None:
-        """A torso, skirt or coat: rings from top to bottom, with pattern and shading."""
+        """Paint a torso, skirt or coat: rings from top to bottom, with pattern and shading."""
         self.band(rings, -1, 1, garment.color)
         hem = self.at(Point(0, rings[-1].y, rings[-1].z))
         sag = self.size * rings[-1].depth * math.sin(math.radians(self.pose.pitch)) + 1
         self.disc(hem, self.reach(rings[-1]), sag, garment.color)
-        self._pattern(rings, garment)
+        count = max(2, round((rings[0].y - rings[-1].y) / 0.09))
+        stripes = [((k + 0.3) / count, (k + 0.75) / count) for k in range(count)]
+        bands: dict[str, list[tuple[float, float]]] = {"stripes": stripes, "checks": stripes, "block": [(0, 0.42)]}
+        for top, bottom in bands.get(garment.pattern, ()):
+            between = [ring_at(rings, top + (bottom - top) * k / 4) for k in range(5)]
+            self.band(between, -1, 1, garment.second)
+        angles, half = VERTICAL_STRIPES.get(garment.pattern, ((), 0))
+        for angle in angles:
+            self.patch(rings, angle, half, 0, 1, garment.second)
         self.band(rings, -0.15 * self.light, -self.light, SHADE)
         self.band(rings, 0.3 * self.light, 0.8 * self.light, LIT)
-
-    def _pattern(self, rings: Sequence[Ring], garment: Garment) -> None:
-        if garment.pattern in ("stripes", "checks"):
-            count = max(2, round((rings[0].y - rings[-1].y) / 0.09))
-            for k in range(count):
-                self.band(_between(rings, (k + 0.3) / count, (k + 0.75) / count), -1, 1, garment.second)
-        if garment.pattern in ("columns", "checks"):
-            for angle in range(0, 360, 45):
-                self.patch(rings, angle, 9, 0, 1, garment.second)
-        if garment.pattern == "block":
-            self.band(_between(rings, 0, 0.42), -1, 1, garment.second)
-        if garment.pattern == "side stripe":
-            for angle in (90, 270):
-                self.patch(rings, angle, 14, 0, 1, garment.second)
-
-
-_PATCH = [(-1.0, k / 4) for k in range(-4, 5)] + [(1.0, -k / 4) for k in range(-4, 5)]
 
 
 def ring_at(rings: Sequence[Ring], v: float) -> Ring:
@@ -193,10 +180,6 @@ def ring_at(rings: Sequence[Ring], v: float) -> Ring:
             t = (upper.y - y) / ((upper.y - lower.y) or 1.0)
             return Ring(*(p + (q - p) * t for p, q in zip(upper, lower, strict=True)))
     return rings[-1]
-
-
-def _between(rings: Sequence[Ring], top: float, bottom: float) -> list[Ring]:
-    return [ring_at(rings, top + (bottom - top) * k / 4) for k in range(5)]
 
 
 def along(a: Point, b: Point, t: float) -> Point:

@@ -47,7 +47,7 @@ class Side(NamedTuple):
 class Skeleton(NamedTuple):
     """The joints of a pose; `sides` are left and right."""
 
-    sides: tuple[Side, Side]
+    sides: list[Side]
     neck: Point
     head: Point
 
@@ -58,7 +58,10 @@ def draw_person(view: View, person: Person) -> None:
     for side in sorted(bones.sides, key=lambda s: view.depth(s.hip) + 0.1 * view.depth(s.knee)):
         _leg(view, person, side)
     if person.lower.cut in ("skirt", "long skirt"):
-        _skirt(view, person, bones)
+        bulk, hip, length = person.body.bulk, bones.sides[0].hip.y, 0.24 if person.lower.cut == "skirt" else 0.4
+        flare = 0.02 + 0.1 * view.pose.stride * abs(math.sin(view.pose.phase))
+        waist, hips = Ring(hip + 0.06, 0.098 * bulk, 0.075 * bulk), Ring(hip - 0.05, 0.125 * bulk, 0.1 * bulk)
+        view.tube([waist, hips, Ring(hip - length, 0.15 * bulk, 0.12 * bulk + flare * length * 2)], person.lower)
     neck, chest = view.at(bones.neck), view.at(bones.neck._replace(y=bones.neck.y - 0.05, z=0))
     view.bone(neck, chest, 0.03 * view.size, 0.04 * view.size, darker(person.body.skin, 0.85))
     hair_in_front = view.depth(Point(0, 0, -0.16)) > 0.03
@@ -74,27 +77,24 @@ def draw_person(view: View, person: Person) -> None:
 
 def pose_skeleton(person: Person, pose: Pose) -> Skeleton:
     """The joints of a walking body: legs and arms swing in opposite phase, the leg that moves forward bends."""
-    hip_y = 0.48 * person.body.legs + 0.045
+    body = person.body
+    hip_y = 0.48 * body.legs + 0.045
     bob = 0.012 * pose.stride * math.cos(2 * pose.phase)
     top = hip_y + 0.30 + bob
-    sides = _side(person, pose, 1, hip_y + bob, top), _side(person, pose, -1, hip_y + bob, top)
+    sides = []
+    for side, phase in ((1, pose.phase), (-1, pose.phase + math.pi)):  # left and right are half a step apart
+        thigh = 0.5 * pose.stride * math.sin(phase)
+        bend = 0.08 + 0.85 * pose.stride * max(0.0, math.cos(phase)) ** 1.5
+        carries = person.bag.kind == "handbag" and (side > 0) == person.left_handed
+        arm = -thigh * (0.25 if carries else 1.0)
+        hip = Point(side * 0.058 * body.bulk, hip_y + bob, 0)
+        knee = _swing(hip, 0.24 * body.legs, thigh)
+        ankle = _swing(knee, 0.24 * body.legs, thigh - bend)
+        shoulder = Point(side * (0.114 * body.shoulders + 0.02 * (body.bulk - 1)), top - 0.04, 0)
+        elbow = _swing(shoulder, 0.155, arm - 0.05, side * 0.03)
+        hand = _swing(elbow, 0.15, arm + (0.1 if carries else 0.35), side * 0.004)
+        sides.append(Side(hip, knee, ankle, shoulder, elbow, hand))
     return Skeleton(sides, neck=Point(0, top + 0.02, 0.005), head=Point(0, top + 0.105, 0.018))
-
-
-def _side(person: Person, pose: Pose, side: int, hip_y: float, top: float) -> Side:
-    """The left (side 1) or right (-1) leg and arm; they are half a step apart."""
-    body, phase = person.body, pose.phase + (0.0 if side > 0 else math.pi)
-    thigh = 0.5 * pose.stride * math.sin(phase)
-    bend = 0.08 + 0.85 * pose.stride * max(0.0, math.cos(phase)) ** 1.5
-    carries = person.bag.kind == "handbag" and (side > 0) == person.left_handed
-    arm = -thigh * (0.25 if carries else 1.0)
-    hip = Point(side * 0.058 * body.bulk, hip_y, 0)
-    knee = _swing(hip, 0.24 * body.legs, thigh)
-    ankle = _swing(knee, 0.24 * body.legs, thigh - bend)
-    shoulder = Point(side * (0.114 * body.shoulders + 0.02 * (body.bulk - 1)), top - 0.04, 0)
-    elbow = _swing(shoulder, 0.155, arm - 0.05, side * 0.03)
-    hand = _swing(elbow, 0.15, arm + (0.1 if carries else 0.35), side * 0.004)
-    return Side(hip, knee, ankle, shoulder, elbow, hand)
 
 
 def _swing(start: Point, length: float, angle: float, spread: float = 0.0) -> Point:
@@ -149,18 +149,6 @@ def _shoe(view: View, person: Person, knee: Point, ankle: Point, color: Color) -
     view.limb(heel, toe, 0.034, 0.027, color)
 
 
-def _skirt(view: View, person: Person, bones: Skeleton) -> None:
-    bulk, hip = person.body.bulk, bones.sides[0].hip.y
-    length = 0.24 if person.lower.cut == "skirt" else 0.4
-    flare = 0.02 + 0.1 * view.pose.stride * abs(math.sin(view.pose.phase))
-    rings = [
-        Ring(hip + 0.06, 0.098 * bulk, 0.075 * bulk),
-        Ring(hip - 0.05, 0.125 * bulk, 0.1 * bulk),
-        Ring(hip - length, 0.15 * bulk, 0.12 * bulk + flare * length * 2),
-    ]
-    view.tube(rings, person.lower)
-
-
 def _upper_parts(view: View, person: Person, bones: Skeleton) -> list[Part]:
     """Torso, hood, arms and bag. The depth of the torso is 0."""
     rings = _torso_rings(person, bones)
@@ -189,9 +177,8 @@ def _torso_rings(person: Person, bones: Skeleton) -> list[Ring]:
         Ring(hip + 0.07, 0.104 * body.bulk * puff, 0.08 * body.bulk * puff),
         Ring(hip - 0.01, 0.114 * body.bulk * puff, 0.09 * body.bulk * puff),
     ]
-    if person.upper.cut == "coat":
-        rings.append(Ring(hip - 0.17, 0.135 * body.bulk, 0.125 * body.bulk))
-    return rings
+    coat = [Ring(hip - 0.17, 0.135 * body.bulk, 0.125 * body.bulk)]
+    return rings + coat if person.upper.cut == "coat" else rings
 
 
 def _torso(view: View, person: Person, rings: Sequence[Ring]) -> None:
@@ -219,10 +206,9 @@ def _arm(view: View, person: Person, side: Side) -> None:
     view.disc(view.at(hand), 0.026 * view.size, 0.03 * view.size, skin)
     if upper.cut in ("tank top", "t-shirt"):
         view.limb(elbow, hand, 0.028 * bulk, 0.02, skin)
-        if upper.cut == "tank top":
-            view.limb(shoulder, elbow, 0.038 * bulk, 0.03 * bulk, skin)
-        else:
-            view.limb(shoulder, elbow, 0.036 * bulk, 0.029 * bulk, skin)
+        radii = (0.038, 0.03) if upper.cut == "tank top" else (0.036, 0.029)
+        view.limb(shoulder, elbow, radii[0] * bulk, radii[1] * bulk, skin)
+        if upper.cut == "t-shirt":
             view.limb(shoulder, along(shoulder, elbow, 0.6), 0.04 * bulk, 0.042 * bulk, cloth, cuff=True)
         return
     thick = bulk * (1.18 if upper.cut in ("hoodie", "coat", "jacket") else 1.0)
@@ -239,10 +225,12 @@ def _bag(view: View, person: Person, bones: Skeleton, rings: Sequence[Ring]) -> 
     side, sign = (bones.sides[0], 1) if person.left_handed else (bones.sides[1], -1)
     color, bulk = person.bag.color, person.body.bulk
     if person.bag.kind == "backpack":
-        straps = view.depth(Point(0, 0, 0.1))
+        front = view.depth(Point(0, 0, 0.1))
+        near = max(0.001, front) if front > 0 else -1.0
+        straps = [(near, partial(view.patch, rings, angle, 9, 0.06, 0.62, color)) for angle in (38, -38)]
         return [
-            (view.depth(Point(0, 0, -0.17)), partial(_backpack, view, person, bones)),
-            (max(0.001, straps) if straps > 0 else -1.0, partial(_straps, view, rings, color)),
+            (view.depth(Point(0, 0, -0.17)), partial(_backpack, view, side.shoulder.y - 0.12, bulk, color)),
+            *straps,
         ]
     if person.bag.kind == "shoulder bag":
         hip = Point(sign * 0.17 * bulk, side.hip.y + 0.01, 0.02)
@@ -266,18 +254,21 @@ def _box(view: View, center: Point, width: float, depth: float, height: float, c
     view.draw.line([(x - reach, y - half * 0.3), (x + reach, y - half * 0.3)], fill=SHADE, width=max(1, int(half / 5)))
 
 
-def _backpack(view: View, person: Person, bones: Skeleton) -> None:
-    center = Point(0, bones.sides[0].shoulder.y - 0.12, -0.13 * person.body.bulk)
-    _box(view, center, 0.105, 0.075, 0.25, person.bag.color)
+def _backpack(view: View, height: float, bulk: float, color: Color) -> None:
+    z = -0.13 * bulk
+    _box(view, Point(0, height, z), 0.105, 0.075, 0.25, color)
     if view.turn[1] < -0.3:
-        x, y = view.at(center._replace(y=center.y - 0.05, z=center.z - 0.02))
-        r, pocket = 0.06 * view.size, darker(person.bag.color, 0.7)
-        view.draw.rounded_rectangle((x - r, y - r * 0.6, x + r, y + r * 0.7), radius=r * 0.3, fill=pocket)
+        x, y = view.at(Point(0, height - 0.05, z - 0.02))
+        r = 0.06 * view.size
+        pocket = x - r, y - r * 0.6, x + r, y + r * 0.7
+        view.draw.rounded_rectangle(pocket, radius=r * 0.3, fill=darker(color, 0.7))
 
 
-def _straps(view: View, rings: Sequence[Ring], color: Color) -> None:
-    for angle in (38, -38):
-        view.patch(rings, angle, 9, 0.06, 0.62, color)
+def _handbag(view: View, hand: Point, color: Color) -> None:
+    x, y = view.at(hand)
+    r = 0.04 * view.size
+    view.draw.arc((x - r, y - r * 0.6, x + r, y + r * 2), 180, 360, fill=darker(color, 0.7), width=max(1, int(r / 4)))
+    _box(view, hand._replace(y=hand.y - 0.1), 0.045, 0.095, 0.12, color)
 
 
 def _strap(view: View, rings: Sequence[Ring], sign: int, color: Color) -> None:
@@ -287,13 +278,6 @@ def _strap(view: View, rings: Sequence[Ring], sign: int, color: Color) -> None:
     line = [view.on(ring, angle) for ring, angle in path if view.sees(angle)]
     if len(line) > 1:
         view.line(line, 0.026, color)
-
-
-def _handbag(view: View, hand: Point, color: Color) -> None:
-    x, y = view.at(hand)
-    r = 0.04 * view.size
-    view.draw.arc((x - r, y - r * 0.6, x + r, y + r * 2), 180, 360, fill=darker(color, 0.7), width=max(1, int(r / 4)))
-    _box(view, hand._replace(y=hand.y - 0.1), 0.045, 0.095, 0.12, color)
 
 
 def _head(view: View, person: Person, head: Point) -> None:

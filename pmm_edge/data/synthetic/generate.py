@@ -7,7 +7,7 @@ import io
 import json
 import signal
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -24,21 +24,21 @@ from pmm_edge.data.layouts import GALLERY, QUERY, TRAIN
 from pmm_edge.data.synthetic.canvas import Pose, View
 from pmm_edge.data.synthetic.figure import draw_person
 from pmm_edge.data.synthetic.person import MAX_GROUP, make_person
-from pmm_edge.data.synthetic.scene import Camera, background, encode, expose, make_camera, occlude, shadow
+from pmm_edge.data.synthetic.scene import Camera, background, make_camera, occlude, photograph, shadow
 from pmm_edge.errors import OutputError, PmmError
 from pmm_edge.files import cache_folder, check_output, folder_written_whole, written_whole
 from pmm_edge.machine import threads
 
 VERSION = 1
 """Version of the generator. The same version, configuration and seed give the same bytes."""
-SEQUENCES = 6
-FRAMES_APART = 12
-CHUNK = 64
-SHEET_GAP = 4
+SEQUENCES, FRAMES_APART = 6, 12
+CHUNK, SHEET_GAP = 64, 4
 SHEET_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 Number = TypeVar("Number", int, float)
 
 Kind = Literal["detected", "drawn", "junk", "stranger", "clutter"]
+Figure = tuple[int, float, float, float, Pose]
+"""A person in an image: pid; x, ground and size as fractions of the image; pose."""
 
 
 def _setting(default: Number, low: Number, high: Number, text: str) -> Number:
@@ -48,11 +48,7 @@ def _setting(default: Number, low: Number, high: Number, text: str) -> Number:
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What to draw. The defaults give about 3,500 training and 2,450 test images.
-
-    Raises:
-        PmmError: a value is out of range.
-    """
+    """What to draw. The defaults give about 3,500 training and 2,450 test images."""
 
     train_identities: int = _setting(200, 2, 4000, "People in bounding_box_train")
     test_identities: int = _setting(100, 1, 4000, "Other people, in query and bounding_box_test")
@@ -84,9 +80,20 @@ class Shot(NamedTuple):
 
 
 def plan(config: SyntheticConfig) -> list[Shot]:
-    """List all images of the data set in a fixed order."""
+    """List all images of the data set in a fixed order.
+
+    As in Market-1501, one hand-drawn box of a test identity in each camera is a query.
+    """
+    shots: list[Shot] = []
     people = config.train_identities + config.test_identities
-    shots = [shot for pid in range(1, people + 1) for shot in _visits(config, pid)]
+    for pid in range(1, people + 1):
+        rng = np.random.default_rng((config.seed, 6, pid))
+        count = int(rng.integers(max(2, (config.cameras + 1) // 2), config.cameras + 1))
+        folders = [QUERY, GALLERY] if pid > config.train_identities else [TRAIN, TRAIN]
+        for camera in sorted(int(c) + 1 for c in rng.permutation(config.cameras)[:count]):
+            for number in range(config.images):
+                folder = folders[min(number, 1)]
+                shots.append(_shot(config, folder, pid, camera, number, "drawn" if folder == QUERY else "detected"))
     gallery = [shot for shot in shots if shot.folder == GALLERY]
     rng = np.random.default_rng((config.seed, 5))
     for index in sorted(rng.permutation(len(gallery))[: round(config.junk * len(gallery))]):
@@ -106,19 +113,6 @@ def count_images(config: SyntheticConfig) -> dict[str, int]:
     return {name: counts[name] for name in (TRAIN, QUERY, GALLERY, "junk", "distractors")}
 
 
-def _visits(config: SyntheticConfig, pid: int) -> Iterator[Shot]:
-    """All images of one identity. As in Market-1501, one hand-drawn box in each camera is its query."""
-    rng = np.random.default_rng((config.seed, 6, pid))
-    count = int(rng.integers(max(2, (config.cameras + 1) // 2), config.cameras + 1))
-    tested = pid > config.train_identities
-    for camera in sorted(int(c) + 1 for c in rng.permutation(config.cameras)[:count]):
-        for number in range(config.images):
-            if tested and number == 0:
-                yield _shot(config, QUERY, pid, camera, number, "drawn")
-            else:
-                yield _shot(config, GALLERY if tested else TRAIN, pid, camera, number, "detected")
-
-
 def _shot(config: SyntheticConfig, folder: str, pid: int, camera: int, number: int, kind: Kind) -> Shot:
     """Name an image `<pid>_c<camera>s<sequence>_<frame>_<box>.jpg`; people pass a camera one after the other."""
     rng = np.random.default_rng((config.seed, 7, pid, camera, number))
@@ -129,16 +123,6 @@ def _shot(config: SyntheticConfig, folder: str, pid: int, camera: int, number: i
     label = {"junk": "-1", "stranger": "0000", "clutter": "0000"}.get(kind, f"{pid:04d}")
     name = f"{label}_c{camera}s{sequence + 1}_{frame:06d}_{box:02d}.jpg"
     return Shot(folder, name, pid, camera, number, kind)
-
-
-class Figure(NamedTuple):
-    """A person in an image; place and size are fractions of the image."""
-
-    pid: int
-    x: float
-    ground: float
-    size: float
-    pose: Pose
 
 
 def render(config: SyntheticConfig, shot: Shot) -> bytes:
@@ -152,14 +136,14 @@ def render(config: SyntheticConfig, shot: Shot) -> bytes:
     width, height = config.width * scale, config.height * scale
     scene = background(config.seed, shot.camera, camera.horizon, (width, height), rng)
     draw = ImageDraw.Draw(scene, "RGBA")
-    for figure in _figures(config, shot, camera, rng) if shot.kind != "clutter" else ():
-        person = make_person(config.seed, figure.pid, config.group_size)
-        place = figure.x * width, figure.ground * height, figure.size * height * person.body.height
+    for pid, x, ground, size, pose in _figures(config, shot, camera, rng) if shot.kind != "clutter" else ():
+        person = make_person(config.seed, pid, config.group_size)
+        place = x * width, ground * height, size * height * person.body.height
         shadow(draw, *place, camera.light)
-        draw_person(View(draw, *place, figure.pose, camera.light), person)
+        draw_person(View(draw, *place, pose, camera.light), person)
     if shot.kind != "drawn" and rng.random() < 0.2:
         occlude(draw, width, height, rng)
-    return encode(camera, expose(camera, scene.reduce(scale), rng))
+    return photograph(camera, scene.reduce(scale), rng)
 
 
 def _figures(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Generator) -> list[Figure]:
@@ -169,37 +153,25 @@ def _figures(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random
     x, ground, size = (rng.normal(0, 1, 3) * spread * (0.06, 0.025, 0.065)).tolist()
     if shot.kind == "junk":
         x += 0.3 if x > 0 else -0.3
-    person = Figure(shot.pid, 0.5 + x, 0.955 + ground, 0.9 * float(np.exp(size)), _pose(config, shot, camera, rng))
+    x, ground, size = 0.5 + x, 0.955 + ground, 0.9 * float(np.exp(size))
+    # A person passes a camera in one direction, turns a little within the passage and walks on.
+    visit = np.random.default_rng((config.seed, 9, shot.pid, shot.camera))
+    heading = camera.heading + float(visit.normal(0, 28)) + (180.0 if visit.random() < 0.3 else 0.0)
+    heading += float(rng.normal(0, 14))
+    phase, stride = rng.uniform((0, 0.15), (2 * np.pi, 1.0)).tolist()
+    pose = Pose(heading, camera.pitch, phase, stride)
+    person = shot.pid, x, ground, size, pose
     stranger = 20000 + int(rng.integers(10000))
-    aside, ground, size = rng.uniform((0.3, -0.03, 0.85), (0.55, 0.03, 1.1)).tolist()
-    passer_by = Figure(
-        stranger,
-        person.x + float(rng.choice((-1, 1)) * aside),
-        person.ground + ground,
-        person.size * size,
-        person.pose._replace(heading=float(rng.uniform(0, 360)), phase=person.pose.phase + 2),
-    )
+    aside, lower, larger = rng.uniform((0.3, -0.03, 0.85), (0.55, 0.03, 1.1)).tolist()
+    aside *= float(rng.choice((-1, 1)))
+    passing = pose._replace(heading=float(rng.uniform(0, 360)), phase=phase + 2)
+    passer_by = stranger, x + aside, ground + lower, size * larger, passing
     crowded = 0.5 if shot.kind == "drawn" else float(rng.random())
     return [passer_by] * (crowded < 0.12) + [person] + [passer_by] * (crowded > 0.95)
 
 
-def _pose(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Generator) -> Pose:
-    """A person passes a camera in one direction, turns a little within the passage and walks on."""
-    visit = np.random.default_rng((config.seed, 9, shot.pid, shot.camera))
-    heading = camera.heading + float(visit.normal(0, 28)) + (180.0 if visit.random() < 0.3 else 0.0)
-    return Pose(
-        heading=heading + float(rng.normal(0, 14)),
-        pitch=camera.pitch,
-        phase=float(rng.uniform(0, 2 * np.pi)),
-        stride=float(rng.uniform(0.15, 1.0)),
-    )
-
-
 def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) -> Image.Image:
-    """Draw test identities as rows and cameras as columns, with a gap where a camera has not seen the person.
-
-    Neighboring identities wear the same clothes (`SyntheticConfig.group_size`).
-    """
+    """Draw test identities as rows and cameras as columns, with a gap where a camera has not seen the person."""
     config = config or SyntheticConfig()
     first, rows = config.train_identities + 1, min(identities, config.test_identities)
     cell_width, cell_height = config.width + SHEET_GAP, config.height + SHEET_GAP
@@ -221,7 +193,7 @@ def make_synthetic(
     sheet: Path | None = None,
     report: Report = silent,
 ) -> dict[str, int]:
-    """Write a synthetic data set in the layout of Market-1501.
+    """Write a synthetic data set in the layout of Market-1501, and return its `count_images`.
 
     `synthetic.json` records the configuration. The bytes depend on the configuration alone, not on the number of
     processes. If drawing is interrupted or fails, nothing remains under `folder`.
@@ -232,9 +204,6 @@ def make_synthetic(
         workers: number of processes; one for each usable core by default.
         sheet: .jpg or .png file for a contact sheet.
         report: called with the number of images drawn.
-
-    Returns:
-        The number of images, see `count_images`.
 
     Raises:
         OutputError: `folder` exists and is not empty, or a file cannot be written.
@@ -261,11 +230,7 @@ def make_synthetic(
 
 
 def cached_synthetic(config: SyntheticConfig | None = None, *, report: Report = silent) -> Path:
-    """Return the folder of a synthetic data set in the user's cache folder; draw it if it does not exist.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Return the folder of a synthetic data set in the user's cache folder; draw it if it does not exist."""
     config = config or SyntheticConfig()
     recipe = json.dumps([VERSION, asdict(config)])
     folder = cache_folder() / f"synthetic-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -294,10 +259,8 @@ def _write_all(config: SyntheticConfig, shots: list[Shot], folder: Path, workers
         for future in as_completed([pool.submit(_write_chunk, config, folder, chunk) for chunk in chunks]):
             yield future.result()
     except BrokenProcessPool as error:
-        raise PmmError(
-            "a process that draws images ended early",
-            "In a script, call make_synthetic under `if __name__ == '__main__':` or with workers=1",
-        ) from error
+        remedy = "In a script, call make_synthetic under `if __name__ == '__main__':` or with workers=1"
+        raise PmmError("a process that draws images ended early", remedy) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -84,55 +84,51 @@ class Person(NamedTuple):
     shoes: Detail
     logo: Detail
     bag: Detail
-    left_handed: bool
-    """The side that carries the bag."""
+    left_handed: bool  # the side that carries the bag
 
 
 @functools.lru_cache(maxsize=4096)
 def make_person(seed: int, pid: int, group_size: int) -> Person:
     """Create person `pid` >= 1 of the data set `seed`; pids 1..group_size form the first group, and so on."""
     group, member = divmod(pid - 1, group_size)
-    rng = np.random.default_rng((seed, 1, group))
-    color, second = _two_colors(rng, CLOTH)
-    cut = _one(rng, UPPER_CUTS)
-    upper = Garment(cut, "plain" if cut == "jacket" else _one(rng, UPPER_PATTERNS), color, second)
-    color, second = _two_colors(rng, DENIM)
-    lower = Garment(_one(rng, LOWER_CUTS), _one(rng, LOWER_PATTERNS), color, second)
-    shoe_colors = [color for color in SHOE_COLORS if _differ(color, lower.color)]
-    logo_colors = [color for color in VIVID if _differ(color, upper.color) and _differ(color, upper.second)]
-    own = np.random.default_rng((seed, 2, pid))
+    shared, own = np.random.default_rng((seed, 1, group)), np.random.default_rng((seed, 2, pid))
+
+    def deal(options: Sequence[T]) -> T:
+        """Shuffle `options` for the whole group and return those of this member."""
+        return options[int(shared.permutation(len(options))[member % len(options)])]
+
+    def detail(kinds: Sequence[str], colors: Sequence[Color]) -> Detail:
+        kind, color = deal(kinds), deal(colors)
+        return Detail(kind, color if kind != "none" else (0, 0, 0))
+
+    color, second = _two_colors(shared, CLOTH)
+    cut = _one(shared, UPPER_CUTS)
+    upper = Garment(cut, "plain" if cut == "jacket" else _one(shared, UPPER_PATTERNS), color, second)
+    color, second = _two_colors(shared, DENIM)
+    lower = Garment(_one(shared, LOWER_CUTS), _one(shared, LOWER_PATTERNS), color, second)
     height, bulk, shoulders, legs = (1 + own.uniform(-1, 1, 4) * (0.06, 0.16, 0.1, 0.06)).tolist()
     return Person(
         body=Body(height, bulk, shoulders, legs, _one(own, SKIN)),
         upper=upper,
         lower=lower,
-        hair=_detail(rng, HAIR_STYLES, HAIR, member),
-        hat=_detail(rng, HATS, VIVID, member),
-        shoes=Detail(_one(own, SHOES), _deal(rng, shoe_colors, member)),
-        logo=_detail(rng, LOGOS, logo_colors, member),
-        bag=_detail(rng, BAGS, BAG_COLORS, member),
+        hair=detail(HAIR_STYLES, HAIR),
+        hat=detail(HATS, VIVID),
+        shoes=Detail(_one(own, SHOES), deal(_unlike(SHOE_COLORS, lower.color))),
+        logo=detail(LOGOS, _unlike(_unlike(VIVID, upper.color), upper.second)),
+        bag=detail(BAGS, BAG_COLORS),
         left_handed=bool(own.random() < 0.5),
     )
-
-
-def _detail(rng: np.random.Generator, kinds: Sequence[str], colors: Sequence[Color], member: int) -> Detail:
-    kind, color = _deal(rng, kinds, member), _deal(rng, colors, member)
-    return Detail(kind, color if kind != "none" else (0, 0, 0))
 
 
 def _one(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _deal(rng: np.random.Generator, options: Sequence[T], member: int) -> T:
-    """Shuffle `options` for a whole group and return those of one member."""
-    return options[int(rng.permutation(len(options))[member % len(options)])]
-
-
 def _two_colors(rng: np.random.Generator, colors: Sequence[Color]) -> tuple[Color, Color]:
     first = _one(rng, colors)
-    return first, _one(rng, [color for color in colors if _differ(color, first)])
+    return first, _one(rng, _unlike(colors, first))
 
 
-def _differ(a: Color, b: Color) -> bool:
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) > 130
+def _unlike(colors: Sequence[Color], other: Color) -> list[Color]:
+    """Those of `colors` that differ clearly from `other`."""
+    return [color for color in colors if sum(abs(x - y) for x, y in zip(color, other, strict=True)) > 130]

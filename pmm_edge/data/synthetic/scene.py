@@ -34,7 +34,7 @@ class Camera(NamedTuple):
     pitch: float  # degrees that it looks down
     horizon: float  # where the ground meets the wall, as a fraction of the height
     light: float
-    cast: tuple[float, float, float]  # factors on red, green and blue
+    cast: list[float]  # factors on red, green and blue
     exposure: float
     contrast: float
     saturation: float
@@ -49,26 +49,19 @@ def make_camera(seed: int, number: int) -> Camera:
     """Create camera `number` (from 1) of the data set `seed`. Neighboring numbers differ in cast and exposure."""
     rng = np.random.default_rng((seed, 4, number))
     hue = 2 * math.pi * (0.1 * rng.random() + 0.382 * number)
-    strength = float(rng.uniform(0.06, 0.17))
-    red, green, blue = (1 + strength * math.cos(hue - k * 2 * math.pi / 3) for k in range(3))
+    strength, pitch, horizon = rng.uniform((0.06, 3, 0.28), (0.17, 24, 0.5)).tolist()
+    light = float(rng.choice((-1.0, 1.0)))
+    cast = [1 + strength * math.cos(hue - k * 2 * math.pi / 3) for k in range(3)]
+    exposure = (0.72, 1.15, 0.88, 1.02, 0.8, 1.25)[(number * 5 + seed) % 6]
+    contrast, saturation, haze, blur, noise = rng.uniform((0.8, 0.65, 0, 0, 1.5), (1.15, 1.15, 0.12, 0.8, 5)).tolist()
     return Camera(
-        heading=HEADINGS[number - 1],
-        pitch=float(rng.uniform(3, 24)),
-        horizon=float(rng.uniform(0.28, 0.5)),
-        light=float(rng.choice((-1.0, 1.0))),
-        cast=(red, green, blue),
-        exposure=(0.72, 1.15, 0.88, 1.02, 0.8, 1.25)[(number * 5 + seed) % 6],
-        contrast=float(rng.uniform(0.8, 1.15)),
-        saturation=float(rng.uniform(0.65, 1.15)),
-        haze=float(rng.uniform(0, 0.12)),
-        blur=float(rng.uniform(0.0, 0.8)),
-        noise=float(rng.uniform(1.5, 5)),
-        quality=int(rng.integers(60, 92)),
+        *(HEADINGS[number - 1], pitch, horizon, light, cast, exposure),
+        *(contrast, saturation, haze, blur, noise, int(rng.integers(60, 92))),
     )
 
 
-def expose(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Apply blur, color cast, exposure, contrast, haze and noise.
+def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> bytes:
+    """Apply blur, color cast, exposure, contrast, haze and noise, and compress to JPEG.
 
     Exposure and cast drift from image to image, like daylight and automatic white balance.
     """
@@ -86,13 +79,8 @@ def expose(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> Imag
     pixels += camera.haze * (1 - pixels)
     pixels *= np.linspace(1 - sideways, 1 + sideways, scene.width, dtype=np.float32)[None, :, None]
     pixels += rng.normal(0, camera.noise / 255, (*pixels.shape[:2], 1)).astype(np.float32)
-    return Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
-
-
-def encode(camera: Camera, image: Image.Image) -> bytes:
-    """Compress to JPEG at the camera's quality."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=camera.quality)
+    Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8)).save(buffer, "JPEG", quality=camera.quality)
     return buffer.getvalue()
 
 
@@ -122,7 +110,14 @@ def panorama(seed: int, camera: int, horizon: float) -> Image.Image:
         width = float(rng.uniform(60, 200))
         _fixture(draw, rng, kind, x, width, line)
         x += width + float(rng.uniform(10, 70))
-    return _textured(image.filter(ImageFilter.GaussianBlur(2.0)), rng, 8.0 if kind == "park" else 5.0)
+    # Uneven light and dirt; otherwise each flat area would fall into one bin of a histogram.
+    strength = 8.0 if kind == "park" else 5.0
+    total = np.zeros((HEIGHT, WIDTH), np.float32)
+    for scale, cell in ((strength, 4), (2.0 * strength, 64)):
+        grain = rng.normal(0, scale, (HEIGHT // cell, WIDTH // cell)).astype(np.float32)
+        total += np.asarray(Image.fromarray(grain).resize((WIDTH, HEIGHT)))
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(2.0))) + total[..., None]
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def _ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line: int) -> None:
@@ -139,8 +134,8 @@ def _ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line
         draw.line((0, curb, WIDTH, curb), fill=(60, 60, 60, 255), width=6)
         top, bottom = HEIGHT - 70, HEIGHT - 40
         for dash in range(0, WIDTH, 260):
-            corners = [(dash, top), (dash + 120, top), (dash + 90, bottom), (dash - 30, bottom)]
-            draw.polygon(corners, fill=(232, 228, 200, 220))
+            mark = [(dash, top), (dash + 120, top), (dash + 90, bottom), (dash - 30, bottom)]
+            draw.polygon(mark, fill=(232, 228, 200, 220))
     else:
         for _ in range(60):
             x, y, r = (float(value) for value in rng.uniform((0, line, 20), (WIDTH, HEIGHT, 120)))
@@ -176,16 +171,6 @@ def _fixture(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, x: 
         draw.polygon([(x, line * 0.7), (x + width * 0.5, top), (end, top)], fill=(200, 220, 236, 70))
     else:
         draw.rectangle((x, top, x + width * 0.7, line), fill=tint)
-
-
-def _textured(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Add uneven light and dirt; otherwise each flat area would fall into one bin of a histogram."""
-    fine = rng.normal(0, strength, (HEIGHT // 4, WIDTH // 4))
-    coarse = rng.normal(0, 2.0 * strength, (HEIGHT // 64, WIDTH // 64))
-    total = np.zeros((HEIGHT, WIDTH), np.float32)
-    for grain in (fine, coarse):
-        total += np.asarray(Image.fromarray(grain.astype(np.float32)).resize((WIDTH, HEIGHT)))
-    return Image.fromarray(np.clip(np.asarray(image) + total[..., None], 0, 255).astype(np.uint8))
 
 
 def shadow(draw: ImageDraw.ImageDraw, x: float, ground: float, size: float, light: float) -> None:
