@@ -22,6 +22,10 @@ from pmm_edge.runtime.certificate import certificate_path, read_certificate
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("measure_latency", "measure_end_to_end"):
         monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), min_runs=2, min_seconds=0))
+    monkeypatch.setattr("pmm_edge.bench.timing.MAX_WARM_UP_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline, "measure_cold_start", lambda *_: None)  # it starts processes that import torch
+    monkeypatch.setattr(pipeline, "network_pictures", lambda *_, **__: [])
+    monkeypatch.setattr("pmm_edge.bench.html.charts", lambda *_: {})
 
 
 def test_without_arguments_the_exports_of_the_newest_run(pmm: Callable, run: Path) -> None:
@@ -65,14 +69,13 @@ def test_a_failed_gate_is_exit_code_1(pmm: Callable, run: Path, tiny_onnx: Path)
     broken = run / "export" / "broken.onnx"
     onnx.save(model, broken)
     certificate_path(broken).write_text("of another day")
-    ended = pmm("bench", "--parity-only")
+    ended = pmm("bench", broken, "--parity-only", "--limit", 6)
     assert ended.exit_code == 1
     assert f"error: {broken} " in ended.stderr
     assert str(run / "bench.json") in ended.stderr.strip().splitlines()[-1]
     assert not certificate_path(broken).exists()
     saved = json.loads((run / "bench.json").read_text())
     assert saved["passed"] is False
-    assert [bool(model["failures"]) for model in saved["models"]] == [True, False]
     assert saved["models"][0]["likely_cause"]["cause"]
     before = {**saved, "models": [{**model, "failures": []} for model in saved["models"]]}
     Path("before.json").write_text(json.dumps(before))
