@@ -22,47 +22,37 @@ from pmm_edge.runtime.manifest import manifest_path, read_manifest
 
 @dataclass(frozen=True)
 class Certification:
-    """Result of `write_certificates`."""
+    """Certificates that were written and removed; by model path, why a model that did not fail is not certified."""
 
     written: list[Path] = field(default_factory=list)
-    """Certificates of models that passed."""
     removed: list[Path] = field(default_factory=list)
-    """Old certificates of models that failed."""
     refused: dict[str, str] = field(default_factory=dict)
-    """By the model's path: why a model that did not fail is not certified."""
 
 
 def write_certificates(report: BenchReport) -> Certification:
     """Certify each model that passed, and remove the certificates of those that failed.
 
     A certificate needs a complete bench on all queries and the gallery. Otherwise a model keeps the certificate that it
-    has.
-
-    Raises:
-        OutputError: the certificate of a model that failed cannot be removed.
+    has. Raises OutputError if the certificate of a model that failed cannot be removed.
     """
     found = Certification()
     for model in report.models:
         path = certificate_path(Path(model.path))
         if model.failures:
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise OutputError(
-                    f"cannot remove {path}, the certificate of a model that failed: {error.strerror}", "Remove it"
-                ) from error
-            found.removed.append(path)
+            if path.exists():
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise OutputError(f"cannot remove {path} of a model that failed: {error}", "Remove it") from error
+                found.removed.append(path)
         elif reason := _refusal(report, model):
             found.refused[model.path] = reason
         else:
             try:
                 _certificate(report, model).save(path)
+                found.written.append(path)
             except (PmmError, OSError) as error:
                 found.refused[model.path] = str(error)
-            else:
-                found.written.append(path)
     return found
 
 
@@ -82,25 +72,37 @@ def _refusal(report: BenchReport, model: ModelReport) -> str | None:
 
 
 def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
-    path = Path(model.path)
+    """Return the certificate of a model, without folders and image names: it travels, and images show people."""
+    path, manifest_sha256, onnx_sha256 = Path(model.path), None, None
     if path.suffix == ".engine":
         manifest = read_manifest(path)
         spec, manifest_sha256, onnx_sha256 = manifest.spec, sha256(manifest_path(path)), manifest.onnx_sha256
     else:
-        spec, manifest_sha256, onnx_sha256 = load(path, "cpu").spec, None, None
+        spec = load(path, "cpu").spec
+    parity, change = model.parity, model.retrieval_change
+    assert parity is not None and change is not None
+    stages = {name: replace(stage, worst_image="") for name, stage in parity.stages.items()}
+    whole = replace(parity.whole, worst_image="")
+    anonymous = replace(
+        model,
+        path=_name(model.path),
+        invariants=[replace(one, image="", other_image="") for one in model.invariants],
+        parity=replace(parity, whole=whole, stages=stages, stretched_image=""),
+        retrieval_change=replace(change, first_hits=[]),
+    )
     return Certificate(
-        model=_name(path),
+        model=_name(model.path),
         sha256=model.sha256,
         file_bytes=model.file_bytes,
         engine_manifest_sha256=manifest_sha256,
         engine_onnx_sha256=onnx_sha256,
         spec=spec,
-        reference=_name(Path(report.reference.path)),
+        reference=_name(report.reference.path),
         reference_sha256=report.reference.sha256,
-        data=_name(Path(report.data)),
+        data=_name(report.data),
         data_sha256=report.data_sha256,
         images=report.images,
-        report=msgspec.to_builtins(_without_paths(model)),
+        report=msgspec.to_builtins(anonymous),
         environment=msgspec.to_builtins(report.environment),
         warnings=[describe_warning(warning) for warning in report.warnings],
         created=report.created,
@@ -108,44 +110,21 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
     )
 
 
-def _without_paths(model: ModelReport) -> ModelReport:
-    """Remove folders and image names: a certificate travels with the model, and images show people."""
-    parity, change = model.parity, model.retrieval_change
-    assert parity is not None and change is not None
-    return replace(
-        model,
-        path=_name(Path(model.path)),
-        invariants=[replace(one, image="", other_image="") for one in model.invariants],
-        parity=replace(
-            parity,
-            whole=replace(parity.whole, worst_image=""),
-            stages={name: replace(stage, worst_image="") for name, stage in parity.stages.items()},
-            stretched_image="",
-        ),
-        retrieval_change=replace(change, first_hits=[]),
-    )
+def _name(path: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in Path(path).resolve().name)
 
 
 def report_of(certificate: Certificate) -> ModelReport:
-    """Return the model's report that a certificate holds.
-
-    Raises:
-        ModelError: it is not a report of this version.
-    """
+    """Return the model's report that a certificate holds; raise ModelError if it is not one of this version."""
     return decode_json(ModelReport, encode_json(certificate.report), f"the report on {certificate.model}", ModelError)
-
-
-def _name(path: Path) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in path.resolve().name)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """A model compared with its certificate."""
+    """A model compared with its certificate, which is None if it is missing or invalid."""
 
     model: Path
     certificate: Certificate | None
-    """None where the model has no valid certificate."""
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -183,11 +162,10 @@ def verify(
     for path in (*models, *([reference] if reference else [])):
         if not path.is_file():
             raise ModelError(f"{path} does not exist", "Name a file that pmm bench has measured")
-    data_hash = None
+    data_hash, reference_hash = None, sha256(reference) if reference else None
     if data is not None:
         dataset = read(data, layout)
         data_hash = data_sha256([*dataset.query.paths, *dataset.gallery.paths], dataset.root, report)
-    reference_hash = sha256(reference) if reference else None
     found = []
     for model in models:
         try:

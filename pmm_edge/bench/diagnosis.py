@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from pmm_edge.bench.report import Cause, Departure, LikelyCause
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import ModelError
 from pmm_edge.images import Pixels, network_input, normalize
-from pmm_edge.retrieval.distances import cosines
+from pmm_edge.retrieval.distances import cosines, unit_length
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embedder import INPUT, Embeddings
 from pmm_edge.spec import InputSpec, ModelSpec
@@ -37,15 +37,11 @@ Planes = NDArray[np.float32]
 # Known mistakes: the reference is fed what each mistake would feed it, and compared with the model
 
 
-def _nhwc_as_nchw(pixels: Planes) -> Planes:
-    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)).reshape(pixels.shape)
-
-
 PIXEL_MISTAKES: Mapping[Cause, Callable[[Planes], Planes]] = {
     Cause.BGR: lambda x: x[:, ::-1],
     Cause.MIRRORED: lambda x: x[..., ::-1],
     Cause.UPSIDE_DOWN: lambda x: x[:, :, ::-1],
-    Cause.NHWC_AS_NCHW: _nhwc_as_nchw,
+    Cause.NHWC_AS_NCHW: lambda x: np.ascontiguousarray(x.transpose(0, 2, 3, 1)).reshape(x.shape),
 }
 """(N, 3, H, W) pixels in 0..255 -> the wrong pixels, which are then normalized correctly."""
 NORMALIZATION_MISTAKES: Mapping[Cause, Callable[[Planes, InputSpec], Planes]] = {
@@ -73,23 +69,16 @@ def likely_cause(
 ) -> LikelyCause | None:
     """Return the known mistake that explains the difference between a model and the reference, or None.
 
-    Args:
-        reference: the reference, which is run on wrong inputs.
-        right: (N, D), its embeddings of the images.
-        candidate: (N, D), the model's embeddings.
-        spec: the model's.
-        images: (N, height, width, 3) uint8 of the reference's size.
-        report: called for each mistake.
+    `right` are the reference's and `candidate` the model's embeddings of `images`, (N, D) each; `spec` is the model's,
+    and `images` are (N, height, width, 3) uint8 of the reference's size. The reference is run on wrong inputs.
     """
     tried = [
-        LikelyCause(cause, float(cosines(wrong, candidate).mean()), stages)
+        (float(cosines(wrong, candidate).mean()), cause, stages)
         for cause, stages, wrong in (*_wrong_outputs(right, spec), *_wrong_inputs(reference, images, report))
     ]
-    best = max(tried, key=lambda one: one.cosine or 0.0, default=None)
-    if best is None or best.cosine is None or best.cosine < MIN_COSINE:
-        return None
+    cosine, cause, stages = max(tried, key=lambda one: one[0])
     unexplained = MAX_UNEXPLAINED * (1 - float(cosines(right, candidate).mean()))
-    return best if 1 - best.cosine <= unexplained else None
+    return LikelyCause(cause, cosine, stages) if cosine >= MIN_COSINE and 1 - cosine <= unexplained else None
 
 
 def _wrong_outputs(right: Embeddings, spec: ModelSpec) -> Iterator[tuple[Cause, tuple[str, ...], Embeddings]]:
@@ -100,25 +89,23 @@ def _wrong_outputs(right: Embeddings, spec: ModelSpec) -> Iterator[tuple[Cause, 
     for order in permutations(slices):
         if order != tuple(slices):
             yield Cause.STAGES_SWAPPED, order, np.concatenate([slices[name] for name in order], axis=1)
-    lengths = [np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in slices.values()]
-    units = [part / length for part, length in zip(slices.values(), lengths, strict=True)]
-    yield Cause.STAGES_NORMALIZED, (), np.concatenate(units, axis=1)
+    yield Cause.STAGES_NORMALIZED, (), np.concatenate([unit_length(part) for part in slices.values()], axis=1)
 
 
 def _wrong_inputs(
     reference: Embedder, images: Pixels, report: Report
 ) -> Iterator[tuple[Cause, tuple[str, ...], Embeddings]]:
     """Yield the reference's embeddings of inputs that each mistake would feed it."""
-    size, what, total = reference.spec.input, "looking for the cause", len(PIXEL_MISTAKES) + len(NORMALIZATION_MISTAKES)
-    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
+    what, pixels = "looking for the cause", np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
+    total = len(PIXEL_MISTAKES) + len(NORMALIZATION_MISTAKES)
     for done, (cause, spoil) in enumerate(PIXEL_MISTAKES.items()):
         report(what, done, total, cause.value)
         wrong = np.ascontiguousarray(spoil(pixels).transpose(0, 2, 3, 1).astype(np.uint8))
         yield cause, (), reference.embed_prepared(wrong)
     for done, (cause, change) in enumerate(NORMALIZATION_MISTAKES.items(), start=len(PIXEL_MISTAKES)):
         report(what, done, total, cause.value)
-        embeddings = reference.embed_normalized(np.ascontiguousarray(change(pixels, size), dtype=np.float32))
-        if embeddings is not None:
+        planes = np.ascontiguousarray(change(pixels, reference.spec.input), dtype=np.float32)
+        if (embeddings := reference.embed_normalized(planes)) is not None:
             yield cause, (), embeddings
     report(what, total, total)
 
@@ -140,16 +127,10 @@ _Value = NDArray[Any]
 def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Departure:
     """Return the first node whose inputs agree with the reference and whose output does not.
 
-    Where no single node is at fault, as when rounding accumulates, return the node that loses most.
-
-    Args:
-        model: an ONNX file.
-        reference: an ONNX file, a checkpoint or exported weights; the latter two are exported in FP32 first.
-        image: (1, height, width, 3) uint8 of the model's size.
-
-    Raises:
-        ModelError: the onnx package is missing, one of the two cannot be read as a graph, or the graphs have nothing in
-            common or agree at every node.
+    Where no single node is at fault, as when rounding accumulates, return the node that loses most. The model is an
+    ONNX file; a reference that is a checkpoint is exported in FP32 first. `image` is (1, height, width, 3) uint8 of the
+    model's size. Raises ModelError if the onnx package is missing, one of the two cannot be read as a graph, or the
+    graphs have nothing in common or agree at every node.
     """
     if model.path.suffix != ".onnx":
         raise ModelError(
@@ -161,7 +142,7 @@ def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Depa
         raise ModelError("--explain needs the onnx package", "pip install 'pmm-edge[train]'") from error
     own = _Graph(onnx.load(model.path), model.spec.input, image)
     right = _Graph(*_reference_graph(reference, model.spec), image)
-    points = list(_points(own, right, _matched(own, right)))
+    points = list(_points(own, right))
     if not points:
         raise ModelError(
             f"--explain: the graphs of {model.path} and {reference.path} have nothing in common",
@@ -176,19 +157,21 @@ def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Depa
             "An optimization of the engine is at fault: try another version or device",
         )
     node, twin = point.node, right.maker[point.same]
-    values, expected = own.values[point.output], right.values[point.same]
+    values, weights_cosine = own.values[point.output], None
+    if node.op_type in _PRODUCTS and twin.op_type in _PRODUCTS:
+        ours, theirs = own.values[node.input[1]], right.values[twin.input[1]]
+        weights_cosine = _cosine(ours, theirs) if ours.shape == theirs.shape else None
     return Departure(
         node=node.name,
         operator=node.op_type,
-        output=point.output,
-        layer=_layer(node, own) or _layer(twin, right),
+        layer=own.layer(node) or right.layer(twin),
         cosine=point.cosine,
         before=point.before,
         gradual=at_fault is None,
         dtype=str(values.dtype),
         value_range=_range(values),
-        reference_range=_range(expected),
-        weights_cosine=_weights_cosine(node, twin, own, right),
+        reference_range=_range(right.values[point.same]),
+        weights_cosine=weights_cosine,
     )
 
 
@@ -202,11 +185,7 @@ class _Graph:
 
     @cached_property
     def values(self) -> Mapping[str, _Value]:
-        """The input, the constants and the output of each node, by name.
-
-        Raises:
-            ModelError: ONNX Runtime cannot run the graph.
-        """
+        """The input, the constants and the output of each node, by name. Raises ModelError if the graph cannot run."""
         import onnx
         import onnxruntime
 
@@ -219,9 +198,8 @@ class _Graph:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
         try:
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            graph, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+            session = onnxruntime.InferenceSession(graph, options, providers=providers)
             batch = session.get_inputs()[0].shape[0]
             fed = np.repeat(self._input, batch, axis=0) if isinstance(batch, int) else self._input
             values = dict(zip(names, session.run(names, {INPUT: fed}), strict=True))
@@ -239,22 +217,22 @@ class _Graph:
             name = node.input[0]
         return name
 
-    def products(self) -> list[onnx.NodeProto]:
-        return [node for node in self.nodes if node.op_type in _PRODUCTS]
-
     def activations(self, node: onnx.NodeProto) -> list[str]:
         """Return the node's inputs that depend on the image."""
         return [name for name in node.input if self.source(name) in self.maker or self.source(name) == INPUT]
 
+    def layer(self, node: onnx.NodeProto) -> str:
+        """Return the layer's name in the trained network: that of its weights, without the exported module's prefix."""
+        name = self.source(node.input[1]).removesuffix("_quantized") if node.op_type in _PRODUCTS else ""
+        return name.removesuffix(".weight").partition(".")[2] if name.endswith(".weight") else ""
 
-@dataclass(frozen=True)
-class _Point:
-    """A node whose output can be compared with the reference."""
+
+class _Point(NamedTuple):
+    """A node whose output can be compared with the value `same` of the reference; `before` is that of its inputs."""
 
     node: onnx.NodeProto
     output: str
     same: str
-    """Name of the same value in the reference."""
     cosine: float
     before: float
 
@@ -279,27 +257,17 @@ def _reference_graph(reference: Embedder, spec: ModelSpec) -> tuple[onnx.ModelPr
 
     assert isinstance(reference, TorchEmbedder)
     network: Any = deepcopy(reference.network).cpu()
-    spec = replace(spec, precision="fp32")
-    return onnx_graph(inference_network(network, spec.input, spec.normalized_output), spec), spec.input
+    network = inference_network(network, spec.input, spec.normalized_output)
+    return onnx_graph(network, replace(spec, precision="fp32")), spec.input
 
 
-def _matched(own: _Graph, right: _Graph) -> dict[str, str]:
-    """Map the model's values to those of the reference: by name, or by order where a tool renamed the graph."""
-    same = {name: name for name in own.maker if name in right.maker}
-    ours, theirs = own.products(), right.products()
-    if 2 * sum(node.output[0] in same for node in ours) < len(ours):
-        if len(ours) != len(theirs):
-            return {}
-        same = {one.output[0]: other.output[0] for one, other in zip(ours, theirs, strict=True)}
+def _points(own: _Graph, right: _Graph) -> Iterator[_Point]:
+    """Yield the model's nodes in order, as far as they can be compared with values of the same name."""
+    same = {INPUT: INPUT, **{name: name for name in own.maker if name in right.maker}}
     for node in own.nodes:
         # A cast at the end takes over the name of the output; the value that it casts is the reference's.
         if node.op_type in ("Cast", "Identity") and node.output[0] in same:
             same.setdefault(node.input[0], same[node.output[0]])
-    return {INPUT: INPUT, **same}
-
-
-def _points(own: _Graph, right: _Graph, same: Mapping[str, str]) -> Iterator[_Point]:
-    """Yield the model's nodes in order, as far as they can be compared with the reference."""
 
     @cache
     def cosine(name: str) -> float | None:
@@ -330,7 +298,8 @@ def _points(own: _Graph, right: _Graph, same: Mapping[str, str]) -> Iterator[_Po
             found = cosine(output)
             if found is not None and own.activations(node):
                 before = cosine(own.source(output)) if node.op_type == "DequantizeLinear" else None
-                yield _Point(node, output, same[own.source(output)], found, inputs(node) if before is None else before)
+                before = inputs(node) if before is None else before
+                yield _Point(node, output, same[own.source(output)], found, before)
 
 
 def _cosine(ours: _Value, theirs: _Value) -> float:
@@ -343,18 +312,3 @@ def _cosine(ours: _Value, theirs: _Value) -> float:
 
 def _range(values: _Value) -> tuple[float, float] | None:
     return (float(values.min()), float(values.max())) if values.size and np.isfinite(values).all() else None
-
-
-def _layer(node: onnx.NodeProto, graph: _Graph) -> str:
-    """Return the layer's name in the trained network: that of its weights, without the exported module's prefix."""
-    if node.op_type not in _PRODUCTS:
-        return ""
-    name = graph.source(node.input[1]).removesuffix("_quantized")
-    return name.removesuffix(".weight").partition(".")[2] if name.endswith(".weight") else ""
-
-
-def _weights_cosine(ours: onnx.NodeProto, theirs: onnx.NodeProto, own: _Graph, right: _Graph) -> float | None:
-    if ours.op_type not in _PRODUCTS or theirs.op_type not in _PRODUCTS:
-        return None
-    first, second = own.values[ours.input[1]], right.values[theirs.input[1]]
-    return _cosine(first, second) if first.shape == second.shape else None

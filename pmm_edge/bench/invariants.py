@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import isfinite, prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.bench.parity import differences
+from pmm_edge.bench.parity import relative_differences
 from pmm_edge.bench.report import Failure, FailureKind, Invariant, InvariantName, Neighbors
 from pmm_edge.console import Report, silent
 from pmm_edge.images import Pixels, evenly
@@ -38,8 +39,30 @@ _ODD_SIZES = (2, 3, 7)
 
 def check_embeddings(embeddings: Embeddings, paths: Sequence[Path], normalized: bool = False) -> list[Invariant]:
     """Check embeddings of all images, (N, D): `finite`, `distinct` and, where the spec declares it, `unit length`."""
-    found = [_finite(embeddings, paths), _distinct(embeddings, paths)]
-    return [*found, _unit_length(embeddings, paths)] if normalized else found
+    finite = finite_rows(embeddings)
+    first = "" if finite.all() else str(paths[int(finite.argmin())])
+    found = [Invariant(InvariantName.FINITE, bool(finite.all()), image=first, images=int((~finite).sum()))]
+    found.append(_distinct(embeddings, paths))
+    if normalized:
+        lengths = np.where(finite, np.linalg.norm(embeddings.astype(np.float64), axis=1), 1.0)
+        worst = int(np.abs(lengths - 1).argmax())
+        length, allowed = float(lengths[worst]), UNIT_LENGTH_TOLERANCE
+        held = abs(length - 1) <= allowed
+        found.append(Invariant(InvariantName.UNIT_LENGTH, held, length, allowed, image=str(paths[worst])))
+    return found
+
+
+def _distinct(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:
+    """Check that no embedding is zero, and that a few images that differ have different embeddings."""
+    name, zero = InvariantName.DISTINCT, ~embeddings.any(axis=1)
+    if zero.any():
+        return Invariant(name, held=False, image=str(paths[int(zero.argmax())]), images=int(zero.sum()))
+    if len(paths) > 1 and (embeddings == embeddings[0]).all():
+        return Invariant(name, held=False, image=str(paths[0]), other_image=str(paths[1]), images=len(paths))
+    for one, other in combinations(evenly(len(paths), PROBES), 2):
+        if (embeddings[one] == embeddings[other]).all() and paths[one].read_bytes() != paths[other].read_bytes():
+            return Invariant(name, held=False, image=str(paths[one]), other_image=str(paths[other]), images=2)
+    return Invariant(name, held=True)
 
 
 def check_batches(
@@ -47,43 +70,35 @@ def check_batches(
 ) -> list[Invariant]:
     """Run the model on several batches and check `repeatable`, `equal rows`, `neighbors` and `batch size`.
 
-    Args:
-        embedder: the model.
-        probes: (N, height, width, 3) uint8, N >= 1: different images.
-        paths: the N images.
-        batch_sizes: sizes to compare with batches of one, in addition to those of the engine's profile and a few odd
-            ones.
-        report: called before each run.
+    `probes` are N >= 1 different images, (N, height, width, 3) uint8, and `paths` their files. Batches of one are
+    compared with batches of `batch_sizes`, of the engine's profile and of a few odd sizes.
     """
     sizes, precision = sizes_to_check(embedder, batch_sizes), embedder.spec.precision
     other, same = TOLERANCE[precision], SAME_BATCH_TOLERANCE[precision]
-    what, total, done = f"invariants of {embedder.path.name}", 4 + len(sizes), iter(range(5 + len(sizes)))
-    embed, every = embedder.embed_prepared, np.arange(len(probes))
+    what, total = f"invariants of {embedder.path.name}", 1 + len(sizes)
+    embed, every = embedder.embed_prepared, len(probes)
 
-    report(what, next(done), total, "batch of 1")
-    alone = np.concatenate([embed(probes[row : row + 1]) for row in every])
-    report(what, next(done), total, InvariantName.REPEATABLE.value)
-    found = [_worst(InvariantName.REPEATABLE, embed(probes), embed(probes), every, paths, same)]
+    report(what, 0, total)
+    alone = np.concatenate([embed(probes[row : row + 1]) for row in range(every)])
+    found = [_worst(InvariantName.REPEATABLE, embed(probes), embed(probes), np.arange(every), paths, same)]
 
-    report(what, next(done), total, InvariantName.EQUAL_ROWS.value)
     size, runs = max(sizes), []
-    for image in {0, len(probes) - 1}:
+    for image in {0, every - 1}:
         rows, which = embed(np.repeat(probes[image : image + 1], size, axis=0)), np.full(size, image)
         runs.append(_worst(InvariantName.EQUAL_ROWS, np.repeat(rows[:1], size, axis=0), rows, which, paths, same))
     found.append(max(runs, key=_severity))
 
-    report(what, next(done), total, InvariantName.NEIGHBORS.value)
-    runs = []
+    runs, first = [], np.zeros(2, np.int64)
     for neighbors, images in _neighbors(probes).items():
         rows = embed(np.concatenate([probes[:1], images, probes[:1]]))[[0, 3]]
-        first = np.zeros(2, np.int64)
-        runs.append(_worst(InvariantName.NEIGHBORS, alone[first], rows, first, paths, other, 4, neighbors))
+        worst = _worst(InvariantName.NEIGHBORS, alone[first], rows, first, paths, other)
+        runs.append(replace(worst, batch=4, neighbors=neighbors))
     found.append(max(runs, key=_severity))
 
     runs = []
-    for size in sizes:
-        report(what, next(done), total, f"batch of {size}")
-        which = np.resize(every, size)
+    for done, size in enumerate(sizes, start=1):
+        report(what, done, total, f"batch of {size}")
+        which = np.resize(np.arange(every), size)
         # Twice: the first run may record a CUDA graph and the second replay it.
         for _ in range(2):
             runs.append(_worst(InvariantName.BATCH_SIZE, alone[which], embed(probes[which]), which, paths, other))
@@ -93,13 +108,12 @@ def check_batches(
 
 def broken(invariants: Sequence[Invariant]) -> list[Failure]:
     """Return a failure for each invariant that does not hold."""
-    return [
-        Failure(FailureKind.INVARIANT, one.value, one.tolerance, one.image, one) for one in invariants if not one.held
-    ]
+    kind = FailureKind.INVARIANT
+    return [Failure(kind, one.value, one.tolerance, one.image, one) for one in invariants if not one.held]
 
 
 def sizes_to_check(embedder: Embedder, batch_sizes: Sequence[int]) -> list[int]:
-    """Return the batch sizes to check: minimum, optimum and maximum of the profile, timed sizes and a few odd ones."""
+    """Return the sizes to check: minimum, optimum and maximum of the profile, `batch_sizes` and a few odd ones."""
     profile, sizes = embedder.profile, {*batch_sizes, *_ODD_SIZES, PROBES}
     if profile:
         own = {profile.minimum, profile.optimal, profile.maximum}
@@ -114,24 +128,14 @@ def _worst(
     which: NDArray[np.int64],
     paths: Sequence[Path],
     tolerance: float,
-    batch: int | None = None,
-    neighbors: Neighbors | None = None,
 ) -> Invariant:
     """Compare the rows of one run; `which` is the number of each row's image."""
-    _, relative = differences(expected, actual)
+    relative = relative_differences(expected, actual)
     relative[~finite_rows(expected) & ~finite_rows(actual)] = 0.0  # reported by `finite`
     row = int(relative.argmax())
-    value = float(relative[row])
-    return Invariant(
-        name,
-        held=value <= tolerance,
-        value=value if isfinite(value) else None,
-        tolerance=tolerance,
-        image=str(paths[int(which[row])]),
-        batch=batch or len(actual),
-        row=row,
-        neighbors=neighbors,
-    )
+    value, image = float(relative[row]), str(paths[int(which[row])])
+    finite = value if isfinite(value) else None
+    return Invariant(name, value <= tolerance, finite, tolerance, image, batch=len(actual), row=row)
 
 
 def _severity(found: Invariant) -> float:
@@ -149,36 +153,8 @@ def _neighbors(probes: Pixels) -> dict[Neighbors, Pixels]:
     return found if len(probes) == 1 else {**found, "other images": np.resize(probes[1:], shape)}
 
 
-def _finite(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:
-    wrong = ~finite_rows(embeddings)
-    first = str(paths[int(wrong.argmax())]) if wrong.any() else ""
-    return Invariant(InvariantName.FINITE, not wrong.any(), image=first, images=int(wrong.sum()))
-
-
-def _unit_length(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:
-    lengths = np.where(finite_rows(embeddings), np.linalg.norm(embeddings.astype(np.float64), axis=1), 1.0)
-    worst = int(np.abs(lengths - 1).argmax())
-    length, tolerance = float(lengths[worst]), UNIT_LENGTH_TOLERANCE
-    held = abs(length - 1) <= tolerance
-    return Invariant(InvariantName.UNIT_LENGTH, held, length, tolerance, image=str(paths[worst]))
-
-
-def _distinct(embeddings: Embeddings, paths: Sequence[Path]) -> Invariant:
-    """Check that no embedding is zero, and that a few images that differ have different embeddings."""
-    name, zero = InvariantName.DISTINCT, ~embeddings.any(axis=1)
-    if zero.any():
-        return Invariant(name, held=False, image=str(paths[int(zero.argmax())]), images=int(zero.sum()))
-    if len(paths) > 1 and (embeddings == embeddings[0]).all():
-        return Invariant(name, held=False, image=str(paths[0]), other_image=str(paths[1]), images=len(paths))
-    for one, other in combinations(evenly(len(paths), PROBES), 2):
-        if (embeddings[one] == embeddings[other]).all() and paths[one].read_bytes() != paths[other].read_bytes():
-            return Invariant(name, held=False, image=str(paths[one]), other_image=str(paths[other]), images=2)
-    return Invariant(name, held=True)
-
-
 # Declared precision
 
-_LAYERS = ("Conv", "Gemm", "MatMul")
 _INTEGER_LAYERS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm")
 MIN_WEIGHTS = 0.9
 """Fraction of the weights that must have the declared type, for FP32 and FP16. INT8 graphs may keep layers in float."""
@@ -187,10 +163,8 @@ MIN_WEIGHTS = 0.9
 def precision_failure(model: Path, declared: str) -> Failure | None:
     """Compare the weights of an ONNX file with the precision that its spec declares; some tools convert nothing.
 
-    Only ONNX files are checked: the manifest of an engine counts its layers, and checkpoints are FP32.
-
-    Raises:
-        ModuleNotFoundError: the onnx package is not installed.
+    Only ONNX files are checked: the manifest of an engine counts its layers, and checkpoints are FP32. Raises
+    ModuleNotFoundError without the onnx package.
     """
     if model.suffix != ".onnx":
         return None
@@ -214,7 +188,7 @@ def _weights(graph: Any) -> Iterator[tuple[str, int]]:
     makers = {output: node for node in graph.node for output in node.output}
     precisions = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
     for node in graph.node:
-        if node.op_type not in (*_LAYERS, *_INTEGER_LAYERS):
+        if node.op_type not in ("Conv", "Gemm", "MatMul", *_INTEGER_LAYERS):
             continue
         for name in node.input:
             maker = makers.get(name)

@@ -39,11 +39,7 @@ DEFAULT_GATES = {
 
 @dataclass(frozen=True)
 class GateOverrides:
-    """Gates that apply to all models; None keeps the default of each model's precision.
-
-    Raises:
-        PmmError: a value is out of range.
-    """
+    """Gates for all models; None keeps the default of each model's precision. Raises PmmError for impossible values."""
 
     min_cosine: float | None = None
     min_mean_cosine: float | None = None
@@ -51,12 +47,8 @@ class GateOverrides:
     max_stretch: float | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("min_cosine", -1.0, 1.0),
-            ("min_mean_cosine", -1.0, 1.0),
-            ("max_map_drop", 0.0, 100.0),
-            ("max_stretch", 1.0, 1e6),
-        ):
+        ranges = {"min_cosine": (-1, 1), "min_mean_cosine": (-1, 1), "max_map_drop": (0, 100), "max_stretch": (1, 1e6)}
+        for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise PmmError(f"the gate {name} is {value:g}", f"Choose a value from {low:g} to {high:g}")
@@ -75,15 +67,15 @@ def compare(
     paths: Sequence[Path],
     stages: Mapping[str, tuple[int, int]] | None = None,
 ) -> Parity:
-    """Compare two models' embeddings of the same images.
+    """Compare two models' embeddings of the same images, both (N, D) float32 with N >= 1.
 
-    Args:
-        reference: (N, D) float32, finite, N >= 1.
-        candidate: (N, D) float32. Rows that are not finite have cosine 0.
-        paths: the N images.
-        stages: the slice [start, stop) of each stage; a single stage is not reported separately.
+    The reference is finite; rows of the candidate that are not have cosine 0, and length ratio 1, as rows of zeros do.
+    `stages` are slices [start, stop) of the embedding; a single stage is not reported separately.
     """
-    whole, stretch = cosines(reference, candidate), _stretch(reference, candidate)
+    expected, actual = (np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (reference, candidate))
+    valid = finite_rows(candidate) & (expected > 0) & (actual > 0)
+    stretch = np.divide(actual, expected, out=np.ones(len(paths)), where=valid)
+    quantiles = np.quantile(cosines(reference, candidate), np.linspace(0, 1, QUANTILES))
     slices = stages if stages and len(stages) > 1 else {}
     return Parity(
         images=len(paths),
@@ -92,7 +84,7 @@ def compare(
             name: _closeness(reference[:, start:stop], candidate[:, start:stop], paths)
             for name, (start, stop) in slices.items()
         },
-        cosine_quantiles=[float(value) for value in np.quantile(whole, np.linspace(0, 1, QUANTILES))],
+        cosine_quantiles=quantiles.tolist(),
         shortest=float(stretch.min()),
         longest=float(stretch.max()),
         stretched_image=str(paths[int(np.abs(np.log(stretch)).argmax())]),
@@ -100,45 +92,27 @@ def compare(
 
 
 def _closeness(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path]) -> Closeness:
-    cosine = cosines(reference, candidate)
-    difference, relative = differences(reference, candidate)
+    cosine, relative = cosines(reference, candidate), float(relative_differences(reference, candidate).max())
     return Closeness(
         cosine_min=float(cosine.min()),
         cosine_p1=float(np.percentile(cosine, 1)),
         cosine_mean=float(cosine.mean()),
-        largest_difference=_finite(difference.max()),
-        largest_relative=_finite(relative.max()),
+        largest_relative=relative if math.isfinite(relative) else None,
         worst_image=str(paths[int(cosine.argmin())]),
     )
 
 
-def differences(reference: Embeddings, candidate: Embeddings) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return each row's largest absolute difference, and that relative to the row's largest reference value.
+def relative_differences(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
+    """Return each row's largest difference relative to the row's largest reference value.
 
-    Args:
-        reference, candidate: (N, D).
-
-    Returns:
-        Two (N,) arrays, infinite where either row is not finite.
+    Both are (N, D); the result is (N,), infinite where either row is not finite, absolute where the reference is zero.
     """
     expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
     finite = finite_rows(actual) & finite_rows(expected)
     expected, actual = (np.where(finite[:, None], rows, 0.0) for rows in (expected, actual))
     difference = np.where(finite, np.abs(actual - expected).max(axis=1), np.inf)
     largest = np.abs(expected).max(axis=1)
-    return difference, np.divide(difference, largest, out=difference.copy(), where=largest > 0)
-
-
-def _stretch(reference: Embeddings, candidate: Embeddings) -> NDArray[np.float64]:
-    """Return the ratio of each row's length to the reference, (N,); 1 where a row is zero or not finite."""
-    finite = finite_rows(candidate)
-    expected, actual = (np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (reference, candidate))
-    valid = finite & (expected > 0) & (actual > 0)
-    return np.divide(actual, expected, out=np.ones(len(finite)), where=valid)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return np.divide(difference, largest, out=difference.copy(), where=largest > 0)
 
 
 def parity_failures(parity: Parity, gates: Gates) -> list[Failure]:
@@ -167,31 +141,21 @@ _RESAMPLES_AT_ONCE = 100  # 10 MB for 11,659 queries, the largest public data se
 
 def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> RetrievalChange:
     """Compare a model's retrieval with the reference, query by query."""
-    rank1, mean_ap, mean_inp = paired_changes((_per_query(candidate) - _per_query(reference)).T)
-    return RetrievalChange(
-        rank1=rank1,
-        mAP=mean_ap,
-        mINP=mean_inp,
-        queries=reference.valid_queries,
-        first_hits=_first_hits(reference, candidate, dataset),
-        reference=reference.figures(),
+    before, now = (
+        np.stack([one.first_match_rank == 1, one.average_precision, one.inverse_penalty], axis=1)
+        for one in (reference, candidate)
     )
-
-
-def _per_query(result: RetrievalResult) -> NDArray[np.float64]:
-    """Return (3, valid queries): whether the first hit is correct, average precision, inverse negative penalty."""
-    valid = result.first_match_rank > 0
-    return np.stack([result.first_match_rank == 1, result.average_precision, result.inverse_penalty])[:, valid]
+    valid = reference.first_match_rank > 0
+    rank1, mean_ap, mean_inp = paired_changes((now - before)[valid])
+    hits = _first_hits(reference, candidate, dataset)
+    return RetrievalChange(rank1, mean_ap, mean_inp, reference.valid_queries, hits, reference.figures())
 
 
 def paired_changes(differences: NDArray[np.float64]) -> list[Change]:
     """Return the mean of each column with its 95 % percentile interval of a bootstrap over rows (Efron, 1979).
 
-    The same rows are drawn for all columns. Rows are differences between two models on one query, so that the
-    difficulty of a query cancels out.
-
-    Args:
-        differences: (queries, figures), finite, at least one query.
+    `differences` is (queries, figures). A row is the difference between two models on one query, so that the difficulty
+    of the query cancels out; the same rows are drawn for all columns.
     """
     random, count = np.random.default_rng(SEED), len(differences)
     means = []
@@ -220,22 +184,14 @@ def _first_hits(reference: RetrievalResult, candidate: RetrievalResult, dataset:
 
 
 def map_failure(change: RetrievalChange, gates: Gates) -> Failure | None:
-    """Return the failure of the mAP gate, or None.
-
-    A loss fails by its size and not by its interval: few queries must not make a model pass.
-    """
+    """Return the failure of the mAP gate, or None. Few queries must not make a model pass: the interval is ignored."""
     drop = -100 * change.mAP.difference
-    if drop <= gates.max_map_drop:
-        return None
-    return Failure(FailureKind.MAP_DROP, drop, gates.max_map_drop, change=change.mAP)
+    failed = drop > gates.max_map_drop
+    return Failure(FailureKind.MAP_DROP, drop, gates.max_map_drop, change=change.mAP) if failed else None
 
 
 def few_queries_warning(judged: Sequence[tuple[RetrievalChange, Gates]]) -> BenchWarning | None:
-    """Warn where models pass the mAP gate but the interval of the change extends beyond it.
-
-    Args:
-        judged: the change and the gates of each model, all on the same queries.
-    """
+    """Warn where models pass the mAP gate but the interval of the change extends beyond it."""
     unsure = [
         (-100 * change.mAP.low, gates.max_map_drop)
         for change, gates in judged

@@ -13,20 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pmm_edge.bench import diagnosis
+from pmm_edge.bench import diagnosis, parity
 from pmm_edge.bench.certification import Certification, write_certificates
 from pmm_edge.bench.environment import MachineState, environment, machine_state, noise_warnings
 from pmm_edge.bench.html import write_html
 from pmm_edge.bench.invariants import PROBES, broken, check_batches, check_embeddings, precision_failure
 from pmm_edge.bench.network_pictures import network_pictures
-from pmm_edge.bench.parity import (
-    GateOverrides,
-    compare,
-    few_queries_warning,
-    map_failure,
-    parity_failures,
-    retrieval_change,
-)
+from pmm_edge.bench.parity import GateOverrides
 from pmm_edge.bench.report import (
     BenchReport,
     BenchWarning,
@@ -158,7 +151,7 @@ def bench(
         pass  # what was measured is the result
     latencies = [latency for subject in subjects for latency in subject.figures.latency]
     found.environment = environment([subject.embedder for subject in subjects], before, latencies)
-    return _write(found, subjects[0], images, device, out, report)
+    return _write(found, subjects[0], images, out, report)
 
 
 # Models and images
@@ -201,15 +194,15 @@ def _load(path: Path, device: str | None, gates: GateOverrides) -> Subject:
 
 @dataclass(frozen=True, eq=False)
 class BenchImages:
-    """Image files in the order in which they are embedded."""
+    """Image files, in the order in which they are embedded, under a root folder.
+
+    They are the queries and the gallery of `dataset`, or `warning` says why retrieval is not evaluated.
+    """
 
     root: Path
-    """Folder that the names of the images are relative to."""
     paths: list[Path]
     dataset: ReidDataset | None
-    """The data set, if retrieval can be evaluated: the paths are its queries followed by its gallery."""
     warning: BenchWarning | None
-    """Why retrieval is not evaluated."""
 
     def crops(self, embedder: Embedder, rows: Sequence[int]) -> Pixels:
         """Return some of the images in the model's size, (N, height, width, 3) uint8."""
@@ -218,16 +211,10 @@ class BenchImages:
 
 
 def bench_images(source: Path, limit: int | None = None, layout: str | None = None) -> BenchImages:
-    """Find the images to embed; none is opened.
+    """Find the images of a data set, a folder of crops or a text file with one path per line; none is opened.
 
-    Args:
-        source: a data set, a folder of crops (searched recursively), or a text file with one path per line.
-        limit: use at most this many, spread evenly.
-        layout: layout of the data set, if it is not recognized.
-
-    Raises:
-        DataError: there is nothing, `layout` is given for a list, or no query has a match.
-        PmmError: `limit` is less than 1.
+    With `limit`, use at most this many, spread evenly. Raises DataError if there is nothing, `layout` is given for a
+    list, or no query has a match.
     """
     if limit is not None and limit < 1:
         raise PmmError(f"the limit is {limit} images", "Choose 1 or more, such as --limit 100")
@@ -245,11 +232,10 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
             "Correct the data set, or name one of its folders to check parity without retrieval",
         )
     paths = [*dataset.query.paths, *dataset.gallery.paths]
-    rows = evenly(len(paths), limit or len(paths))
-    if len(rows) == len(paths):
+    if limit is None or limit >= len(paths):
         return BenchImages(dataset.root, paths, dataset, None)
-    warning = BenchWarning(WarningKind.LIMITED, count=len(rows), total=len(paths))
-    return BenchImages(dataset.root, [paths[row] for row in rows], None, warning)
+    warning = BenchWarning(WarningKind.LIMITED, count=limit, total=len(paths))
+    return BenchImages(dataset.root, [paths[row] for row in evenly(len(paths), limit)], None, warning)
 
 
 # Embeddings and invariants
@@ -312,7 +298,7 @@ def _compare_with_reference(subjects: Sequence[Subject], images: BenchImages, fo
         if model.embeddings is not None:
             _compare(model, base, images, found)
     judged = [(model.retrieval_change, model.gates) for model in found.models if model.retrieval_change]
-    if warning := few_queries_warning(judged):
+    if warning := parity.few_queries_warning(judged):
         found.warnings.append(warning)
 
 
@@ -333,11 +319,12 @@ def _compare(model: Subject, base: Subject, images: BenchImages, found: BenchRep
             expected_result, result = (EmbeddedDataset(images.dataset, one).evaluate() for one in (expected, actual))
             warning = replace(warning, value=expected_result.mAP, limit=as_is)
         found.warnings.append(warning)
-    figures.parity = compare(expected, actual, images.paths, ours.stages if ours.stages == theirs.stages else None)
-    figures.failures += parity_failures(figures.parity, figures.gates)
+    stages = ours.stages if ours.stages == theirs.stages else None
+    figures.parity = parity.compare(expected, actual, images.paths, stages)
+    figures.failures += parity.parity_failures(figures.parity, figures.gates)
     if images.dataset and expected_result and result:
-        figures.retrieval_change = retrieval_change(expected_result, result, images.dataset)
-        if failure := map_failure(figures.retrieval_change, figures.gates):
+        figures.retrieval_change = parity.retrieval_change(expected_result, result, images.dataset)
+        if failure := parity.map_failure(figures.retrieval_change, figures.gates):
             figures.failures.append(failure)
 
 
@@ -355,8 +342,8 @@ def _diagnose(
             continue
         figures.likely_cause = _likely_cause(model, base, images, report)
         if explain:
-            worst = [str(path) for path in images.paths].index(figures.parity.whole.worst_image)
-            with _warning_if_it_fails(found, model):
+            worst = images.paths.index(Path(figures.parity.whole.worst_image))
+            with _warning_if_it_fails(found, figures.path):
                 crop = images.crops(model.embedder, [worst])
                 figures.departure = diagnosis.first_departure(model.embedder, base.embedder, crop)
 
@@ -380,11 +367,10 @@ def _likely_cause(model: Subject, base: Subject, images: BenchImages, report: Re
 
 
 @contextmanager
-def _warning_if_it_fails(found: BenchReport, subject: Subject | None = None) -> Iterator[None]:
+def _warning_if_it_fails(found: BenchReport, path: str = "") -> Iterator[None]:
     try:
         yield
     except PmmError as error:
-        path = subject.figures.path if subject else ""
         found.warnings.append(BenchWarning(WarningKind.NOT_MEASURED, path, detail=str(error)))
 
 
@@ -400,55 +386,49 @@ def _measure_speed(
     if subjects[0].embeddings is None:
         return  # all latencies are relative to the reference
     running = [subject for subject in subjects if subject.embeddings is not None]
+    rows = range(min(max(batch_sizes), len(images.paths)))
     try:
         with _warning_if_it_fails(found):
-            _measure_latencies(running, images, batch_sizes, report)
+            _measure_latencies(running, images, rows, batch_sizes, report)
     finally:
         for subject in running:
             subject.figures.latency.sort(key=lambda one: (one.scope != "model", one.cuda_graph, one.batch))
         found.warnings += noise_warnings([one for subject in running for one in subject.figures.latency], before)
-    what, batch = "cold start and energy", max(batch_sizes)
-    rows = range(min(batch, len(images.paths)))
     for number, subject in enumerate(running):
-        report(what, number, len(running), subject.embedder.path.name)
         embedder, figures = subject.embedder, subject.figures
-        with _warning_if_it_fails(found, subject):
-            figures.cold_start = measure_cold_start(embedder.path, embedder.loads_with, batch)
-        with _warning_if_it_fails(found, subject):
+        report("cold start and energy", number, len(running), embedder.path.name)
+        with _warning_if_it_fails(found, figures.path):
+            figures.cold_start = measure_cold_start(embedder.path, embedder.loads_with, max(batch_sizes))
+        with _warning_if_it_fails(found, figures.path):
             figures.energy = measure_energy(embedder, images.crops(embedder, rows))
-    report(what, len(running), len(running))
+    report("cold start and energy", len(running), len(running))
 
 
 def _measure_latencies(
-    running: Sequence[Subject], images: BenchImages, batch_sizes: Sequence[int], report: Report
+    running: Sequence[Subject], images: BenchImages, rows: Sequence[int], batch_sizes: Sequence[int], report: Report
 ) -> None:
     """Time all models in turns for each batch size; engines with CUDA graphs also without."""
-    timed = [(subject, subject.embedder) for subject in running]
-    timed += [(subject, plain) for subject in running if (plain := without_cuda_graphs(subject.embedder))]
-    rows = range(min(max(batch_sizes), len(images.paths)))
+    timed = [(subject.figures, subject.embedder) for subject in running]
+    end_to_end, sources = list(timed), images.paths
+    timed += [(subject.figures, plain) for subject in running if (plain := without_cuda_graphs(subject.embedder))]
     crops = [images.crops(embedder, rows) for _, embedder in timed]
     for batch in batch_sizes:
         latencies = measure_latency([embedder for _, embedder in timed], crops, batch, report=report)
-        for (subject, _), latency in zip(timed, latencies, strict=True):
-            subject.figures.latency.append(latency)
+        for (figures, _), latency in zip(timed, latencies, strict=True):
+            figures.latency.append(latency)
     for batch in batch_sizes:
-        latencies = measure_end_to_end([subject.embedder for subject in running], images.paths, batch, report=report)
-        for subject, latency in zip(running, latencies, strict=True):
-            subject.figures.latency.append(latency)
+        latencies = measure_end_to_end([embedder for _, embedder in end_to_end], sources, batch, report=report)
+        for (figures, _), latency in zip(end_to_end, latencies, strict=True):
+            figures.latency.append(latency)
 
 
 # Files
 
 
-def _write(
-    found: BenchReport, base: Subject, images: BenchImages, device: str | None, out: Path, report: Report
-) -> BenchResult:
+def _write(found: BenchReport, base: Subject, images: BenchImages, out: Path, report: Report) -> BenchResult:
     found.save(out)  # first: it holds the work of minutes, and what follows may fail
-    pictures = []
-    if found.complete:
-        pictures = network_pictures(
-            base.embedder.path, images.paths, images.dataset, base.embeddings, device=device, report=report
-        )
+    shown = base.embedder.path, images.paths, images.dataset, base.embeddings
+    pictures = network_pictures(*shown, device=base.figures.device, report=report) if found.complete else []
     summary = out.with_suffix(".md")
     with written_whole(summary) as temporary:
         temporary.write_bytes(markdown(found).encode("utf-8", "replace"))  # file names may not be valid UTF-8

@@ -1,8 +1,8 @@
 """The data model of `bench.json`: everything that a bench measures, as plain dataclasses.
 
-Fractions (Rank-1, mAP, mINP, cosine) are in 0..1; times and sizes carry their unit in the name. None (null in JSON)
-means that a figure was not measured or is not finite. `pmm_edge.bench.sentences` makes text for people from these
-fields. docs/bench-json.md describes every entry.
+docs/bench-json.md describes every entry. Fractions (Rank-1, mAP, mINP, cosine) are in 0..1; times and sizes carry their
+unit in the name; None means that a figure was not measured or is not finite. `pmm_edge.bench.sentences` makes text for
+people from these fields.
 """
 
 from __future__ import annotations
@@ -28,20 +28,15 @@ AtLeastOne = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 
 
-# What a model must satisfy
-
-
 @dataclass(frozen=True)
 class Gates:
     """Acceptance thresholds of a model."""
 
     min_cosine: float = 0.9999
-    """Of any image's embedding to the reference's."""
     max_map_drop: float = 0.1
     """In points of 100."""
     min_mean_cosine: float = 0.0
     max_stretch: float = 1.001
-    """Factor by which any embedding may be longer or shorter than the reference's."""
 
 
 class InvariantName(Enum):
@@ -63,16 +58,10 @@ class Invariant:
     name: InvariantName
     held: bool
     value: float | None = None
-    """Largest difference relative to the largest value of the embedding (None where a value is not finite); for
-    `unit length`, the length that departs most from 1."""
     tolerance: float | None = None
-    """Allowed difference; None for `finite` and `distinct`."""
     image: str = ""
-    """Image with the largest difference, or the first image that breaks the invariant."""
     other_image: str = ""
-    """For `distinct`: an image with the same embedding. Empty where the embedding is all zeros."""
     images: Count = 0
-    """For `finite` and `distinct`: number of images that break it."""
     batch: int | None = None
     row: int | None = None
     neighbors: Neighbors | None = None
@@ -97,19 +86,11 @@ class Failure:
 
     kind: FailureKind
     value: float | None = None
-    """Measured: the cosine, the factor of the length, the loss of mAP in points, the fraction of weights in the
-    declared precision, the embedding size."""
     limit: float | None = None
     image: str = ""
     invariant: Invariant | None = None
-    """For `invariant`: which, and what was found."""
     change: Change | None = None
-    """For `mAP drop`: the change and its 95 % interval."""
     detail: str = ""
-    """For `precision`: the data type of most weights; for `cannot run`: the error."""
-
-
-# Accuracy
 
 
 @dataclass(frozen=True)
@@ -119,10 +100,7 @@ class Closeness:
     cosine_min: float
     cosine_p1: float
     cosine_mean: float
-    largest_difference: float | None
-    """Largest absolute difference of any value; None where a value is not finite."""
     largest_relative: float | None
-    """Largest difference relative to the largest value of the reference embedding."""
     worst_image: str
 
 
@@ -135,7 +113,6 @@ class Parity:
     stages: dict[str, Closeness]
     cosine_quantiles: Annotated[list[float], Meta(min_length=QUANTILES, max_length=QUANTILES)]
     shortest: float
-    """Smallest ratio of an embedding's length to the reference; zero and non-finite rows are excluded."""
     longest: float
     stretched_image: str
 
@@ -156,7 +133,6 @@ class FirstHit:
     query: str
     reference: str
     reference_right: bool
-    """It shows the person of the query."""
     model: str
     model_right: bool
 
@@ -169,15 +145,8 @@ class RetrievalChange:
     mAP: Change  # noqa: N815  the field's own spelling
     mINP: Change  # noqa: N815
     queries: int
-    """Queries with a match in the gallery."""
     first_hits: list[FirstHit]
-    """All queries whose first hit changed; those that became wrong come first."""
     reference: RetrievalFigures
-    """Figures of the reference that the model is compared with. They differ from the reference's own figures where only
-    one of the two outputs unit-length embeddings: both are then normalized first."""
-
-
-# Diagnosis
 
 
 class Cause(Enum):
@@ -209,9 +178,7 @@ class LikelyCause:
 
     cause: Cause
     cosine: float | None = None
-    """Mean cosine between the model and a reference that makes this mistake; None where no reference was run."""
     stages: tuple[str, ...] = ()
-    """For `stages swapped`: the order in which the model outputs the stages."""
 
 
 @dataclass(frozen=True)
@@ -220,16 +187,12 @@ class Departure:
 
     node: str
     operator: str
-    output: str
     layer: str
     cosine: float
-    """Cosine of the node's output to the reference, on the image that departs most."""
     before: float
     gradual: bool
-    """No single node is at fault; this one loses most."""
     dtype: str
     value_range: tuple[float, float] | None
-    """Smallest and largest value of the output; None where one is not finite."""
     reference_range: tuple[float, float] | None
     weights_cosine: float | None = None
 
@@ -237,9 +200,6 @@ class Departure:
     def weights_changed(self) -> bool:
         """Whether the weights differ by more than quantization to INT8 explains."""
         return self.weights_cosine is not None and self.weights_cosine < 0.99
-
-
-# Speed and resources
 
 
 @dataclass(frozen=True)
@@ -265,24 +225,18 @@ class Latency:
 
     batch: AtLeastOne
     scope: Scope
-    """`model`: from uint8 crops of network size to embeddings in host memory; `end to end`: from image files."""
     cuda_graph: bool
     runs: AtLeastOne
     median_ms: Positive
     p90_ms: Positive
     p99_ms: Positive
     variation: float
-    """Coefficient of variation: standard deviation divided by mean."""
     images_per_second: float
     ratio: Positive
-    """Ratio of the median to that of the reference, timed in the same turns."""
     ratio_low: float
-    """95 % interval of the ratio, by bootstrap over turns."""
     ratio_high: float
     gpu_ms: float | None = None
-    """Median time between CUDA events around a TensorRT engine; None for other engines."""
     cpu_clocks: Clocks | None = None
-    """Clock of the fastest core; None where the system does not report it, as on most virtual machines."""
     gpu_clocks: Clocks | None = None
     slowed_by: tuple[Throttle, ...] = ()
 
@@ -292,9 +246,7 @@ class ColdStart:
     """A new process that loads the model and embeds one crop, then a batch."""
 
     first_embedding_ms: Positive
-    """From the start of the process to the first embedding, imports included."""
     peak_memory_mib: Positive
-    """Largest resident set of the process, after one batch of size `batch`."""
     batch: AtLeastOne
     peak_gpu_memory_mib: float | None = None
 
@@ -317,9 +269,7 @@ class Environment:
     cpu: str
     cores: int
     usable_cores: float
-    """Cores that this process may use: affinity and container quota."""
     instruction_set: str
-    """Widest vector instructions of the processor that engines use, such as `avx512_vnni`, `avx2` or `neon`."""
     os: str
     python: str
     versions: dict[str, str]
@@ -327,19 +277,15 @@ class Environment:
     l4t: str | None = None
     power_mode: str | None = None
     gpu: str | None = None
-    """The first GPU that a model ran on."""
     driver: str | None = None
     load: float | None = None
-    """Number of other processes that were using a core before the measurement."""
     governors: tuple[str, ...] = ()
     clocks_locked: bool = False
     cpu_clocks: Clocks | None = None
     gpu_clocks: Clocks | None = None
     gpu_max_mhz: int | None = None
     thread_settings: dict[str, str] = field(default_factory=dict)
-    """Environment variables that limit threads, such as OMP_NUM_THREADS."""
     threads: dict[str, int | None] = field(default_factory=dict)
-    """Threads by backend; None where the engine chooses."""
 
 
 # The report
@@ -368,14 +314,9 @@ class BenchWarning:
     kind: WarningKind
     model: str = ""
     value: float | None = None
-    """`unit length`: mAP of the reference with unit-length embeddings; `few queries`: possible loss of mAP in points;
-    `busy`: load; `noisy`: largest coefficient of variation."""
     limit: float | None = None
-    """`unit length`: mAP of the reference as it is; otherwise the threshold for `value`."""
     count: int | None = None
-    """`limited`: images; `few queries`: models; `noisy`: timings; `throttled`: events that the kernel counted."""
     total: int | None = None
-    """What `count` is out of; `few queries`: number of queries."""
     slowed_by: tuple[Throttle, ...] = ()
     detail: str = ""
 
@@ -386,24 +327,18 @@ class ModelReport:
 
     path: str
     sha256: str
-    file_bytes: Count
+    file_bytes: AtLeastOne
     precision: Precision
     embedding_size: int
     gflops: float | None
-    """Operations for one image in 10^9, a multiplication and an addition counted as two; from the spec."""
     parameters: int | None
     backend: str
-    """`torch`, `onnxruntime`, `onnxruntime-tensorrt` or `tensorrt`."""
     device: str
-    """Where it ran: `cpu` or `cuda:N`."""
     gates: Gates
     invariants: list[Invariant] = field(default_factory=list)
     parity: Parity | None = None
-    """None for the reference, and where the embeddings cannot be compared."""
     retrieval: RetrievalFigures | None = None
-    """None where not all images were embedded to finite values, or the images have no identities."""
     cmc: list[float] = field(default_factory=list)
-    """Fraction of queries with a match in the first 1 to 50 ranks; empty where `retrieval` is None."""
     retrieval_change: RetrievalChange | None = None
     failures: list[Failure] = field(default_factory=list)
     likely_cause: LikelyCause | None = None
@@ -421,12 +356,10 @@ class BenchReport:
     models: list[ModelReport]
     data: str
     data_sha256: str
-    """Over the names and contents of all images, in their order."""
     images: int
     environment: Environment
     created: str
     complete: bool = True
-    """False where the bench was interrupted; the report holds what was measured until then."""
     warnings: list[BenchWarning] = field(default_factory=list)
     schema: Literal[1] = 1
 
@@ -442,20 +375,15 @@ class BenchReport:
         return encode_json({"passed": self.passed, **vars(self)})
 
     def save(self, path: Path) -> None:
-        """Write `bench.json` atomically.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write `bench.json` atomically; raise OutputError if the file cannot be written."""
         with written_whole(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
 
 def read_report(path: Path) -> BenchReport:
-    """Read a report that `BenchReport.save` wrote. Unknown entries are ignored.
+    """Read a report that `BenchReport.save` wrote; unknown entries are ignored.
 
-    Raises:
-        DataError: the file is missing, is not JSON, has another schema, or has a missing or wrong entry.
+    Raises DataError if the file is missing, is not JSON, has another schema, or has a missing or wrong entry.
     """
     try:
         text = path.read_bytes()

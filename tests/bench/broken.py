@@ -76,7 +76,8 @@ def does_not_normalize(constants: Constants, graph: onnx.GraphProto) -> None:
 
 def swaps_stages(constants: Constants, graph: onnx.GraphProto) -> None:
     """Stage II's 512 numbers where stage III's belong."""
-    for name in constants_of(graph_of_last(graph, "Gemm"), "Gemm", constants):
+    last = [node for node in graph.node if node.op_type == "Gemm"][-1]
+    for name in set(last.input) & set(constants.tensors):
         constants[name] = np.roll(constants[name], 512, axis=0)
 
 
@@ -172,11 +173,6 @@ def _saved(model: onnx.ModelProto, source: Path, out: Path, precision: str) -> P
     return out
 
 
-def graph_of_last(graph: onnx.GraphProto, operator: str) -> onnx.GraphProto:
-    """A graph of the last node of this kind alone."""
-    return onnx.GraphProto(node=[[node for node in graph.node if node.op_type == operator][-1]])
-
-
 def append(graph: onnx.GraphProto, *nodes: onnx.NodeProto) -> None:
     """Append nodes that read the embeddings as `{}` and output new ones."""
     for node in graph.node:
@@ -184,25 +180,6 @@ def append(graph: onnx.GraphProto, *nodes: onnx.NodeProto) -> None:
     for node in nodes:
         node.input[:] = [name.format("embeddings_before") for name in node.input]
     graph.node.extend(nodes)
-
-
-def renamed(source: Path, out: Path) -> Path:
-    """The same graph after a tool that gives every value another name."""
-    model = onnx.load(source)
-    kept = {INPUT, OUTPUT, ""}
-
-    def new(name: str) -> str:
-        return name if name in kept else f"v_{abs(hash(name))}"
-
-    for node in model.graph.node:
-        node.name = new(node.name)
-        node.input[:] = [new(name) for name in node.input]
-        node.output[:] = [new(name) for name in node.output]
-    for tensor in model.graph.initializer:
-        tensor.name = new(tensor.name)
-    model.graph.ClearField("value_info")
-    onnx.save(model, out)
-    return out
 
 
 def cut_in_half(source: Path, out: Path) -> Path:
@@ -223,13 +200,9 @@ def bakes_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
     """A reshape with a fixed batch size: the graph runs with batch 1 only."""
     size = graph.output[0].type.tensor_type.shape.dim[1].dim_value
     constants["baked.shape"] = np.array([1, size], np.int64)
-    for node in graph.node:
-        if OUTPUT in node.output:
-            node.output[list(node.output).index(OUTPUT)] = "baked.in"
-    graph.node.append(helper.make_node("Reshape", ["baked.in", "baked.shape"], [OUTPUT], "baked"))
+    append(graph, helper.make_node("Reshape", ["{}", "baked.shape"], [OUTPUT]))
 
 
 def labelled(source: Path, out: Path, precision: str) -> Path:
     """The same graph with another declared precision, as written by a tool that converts nothing."""
-    onnx.save(finalize(onnx.load(source), replace(load(source, "cpu").spec, precision=precision)), out)
-    return out
+    return _saved(onnx.load(source), source, out, precision)

@@ -64,9 +64,7 @@ def sample_report(folder: Path) -> BenchReport:
         Failure(FailureKind.MAP_DROP, 7.6, 0.1, change=broken.retrieval_change.mAP),
     ]
     broken.likely_cause = LikelyCause(Cause.BGR, 0.9998)
-    broken.departure = Departure(
-        "/conv1/Conv", "Conv", "x", "conv1", 0.81, 1.0, False, "float32", (-3.0, 4.0), (-2.0, 5.0)
-    )
+    broken.departure = Departure("/conv1/Conv", "Conv", "conv1", 0.81, 1.0, False, "float32", (-3.0, 4.0), (-2.0, 5.0))
     return BenchReport(
         reference=reference,
         models=[
@@ -134,7 +132,7 @@ def _model(
 
 def _parity(departure: float) -> Parity:
     cosines = [float(cosine) for cosine in 1 - departure * 10 ** (0.8 - 1.6 * np.linspace(0, 1, 101))]
-    whole = Closeness(cosines[0], cosines[1], sum(cosines) / 101, 10 * departure, departure, "query/worst.jpg")
+    whole = Closeness(cosines[0], cosines[1], sum(cosines) / 101, departure, "query/worst.jpg")
     return Parity(2450, whole, {"I": whole, "II": whole, "III": whole}, cosines, 1.0, 1.0, "query/worst.jpg")
 
 

@@ -2,21 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import broken
 import pytest
 
-from pmm_edge.bench import BenchReport, GateOverrides, bench, pipeline
+from pmm_edge.bench import BenchReport, GateOverrides, bench, parity, pipeline
 from pmm_edge.bench.pipeline import bench_images
-from pmm_edge.bench.report import Cause, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
-from pmm_edge.data.dataset import data_sha256
+from pmm_edge.bench.report import BenchWarning, Cause, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.export import export
 from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.runtime import Embedder, load
+from pmm_edge.runtime.certificate import certificate_path
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +23,8 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Files go to a temporary folder, timings are short, no process is started and no page is drawn."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "PROBES", 2)
+    monkeypatch.setattr("pmm_edge.bench.invariants.PROBES", 2)
+    monkeypatch.setattr("pmm_edge.bench.invariants._ODD_SIZES", (2,))
     monkeypatch.setattr("pmm_edge.bench.timing.MAX_WARM_UP_SECONDS", 0.1)
     monkeypatch.setattr(pipeline, "network_pictures", lambda *args, **kwargs: [])
     monkeypatch.setattr(pipeline, "write_html", lambda *args: None)
@@ -96,20 +97,6 @@ def test_by_default_all_exports_of_the_newest_run_are_compared(
         assert result.files[0].parent.name == "one"
 
 
-def test_the_hash_of_the_data_covers_names_contents_and_order(tmp_path: Path) -> None:
-    first, second = tmp_path / "a.jpg", tmp_path / "b.jpg"
-    first.write_bytes(b"1")
-    second.write_bytes(b"2")
-    hashes = {data_sha256(paths, tmp_path) for paths in ([first, second], [second, first], [first])}
-    second.write_bytes(b"3")
-    hashes.add(data_sha256([first, second], tmp_path))
-    second.rename(tmp_path / "c.jpg")
-    hashes.add(data_sha256([first, tmp_path / "c.jpg"], tmp_path))
-    assert len(hashes) == 5
-    with pytest.raises(DataError, match=r"b\.jpg"):
-        data_sha256([second], tmp_path)
-
-
 def test_cold_start_uses_the_same_engine(tiny_onnx: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime's CUDA provider runs on the same GPU as TensorRT, with another start-up time and memory."""
     started: list[object] = []
@@ -126,11 +113,6 @@ def test_cold_start_uses_the_same_engine(tiny_onnx: Path, tiny_dataset: Path, mo
     assert started == ["tensorrt:0", "tensorrt:0"]
 
 
-def test_gates_can_be_overridden(tiny_onnx: Path, tiny_dataset: Path) -> None:
-    report = run([tiny_onnx], tiny_onnx, tiny_dataset, limit=2, gates=GateOverrides(min_cosine=-1))
-    assert (report.models[0].gates.min_cosine, report.models[0].gates.max_map_drop) == (-1, 0.1)
-
-
 @pytest.mark.parametrize("sizes", [(), (0,), (1, -1)])
 def test_batch_sizes_below_1_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(PmmError):
@@ -140,9 +122,7 @@ def test_batch_sizes_below_1_are_refused(sizes: tuple[int, ...]) -> None:
 # Models that fail, and comparisons that show less
 
 
-def test_a_broken_reference_fails_and_nothing_is_compared_with_it(
-    tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
-) -> None:
+def test_nothing_is_compared_with_a_broken_reference(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     nan = broken.altered(tiny_onnx, tmp_path / "nan.onnx", broken.gives_nan_for(1000))
     report = run([tiny_onnx], nan, tiny_dataset, limit=4)
     ((model, failure),) = report.failures
@@ -151,13 +131,27 @@ def test_a_broken_reference_fails_and_nothing_is_compared_with_it(
     assert WarningKind.REFERENCE_BROKEN in warned(report)
 
 
-def test_embeddings_of_another_size_are_not_compared(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_each_model_fails_alone(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     half = broken.cut_in_half(tiny_onnx, tmp_path / "half.onnx")
-    report = run([half, tiny_onnx], tiny_onnx, tiny_dataset, limit=4)
-    (failure,) = report.models[0].failures
+    labelled = broken.labelled(tiny_onnx, tmp_path / "int8.onnx", "int8")
+    baked = broken.altered(tiny_onnx, tmp_path / "baked.onnx", broken.bakes_its_batch)
+    copy = Path(shutil.copy(tiny_onnx, tmp_path / "copy.onnx"))
+    gates = GateOverrides(min_cosine=-1)
+    report = run([half, labelled, baked, copy], tiny_onnx, tiny_dataset, gates=gates)
+    smaller, wrong, stuck, good = report.models
+    (failure,) = smaller.failures
     assert (failure.kind, failure.value, failure.limit) == (FailureKind.EMBEDDING_SIZE, 768, 1536)
-    assert report.models[0].parity is None
-    assert report.models[1].parity is not None
+    assert kinds(wrong) == [FailureKind.PRECISION]
+    assert FailureKind.CANNOT_RUN in kinds(stuck)
+    assert (smaller.parity, stuck.parity) == (None, None)
+    assert (good.failures, report.complete, report.passed) == ([], True, False)
+    assert good.parity is not None
+    assert (good.gates.min_cosine, good.gates.max_map_drop) == (-1, 0.1)
+    assert WarningKind.SAME_FILE in warned(report)
+    assert not certificate_path(copy).exists()
+    report = run([tiny_onnx], baked, tiny_dataset, parity_only=False)
+    assert FailureKind.CANNOT_RUN in kinds(report.reference)
+    assert (report.models[0].parity, report.models[0].latency) == (None, [])
 
 
 def test_an_export_of_another_checkpoint(
@@ -189,21 +183,6 @@ def test_unit_length_embeddings_are_compared_by_direction(
     assert run([tiny_onnx], unit, tiny_dataset, limit=4).models[0].failures == []
 
 
-def test_a_model_that_is_its_own_reference_is_not_certified(
-    tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copy(tiny_onnx, tmp_path / "copy.onnx"))
-    result = bench(copy, reference=tiny_onnx, data=tiny_dataset, device="cpu", parity_only=True, batch_sizes=(1,))
-    assert result.report.passed
-    assert WarningKind.SAME_FILE in warned(result.report)
-    assert set(result.certificates.refused) == {str(copy)}
-
-
-def test_a_declared_precision_that_is_wrong(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    labelled = broken.labelled(tiny_onnx, tmp_path / "int8.onnx", "int8")
-    assert kinds(run([labelled], tiny_onnx, tiny_dataset, limit=4).models[0]) == [FailureKind.PRECISION]
-
-
 def test_a_model_that_does_not_load_stops_the_bench(
     tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,26 +194,12 @@ def test_a_model_that_does_not_load_stops_the_bench(
     assert not Path("bench.json").exists()
 
 
-def test_a_model_that_does_not_run_fails_alone(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    baked = broken.altered(tiny_onnx, tmp_path / "baked.onnx", broken.bakes_its_batch)
-    report = run([baked, tiny_onnx], tiny_onnx, tiny_dataset)
-    failed, good = report.models
-    assert FailureKind.CANNOT_RUN in kinds(failed)
-    assert failed.parity is None
-    assert good.failures == []
-    assert good.parity is not None
-    assert report.complete
-    assert not report.passed
-    report = run([tiny_onnx], baked, tiny_dataset, parity_only=False)
-    assert FailureKind.CANNOT_RUN in kinds(report.reference)
-    assert (report.models[0].parity, report.models[0].latency) == (None, [])
-
-
 @pytest.mark.parametrize("step", ["embed_files", "check_batches", "retrieval_change", "measure_latency"])
 def test_an_interrupt_keeps_what_was_measured(
     step: str, tiny_onnx: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = getattr(pipeline, step), []
+    home = parity if step == "retrieval_change" else pipeline
+    real, calls = getattr(home, step), []
 
     def once_then_interrupted(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -242,8 +207,9 @@ def test_an_interrupt_keeps_what_was_measured(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, step, once_then_interrupted)
-    report = run([tiny_onnx, tiny_onnx], tiny_onnx, tiny_dataset, parity_only=step != "measure_latency")
+    monkeypatch.setattr(home, step, once_then_interrupted)
+    models = [tiny_onnx] * (2 if step == "retrieval_change" else 1)
+    report = run(models, tiny_onnx, tiny_dataset, parity_only=step != "measure_latency")
     assert (report.complete, report.passed) == (False, False)
     assert report.reference.retrieval is not None
     assert (report.models[0].retrieval is None) == (step == "embed_files")
@@ -254,43 +220,23 @@ def test_an_interrupt_keeps_what_was_measured(
     assert json.loads(Path("bench.json").read_text())["complete"] is False
 
 
-def test_an_interrupt_before_the_models_are_loaded(
-    tiny_onnx: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args: object) -> Iterator[None]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "bench_images", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run([tiny_onnx], tiny_onnx, tiny_dataset)
-
-
 # Images
 
 
-def test_a_data_set_gives_queries_and_gallery(tiny_dataset: Path) -> None:
+def test_images_of_data_sets_folders_and_lists(tiny_dataset: Path, tmp_path: Path) -> None:
     images = bench_images(tiny_dataset)
     assert images.dataset is not None
     assert images.paths == [*images.dataset.query.paths, *images.dataset.gallery.paths]
-    assert images.warning is None
-    assert bench_images(tiny_dataset, limit=24).dataset is not None
-
-
-def test_folders_and_lists_give_crops_without_retrieval(tiny_dataset: Path, tmp_path: Path) -> None:
+    assert bench_images(tiny_dataset, limit=24).warning is images.warning is None
+    limited = bench_images(tiny_dataset, limit=6)
+    assert (limited.paths, limited.dataset) == (images.paths[::4], None)
+    assert limited.warning == BenchWarning(WarningKind.LIMITED, count=6, total=24)
     lines = tmp_path / "list.txt"
     lines.write_text("\n".join(str(path) for path in (tiny_dataset / "query").iterdir()))
     for source in (tiny_dataset / "query", lines):
         images = bench_images(source)
         assert (len(images.paths), images.dataset) == (12, None)
-        assert images.warning is not None
-        assert images.warning.kind is WarningKind.NO_IDENTITIES
-
-
-def test_a_limit_spreads_over_all_images(tiny_dataset: Path) -> None:
-    everything, images = bench_images(tiny_dataset).paths, bench_images(tiny_dataset, limit=6)
-    assert (images.paths, images.dataset) == (everything[::4], None)
-    assert images.warning is not None
-    assert (images.warning.kind, images.warning.count, images.warning.total) == (WarningKind.LIMITED, 6, 24)
+        assert images.warning == BenchWarning(WarningKind.NO_IDENTITIES)
 
 
 @pytest.mark.parametrize("junk", [False, True])
