@@ -142,20 +142,9 @@ def verify(
 ) -> list[Verification]:
     """Compare models with their certificates. No model is run, and no engine is needed.
 
-    A model without a valid certificate raises no error; the reason is in its `failures`.
-
-    Args:
-        models: files that `pmm bench` certified.
-        data: a data set, whose queries and gallery must be those of the certificates.
-        layout: layout of the data set, if it is not recognized.
-        reference: a file that must be the reference of the certificates.
-        digest: required digest of the certificate; for a single model.
-        report: called as the data set is hashed.
-
-    Raises:
-        ModelError: a model or the reference does not exist.
-        DataError: the data set cannot be read.
-        PmmError: `digest` is given for several models.
+    The queries and gallery of `data`, the file `reference` and, for a single model, `digest` must be those of the
+    certificates. A model without a valid certificate raises no error; the reason is in its `failures`. Raises
+    ModelError if a model or the reference does not exist, and DataError if the data set cannot be read.
     """
     if digest is not None and len(models) != 1:
         raise PmmError(f"--digest was given for {len(models)} models", "Verify one model at a time")

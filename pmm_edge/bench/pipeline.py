@@ -52,22 +52,20 @@ MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What a bench found and wrote."""
+    """What a bench found and wrote; `files` are bench.json, bench.md and report.html."""
 
     report: BenchReport
     files: list[Path]
-    """bench.json, bench.md and report.html."""
     certificates: Certification
 
 
 @dataclass
 class Subject:
-    """A model while it is measured."""
+    """A model while it is measured; `embeddings` are (images, D), None where the model cannot run."""
 
     embedder: Embedder
     figures: ModelReport
     embeddings: Embeddings | None = None
-    """(images, D); None where the model cannot run."""
     retrieval: RetrievalResult | None = None
 
 
@@ -221,10 +219,9 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
     if not source.exists():
         raise DataError(f"{source} does not exist", "Name a data set or a folder of crops")
     if not source.is_dir() or not (layout or is_dataset(source)):
-        paths = find_images(source, layout).paths
-        rows = evenly(len(paths), limit or len(paths))
-        root = source if source.is_dir() else source.parent
-        return BenchImages(root, [paths[row] for row in rows], None, BenchWarning(WarningKind.NO_IDENTITIES))
+        paths, root = find_images(source, layout).paths, source if source.is_dir() else source.parent
+        paths = [paths[row] for row in evenly(len(paths), limit or len(paths))]
+        return BenchImages(root, paths, None, BenchWarning(WarningKind.NO_IDENTITIES))
     dataset = read(source, layout)
     if not len(queries_with_match(dataset)):
         raise DataError(

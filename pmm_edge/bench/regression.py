@@ -145,7 +145,7 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     )
     notes, findings = [Note(kind, text) for holds, kind, text in general if not holds], list[Finding]()
     olds, news = _by_name(before), _by_name(now)
-    missing = [_name(model) for key, model in olds.items() if key not in news]
+    missing = [_name(olds[key]) for key in olds if key not in news]
     notes += [Note(NoteKind.MODEL_MISSING, "is missing in the new report", name) for name in missing]
     for key, model in news.items():
         if (was := olds.get(key)) is None:

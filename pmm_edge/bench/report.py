@@ -30,11 +30,10 @@ Positive = Annotated[float, Meta(gt=0)]
 
 @dataclass(frozen=True)
 class Gates:
-    """Acceptance thresholds of a model."""
+    """Acceptance thresholds of a model; `max_map_drop` is in points of 100."""
 
     min_cosine: float = 0.9999
     max_map_drop: float = 0.1
-    """In points of 100."""
     min_mean_cosine: float = 0.0
     max_stretch: float = 1.001
 
@@ -286,9 +285,6 @@ class Environment:
     gpu_max_mhz: int | None = None
     thread_settings: dict[str, str] = field(default_factory=dict)
     threads: dict[str, int | None] = field(default_factory=dict)
-
-
-# The report
 
 
 class WarningKind(Enum):
