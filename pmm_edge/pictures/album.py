@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from pmm_edge.runtime import load
 from pmm_edge.runtime.embed_files import ImageList, find_images
 
 Kind = Literal["cams", "galleries", "mixing"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 MOST = 100
 OVERLAP_IMAGES = 256
 """Number of evenly spaced images that the overlap is measured on: a few seconds on a CPU."""
@@ -51,24 +50,18 @@ class Album:
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """Title, columns and rows of the overlap; empty for methods with a single stage."""
         pairs = list(dict.fromkeys(pair for _, found in self.overlaps for pair in found.pairs))
-        rows = [
-            [
-                path.resolve().parent.name,
-                f"{found.images:,}",
-                *(
-                    "–" if value is None else f"{value:.3f}"
-                    for value in (*map(found.pairs.get, pairs), found.mean, found.chance)
-                ),
-            ]
-            for path, found in self.overlaps
-        ]
+        rows = []
+        for path, found in self.overlaps:
+            values = [*map(found.pairs.get, pairs), found.mean, found.chance]
+            shown = ["–" if value is None else f"{value:.3f}" for value in values]
+            rows.append([path.resolve().parent.name, f"{found.images:,}", *shown])
         title = "overlap of the stages' attention; chance: between different images"
         return [(title, ["model", "images", *pairs, "mean", "chance"], rows)] if pairs else []
 
 
 @dataclass(frozen=True)
 class _Request:
-    models: tuple[Path, ...]
+    models: list[Path]
     source: Path
     layout: str | None
     images: ImageList
@@ -83,18 +76,16 @@ class _Request:
         """Random indices, ascending: nobody selects the images that look best."""
         return np.sort(np.random.default_rng(self.seed).permutation(available)[: self.count])
 
-    def dataset(self) -> ReidDataset:
+    def model_and_dataset(self) -> tuple[Path, ReidDataset]:
+        """For pictures of one model that need identities; raises UnsuitableError."""
         if self.images.labels is None:
             raise UnsuitableError(
                 f"{self.source} is not a data set, and these pictures need identities",
                 "Name a data set with --data; --what cams accepts any images",
             )
-        return read(self.source, self.layout)
-
-    def model(self) -> Path:
         if len(self.models) != 1:
             raise UnsuitableError(f"these pictures need one model, not {len(self.models)}", "Name one model")
-        return self.models[0]
+        return self.models[0], read(self.source, self.layout)
 
 
 def visualize(
@@ -120,7 +111,7 @@ def visualize(
         layout: layout of the data set; None detects it.
         images: number of images, queries or anchors to draw.
         top: number of hits per query.
-        seed: seed for the choice of images and for the negatives.
+        seed: selects the images and the negatives.
         true_class: explain the true class of training images instead of the predicted class of queries.
         out: folder to write; default: `pictures` in the run folder.
         device: see `pmm_edge.load`.
@@ -134,19 +125,18 @@ def visualize(
     """
     if not 1 <= images <= MOST or not 1 <= top <= MOST:
         raise PmmError(f"{images} images with {top} hits are out of range", f"Choose 1 to {MOST} of each")
-    paths = tuple(resolve_checkpoint(Path(path)) for path in models) if models else (resolve_checkpoint(None),)
+    paths = [resolve_checkpoint(Path(path)) for path in models] if models else [resolve_checkpoint(None)]
     source, layout = data_of(paths[0], data, layout)
     one_image = source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES
     found = ImageList("image", [source], [source.name]) if one_image else find_images(source, layout)
     album = Album(out or (run_of(paths[0]) or Path()) / "pictures")
     check_place(album.folder / "cams.png")
     request = _Request(paths, source, layout, found, images, top, seed, true_class, device, report)
-    kinds = KINDS if what == "all" else (what,)
-    for kind in kinds:
+    for kind in DRAWERS if what == "all" else (what,):
         try:
             picture, measured = DRAWERS[kind](request)
         except UnsuitableError as error:
-            if what != "all" or (kind == KINDS[-1] and not album.files):
+            if what != "all" or (kind == "mixing" and not album.files):
                 raise
             album.left_out[kind] = str(error)
             continue
@@ -164,39 +154,37 @@ Drawn = tuple[Image.Image, Sequence[Overlap]]
 
 
 def _cams(request: _Request) -> Drawn:
-    from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads, draw_cams, names_of, training_classes
+    from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads, draw_cams, training_classes
 
     checkpoints = [checkpoint_with_heads(path) for path in request.models]
-    labels, classes = request.images.labels, None
-    if request.true_class:
-        if labels is None:
-            raise DataError(
-                f"{request.source} is not a data set, so the true classes are unknown",
-                "Leave --true-class out, or name the training data set with --data",
-            )
-        train = np.flatnonzero(labels.split == "train")
-        for checkpoint in checkpoints:  # all of them number the identities alike
-            classes = training_classes(labels.pids[train], checkpoint.spec, str(request.source))
-        assert classes is not None
-        rows, classes = train[classes >= 0], classes[classes >= 0]
+    images, targets = request.images, None
+    if not request.true_class:
+        split = None if images.labels is None else images.labels.split == "query"
+        rows = np.arange(len(images.paths)) if split is None else np.flatnonzero(split)
+        rows = rows[evenly(len(rows), OVERLAP_IMAGES)]
+    elif images.labels is None:
+        raise DataError(
+            f"{request.source} is not a data set, so the true classes are unknown",
+            "Leave --true-class out, or name the training data set with --data",
+        )
     else:
-        rows = np.arange(len(request.images.paths)) if labels is None else np.flatnonzero(labels.split == "query")
-    spread = evenly(len(rows), OVERLAP_IMAGES)
-    paths, targets = [request.images.paths[rows[at]] for at in spread], None if classes is None else classes[spread]
+        train = np.flatnonzero(images.labels.split == "train")
+        pids = images.labels.pids[train]
+        # All networks number the identities alike; each is checked.
+        classes, *_ = [training_classes(pids, checkpoint.spec, str(request.source)) for checkpoint in checkpoints]
+        known = np.flatnonzero(classes >= 0)
+        known = known[evenly(len(known), OVERLAP_IMAGES)]
+        rows, targets = train[known], classes[known]
+    paths = [images.paths[row] for row in rows]
     found = [attention_of(each, paths, targets, device=request.device, report=request.report) for each in checkpoints]
     drawn = request.draw(len(paths))
-    picture = draw_cams(
-        [paths[at] for at in drawn],
-        checkpoints[0].spec.input,
-        [attention[drawn] for attention in found],
-        names_of([checkpoint.spec for checkpoint in checkpoints], request.models),
-        true_class=request.true_class,
-    )
+    shown = [attention[drawn] for attention in found]
+    picture = draw_cams([paths[at] for at in drawn], shown, request.models, true_class=request.true_class)
     return picture, [overlap(attention.maps, attention.stages) for attention in found]
 
 
 def _galleries(request: _Request) -> Drawn:
-    dataset, model = request.dataset(), request.model()
+    model, dataset = request.model_and_dataset()
     valid = queries_with_match(dataset)
     if not len(valid):
         raise UnsuitableError(
@@ -204,21 +192,15 @@ def _galleries(request: _Request) -> Drawn:
             f"Inspect it with pmm data {request.source}",
         )
     queries = valid[request.draw(len(valid))]
-    embedder = load(model, request.device)
-    return gallery_grid(embedder, dataset, queries, top=request.top, report=request.report), []
+    return gallery_grid(load(model, request.device), dataset, queries, top=request.top, report=request.report), []
 
 
 def _mixing(request: _Request) -> Drawn:
     from pmm_edge.pictures.mixing_grid import mixing_grid
 
-    dataset, model = request.dataset(), request.model()
-    options: dict[str, Any] = {
-        "count": request.count,
-        "seed": request.seed,
-        "device": request.device,
-        "report": request.report,
-    }
-    return mixing_grid(model, dataset.train, **options), []
+    model, dataset = request.model_and_dataset()
+    device, report = request.device, request.report
+    return mixing_grid(model, dataset.train, count=request.count, seed=request.seed, device=device, report=report), []
 
 
 DRAWERS: dict[Kind, Callable[[_Request], Drawn]] = {"cams": _cams, "galleries": _galleries, "mixing": _mixing}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,36 +19,37 @@ from pmm_edge.data.dataset import DISTRACTOR_PID
 from pmm_edge.images import read_crop, read_crops
 from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint
 from pmm_edge.model.mixing import grad_cam
-from pmm_edge.model.network import Head, average_pool, max_pool
+from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.grid import Cell, enlargement, grid
 from pmm_edge.runtime.torch_backend import Preprocess, torch_device
-from pmm_edge.spec import InputSpec, ModelSpec
+from pmm_edge.spec import ModelSpec
 
 BATCH = 32
 METHODS = {"pmm": "PMM", "bdb": "BDB", "baseline": "Baseline"}
 COLUMNS = 8
 """Approximate number of pictures in a row."""
-STOPS = (0.0, 0.25, 0.5, 0.75, 1.0)
-COLORS = np.array([(30, 10, 70), (120, 28, 109), (206, 66, 58), (250, 153, 20), (252, 246, 130)], dtype=np.float64)
-"""Color map from dark violet to light yellow; lightness increases throughout, so it is readable without color."""
 OPACITY = 0.72
 """Opacity at the maximum of a map."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Grad-CAM maps of the stages for N images."""
+    """Grad-CAM maps of the stages of one network for N images."""
 
-    stages: tuple[str, ...]
-    """Names of the S stages, such as I, II, III."""
+    spec: ModelSpec
     maps: NDArray[np.float32]
-    """(N, S, h, w), ReLU applied, not rescaled."""
+    """(N, S, h, w) for the S stages, ReLU applied, not rescaled."""
     classes: NDArray[np.int64]
     """(N, S), the class whose evidence each map shows."""
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the S stages, such as I, II, III."""
+        return tuple(self.spec.stages)
+
     def __getitem__(self, rows: NDArray[np.intp]) -> Attention:
-        return Attention(self.stages, self.maps[rows], self.classes[rows])
+        return replace(self, maps=self.maps[rows], classes=self.classes[rows])
 
 
 def stage_maps(network: ReidNetwork, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,8 +68,14 @@ def stage_maps(network: ReidNetwork, images: Tensor, targets: Tensor | None = No
     """
     was_training = network.training
     network.eval()
+    with torch.no_grad():
+        features = network.backbone(images)
+        inputs = [(features, average_pool(features), head) for head in network.average_heads]
+        if network.max_heads:
+            features = network.bottleneck(features)
+            inputs += [(features, max_pool(features), head) for head in network.max_heads]
     maps, classes = [], []
-    for features, pooled, head in _head_inputs(network, images):
+    for features, pooled, head in inputs:
         with torch.enable_grad():
             logits = head(pooled.requires_grad_())[1]
         chosen = logits.argmax(dim=1) if targets is None else targets
@@ -75,21 +83,6 @@ def stage_maps(network: ReidNetwork, images: Tensor, targets: Tensor | None = No
         classes.append(chosen)
     network.train(was_training)
     return torch.stack(maps, dim=1), torch.stack(classes, dim=1)
-
-
-def _head_inputs(network: ReidNetwork, images: Tensor) -> Iterator[tuple[Tensor, Tensor, Head]]:
-    """The feature map, the pooled vector and the head that reads it, for each stage."""
-    with torch.no_grad():
-        features = network.backbone(images)
-        average = average_pool(features)
-    for head in network.average_heads:
-        yield features, average, head
-    if network.max_heads:
-        with torch.no_grad():
-            features = network.bottleneck(features)
-            maximum = max_pool(features)
-        for head in network.max_heads:
-            yield features, maximum, head
 
 
 def attention_of(
@@ -100,18 +93,13 @@ def attention_of(
     device: str | None = None,
     report: Report = silent,
 ) -> Attention:
-    """Compute `stage_maps` of image files, preprocessed as the checkpoint's spec says.
+    """Compute `stage_maps` of one or more image files, preprocessed as the checkpoint's spec says.
 
-    Args:
-        checkpoint: with classifiers.
-        paths: at least one.
-        targets: (N,) classes; None for the predicted ones.
-        device: `cpu`, `cuda` or `cuda:N`; None uses a GPU if there is one.
-        report: progress.
+    `targets` are (N,) classes, None for the predicted ones. `device` is `cpu`, `cuda` or `cuda:N`; None uses a GPU if
+    there is one.
 
-    Raises:
-        DataError: an image cannot be read.
-        ModelError: the weights do not match the spec, or the device does not exist.
+    Raises DataError if an image cannot be read, and ModelError if the weights do not match the spec or the device does
+    not exist.
     """
     place = torch_device(device)
     network, size = checkpoint.network().to(place), checkpoint.spec.input
@@ -126,15 +114,13 @@ def attention_of(
         maps.append(found.cpu().numpy())
         classes.append(explained.cpu().numpy())
         report(what, start + len(crops), len(paths))
-    return Attention(tuple(network.stages), np.concatenate(maps), np.concatenate(classes))
+    return Attention(checkpoint.spec, np.concatenate(maps), np.concatenate(classes))
 
 
 def checkpoint_with_heads(path: Path) -> Checkpoint:
     """Load a checkpoint with classifiers, which Grad-CAM needs.
 
-    Raises:
-        UnsuitableError: the file is an export.
-        ModelError: it is missing, truncated or not a checkpoint.
+    Raises UnsuitableError if the file is an export, and ModelError if it is missing or not a checkpoint.
     """
     if path.suffix in (".onnx", ".engine", ".safetensors"):
         raise UnsuitableError(
@@ -147,16 +133,8 @@ def checkpoint_with_heads(path: Path) -> Checkpoint:
 def training_classes(pids: NDArray[np.int64], spec: ModelSpec, data: str) -> NDArray[np.int64]:
     """Class of each training image: identities numbered from 0 in ascending order, as in training.
 
-    Args:
-        pids: (N,) of the whole training set.
-        spec: the spec of the checkpoint.
-        data: the data set, for messages.
-
-    Returns:
-        (N,) int64; -1 for junk and distractors.
-
-    Raises:
-        UnsuitableError: the network was trained on another number of identities.
+    `pids` are those of the whole training set of the data set `data`. Returns (N,) int64; -1 for junk and distractors.
+    Raises UnsuitableError if the network was trained on another number of identities.
     """
     people = np.unique(pids[pids > DISTRACTOR_PID])
     if len(people) != spec.num_classes:
@@ -168,16 +146,11 @@ def training_classes(pids: NDArray[np.int64], spec: ModelSpec, data: str) -> NDA
 
 
 def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:
-    """Draw a map over the image in gray; the map's own maximum gets the brightest color.
-
-    Args:
-        photo: the image.
-        cam: (h, w), not negative; a map of zeros adds no color.
-    """
+    """Draw a map (h, w) over the image in gray; its maximum gets the brightest color, and zeros add no color."""
     peak = float(cam.max())
     small = Image.fromarray((cam / peak if peak > 0 else cam).astype(np.float32))
-    heat = np.asarray(small.resize(photo.size, Image.Resampling.BILINEAR), dtype=np.float64)
-    color = np.stack([np.interp(heat, STOPS, channel) for channel in COLORS.T], axis=2)
+    heat = np.asarray(small.resize(photo.size, Image.Resampling.BILINEAR))
+    color = 255 * matplotlib.colormaps["inferno"](heat)[..., :3]  # lightness increases: readable without color
     opacity = OPACITY * np.sqrt(heat)[..., None]
     gray = np.asarray(photo.convert("L"), dtype=np.float64)[..., None]
     return Image.fromarray(((1 - opacity) * gray + opacity * color).round().astype(np.uint8))
@@ -186,54 +159,32 @@ def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:
 def cam_grid(checkpoints: Path | Sequence[Path], paths: Sequence[Path], *, device: str | None = None) -> Image.Image:
     """Draw the Grad-CAM maps of each image for the classes that the stages predict.
 
-    Args:
-        checkpoints: one, or several to compare, such as PMM, BDB and the baseline.
-        paths: image files, at least one.
-        device: as in `attention_of`.
-
-    Raises:
-        DataError: an image cannot be read.
-        ModelError: a file is not a checkpoint.
-        UnsuitableError: a file is an export.
+    Takes one checkpoint, or several to compare, such as PMM, BDB and the baseline. Raises what `checkpoint_with_heads`
+    and `attention_of` raise.
     """
     files = [checkpoints] if isinstance(checkpoints, Path) else list(checkpoints)
-    read = [checkpoint_with_heads(path) for path in files]
-    found = [attention_of(checkpoint, paths, device=device) for checkpoint in read]
-    return draw_cams(paths, read[0].spec.input, found, names_of([checkpoint.spec for checkpoint in read], files))
-
-
-def names_of(specs: Sequence[ModelSpec], paths: Sequence[Path]) -> list[str]:
-    """Names of the methods, followed by the folder if a method appears twice."""
-    methods = [METHODS[spec.architecture] for spec in specs]
-    if len(set(methods)) == len(methods):
-        return methods
-    return [f"{method} {path.resolve().parent.name}" for method, path in zip(methods, paths, strict=True)]
+    return draw_cams(paths, [attention_of(checkpoint_with_heads(file), paths, device=device) for file in files], files)
 
 
 def draw_cams(
-    paths: Sequence[Path],
-    size: InputSpec,
-    networks: Sequence[Attention],
-    names: Sequence[str],
-    *,
-    true_class: bool = False,
+    paths: Sequence[Path], networks: Sequence[Attention], checkpoints: Sequence[Path], *, true_class: bool = False
 ) -> Image.Image:
-    """Draw maps of the same images for one or more networks.
+    """Draw maps of the same images for one or more networks; images are enlarged to the first one's multiple.
 
     Args:
         paths: the N images.
-        size: the input size; images are enlarged by a whole factor.
         networks: maps of each network.
-        names: name of each network.
+        checkpoints: the file of each network; its folder tells networks of one method apart.
         true_class: whether the maps explain the true class, for the note.
 
     Raises:
         DataError: an image cannot be read.
     """
+    names = [METHODS[found.spec.architecture] for found in networks]
+    if len(set(names)) < len(names):
+        names = [f"{name} {path.resolve().parent.name}" for name, path in zip(names, checkpoints, strict=True)]
+    size = networks[0].spec.input
     factor = enlargement(size.height)
-    counts = [len(found.stages) for found in networks]
-    group = 1 + sum(counts)  # columns per image
-    groups = min(len(paths), max(1, COLUMNS // group))
     images = []
     for row, path in enumerate(paths):
         photo = Image.fromarray(read_crop(path, factor * size.height, factor * size.width))
@@ -243,15 +194,15 @@ def draw_cams(
                 cells.append(Cell(overlay(photo, cam), f"class {chosen}" if cam.any() else "no evidence"))
         images.append(cells)
     compared = len(networks) > 1
-    heads = [
-        f"{name}\n{stage}" if compared else f"stage {stage}"
-        for found, name in zip(networks, names, strict=True)
-        for stage in found.stages
-    ]
-    starts = [0, *accumulate([1, *counts[:-1]])] if compared else [0]
+    heads = ["input"]
+    for found, name in zip(networks, names, strict=True):
+        heads += [f"{name}\n{stage}" if compared else f"stage {stage}" for stage in found.stages]
+    group = len(heads)  # columns per image
+    groups = min(len(paths), max(1, COLUMNS // group))
+    starts = [0, *accumulate([1, *(len(found.stages) for found in networks[:-1])])] if compared else [0]
     return grid(
         [list(chain(*images[start : start + groups])) for start in range(0, len(images), groups)],
-        ["input", *heads] * groups,
+        heads * groups,
         title=f"{', '.join(names)}: Grad-CAM of each stage",
         notes=[
             f"Evidence for {'the true class' if true_class else 'the class that each stage predicts'}, named below each"

@@ -56,17 +56,9 @@ def gallery_grid(
     top: int = TOP,
     report: Report = silent,
 ) -> Image.Image:
-    """Embed some queries and the whole gallery, and draw the nearest images of each query.
+    """Embed some queries, given as indices into `dataset.query`, and the gallery; draw the `top` images of each query.
 
-    Args:
-        embedder: any model.
-        dataset: the data set.
-        queries: indices into `dataset.query`, one row each.
-        top: number of hits per query.
-        report: progress.
-
-    Raises:
-        DataError: an image cannot be read, or no query has a match in the gallery.
+    Raises DataError if an image cannot be read, or no query has a match in the gallery.
     """
     query = part(dataset.query, queries)
     gallery = part(dataset.gallery, np.flatnonzero(dataset.gallery.pids != JUNK_PID))
@@ -80,15 +72,8 @@ def rank(
 ) -> list[Ranking]:
     """Rank the gallery for each query, as `pmm_edge.evaluate` does; ties keep the order of the gallery.
 
-    Args:
-        query_features: (Q, D), rows as in `query`.
-        gallery_features: (G, D), rows as in `gallery`.
-        query: the queries.
-        gallery: the gallery.
-        top: number of hits.
-
-    Raises:
-        DataError: a feature is NaN or infinite, or no query has a match in the gallery.
+    The features are (Q, D) and (G, D), with rows as in `query` and `gallery`. Raises DataError if a feature is NaN or
+    infinite, or no query has a match in the gallery.
     """
     distances = euclidean_distances(query_features, gallery_features)
     labels = (query.pids, gallery.pids, query.camids, gallery.camids)
@@ -110,50 +95,38 @@ def rank(
 
 
 def draw_rankings(rankings: Sequence[Ranking], name: str) -> Image.Image:
-    """Draw one row per query: the query, then its hits, nearest first.
+    """Draw one row per query: the query, then its hits, nearest first. `name` of model and data set is for the title.
 
-    Args:
-        rankings: at least one.
-        name: model and data set, for the title.
-
-    Raises:
-        DataError: an image cannot be read.
+    Raises DataError if an image cannot be read.
     """
-    most = max(len(ranking.hits) for ranking in rankings)
+    rows = []
+    for ranking in rankings:
+        judged = "no match"
+        if ranking.first_match_rank:
+            judged = f"AP {100 * ranking.average_precision:.0f} %\n1st match: {ranking.first_match_rank:,}"
+        cells = [_cell(ranking, judged)]
+        for hit in ranking.hits:
+            cells.append(_cell(hit, f"{hit.distance:#.3g}".rstrip("."), hit.pid == ranking.pid))
+        rows.append(cells)
     return grid(
-        [[_query(ranking), *(_hit(hit, ranking) for hit in ranking.hits)] for ranking in rankings],
-        ["query", *map(str, range(1, most + 1))],
+        rows,
+        ["query", *map(str, range(1, max(map(len, rows))))],
         title=f"{name}: nearest gallery images",
         notes=[
-            "Solid frame and tick: same person. Dashed frame and cross: another person. Below each hit: Euclidean"
-            " distance, identity and camera; below each query: average precision and rank of the first match. Images of"
+            "Solid frame and tick: same person. Dashed frame and cross: another person. Below each hit: identity,"
+            " camera and Euclidean distance; below each query: average precision and rank of the first match. Images of"
             " the query's identity and camera are excluded, as in the Market-1501 protocol."
         ],
         wide_before=[1],
     )
 
 
+def _cell(image: Ranking | Hit, judged: str, right: bool | None = None) -> Cell:
+    who = "distractor" if image.pid == DISTRACTOR_PID else f"pid {image.pid}"
+    return Cell(Image.fromarray(read_crop(image.path, *PHOTO)), f"{who} · c{image.camid}\n{judged}", right)
+
+
 def part(split: Split, indices: Sequence[int] | NDArray[np.intp]) -> Split:
     """Select images of a split."""
     rows = np.asarray(indices, dtype=np.intp)
     return Split([split.paths[row] for row in rows], split.pids[rows], split.camids[rows])
-
-
-def _query(ranking: Ranking) -> Cell:
-    judged = "no match"
-    if ranking.first_match_rank:
-        judged = f"AP {100 * ranking.average_precision:.0f} %\n1st match: {ranking.first_match_rank:,}"
-    return Cell(_photo(ranking.path), f"{_who(ranking.pid, ranking.camid)}\n{judged}")
-
-
-def _hit(hit: Hit, ranking: Ranking) -> Cell:
-    distance = f"{hit.distance:#.3g}".rstrip(".")
-    return Cell(_photo(hit.path), f"{distance}\n{_who(hit.pid, hit.camid)}", hit.pid == ranking.pid)
-
-
-def _who(pid: int, camid: int) -> str:
-    return f"{'distractor' if pid == DISTRACTOR_PID else f'pid {pid}'} · c{camid}"
-
-
-def _photo(path: Path) -> Image.Image:
-    return Image.fromarray(read_crop(path, *PHOTO))

@@ -42,12 +42,8 @@ def grid(
 ) -> Image.Image:
     """Lay out pictures; a column is as wide as its widest picture, a row as high as its highest.
 
-    Args:
-        rows: None leaves a place empty; rows may differ in length.
-        heads: titles of the columns.
-        title: title of the whole picture.
-        notes: paragraphs below the pictures.
-        wide_before: columns with a wider gap on their left.
+    In `rows`, None leaves a place empty, and rows may differ in length. `heads` are titles of the columns, `notes`
+    paragraphs below the pictures, `wide_before` the columns with a wider gap on their left.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -105,7 +101,7 @@ def enlargement(height: int) -> int:
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """A picture enlarged by `enlargement`."""
+    """A copy of a picture, enlarged by `enlargement`."""
     factor = enlargement(picture.height)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
 

@@ -21,7 +21,7 @@ from pmm_edge.model.backbone import STRIDE
 from pmm_edge.model.mixing import spread, top_blocks
 from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.attention import checkpoint_with_heads, overlay, training_classes
-from pmm_edge.pictures.grid import Cell, enlarged, grid
+from pmm_edge.pictures.grid import Cell, enlarged, enlargement, grid
 from pmm_edge.runtime.torch_backend import Preprocess, torch_device
 from pmm_edge.spec import InputSpec
 
@@ -47,36 +47,20 @@ class Mixing:
     block_size: tuple[int, int]
 
     @property
-    def pixel_masks(self) -> NDArray[np.bool_]:
-        """(2, B, H, W): each position of the map covers STRIDE x STRIDE pixels."""
-        height, width = self.crops.shape[1:3]
-        wide = spread(torch.from_numpy(self.masks), (STRIDE, STRIDE))
-        return wide[..., :height, :width].numpy()
-
-    @property
     def seen(self) -> NDArray[np.uint8]:
-        """(2, B, H, W, 3), the anchor with the negative's pixels in the replaced blocks."""
-        return np.where(self.pixel_masks[..., None], self.crops[self.negatives], self.crops)
+        """(2, B, H, W, 3), the anchor with the negative's pixels in the blocks; a position has STRIDE x STRIDE."""
+        height, width = self.crops.shape[1:3]
+        pixels = spread(torch.from_numpy(self.masks), (STRIDE, STRIDE))[..., :height, :width, None]
+        return np.where(pixels.numpy(), self.crops[self.negatives], self.crops)
 
 
 def mixing_grid(
-    path: Path,
-    train: Split,
-    *,
-    count: int = 6,
-    seed: int = 0,
-    device: str | None = None,
-    report: Report = silent,
+    path: Path, train: Split, *, count: int = 6, seed: int = 0, device: str | None = None, report: Report = silent
 ) -> Image.Image:
     """Draw the mixing of one batch, one row for each of `count` identities.
 
-    Args:
-        path: a PMM checkpoint trained with A-Hard-Mix.
-        train: its training set.
-        count: number of rows.
-        seed: seed for the batch and the negatives.
-        device: as in `attention_of`.
-        report: progress.
+    `path` is a PMM checkpoint trained with A-Hard-Mix, `train` its training set; `seed` selects the batch and the
+    negatives; `device` is as in `attention_of`.
 
     Raises:
         UnsuitableError: the network does not mix features, was trained on other data, or is an export.
@@ -84,33 +68,29 @@ def mixing_grid(
         ModelError: the file is not a checkpoint.
     """
     checkpoint = checkpoint_with_heads(path)
-    network = checkpoint.network()
-    check_mixes(network, path)
+    network, size = checkpoint.network(), checkpoint.spec.input
+    check_mixes(network)
     classes = training_classes(train.pids, checkpoint.spec, f"{train.paths[0].parent}")
     used = np.flatnonzero(classes >= 0)
     batches = identity_batches(classes[used], max(PEOPLE, count), IMAGES_EACH, np.random.default_rng(seed))
     if not batches:
         raise UnsuitableError(f"{path} was trained on one identity, and mixing needs two", "Name another checkpoint")
     chosen = used[batches[0]]
-    report("mixing", 0, 1, f"a batch of {len(chosen)}")
-    size = checkpoint.spec.input
+    what = f"mixing a batch of {len(chosen)}"
+    report(what, 0, 1)
     crops = read_crops([train.paths[row] for row in chosen], size.height, size.width)
     found = mixed_batch(network, crops, classes[chosen], size, seed, torch_device(device))
-    report("mixing", 1, 1, f"a batch of {len(chosen)}")
+    report(what, 1, 1)
     return draw_mixing(found, range(0, len(chosen), IMAGES_EACH)[:count])
 
 
-def check_mixes(network: ReidNetwork, path: Path) -> None:
-    """Check that the network was trained with A-Hard-Mix.
-
-    Raises:
-        UnsuitableError: it is not PMM, or was trained with another mix.
-    """
+def check_mixes(network: ReidNetwork) -> PMM:
+    """Return the network if it was trained with A-Hard-Mix; raise UnsuitableError for others."""
     if isinstance(network, PMM) and network.mix == "a-hard-mix":
-        return
-    what = f"is a PMM with --mix {network.mix}" if isinstance(network, PMM) else f"is a {type(network).__name__}"
+        return network
+    what = f"a PMM with --mix {network.mix}" if isinstance(network, PMM) else f"a {type(network).__name__}"
     raise UnsuitableError(
-        f"{path} {what}, whose training does not mix features by attention",
+        f"the network is {what}, whose training does not mix features by attention",
         "Name a PMM checkpoint trained with A-Hard-Mix; --what cams accepts any method",
     )
 
@@ -123,36 +103,23 @@ def mixed_batch(
     seed: int,
     device: torch.device | None = None,
 ) -> Mixing:
-    """Run the training forward pass of `pmm_edge.model` on a batch, without augmentation. The network is not changed.
+    """Run the training forward pass of a PMM on a batch, without augmentation. The network is not changed.
 
-    Args:
-        network: a PMM with A-Hard-Mix.
-        crops: (B, H, W, 3) uint8 RGB at network size, of two or more classes.
-        classes: (B,).
-        size: the input of the network.
-        seed: seed for the negatives.
-        device: where to run.
+    `crops` are (B, H, W, 3) uint8 RGB at network size, of two or more `classes` (B,); `seed` is for the negatives.
     """
     place = device or torch.device("cpu")
-    trained = copy.deepcopy(network).to(place).train()  # which updates the running statistics
-    assert isinstance(trained, PMM)
+    trained = check_mixes(copy.deepcopy(network).to(place).train())  # a copy: this updates the running statistics
     images = Preprocess(replace(size, form="uint8")).to(place)(torch.from_numpy(crops).to(place))
-    pids = torch.from_numpy(classes).to(place)
     with torch.no_grad():  # Grad-CAM needs no gradient of the backbone
         features = trained.backbone(images)
     generator = torch.Generator(place).manual_seed(seed)
+    pids = torch.from_numpy(classes).to(place)
     stages = trained.train_stages(features.requires_grad_(), pids, None, generator)[:2]
     cams = torch.stack([stage.cam for stage in stages])  # type: ignore[misc]  # of stages I and II
-    masks = [top_blocks(cam, trained.block_size, trained.mix_blocks)[:, 0] for cam in cams]
+    masks = torch.stack([top_blocks(cam, trained.block_size, trained.mix_blocks)[:, 0] for cam in cams])
     negatives = torch.stack([stage.negatives for stage in stages])  # type: ignore[misc]
-    return Mixing(
-        crops,
-        classes,
-        negatives.cpu().numpy(),
-        cams.float().cpu().numpy(),
-        torch.stack(masks).cpu().numpy(),
-        trained.block_size,
-    )
+    maps = cams.float().cpu().numpy()
+    return Mixing(crops, classes, negatives.cpu().numpy(), maps, masks.cpu().numpy(), trained.block_size)
 
 
 def draw_mixing(found: Mixing, rows: Sequence[int]) -> Image.Image:
@@ -179,34 +146,24 @@ def draw_mixing(found: Mixing, rows: Sequence[int]) -> Image.Image:
 def _row(found: Mixing, row: int) -> list[Cell]:
     anchor = enlarged(Image.fromarray(found.crops[row]))
     cells = [Cell(anchor, f"class {found.classes[row]}")]
-    for turn in range(2):
-        boxes, other = _boxes(found, turn, row), found.negatives[turn, row]
-        pictures = [
-            overlay(anchor, found.cams[turn, row]),
-            enlarged(Image.fromarray(found.crops[other])),
-            enlarged(Image.fromarray(found.seen[turn, row])),
-        ]
-        captions = ["", f"class {found.classes[other]}", ""]
-        cells += [Cell(_outlined(picture, boxes), caption) for picture, caption in zip(pictures, captions, strict=True)]
+    for cams, negatives, masks, seen in zip(found.cams, found.negatives, found.masks, found.seen, strict=True):
+        other = negatives[row]
+        for picture, caption in (
+            (overlay(anchor, cams[row]), ""),
+            (enlarged(Image.fromarray(found.crops[other])), f"class {found.classes[other]}"),
+            (enlarged(Image.fromarray(seen[row])), ""),
+        ):
+            _outline(picture, masks[row], found.block_size, STRIDE * enlargement(found.crops.shape[1]))
+            cells.append(Cell(picture, caption))
     return cells
 
 
-def _boxes(found: Mixing, turn: int, row: int) -> list[tuple[float, float, float, float]]:
-    """Left, top, right and bottom of each replaced block, relative to the width and height of the image."""
-    high, wide = found.block_size
-    height, width = found.crops.shape[1:3]
-    across, down = STRIDE / width, STRIDE / height
-    return [
-        (x * wide * across, y * high * down, min(1.0, (x + 1) * wide * across), min(1.0, (y + 1) * high * down))
-        for y, x in np.argwhere(found.masks[turn, row, ::high, ::wide]).tolist()
-    ]
-
-
-def _outlined(picture: Image.Image, boxes: Sequence[tuple[float, float, float, float]]) -> Image.Image:
-    drawn = picture.copy()
-    draw = ImageDraw.Draw(drawn)
-    for left, top, right, bottom in boxes:
-        corners = (left * picture.width, top * picture.height, right * picture.width - 1, bottom * picture.height - 1)
-        draw.rectangle(corners, outline="#000000", width=5)
-        draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], outline=BLOCK, width=3)
-    return drawn
+def _outline(picture: Image.Image, mask: NDArray[np.bool_], block_size: tuple[int, int], step: int) -> None:
+    """Outline the replaced blocks; a position of the map covers step x step pixels."""
+    draw = ImageDraw.Draw(picture)
+    high, wide = block_size
+    for y, x in np.argwhere(mask[::high, ::wide]).tolist():
+        left, top = x * wide * step, y * high * step
+        right, bottom = min(left + wide * step, picture.width) - 1, min(top + high * step, picture.height) - 1
+        draw.rectangle((left, top, right, bottom), outline="black", width=5)
+        draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=BLOCK, width=3)

@@ -32,9 +32,7 @@ def overlap(maps: ArrayLike, stages: tuple[str, ...]) -> Overlap:
     that are equal up to a factor, 0 for disjoint maps (Swain and Ballard, Color Indexing, 1991). It needs no threshold
     and does not depend on the strength of a map.
 
-    Args:
-        maps: (N, S, h, w), not negative; N >= 1.
-        stages: names of the S stages.
+    `maps` are (N, S, h, w), not negative, of N >= 1 images; `stages` names the S stages.
     """
     array = np.asarray(maps, dtype=np.float64)
     flat = array.reshape(*array.shape[:2], -1)
