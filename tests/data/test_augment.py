@@ -36,11 +36,6 @@ def test_half_are_flipped_and_half_have_a_square_erased(crops):
     assert reached[0].any() and reached[-1].any() and reached[:, 0].any() and reached[:, -1].any()
 
 
-def test_with_a_size_of_zero_nothing_is_erased(crops):
-    images = augment(crops, 0, torch.Generator().manual_seed(2))
-    assert not (images == 0).all(dim=1).any()
-
-
 def slow_augment(crop, flip, erase, row, column, size):
     """The definition, pixel by pixel."""
     height, width, _ = crop.shape

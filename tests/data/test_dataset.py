@@ -121,22 +121,15 @@ def test_labels_of_each_form(tmp_path):
     assert all(path.is_file() for split in msmt17.splits.values() for path in split.paths)
 
 
-LINES = (
-    "../../secret/0000_000_01_x.jpg 0",
-    "/etc/0000_000_01_x.jpg 0",
-    "0000//etc/0000_000_01_x.jpg 0",
-    r"..\secret\0000_000_01_x.jpg 0",
-    "C:/0000_000_01_x.jpg 0",
-    "0000/anna.jpg 0",
-    "0000/0000_000_01_x.jpg",
-    "0000/0000_000_01_x.jpg -1",
-    f"0000/0000_000_01_x.jpg {'9' * 40}",
-    "\x00\x1b[2J/0000_000_01_x.jpg 0",
-    "a/" * 5000,
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("../../secret/0000_000_01_x.jpg 0", "/etc/0000_000_01_x.jpg 0", "0000//etc/0000_000_01_x.jpg 0"),
+        *(r"..\secret\0000_000_01_x.jpg 0", "C:/0000_000_01_x.jpg 0", "\x00\x1b[2J/0000_000_01_x.jpg 0"),
+        *("0000/anna.jpg 0", "0000/0000_000_01_x.jpg", "0000/0000_000_01_x.jpg -1", "a/" * 5000),
+        f"0000/0000_000_01_x.jpg {'9' * 40}",
+    ],
 )
-
-
-@pytest.mark.parametrize("line", LINES)
 def test_a_line_of_a_list_that_is_not_an_image_and_an_identity_is_refused(tmp_path, line):
     root = MAKERS["msmt17-v1"](tmp_path)
     with (root / "list_query.txt").open("a") as file:
@@ -249,9 +242,6 @@ def test_unreadable_files_are_found(tiny_dataset, tmp_path):
     assert seen[-1][:3] == ("images", 14, 14)
 
 
-QUERY = f"query/{MARKET['query'][0]}"
-
-
 @pytest.fixture
 def market(tmp_path):
     return MAKERS[ANY_MARKET](tmp_path)
@@ -261,11 +251,10 @@ def test_names_are_read_as_market1501_writes_them(market):
     dataset = scan(market)
     assert dataset.train.pids.tolist() == [2, 2, 7] and dataset.train.camids.tolist() == [1, 2, 1]
     assert sorted(dataset.gallery.pids.tolist()) == [JUNK_PID, DISTRACTOR_PID, 3] == [-1, 0, 3]
-    assert dataset.gallery.identities == 1 and dataset.gallery.cameras == 2
-    assert dataset.query.pids.dtype == np.int64
-    assert (dataset.name, dataset.layout, problems(dataset)) == ("warehouse", ANY_MARKET, [])
-    one_camera = {name: replace(split, camids=np.ones_like(split.camids)) for name, split in dataset.splits.items()}
-    assert len(problems(replace(dataset, **one_camera))) == 1
+    assert (dataset.gallery.identities, dataset.gallery.cameras, dataset.query.pids.dtype) == (1, 2, np.int64)
+    assert problems(dataset) == []
+    junk = replace(dataset.gallery, pids=np.full(3, JUNK_PID))
+    assert not len(queries_with_match(replace(dataset, gallery=junk)))
 
 
 def test_a_folder_that_cannot_be_read(market):
@@ -280,7 +269,7 @@ def test_a_folder_that_cannot_be_read(market):
         with pytest.raises(DataError, match=name):
             read(market)
         (market / "query" / name).unlink()
-    (market / QUERY).unlink()
+    next((market / "query").iterdir()).unlink()
     with pytest.raises(DataError, match="query contains no images"):
         read(market)
     (market / "query").rmdir()
@@ -309,38 +298,25 @@ def test_splits_that_cannot_be_used_can_still_be_read(market, old, new):
     assert [w.text for w in unusable] == [str(error.value)]
 
 
-def test_only_queries_with_a_right_answer_have_a_match(tiny_dataset):
-    dataset = read(tiny_dataset)
-    assert queries_with_match(dataset).tolist() == list(range(12))
-    gallery = dataset.gallery
-    alone = replace(
-        gallery,
-        camids=np.where(gallery.pids == 102, 1, gallery.camids),
-        pids=np.where(gallery.pids == 103, JUNK_PID, gallery.pids),
-    )
-    left = queries_with_match(replace(dataset, gallery=alone))
-    assert left.tolist() == [0, 1, 2, 4, 5, 9, 10, 11]
-    junk = replace(gallery, pids=np.full(12, JUNK_PID))
-    assert not len(queries_with_match(replace(dataset, gallery=junk)))
-
-
 @pytest.mark.parametrize(("pid", "counted"), [(DISTRACTOR_PID, 1), (JUNK_PID, 0), (3, 1), (4, 0)])
 def test_the_finding_about_queries_agrees_with_the_evaluation(market, pid, counted):
     dataset = read(market)
     query = replace(dataset.query, pids=np.array([3, pid]), camids=np.array([1, 3]), paths=2 * dataset.query.paths)
     labels = (query.pids, dataset.gallery.pids, query.camids, dataset.gallery.camids)
     assert evaluate(np.eye(2), np.ones((3, 2)), *labels).valid_queries == 1 + counted
+    assert queries_with_match(replace(dataset, query=query)).tolist() == [0, 1][: 1 + counted]
     found = [w for w in analyze(replace(dataset, query=query)).warnings if w.kind == FindingKind.UNMATCHED_QUERIES]
     assert [(w.images, w.pids) for w in found] == [(1, [pid])] * (1 - counted)
 
 
 def test_the_hash_depends_on_names_and_contents_and_not_on_the_place(market, tmp_path):
-    paths = read(market).query.paths
-    paths[0].write_bytes(b"one")
-    first = data_sha256(paths, market)
+    (path,) = read(market).query.paths
+    path.write_bytes(b"one")
+    first = data_sha256([path], market)
     moved = market.rename(tmp_path / "moved")
-    assert data_sha256([moved / path.relative_to(market) for path in paths], moved) == first
-    (moved / QUERY).write_bytes(b"two")
-    assert data_sha256([moved / QUERY], moved) != first
+    path = moved / path.relative_to(market)
+    assert data_sha256([path], moved) == first
+    path.write_bytes(b"two")
+    assert data_sha256([path], moved) != first
     with pytest.raises(DataError, match="gone"):
         data_sha256([moved / "gone.jpg"], moved)

@@ -64,7 +64,7 @@ def test_a_seed_always_draws_the_same_people(made):
 
 def test_the_layout_is_that_of_market_1501(made):
     assert sorted(path.name for path in made.iterdir()) == sorted((*FOLDERS, "synthetic.json"))
-    for path in (path for folder in FOLDERS for path in (made / folder).iterdir()):
+    for path in made.glob("*/*"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 128))
     train, query, gallery = (labels(made / folder) for folder in FOLDERS)
@@ -73,10 +73,6 @@ def test_the_layout_is_that_of_market_1501(made):
     assert (pids.count(-1), pids.count(0)) == (counts["junk"], counts["distractors"]) and min(pids.count(-1), 1) == 1
     assert len(gallery) == counts["bounding_box_test"] + counts["junk"] + counts["distractors"]
     assert json.loads((made / "synthetic.json").read_text())["images"] == counts
-
-
-def test_identities_and_their_cameras(made):
-    train, query, gallery = (labels(made / folder) for folder in FOLDERS)
     people = [{pid for pid, _ in split} for split in (train, query, gallery)]
     assert (len(people[0]), len(people[1])) == (6, 4) and not people[0] & people[1]
     assert people[2] == people[1] | {-1, 0}
@@ -112,23 +108,10 @@ def test_a_group_wears_the_same_clothes_and_differs_in_details():
 @pytest.mark.parametrize(("group_size", "height", "width"), [(1, 64, 32), (MAX_GROUP, 192, 80)])
 def test_group_and_image_sizes(group_size, height, width):
     config = replace(TINY, train_identities=8, group_size=group_size, height=height, width=width)
-    sheet = contact_sheet(config)
-    assert sheet.size == (2 * (width + 4) + 4, height + 8)
+    assert contact_sheet(config).size == (2 * (width + 4) + 4, height + 8)
 
 
-def test_cameras_differ_more_in_color_than_their_images_do(made):
-    colors = defaultdict(list)
-    for path in (made / "bounding_box_train").iterdir():
-        pixels = np.asarray(Image.open(path)).reshape(-1, 3).mean(axis=0)
-        colors[path.name.split("_")[1][:2]].append(pixels / pixels.sum())
-    means = np.array([np.mean(of_camera, axis=0) for of_camera in colors.values()])
-    within = np.mean([np.std(of_camera, axis=0) for of_camera in colors.values()])
-    assert means.std(axis=0).mean() > within
-
-
-@pytest.mark.parametrize(
-    ("error", "workers"), [(KeyboardInterrupt, 1), (OSError("disk full"), 1), (KeyboardInterrupt, 2)]
-)
+@pytest.mark.parametrize(("error", "workers"), [(OSError("disk full"), 1), (KeyboardInterrupt, 2)])
 def test_interrupted_or_failed_drawing_leaves_nothing(tmp_path, monkeypatch, error, workers):
     monkeypatch.setattr(generate, "CHUNK", 8)
 
@@ -147,13 +130,12 @@ def test_the_cached_set_is_drawn_once_for_each_configuration(tmp_path, monkeypat
     total = sum(count_images(TINY).values())
     assert reported[-1] == (total, total)
     drawn = (folder / "synthetic.json").stat().st_mtime_ns
-    assert cached_synthetic(TINY) == folder
+    assert cached_synthetic(TINY) == folder != cached_synthetic(replace(TINY, seed=1))
     assert (folder / "synthetic.json").stat().st_mtime_ns == drawn
-    assert cached_synthetic(replace(TINY, seed=1)) != folder
 
 
 def test_a_full_folder_is_left_alone(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "mine.txt").touch()
     with pytest.raises(OutputError):
         make_synthetic(tmp_path, SMALL, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

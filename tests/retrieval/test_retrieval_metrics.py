@@ -18,12 +18,11 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "retrieval_metrics.npz"
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN) as file:
-        return {name: file[name] for name in file.files}
+        return dict(file)
 
 
 def golden_inputs(golden):
-    sides = ("features", "pids", "camids")
-    return [golden[f"{side}_{what}"] for what in sides for side in ("query", "gallery")]
+    return [golden[f"{side}_{what}"] for what in ("features", "pids", "camids") for side in ("query", "gallery")]
 
 
 def slow_evaluate(distances, query_pids, gallery_pids, query_camids, gallery_camids, max_rank=50, ap_cutoff=None):
@@ -59,13 +58,10 @@ def random_case(seed, queries=40, gallery=300, identities=12, levels=None):
 
 
 def assert_same_figures(result, slow):
-    assert result.valid_queries == slow.valid_queries
-    np.testing.assert_array_equal(result.first_match_rank, slow.first_match_rank)
-    np.testing.assert_array_equal(result.top1, slow.top1)
-    np.testing.assert_allclose(result.average_precision, slow.average_precision, rtol=1e-12)
-    np.testing.assert_allclose(result.cmc, slow.cmc, rtol=1e-12)
-    assert result.mAP == pytest.approx(slow.mAP, rel=1e-12)
-    assert result.mINP == pytest.approx(slow.mINP, rel=1e-12)
+    for name in ("valid_queries", "first_match_rank", "top1"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(slow, name))
+    for name in ("average_precision", "cmc", "mAP", "mINP"):
+        np.testing.assert_allclose(getattr(result, name), getattr(slow, name), rtol=1e-12)
 
 
 def test_golden_figures(golden):
@@ -161,9 +157,7 @@ def test_wrong_input_is_refused(change):
         evaluate_distances(**{**GOOD, **change})
 
 
-def test_errors_name_the_value_and_the_remedy(monkeypatch):
-    with pytest.raises(DataError, match=r"query pids have shape \(1,\), expected \(2,\). Pass one for each image"):
-        evaluate_distances(**{**GOOD, "query_pids": [1]})
+def test_the_error_names_the_query(monkeypatch):
     monkeypatch.setattr(distances, "BLOCK_BYTES", 1)  # a query is a block
     with pytest.raises(DataError, match="query 1 "):
         evaluate_distances(**{**GOOD, "distances": [[1, 2, 3], [1, np.nan, 3]]})
