@@ -1,4 +1,4 @@
-"""`pmm eval`: the retrieval of one model, with mirror images and re-ranking on request."""
+"""`pmm eval`: the retrieval of one model, optionally with mirror images and re-ranking."""
 
 from __future__ import annotations
 
@@ -59,21 +59,10 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluate retrieval under the Market-1501 protocol.
 
-    Args:
-        model: see `pmm_edge.load`.
-        data: folder of a data set.
-        layout: layout of the data set, if it is not recognized.
-        rerank: also evaluate k-reciprocal re-ranking.
-        flip: also evaluate the mean embedding of each image and its mirror image.
-        cmc: .png or .svg file for a plot of the CMC.
-        features: .npz file for the embeddings; see `EmbeddedDataset.save`.
-        device: see `pmm_edge.load`.
-        report: receives progress.
+    `rerank` adds k-reciprocal re-ranking, `flip` the mean embedding of each image and its mirror image. `cmc` is a .png
+    or .svg file for a plot of the CMC, `features` an .npz file for the embeddings (see `EmbeddedDataset.save`).
 
-    Raises:
-        DataError: the data set cannot be used, or embeddings contain NaN or infinity.
-        ModelError: the model cannot be loaded.
-        OutputError: a file cannot be written.
+    Raises DataError or ModelError if the data set or the model cannot be used, OutputError if a file cannot be written.
     """
     dataset, embedder = scan(data, layout), load(model, device)
     if cmc:
@@ -89,8 +78,10 @@ def evaluate_model(
             named = about("flip" if flipped else "plain", report)
             rows.append(EvaluationRow(flipped, reranked, embedded.evaluate(reranked, flip=flipped, report=named)))
     if cmc:
-        labels = [f"{r.name}: Rank-1 {percent(r.result.rank(1))}, mAP {percent(r.result.mAP)}" for r in rows]
-        curves = [(label, row.result.cmc.tolist()) for label, row in zip(labels, rows, strict=True)]
+        curves = {
+            f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}": row.result.cmc.tolist()
+            for row in rows
+        }
         save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)
     gallery = len(embedded.dataset.gallery)
     return Evaluation(model, data, dataset.name, gallery, embedder.backend, embedder.device, rows)

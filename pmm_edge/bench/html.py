@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +21,7 @@ from pmm_edge.images import IMAGE_FORMATS
 
 MAX_HITS = 12
 """Queries with a changed first match that are shown per model."""
-_SIGNS = {
-    "passes": "✓",
-    "fails": "✗",
-    "not judged": "◌",
-    "partial": "◐",
-    "reference": "◆",
-    "holds": "✓",
-    "broken": "✗",
-}
+_SIGNS = {"passes": "✓", "fails": "✗", "not judged": "◌", "partial": "◐", "reference": "◆", "holds": "✓", "broken": "✗"}
 """A sign for each state, so that color is never the only difference."""
 _SECTIONS = (
     ("models", "Models"),
@@ -43,12 +32,11 @@ _SECTIONS = (
     ("pictures", "What the network sees"),
     ("environment", "Environment"),
 )
-_WIDTH, _HEIGHT = 216, 144
-_MAX_PIXELS = 50_000_000
+_THUMBNAIL = (216, 144)
+"""Maximum width and height."""
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture for the report, such as a grid of Grad-CAM maps."""
 
     title: str
@@ -56,21 +44,8 @@ class Picture:
     image: Image.Image
 
 
-class Thumbnail(NamedTuple):
-    """An image inside the page; `uri` is empty if the file cannot be shown."""
-
-    name: str
-    uri: str = ""
-    width: int = 0
-    height: int = 0
-
-
 def write_html(report: BenchReport, path: Path, pictures: Sequence[Picture] = ()) -> None:
-    """Write the report as one HTML file.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write the report as one HTML file; raises OutputError."""
     text = render(report, pictures)
     with written_whole(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "replace"))  # paths that are not UTF-8 get question marks
@@ -131,7 +106,7 @@ def _variables(colors: Sequence[str]) -> str:
 
 def _card(report: BenchReport, name: str, model: ModelReport) -> dict[str, Any]:
     """The numbers that decide, each with its limit or its comparison to the reference."""
-    state, facts = tables.result(report, model), []
+    facts = []
     if model.parity:
         facts.append(("Minimum cosine", f"{model.parity.whole.cosine_min:.6f}", f"limit {model.gates.min_cosine:g}"))
     if model.retrieval:
@@ -143,13 +118,11 @@ def _card(report: BenchReport, name: str, model: ModelReport) -> dict[str, Any]:
         facts.append((f"Batch size {timed[0].batch}", f"{tables.milliseconds(timed[0].median_ms)} ms", note))
     facts.append(("File", f"{tables.mebibytes(model.file_bytes)} MiB", ""))
     kind = f"{model.precision}, {model.backend} {model.device}"
-    return {"name": name, "kind": kind, "state": state, "facts": facts}
+    return {"name": name, "kind": kind, "state": tables.result(report, model), "facts": facts}
 
 
 def _changes(report: BenchReport) -> Iterator[dict[str, Any]]:
     """For each model its queries with a changed first match, those that became wrong first."""
-    folder = Path(report.data) if Path(report.data).is_dir() else Path(report.data).parent
-    thumbnail = partial(_thumbnail, folder=folder)
     for name, model in tables.named(report):
         if not model.retrieval_change or not (hits := model.retrieval_change.first_hits):
             continue
@@ -161,37 +134,23 @@ def _changes(report: BenchReport) -> Iterator[dict[str, Any]]:
         )
         if len(hits) > MAX_HITS:
             summary += f" The first {MAX_HITS} are shown; bench.json lists all of them."
-        shown = [
-            (
-                ("Query", thumbnail(hit.query), ""),
-                ("Reference", thumbnail(hit.reference), "right" if hit.reference_right else "wrong"),
-                ("Model", thumbnail(hit.model), "right" if hit.model_right else "wrong"),
-            )
-            for hit in hits[:MAX_HITS]
-        ]
+        shown = []
+        for hit in hits[:MAX_HITS]:
+            marks = ["right" if right else "wrong" for right in (hit.reference_right, hit.model_right)]
+            images = ("Query", hit.query, ""), ("Reference", hit.reference, marks[0]), ("Model", hit.model, marks[1])
+            shown.append([(label, Path(path).name, _thumbnail(path), mark) for label, path, mark in images])
         yield {"name": name, "summary": summary, "hits": shown}
 
 
-def _thumbnail(path: str, folder: Path) -> Thumbnail:
-    """A small JPEG of an image.
-
-    The report may come from somebody else: only images inside the data set's folder are opened.
-    """
-    name = os.path.basename(path)  # noqa: PTH119
-    inside = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() would follow links, which data sets consist of
-    file = Path(os.path.abspath(path))  # noqa: PTH100
-    if not file.is_relative_to(inside) or not file.is_file():
-        return Thumbnail(name)
+def _thumbnail(path: str) -> str:
+    """Return a small JPEG of an image as a data URI, empty if the file cannot be read any more."""
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                return Thumbnail(name)
-            image.draft("RGB", (2 * _WIDTH, 2 * _HEIGHT))
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             small = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return Thumbnail(name)
-    small.thumbnail((_WIDTH, _HEIGHT))
-    return Thumbnail(name, _data_uri(small, "JPEG"), small.width, small.height)
+    except OSError:
+        return ""
+    small.thumbnail(_THUMBNAIL)
+    return _data_uri(small, "JPEG")
 
 
 def _data_uri(image: Image.Image, format_: str) -> str:

@@ -36,16 +36,9 @@ def network_pictures(
 ) -> list[Picture]:
     """Draw Grad-CAM and mixing of a checkpoint, and rankings of a data set.
 
-    A picture that fails is left out, and an interrupt (Ctrl-C) keeps those drawn so far: the measurements of the bench
-    are worth more than a picture.
-
-    Args:
-        reference: the reference model.
-        images: the files that were embedded.
-        dataset: the data set that the files come from; None if retrieval was not evaluated.
-        embeddings: the reference's, queries first, then the gallery.
-        device: as for `pmm_edge.load`.
-        report: progress.
+    `images` are the files that were embedded. With `dataset` they are its queries followed by its gallery, in the order
+    of `embeddings`. A picture that fails is left out, and an interrupt (Ctrl-C) keeps those drawn so far: the
+    measurements of the bench are worth more than a picture.
     """
     planned: dict[str, Callable[[], Image.Image]] = {}
     if reference.suffix in (".pt", ".pth"):  # exports have no heads

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import pynvml
@@ -27,7 +26,6 @@ _THROTTLES: dict[int, Throttle] = {
     pynvml.nvmlClocksEventReasonHwThermalSlowdown: Throttle.TEMPERATURE,
     pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: Throttle.POWER_BRAKE,
 }
-"""NVML's reasons for a clock below the one that was set."""
 
 
 class Gpu:
@@ -44,13 +42,6 @@ class Gpu:
         """Energy since the driver was loaded; Volta and later."""
         millijoules = self._query(pynvml.nvmlDeviceGetTotalEnergyConsumption)
         return None if millijoules is None else millijoules / 1000
-
-    def joules_of(self, work: Callable[[], None]) -> float | None:
-        """Run `work` and return the energy used meanwhile."""
-        before = self.joules
-        work()
-        after = self.joules
-        return None if before is None or after is None else after - before
 
     @property
     def used_mib(self) -> float | None:
@@ -78,13 +69,9 @@ class Gpu:
 
 
 def open_gpu(device: str) -> Gpu | None:
-    """Open the GPU that CUDA calls `cuda:N`; NVML numbers GPUs differently, so they are matched by PCI bus id.
+    """Open the GPU that CUDA calls `cuda:N` or `tensorrt:N`; None for `cpu`, and without a driver that supports NVML.
 
-    Args:
-        device: `cpu`, `cuda`, `cuda:N`, or `tensorrt:N` (ONNX Runtime's provider).
-
-    Returns:
-        None for the CPU, without a driver, and for a GPU that NVML does not list.
+    NVML numbers GPUs differently, so that they are matched by PCI bus id.
     """
     kind, index = parse_device(device, tensorrt=True)
     bus_id = None if kind == "cpu" else _pci_bus_id(index)
@@ -104,18 +91,8 @@ def _pci_bus_id(index: int) -> bytes | None:
     except OSError:
         return None
     device, bus_id = ctypes.c_int(), ctypes.create_string_buffer(32)
-    failed = (
-        cuda.cuInit(0)
-        or cuda.cuDeviceGet(ctypes.byref(device), index)
-        or cuda.cuDeviceGetPCIBusId(bus_id, len(bus_id), device)
-    )
-    return None if failed else bus_id.value
-
-
-_CLOCK_SECONDS = 1e-3
-"""Stop reading core clocks after this time: a clock that is read late belongs to an idle core."""
-_JETSON_GPUS = ("gpu", "ga10b", "gv11b", "gp10b", "gm20b")
-"""Endings such as in 17000000.gpu; they depend on JetPack version and module."""
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), index)
+    return None if failed or cuda.cuDeviceGetPCIBusId(bus_id, len(bus_id), device) else bus_id.value
 
 
 @dataclass(frozen=True)
@@ -129,10 +106,8 @@ class ClockReading:
 
 
 def clock_reader(device: str, root: Path = Path("/")) -> Callable[[], ClockReading]:
-    """Return a function that reads the clocks of the CPU, and of the GPU if `device` is one, in about 1 ms."""
-    files = {int(file.parent.parent.name[3:]): file for file in root.glob(f"{CPUFREQ}/scaling_cur_freq")}
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(files)
-    cores = [file for core, file in sorted(files.items()) if core in usable]
+    """Return a function that reads the clocks of the CPU, and of the GPU if `device` is one."""
+    cores = list(root.glob(f"{CPUFREQ}/scaling_cur_freq"))
     gpu = open_gpu(device)
     jetson = jetson_gpu(root) if parse_device(device)[0] == "cuda" else None
 
@@ -141,13 +116,8 @@ def clock_reader(device: str, root: Path = Path("/")) -> Callable[[], ClockReadi
         slowed_by = gpu.slowed_by if gpu else ()
         if jetson and (hertz := text_of(jetson / "cur_freq")).isdecimal():
             gpu_mhz = int(hertz) // 10**6
-        until, clocks = time.perf_counter() + _CLOCK_SECONDS, list[int]()
-        for file in cores:
-            if (kilohertz := text_of(file)).isdecimal():
-                clocks.append(int(kilohertz) // 1000)
-            if time.perf_counter() > until:
-                break
-        return ClockReading(max(clocks, default=None), gpu_mhz, slowed_by)
+        kilohertz = [int(text) for text in map(text_of, cores) if text.isdecimal()]
+        return ClockReading(max(kilohertz) // 1000 if kilohertz else None, gpu_mhz, slowed_by)
 
     return read
 
@@ -160,24 +130,25 @@ def clock_range(readings: Iterable[int | None]) -> Clocks | None:
 
 def jetson_gpu(root: Path) -> Path | None:
     """Return the devfreq folder of a Jetson's GPU; None on other machines."""
-    folders = sorted(root.glob("sys/class/devfreq/*"))
-    return next((folder for folder in folders if folder.name.rpartition(".")[2] in _JETSON_GPUS), None)
+    endings = (".gpu", ".ga10b", ".gv11b", ".gp10b", ".gm20b")  # they depend on JetPack version and module
+    return next((folder for folder in sorted(root.glob("sys/class/devfreq/*")) if folder.name.endswith(endings)), None)
 
 
-ENERGY_SECONDS = 5.0
+Rail = tuple[Path, Path]
+"""The millivolts and the milliamperes of one channel of an INA3221 power sensor."""
 RAIL_SAMPLE_SECONDS = 0.02
 """Reading a power sensor takes about 1 ms on a Jetson."""
-_INPUT_RAILS = ("VDD_IN", "5V_IN", "POM_5V_IN")
-"""Power of the whole module; the other rails are parts of it."""
-_ADDITIVE_RAILS = (
-    frozenset({"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"}),  # AGX Orin; VDDQ_VDD2_1V8AO is fed by VIN_SYS_5V0
-    frozenset({"GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"}),  # AGX Xavier
+_RAILS = (
+    ("VDD_IN",),  # the whole module; the other rails are parts of it
+    ("5V_IN",),
+    ("POM_5V_IN",),
+    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),  # AGX Orin; VDDQ_VDD2_1V8AO is fed by VIN_SYS_5V0
+    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
 )
+"""Rails that add up to the power of a module."""
 
 
-def measure_energy(
-    embedder: Embedder, crops: Pixels, seconds: float = ENERGY_SECONDS, sys: Path = Path("/sys")
-) -> Energy | None:
+def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, sys: Path = Path("/sys")) -> Energy | None:
     """Run a model repeatedly on one batch and measure the energy that the device uses, idle power included.
 
     Args:
@@ -190,84 +161,54 @@ def measure_energy(
         Energy from the GPU's counter (NVML) or a Jetson's power rails (INA3221); None if the machine has neither.
     """
     gpu, rails = open_gpu(embedder.device), power_rails(sys)
-    use_counter = gpu is not None and gpu.joules is not None
-    if not use_counter and not rails:
+    before = gpu.joules if gpu else None
+    if before is None and not rails:
         return None
     embedder.embed_prepared(crops)
-    elapsed, runs = 0.0, 0
-
-    def work() -> None:
-        nonlocal elapsed, runs
-        start = time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds or not runs:
-            embedder.embed_prepared(crops)
-            runs += 1
-
-    joules = gpu.joules_of(work) if gpu and use_counter else _rail_joules(rails, work)
-    if joules is None:
-        return None
-    source: Literal["NVML", "INA3221"] = "NVML" if use_counter else "INA3221"
+    source: Literal["NVML", "INA3221"]
+    if gpu and (before := gpu.joules) is not None:
+        source, (runs, elapsed) = "NVML", _repeat(embedder, crops, seconds)
+        after = gpu.joules
+        assert after is not None
+        joules = after - before
+    else:
+        stop = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            watts = pool.submit(_mean_watts, rails, stop)
+            try:
+                source, (runs, elapsed) = "INA3221", _repeat(embedder, crops, seconds)
+            finally:
+                stop.set()
+        joules = watts.result() * elapsed
     return Energy(joules / (runs * len(crops)), joules / elapsed, source, len(crops), elapsed)
 
 
-@dataclass(frozen=True)
-class PowerRail:
-    """One channel of an INA3221 power sensor."""
-
-    label: str
-    millivolts: Path
-    milliamperes: Path
-
-    @property
-    def watts(self) -> float:
-        return int(self.millivolts.read_text()) * int(self.milliamperes.read_text()) / 1e6
+def _repeat(embedder: Embedder, crops: Pixels, seconds: float) -> tuple[int, float]:
+    """Return how often the model ran, and the seconds this took."""
+    start, runs = time.perf_counter(), 0
+    while True:
+        embedder.embed_prepared(crops)
+        runs += 1
+        if (elapsed := time.perf_counter() - start) >= seconds:
+            return runs, elapsed
 
 
-def power_rails(sys: Path = Path("/sys")) -> list[PowerRail]:
+def _mean_watts(rails: list[Rail], stop: threading.Event) -> float:
+    """Sample the power of the rails until `stop` is set."""
+    watts: list[float] = []
+    while not watts or not stop.wait(RAIL_SAMPLE_SECONDS):
+        watts.append(sum(int(text_of(millivolts)) * int(text_of(amperes)) / 1e6 for millivolts, amperes in rails))
+    return mean(watts)
+
+
+def power_rails(sys: Path = Path("/sys")) -> list[Rail]:
     """Find the rails that add up to the power of a Jetson module; empty on other machines and for unknown rails."""
-    folders = {
-        folder.resolve()
-        for pattern in ("class/hwmon/hwmon*", "bus/i2c/drivers/ina3221/*/hwmon/hwmon*")  # some kernels list only one
-        for folder in sys.glob(pattern)
-        if text_of(folder / "name") == "ina3221"
-    }
-    rails: dict[str, PowerRail] = {}
-    for label in (label for folder in sorted(folders) for label in sorted(folder.glob("in[1-3]_label"))):
-        channel = label.name[2]
-        rail = PowerRail(text_of(label), label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input"))
-        with suppress(OSError, ValueError):  # a disabled channel has no value
-            rail.watts  # noqa: B018
-            rails[rail.label] = rail
-    for name in _INPUT_RAILS:
-        if name in rails:
-            return [rails[name]]
-    return next(([rails[name] for name in sorted(names)] for names in _ADDITIVE_RAILS if names <= rails.keys()), [])
-
-
-def _rail_joules(rails: list[PowerRail], work: Callable[[], None]) -> float | None:
-    """Sample the power in a thread during the work and integrate it; None if a reading fails."""
-    samples: list[tuple[float, float]] = []
-    stop, failed = threading.Event(), threading.Event()
-
-    def sample() -> None:
-        try:
-            samples.append((time.perf_counter(), sum(rail.watts for rail in rails)))
-        except (OSError, ValueError):
-            failed.set()
-
-    def watch() -> None:
-        while not stop.wait(RAIL_SAMPLE_SECONDS) and not failed.is_set():
-            sample()
-
-    sample()
-    watcher = threading.Thread(target=watch, name="power", daemon=True)
-    watcher.start()
-    try:
-        work()
-    finally:
-        stop.set()
-        watcher.join()
-    sample()
-    if failed.is_set():
-        return None
-    return sum((t1 - t0) * (first + second) / 2 for (t0, first), (t1, second) in pairwise(samples))
+    rails: dict[str, Rail] = {}
+    for folder in ("class/hwmon/hwmon*", "bus/i2c/drivers/ina3221/*/hwmon/hwmon*"):  # some kernels list only one
+        for label in sys.glob(f"{folder}/in[1-3]_label"):
+            channel = label.name[2]
+            files = label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input")
+            enabled = all(text_of(file) for file in files)
+            if enabled and text_of(label.with_name("name")) == "ina3221":
+                rails[text_of(label)] = files
+    return next(([rails[name] for name in names] for names in _RAILS if rails.keys() >= set(names)), [])

@@ -37,130 +37,95 @@ CAUSES = {
     Cause.FLOAT16_OVERFLOW: f"values exceed the range of float16 ({FLOAT16_MAX:.0f})",
     Cause.OTHER_CHECKPOINT: "the model was exported from a different checkpoint than the reference",
 }
+_FAILURES = {
+    FailureKind.COSINE: "has cosine {value:.6f} on {image}, below the minimum of {limit:g}",
+    FailureKind.MEAN_COSINE: "has mean cosine {value:.6f}, below the minimum of {limit:g}",
+    FailureKind.LENGTH: "changes the length of the embedding of {image} by a factor of {value:.4g}, and at most"
+    " {limit:.4g} or its inverse is allowed; this changes distances and every threshold on them",
+    FailureKind.MAP_DROP: "loses {value:.2f} points of mAP{interval}; the maximum is {limit:g}",
+    FailureKind.PRECISION: "declares another precision than it has: {percent:.0f} % of its weights are of the declared"
+    " type, most are {detail}",
+    FailureKind.EMBEDDING_SIZE: "outputs {value:.0f} values per embedding, the reference {limit:.0f}",
+    FailureKind.CANNOT_RUN: "cannot be run: {detail}",
+    FailureKind.INVARIANT: "breaks the invariant '{invariant.name.value}': {broken}",
+}
+_WARNINGS = {
+    WarningKind.NO_IDENTITIES: "retrieval is not evaluated: the images have no identities",
+    WarningKind.LIMITED: "retrieval is not evaluated: it needs all {total:,} images, and {count:,} were used",
+    WarningKind.PRECISION_NOT_CHECKED: "the declared precisions were not checked: install the onnx package"
+    " (pip install 'pmm-edge[train]')",
+    WarningKind.REFERENCE_BROKEN: "the reference {name} fails its own checks, so that no model was compared with it",
+    WarningKind.SAME_FILE: "{name} is the same file as the reference, so that the comparison shows nothing",
+    WarningKind.UNIT_LENGTH: "only one of {name} and the reference outputs unit-length embeddings: both were"
+    " normalized{figures}",
+    WarningKind.FEW_QUERIES: "{count} models pass the mAP gate on these {total:,} queries, which are too few to show it"
+    " for others: the loss may be up to {value:.2f} points (95 % interval) where {limit:g} is allowed; evaluate more"
+    " queries",
+    WarningKind.NOT_MEASURED: "{about}{detail}",
+    WarningKind.BUSY: "the machine was busy before the measurement: load {value:.1f}, at most {limit:.1f} is quiet;"
+    " stop other processes (see top) and measure again",
+    WarningKind.NOISY: "{count} of {total} timings are noisy: the standard deviation reaches {percent:.0f} % of the"
+    " mean (quiet machines stay below {limit_percent:.0f} %); stop other processes and lock the clocks (jetson_clocks,"
+    " or cpupower frequency-set -g performance). On a VM, other tenants add noise",
+    WarningKind.THROTTLED: "the machine slowed down during the measurement ({reasons}); cool it or lock lower clocks",
+}
 
 
 def describe_failure(failure: Failure) -> str:
     """Describe a failed gate; the sentence follows the model's name."""
-    value, limit = failure.value or 0.0, failure.limit or 0.0
-    if failure.kind is FailureKind.COSINE:
-        return f"has cosine {value:.6f} on {failure.image}, below the minimum of {limit:g}"
-    if failure.kind is FailureKind.MEAN_COSINE:
-        return f"has mean cosine {value:.6f}, below the minimum of {limit:g}"
-    if failure.kind is FailureKind.LENGTH:
-        return (
-            f"changes the length of embeddings: that of {failure.image} is {value:.4g} times the reference's, and"
-            f" {1 / limit:.4g} to {limit:.4g} is allowed; this changes distances and every threshold on them"
-        )
-    if failure.kind is FailureKind.MAP_DROP:
-        return f"loses {value:.2f} points of mAP{_interval(failure)}; the maximum is {limit:g}"
-    if failure.kind is FailureKind.PRECISION:
-        held = f"{100 * value:.0f} % of its weights are"
-        return f"declares another precision than it has: {held} of the declared type, most are {failure.detail}"
-    if failure.kind is FailureKind.EMBEDDING_SIZE:
-        return f"outputs {value:.0f} values per embedding, the reference {limit:.0f}"
-    if failure.kind is FailureKind.CANNOT_RUN:
-        return f"cannot be run: {failure.detail}"
-    assert failure.invariant is not None
-    return f"breaks the invariant '{failure.invariant.name.value}': {describe_invariant(failure.invariant)}"
+    value, change, invariant = failure.value or 0.0, failure.change, failure.invariant
+    interval = f" (95 % interval {-100 * change.high:.2f} to {-100 * change.low:.2f})" if change else ""
+    fields = vars(failure) | {"value": value, "percent": 100 * value, "interval": interval}
+    return _FAILURES[failure.kind].format(**fields, broken=_describe_invariant(invariant) if invariant else "")
 
 
-def describe_invariant(invariant: Invariant) -> str:
-    """Describe what the check of an invariant found."""
-    name, count = invariant.name, f"{invariant.images:,} images"
-    if name is InvariantName.FINITE:
-        return "no NaN or infinity" if invariant.held else f"NaN or infinity for {count}, first for {invariant.image}"
-    if name is InvariantName.DISTINCT:
-        if invariant.held:
-            return "different images have different embeddings"
+def _describe_invariant(invariant: Invariant) -> str:
+    count = f"{invariant.images:,} images"
+    if invariant.name is InvariantName.FINITE:
+        return f"NaN or infinity for {count}, first for {invariant.image}"
+    if invariant.name is InvariantName.DISTINCT:
         if not invariant.other_image:
             return f"the embedding is all zeros for {count}, first for {invariant.image}"
         return f"{count} have the same embedding, such as {invariant.image} and {invariant.other_image}"
-    if name is InvariantName.UNIT_LENGTH:
+    if invariant.name is InvariantName.UNIT_LENGTH:
         return f"length {invariant.value:.4g} instead of 1 on {invariant.image}, tolerance {invariant.tolerance:g}"
     found = "NaN or infinity" if invariant.value is None else f"a difference of {invariant.value:.2g}"
     where = f" next to {invariant.neighbors}" if invariant.neighbors else ""
-    return (
-        f"{found} in row {invariant.row} of a batch of {invariant.batch}{where} ({invariant.image});"
-        f" tolerance {invariant.tolerance:g}"
-    )
+    batch = f"in row {invariant.row} of a batch of {invariant.batch}{where}"
+    return f"{found} {batch} ({invariant.image}); tolerance {invariant.tolerance:g}"
 
 
 def describe_cause(likely: LikelyCause) -> str:
     """Describe a likely cause."""
-    order = f" ({', '.join(likely.stages)})" if likely.stages else ""
-    return CAUSES[likely.cause] + order
+    return CAUSES[likely.cause] + (f" ({', '.join(likely.stages)})" if likely.stages else "")
 
 
 def describe_departure(departure: Departure) -> str:
     """Describe where a model departs from the reference, and why where that is known."""
     what = f"{departure.operator} '{departure.layer or departure.node}'"
     figures = f"output cosine {departure.cosine:.4f}, inputs {departure.before:.4f}"
-    why = _reason(departure)
+    why, own, reference = "", departure.value_range, departure.reference_range
+    if own is None:
+        largest = max(map(abs, reference or (0.0,)))
+        why = ": the output holds NaN or infinity"
+        if departure.dtype == "float16" and largest > FLOAT16_MAX:
+            why = f": the reference reaches {largest:.4g}, which exceeds the range of float16 ({FLOAT16_MAX:.0f})"
+    elif departure.operator == "DequantizeLinear" and reference:
+        why = f": INT8 represents {own[0]:.3g} to {own[1]:.3g}, the reference has {reference[0]:.3g} to"
+        why += f" {reference[1]:.3g}; calibrate on real crops"
+    elif departure.weights_changed:
+        why = f": its weights differ from the reference (cosine {departure.weights_cosine:.4f})"
     if departure.gradual:
         return f"no single node is at fault, the difference accumulates; {what} loses most ({figures}){why}"
     return f"departs at {what} ({figures}){why}"
 
 
-def _reason(departure: Departure) -> str:
-    if departure.value_range is None:
-        largest = max(map(abs, departure.reference_range or (0.0,)))
-        if departure.dtype == "float16" and largest > FLOAT16_MAX:
-            return f": the reference reaches {largest:.4g}, which exceeds the range of float16 ({FLOAT16_MAX:.0f})"
-        return ": the output holds NaN or infinity"
-    if departure.operator == "DequantizeLinear" and departure.reference_range:
-        (low, high), (true_low, true_high) = departure.value_range, departure.reference_range
-        return (
-            f": INT8 represents {low:.3g} to {high:.3g}, the reference has {true_low:.3g} to {true_high:.3g};"
-            " calibrate on real crops"
-        )
-    if departure.weights_changed:
-        return f": its weights differ from the reference (cosine {departure.weights_cosine:.4f})"
-    return ""
-
-
 def describe_warning(warning: BenchWarning) -> str:
     """Describe a warning and what to do about it."""
-    name = Path(warning.model).name
-    value, limit = warning.value or 0.0, warning.limit or 0.0
-    count, total = warning.count or 0, warning.total or 0
-    if warning.kind is WarningKind.NO_IDENTITIES:
-        return "retrieval is not evaluated: the images have no identities"
-    if warning.kind is WarningKind.LIMITED:
-        return f"retrieval is not evaluated: it needs all {total:,} images, and {count:,} were used"
-    if warning.kind is WarningKind.PRECISION_NOT_CHECKED:
-        return "the declared precisions were not checked: install the onnx package (pip install 'pmm-edge[train]')"
-    if warning.kind is WarningKind.REFERENCE_BROKEN:
-        return f"the reference {name} fails its own checks, so that no model was compared with it"
-    if warning.kind is WarningKind.SAME_FILE:
-        return f"{name} is the same file as the reference, so that the comparison shows nothing"
-    if warning.kind is WarningKind.UNIT_LENGTH:
-        figures = f" (mAP of the reference {100 * value:.2f}, without {100 * limit:.2f})" if warning.value else ""
-        return f"only one of {name} and the reference outputs unit-length embeddings: both were normalized{figures}"
-    if warning.kind is WarningKind.FEW_QUERIES:
-        return (
-            f"{count} models pass the mAP gate on these {total:,} queries, which are too few to show it for others: the"
-            f" loss may be up to {value:.2f} points (95 % interval) where {limit:g} is allowed; evaluate more queries"
-        )
-    if warning.kind is WarningKind.NOT_MEASURED:
-        return f"{name}: {warning.detail}" if name else warning.detail
-    if warning.kind is WarningKind.BUSY:
-        return (
-            f"the machine was busy before the measurement: load {value:.1f}, at most {limit:.1f} is quiet; stop other"
-            " processes (see top) and measure again"
-        )
-    if warning.kind is WarningKind.NOISY:
-        return (
-            f"{count} of {total} timings are noisy: the standard deviation reaches {100 * value:.0f} % of the mean"
-            f" (quiet machines stay below {100 * limit:.0f} %); stop other processes and lock the clocks"
-            " (jetson_clocks, or cpupower frequency-set -g performance). On a VM, other tenants add noise"
-        )
-    reasons = [f"the GPU because of its {reason.value}" for reason in warning.slowed_by]
-    events = [f"the processor {count} times"] if count else []
-    return (
-        f"the machine slowed down during the measurement ({', '.join(events + reasons)}); cool it or lock lower clocks"
-    )
-
-
-def _interval(failure: Failure) -> str:
-    change = failure.change
-    return f" (95 % interval {-100 * change.high:.2f} to {-100 * change.low:.2f})" if change else ""
+    name, value, limit = Path(warning.model).name, warning.value or 0.0, warning.limit or 0.0
+    reasons = [f"the processor {warning.count} times"] if warning.count else []
+    reasons += [f"the GPU because of its {reason.value}" for reason in warning.slowed_by]
+    figures = f" (mAP of the reference {100 * value:.2f}, without {100 * limit:.2f})" if value else ""
+    fields = vars(warning) | {"value": value, "limit": limit, "percent": 100 * value, "limit_percent": 100 * limit}
+    fields |= {"name": name, "about": f"{name}: " if name else "", "reasons": ", ".join(reasons), "figures": figures}
+    return _WARNINGS[warning.kind].format(**fields)

@@ -6,27 +6,24 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pmm_edge.bench.report import BenchReport, Change, Closeness, Environment, Latency, ModelReport, Scope
+from pmm_edge.bench.report import BenchReport, Environment, Latency, ModelReport, Scope
 from pmm_edge.bench.sentences import describe_cause, describe_departure, describe_failure, describe_warning
 from pmm_edge.files import with_tilde
 
 NOT_MEASURED = "–"
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The result in one word and one sentence."""
 
     state: Literal["passes", "fails", "partial"]
     sentence: str
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text under columns. The first cell names the row; a newline is a line break."""
 
     title: str
@@ -108,34 +105,34 @@ def model_table(report: BenchReport) -> Table:
 
 def parity_table(report: BenchReport) -> Table:
     """Cosine similarity of each model's embeddings to the reference's, and the largest difference."""
-    rows = [
-        (name, *_closeness(model.parity.whole if model.parity else None), result(report, model))
-        for name, model in named(report)
-    ]
+    rows = []
+    for name, model in named(report):
+        whole = model.parity.whole if model.parity else None
+        cosines = (_cell(getattr(whole, f"cosine_{which}", None), ".6f") for which in ("min", "p1", "mean"))
+        relative = _cell(whole.largest_relative if whole else None, ".1e")
+        rows.append((name, *cosines, relative, result(report, model)))
     columns = ("model", "cosine\nmin", "cosine\n1 %", "cosine\nmean", "largest\nrelative", "result")
     return Table(f"Parity on {report.images:,} images of {with_tilde(report.data)}", columns, rows)
 
 
 def stage_table(report: BenchReport) -> Table | None:
     """Cosine, minimum and mean, of each stage's slice of the embedding; None if no embedding has stages."""
-    stages = list(dict.fromkeys(stage for model in report.models if model.parity for stage in model.parity.stages))
-    if not stages:
-        return None
+    found = {name: model.parity.stages if model.parity else {} for name, model in named(report)[1:]}
+    stages = list(dict.fromkeys(stage for own in found.values() for stage in own))
     rows = []
-    for name, model in named(report)[1:]:
-        cells = [_closeness(model.parity.stages.get(stage) if model.parity else None) for stage in stages]
-        rows.append((name, *(NOT_MEASURED if low == NOT_MEASURED else f"{low}\n{mean}" for low, _, mean, _ in cells)))
-    return Table("Cosine of each stage, minimum and mean", ("model", *stages), rows)
+    for name, own in found.items():
+        pairs = [(own[stage].cosine_min, own[stage].cosine_mean) if stage in own else None for stage in stages]
+        rows.append((name, *("\n".join(_cell(one, ".6f") for one in pair or (None,)) for pair in pairs)))
+    return Table("Cosine of each stage, minimum and mean", ("model", *stages), rows) if stages else None
 
 
 def invariant_table(report: BenchReport) -> Table | None:
     """Which invariants hold; None if none was checked."""
-    checked = list(dict.fromkeys(invariant.name for _, model in named(report) for invariant in model.invariants))
-    rows = []
-    for name, model in named(report):
-        held = {invariant.name: "holds" if invariant.held else "broken" for invariant in model.invariants}
-        rows.append((name, *(held.get(invariant, NOT_MEASURED) for invariant in checked)))
-    columns = ("model", *(name.value.replace(" ", "\n") for name in checked))
+    found = {name: {one.name: one.held for one in model.invariants} for name, model in named(report)}
+    checked = list(dict.fromkeys(invariant for held in found.values() for invariant in held))
+    words = {True: "holds", False: "broken", None: NOT_MEASURED}
+    rows = [(name, *(words[held.get(invariant)] for invariant in checked)) for name, held in found.items()]
+    columns = ("model", *(invariant.value.replace(" ", "\n") for invariant in checked))
     return Table("Invariants", columns, rows) if checked else None
 
 
@@ -143,34 +140,37 @@ def retrieval_table(report: BenchReport) -> Table | None:
     """mAP, Rank-1 and mINP, each with the change and its interval; None if retrieval was not evaluated."""
     if not any(model.retrieval for _, model in named(report)):
         return None
-    rows = []
+    rows, title = [], "Retrieval in %, with the change in points and its 95 % interval"
     for name, model in named(report):
-        own, change = model.retrieval, model.retrieval_change
-        pairs = [(getattr(own, metric, None), getattr(change, metric, None)) for metric in ("mAP", "rank1", "mINP")]
-        rows.append(
-            (name, *(_metric(*pair) for pair in pairs), _cell(len(change.first_hits) if change else None, ",d"))
-        )
-    queries = next((model.retrieval_change.queries for model in report.models if model.retrieval_change), None)
-    title = "Retrieval in %, with the change in points and its 95 % interval"
-    columns = ("model", "mAP", "Rank-1", "mINP", "changed\nmatches")
-    return Table(f"{title}, {queries:,} queries" if queries else title, columns, rows)
+        cells = []
+        for metric in ("mAP", "rank1", "mINP"):
+            value, change = getattr(model.retrieval, metric, None), getattr(model.retrieval_change, metric, None)
+            cells.append(_cell(value and 100 * value, ".2f"))
+            if change:
+                cells[-1] += f" {points(change.difference)}\n({points(change.low)}…{points(change.high)})"
+        changed = model.retrieval_change
+        rows.append((name, *cells, f"{len(changed.first_hits):,}" if changed else NOT_MEASURED))
+    if changes := [model.retrieval_change for model in report.models if model.retrieval_change]:
+        title += f", {changes[0].queries:,} queries"
+    return Table(title, ("model", "mAP", "Rank-1", "mINP", "changed\nmatches"), rows)
 
 
 def latency_table(report: BenchReport, scope: Scope, full: bool = False) -> Table | None:
-    """Time per batch and its ratio to the reference; None if not measured.
+    """Time per batch and its ratio to the reference, by batch size; None if not measured.
 
     `full` adds p99, GPU time, variation and the number of runs, which do not fit a terminal.
     """
-    timed = [
-        (latency.batch, latency.cuda_graph, number, name, latency)
-        for number, (name, model) in enumerate(named(report))
-        for latency in model.latency
-        if latency.scope == scope
-    ]
-    rows = [
-        (f"{name}, CUDA graph" if cuda_graph else name, str(batch), *_latency(latency, full))
-        for batch, cuda_graph, _, name, latency in sorted(timed, key=lambda entry: entry[:3])
-    ]
+    timed = [(name, latency) for name, model in named(report) for latency in model.latency if latency.scope == scope]
+    rows = []
+    for name, one in sorted(timed, key=lambda entry: (entry[1].batch, entry[1].cuda_graph)):
+        ratio = f"{one.ratio:.2f}"
+        if one.ratio_low != one.ratio_high:  # the reference's ratio to itself has no interval
+            ratio += f" {one.ratio_low:.2f}–{one.ratio_high:.2f}"
+        gpu = NOT_MEASURED if one.gpu_ms is None else milliseconds(one.gpu_ms)
+        extra = (milliseconds(one.p99_ms), gpu, f"{100 * one.variation:.0f}", f"{one.runs:,}") if full else ()
+        times = milliseconds(one.median_ms), milliseconds(one.p90_ms)
+        label = f"{name}, CUDA graph" if one.cuda_graph else name
+        rows.append((label, str(one.batch), *times, *extra, f"{one.images_per_second:,.0f}", ratio))
     extra = ("p99\nms", "GPU\nms", "variation\n%", "runs") if full else ()
     columns = ("model", "batch\nsize", "median\nms", "p90\nms", *extra, "images\nper s", "ratio")
     what = "model only" if scope == "model" else "from image files"
@@ -178,25 +178,17 @@ def latency_table(report: BenchReport, scope: Scope, full: bool = False) -> Tabl
 
 
 def cost_table(report: BenchReport) -> Table | None:
-    """File size, cold start, memory and energy: only the columns that were measured; None if there are none.
-
-    Where a cold start was measured, missing energy is stated: many machines have no meter.
-    """
+    """File size, cold start, memory and energy; None if neither cold start nor energy was measured."""
     rows = []
     for name, model in named(report):
-        start = model.cold_start
+        start, energy = model.cold_start, model.energy
         first = milliseconds(start.first_embedding_ms) if start else NOT_MEASURED
         memory = [_cell(getattr(start, peak, None), ",.0f") for peak in ("peak_memory_mib", "peak_gpu_memory_mib")]
-        energy = (
-            f"{model.energy.joules_per_embedding:.3g}" if model.energy else "not\nmeasured" if start else NOT_MEASURED
-        )
-        rows.append((name, mebibytes(model.file_bytes), first, *memory, energy))
+        joules = _cell(energy.joules_per_embedding if energy else None, ".3g")
+        rows.append((name, mebibytes(model.file_bytes), first, *memory, joules))
     columns = ("model", "file\nMiB", "first\nembed. ms", "memory\nMiB", "GPU mem.\nMiB", "J per\nembed.")
-    kept = [number for number in range(len(columns)) if {row[number] for row in rows} != {NOT_MEASURED}]
-    if len(kept) == 2:  # only name and file size
-        return None
-    picked = [tuple(row[number] for number in kept) for row in (columns, *rows)]
-    return Table("Size, cold start, memory, energy", picked[0], picked[1:])
+    measured = any(model.cold_start or model.energy for _, model in named(report))
+    return Table("Size, cold start, memory, energy (–: not measured)", columns, rows) if measured else None
 
 
 def environment_table(report: BenchReport) -> Table:
@@ -253,8 +245,6 @@ def fastest(model: ModelReport, scope: Scope) -> list[Latency]:
 
 def milliseconds(value: float) -> str:
     """Format with three significant digits or more: `7.47`, `51.1`, `1,204`."""
-    if not math.isfinite(value):
-        return "not finite"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
@@ -268,37 +258,8 @@ def points(value: float) -> str:
     return f"{100 * value + 0.0:+.2f}".replace("-0.00", "+0.00")
 
 
-def _metric(value: float | None, change: Change | None) -> str:
-    if value is None or change is None:
-        return _cell(value and 100 * value, ".2f")
-    return f"{100 * value:.2f} {points(change.difference)}\n({points(change.low)}…{points(change.high)})"
-
-
-def _closeness(closeness: Closeness | None) -> tuple[str, str, str, str]:
-    if closeness is None:
-        return (NOT_MEASURED,) * 4
-    cosines = (closeness.cosine_min, closeness.cosine_p1, closeness.cosine_mean)
-    low, first, mean = (_finite(value, ".6f") for value in cosines)
-    return low, first, mean, _cell(closeness.largest_relative, ".1e")
-
-
-def _latency(latency: Latency, full: bool) -> tuple[str, ...]:
-    ratio = _finite(latency.ratio, ".2f")
-    if latency.ratio_low != latency.ratio_high:  # the reference's ratio to itself has no interval
-        ratio += f" {latency.ratio_low:.2f}–{latency.ratio_high:.2f}"
-    gpu = NOT_MEASURED if latency.gpu_ms is None else milliseconds(latency.gpu_ms)
-    variation = _finite(100 * latency.variation, ".0f")
-    extra = (milliseconds(latency.p99_ms), gpu, variation, f"{latency.runs:,}") if full else ()
-    times = milliseconds(latency.median_ms), milliseconds(latency.p90_ms)
-    return (*times, *extra, f"{latency.images_per_second:,.0f}", ratio)
-
-
 def _cell(value: float | None, form: str) -> str:
-    return NOT_MEASURED if value is None else _finite(value, form)
-
-
-def _finite(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else "not finite"
+    return NOT_MEASURED if value is None else format(value, form) if math.isfinite(value) else "not finite"
 
 
 _MARKS = {"passes": "✅", "fails": "❌", "partial": "⚠️"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
@@ -14,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
 
 def find_chromium() -> str | None:
     """Return the browser in the variable CHROMIUM, else the first one on the path."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
 class Page:
@@ -66,13 +64,6 @@ class Page:
     def value(self, expression: str) -> Any:
         """Return the value of a JavaScript expression, which the page's policy does not block."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
-
-    def screenshot(self, path: Path, whole: bool = True) -> None:
-        content = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(content))
-
-    def pdf(self) -> bytes:
-        return base64.b64decode(self.call("Page.printToPDF", printBackground=True, paperWidth=8.27)["data"])
 
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._left:

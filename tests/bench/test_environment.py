@@ -13,19 +13,12 @@ from pmm_edge.machine import instruction_set, usable_cores
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec
 
-QUIET = MachineState(load=0.1, cores=2, throttle_events=3)
+QUIET = MachineState(load=0.1, cores=2, throttle_events=0)
 
 
 def write(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{content}\n")
-
-
-def cpufreq(root: Path, core: int, governor: str, low: int, high: int) -> None:
-    folder = root / f"sys/devices/system/cpu/cpu{core}/cpufreq"
-    write(folder / "scaling_governor", governor)
-    write(folder / "scaling_min_freq", low)
-    write(folder / "scaling_max_freq", high)
 
 
 class Engine(Embedder):
@@ -38,14 +31,9 @@ class Engine(Embedder):
     embed_prepared = None
 
 
-def timed(
-    variation: float = 0.0,
-    cpu: Clocks | None = None,
-    gpu: Clocks | None = None,
-    slowed_by: tuple[Throttle, ...] = (),
-) -> Latency:
+def timed(variation: float = 0.0, gpu: Clocks | None = None, slowed_by: tuple[Throttle, ...] = ()) -> Latency:
     latency = Latency(1, "model", False, 50, 1.0, 1.0, 1.0, variation, 1.0, 1.0, 1.0, 1.0)
-    return replace(latency, cpu_clocks=cpu, gpu_clocks=gpu, slowed_by=slowed_by)
+    return replace(latency, gpu_clocks=gpu, slowed_by=slowed_by)
 
 
 @pytest.fixture
@@ -54,12 +42,17 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
 
 
-def test_this_machine() -> None:
-    found = environment([Engine("cpu")], machine_state())
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module._THREAD_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = environment([Engine("cpu", "torch", 3), Engine("cpu"), Engine("cuda:0", "tensorrt")], machine_state())
     assert found.cpu
     assert found.cores >= found.usable_cores > 0
     assert found.load is not None
     assert {"numpy", "pillow"} <= found.versions.keys()
+    assert found.thread_settings == {"OMP_NUM_THREADS": "3"}
+    assert found.threads == {"torch": 3, "onnxruntime": None}
 
 
 def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: None) -> None:
@@ -67,18 +60,30 @@ def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: N
     write(tmp_path / "proc/cpuinfo", "processor\t: 0\nBogoMIPS\t: 62.50\nFeatures\t: fp asimd aes asimddp")
     write(tmp_path / "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic")
     for core in range(6):
-        cpufreq(tmp_path, core, "schedutil", 1984000, 1984000)
+        for name, value in {"governor": "schedutil", "min_freq": 1984000, "max_freq": 1984000}.items():
+            write(tmp_path / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_{name}", value)
     write(tmp_path / "sys/class/devfreq/17000000.gpu/max_freq", 918000000)
     tool = tmp_path / "bin/nvpmodel"
     write(tool, "#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\necho 0")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    found = environment([Engine("cuda:0")], None, [timed(0, Clocks(1728, 1984), Clocks(612, 918))], tmp_path)
+    clocks = [timed(gpu=Clocks(612, 714)), timed(gpu=Clocks(816, 918)), timed()]
+    found = environment([Engine("cuda:0", "tensorrt")], machine_state(tmp_path), clocks, tmp_path)
     assert found.board == "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
     assert (found.l4t, found.power_mode) == ("R36 (release), REVISION: 4.3", "MAXN_SUPER (0)")
     assert (found.cores, found.usable_cores, found.instruction_set) == (8, 6, "asimddp")
     assert (found.governors, found.clocks_locked) == (("schedutil",), True)
     assert (found.gpu_clocks, found.gpu_max_mhz) == (Clocks(612, 918), 918)
+
+
+def test_the_first_gpu_that_a_model_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpu:
+        name, driver, max_mhz = "NVIDIA H100", "580.65.06", 1980
+
+    monkeypatch.setattr(module, "open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
+    found = environment([Engine("cpu", "torch"), Engine("cuda:1"), Engine("cuda:0")], QUIET)
+    assert (found.gpu, found.driver, found.gpu_max_mhz) == ("NVIDIA H100", "580.65.06", 1980)
+    assert environment([Engine("cpu")], QUIET).gpu is None
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: N
 def test_the_instruction_set(flags: str, name: str, tmp_path: Path) -> None:
     write(tmp_path / "proc/cpuinfo", f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}")
     assert instruction_set(tmp_path) == name
-    assert environment(root=tmp_path).cpu == "AMD EPYC"
+    assert environment([], QUIET, root=tmp_path).cpu == "AMD EPYC"
 
 
 @pytest.mark.parametrize(
@@ -109,50 +114,22 @@ def test_usable_cores(cgroup: str, files: dict[str, object], cores: float, tmp_p
     assert usable_cores(tmp_path) == cores
 
 
-def test_threads_of_the_engines_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in module._THREAD_SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = environment([Engine("cpu", "torch", 3), Engine("cpu"), Engine("cuda:0", "tensorrt")])
-    assert found.thread_settings == {"OMP_NUM_THREADS": "3"}
-    assert found.threads == {"torch": 3, "onnxruntime": None}
-
-
-def test_the_first_gpu_that_a_model_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gpu:
-        name, driver, max_mhz = "NVIDIA H100", "580.65.06", 1980
-
-    monkeypatch.setattr(module, "open_gpu", lambda device: Gpu() if device == "cuda:1" else None)
-    engines = [Engine("cpu", "torch"), Engine("cuda:1"), Engine("cuda:0")]
-    found = environment(engines, latencies=[timed(), timed(gpu=Clocks(1410, 1755))])
-    assert (found.gpu, found.driver, found.gpu_max_mhz) == ("NVIDIA H100", "580.65.06", 1980)
-    assert found.gpu_clocks == Clocks(1410, 1755)
-    assert environment(engines[:1]).gpu is None
-
-
-def test_a_quiet_machine(tmp_path: Path) -> None:
+def test_noise(tmp_path: Path) -> None:
     assert noise_warnings([timed(0.02), timed(0.14)], QUIET, tmp_path) == []
-    assert noise_warnings([]) == []
-
-
-def test_a_busy_machine(tmp_path: Path) -> None:
-    (found,) = noise_warnings([timed()], MachineState(3.2, 2, None), tmp_path)
-    assert (found.kind, found.value, found.limit) == (WarningKind.BUSY, 3.2, 1.0)
-    assert not noise_warnings([timed()], MachineState(3.2, 64, None), tmp_path)
-    assert not noise_warnings([timed()], MachineState(None, 2, None), tmp_path)
+    (busy,) = noise_warnings([timed()], replace(QUIET, load=3.2), tmp_path)
+    assert (busy.kind, busy.value, busy.limit) == (WarningKind.BUSY, 3.2, 1.0)
+    assert not noise_warnings([timed()], replace(QUIET, load=3.2, cores=64), tmp_path)
+    assert not noise_warnings([timed()], replace(QUIET, load=None), tmp_path)
+    (noisy,) = noise_warnings([timed(0.02), timed(0.2), timed(0.31)], QUIET, tmp_path)
+    assert (noisy.kind, noisy.value, noisy.limit, noisy.count, noisy.total) == (WarningKind.NOISY, 0.31, 0.15, 2, 3)
     write(tmp_path / "proc/loadavg", "7.25 3.10 1.00 3/120 4711")  # much ran a minute ago; now two others do
     assert machine_state(tmp_path).load == 2
-
-
-def test_noisy_timings(tmp_path: Path) -> None:
-    (found,) = noise_warnings([timed(0.02), timed(0.2), timed(0.31)], QUIET, tmp_path)
-    assert (found.kind, found.value, found.limit, found.count, found.total) == (WarningKind.NOISY, 0.31, 0.15, 2, 3)
 
 
 def test_throttling(tmp_path: Path) -> None:
     write(tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", 3)
     write(tmp_path / "sys/class/hwmon/hwmon2/oc1_event_cnt", 1)
-    before = replace(machine_state(tmp_path), load=0.0)
+    before = machine_state(tmp_path)
     assert before.throttle_events == 4
     assert noise_warnings([timed()], before, tmp_path) == []
     write(tmp_path / "sys/class/hwmon/hwmon2/oc1_event_cnt", 3)

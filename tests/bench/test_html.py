@@ -13,14 +13,11 @@ from typing import Any
 import pytest
 from chromium import Page, chromium, find_chromium
 from PIL import Image
-from report_sample import passing_report, sample_report, write_images
+from report_sample import sample_report
 
 from pmm_edge.bench.charts import charts, save_cmc_plot
 from pmm_edge.bench.html import MAX_HITS, Picture, render, write_html
-from pmm_edge.bench.report import BenchReport, FirstHit, ModelReport, Parity
 from pmm_edge.errors import OutputError
-
-_VOID = {"meta", "img", "br"}
 
 
 class Parsed(HTMLParser):
@@ -36,11 +33,8 @@ class Parsed(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in _VOID:
+        if tag not in ("meta", "img", "br"):
             self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
@@ -50,9 +44,6 @@ class Parsed(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
-
-    def sections(self) -> list[str | None]:
-        return [section["id"] for section in self.all("section") if "id" in section]
 
 
 def hostile(value: Any, text: str) -> Any:
@@ -69,11 +60,6 @@ def hostile(value: Any, text: str) -> Any:
     return value
 
 
-def bare(model: ModelReport) -> ModelReport:
-    nothing = dict.fromkeys(("parity", "retrieval", "retrieval_change", "cold_start", "energy"))
-    return replace(model, **nothing, cmc=[], latency=[], invariants=[])
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     picture = Picture("Attention", "Grad-CAM", Image.new("RGB", (40, 20)))
@@ -81,14 +67,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_sections_are_those_that_were_measured(text: str, tmp_path: Path) -> None:
-    page = Parsed(text)
     measured = ["models", "parity", "retrieval", "first-matches", "speed", "pictures", "environment"]
-    assert page.sections() == measured
-    assert [link["href"] for link in page.all("a")[1:]] == [f"#{name}" for name in measured]
-    assert len(page.all("table")) == 9
     report = sample_report(tmp_path)
-    page = Parsed(render(replace(report, reference=bare(report.reference), models=[*map(bare, report.models)])))
-    assert page.sections() == ["models", "parity", "environment"]
+    nothing = dict.fromkeys(("parity", "retrieval", "retrieval_change", "cold_start", "energy"))
+    bare = [
+        replace(model, **nothing, cmc=[], latency=[], invariants=[]) for model in (report.reference, *report.models)
+    ]
+    less = render(replace(report, reference=bare[0], models=bare[1:]))
+    for content, sections, tables in ((text, measured, 9), (less, ["models", "parity", "environment"], 3)):
+        page = Parsed(content)
+        assert [section["id"] for section in page.all("section") if "id" in section] == sections
+        assert [link["href"] for link in page.all("a")[1:]] == [f"#{name}" for name in sections]
+        assert len(page.all("table")) == tables
     assert not page.all("figure")
 
 
@@ -129,11 +119,10 @@ def test_charts_and_tables_are_accessible(text: str) -> None:
 def test_charts_are_reproducible_and_values_may_be_nan(tmp_path: Path) -> None:
     report, nan = sample_report(tmp_path), float("nan")
     parity = report.models[0].parity
-    assert isinstance(parity, Parity)
-    latency = [replace(own, p90_ms=nan, ratio=nan) for own in report.models[0].latency]
-    broken = replace(report.models[0], parity=replace(parity, cosine_quantiles=[nan] * 101), latency=latency)
-    drawn = charts(replace(report, models=[broken]))
-    assert drawn == charts(replace(report, models=[broken]))
+    assert parity
+    report.models[0].parity = replace(parity, cosine_quantiles=[nan] * 101)
+    drawn = charts(report)
+    assert drawn == charts(report)
     assert drawn.keys() == {"cosine", "cmc", "accuracy", "latency", "end_to_end"}
     assert not any(re.search(r' d="[^"]*(nan|inf)', chart.svg) for chart in drawn.values())
 
@@ -145,11 +134,11 @@ def test_without_matplotlib_the_page_has_no_charts(tmp_path: Path, monkeypatch: 
     assert len(page.all("table")) == 9
     assert "pmm-edge[train]" in page.text
     with pytest.raises(OutputError):
-        save_cmc_plot(tmp_path / "cmc.png", "CMC", [("model", [0.5, 1.0])])
+        save_cmc_plot(tmp_path / "cmc.png", "CMC", {"model": [0.5, 1.0]})
 
 
 def test_a_cmc_plot_is_a_picture(tmp_path: Path) -> None:
-    curves = [("_a $x$", [0.5 + rank / 100 for rank in range(50)]), ("b", [0.6] * 50)]
+    curves = {"_a $x$": [0.5 + rank / 100 for rank in range(50)], "b": [0.6] * 50}
     save_cmc_plot(tmp_path / "cmc.png", "CMC", curves)
     assert Image.open(tmp_path / "cmc.png").size == (1050, 750)
     save_cmc_plot(tmp_path / "cmc.svg", "CMC", curves)
@@ -159,34 +148,20 @@ def test_a_cmc_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 def test_changed_first_matches_are_shown_up_to_a_limit(text: str) -> None:
-    page = Parsed(text)
-    shown = [figure.get("class") for figure in page.all("figure") if figure.get("class") in ("", "right", "wrong")]
+    shown = [one["class"] for one in Parsed(text).all("figure") if one.get("class") in ("", "right", "wrong")]
     assert len(shown) == 3 * (2 + MAX_HITS)
     assert shown[:6] == ["", "right", "wrong", "", "right", "right"]
 
 
-def test_only_images_inside_the_data_set_are_opened(tmp_path: Path) -> None:
-    report = sample_report(tmp_path / "data")
-    (inside, *_), (outside, *_) = write_images(tmp_path / "data", 1), write_images(tmp_path / "private", 1)
-    (tmp_path / "data" / "text.jpg").write_text("no image")
-    escaping = str(tmp_path / "data" / ".." / "private" / Path(outside).name)
-    change = report.models[1].retrieval_change
-    assert change is not None
-    hits = [FirstHit(inside, outside, True, escaping, False), FirstHit("gone.jpg", "/a/b.jpg", True, "text.jpg", False)]
-    changed = replace(bare(report.models[1]), retrieval_change=replace(change, first_hits=hits))
-    page = Parsed(render(replace(report, reference=bare(report.reference), models=[changed])))
-    assert len(page.all("img")) == 1
-    assert all(name in page.text for name in ("gone.jpg", "b.jpg", "text.jpg"))
-
-
-def test_paths_that_are_not_utf_8_and_folders_that_are_not_writable(tmp_path: Path) -> None:
-    report = passing_report(tmp_path)
-    report = replace(report, reference=bare(report.reference), models=[], data="caf\udce9")
+def test_images_that_are_gone_and_paths_that_are_not_utf_8(tmp_path: Path) -> None:
+    report = replace(sample_report(tmp_path), data="caf\udce9")
+    for image in tmp_path.glob("*.jpg"):
+        image.unlink()
     write_html(report, tmp_path / "report.html")
-    assert "caf?" in (tmp_path / "report.html").read_text()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError):
-        write_html(report, tmp_path / "file" / "report.html")
+    page = Parsed((tmp_path / "report.html").read_text())
+    assert "caf?" in page.text
+    assert not page.all("img")
+    assert len(page.all("figure")) > MAX_HITS
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +176,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    report: BenchReport = sample_report(folder / "data")
-    write_html(report, folder / "report.html", [Picture("Maps", "stages", Image.new("RGB", (1600, 300), "teal"))])
+    write_html(
+        sample_report(folder / "data"),
+        folder / "report.html",
+        [Picture("Maps", "stages", Image.new("RGB", (1600, 300), "teal"))],
+    )
     return folder / "report.html"
 
 
@@ -214,7 +192,6 @@ def test_a_browser_loads_nothing_and_reports_no_errors(browser: Page, written: P
     errors = ("Log.entryAdded", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")
     assert not [event for event in browser.events if event["method"] in errors]
     assert browser.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    assert browser.pdf().startswith(b"%PDF")
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])

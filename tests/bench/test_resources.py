@@ -1,6 +1,5 @@
 """Clocks, GPU queries and energy, from files as the kernel lays them out and a simulated NVML."""
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -46,46 +45,37 @@ def write(path: Path, content: object) -> None:
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """NVML with one GPU that CUDA calls cuda:1; an answer that is missing is not supported."""
-    answers: dict[str, object] = {
-        "nvmlDeviceGetName": "NVIDIA H100",
-        "nvmlDeviceGetMaxClockInfo": 1980,
-        "nvmlDeviceGetClockInfo": 1410,
-        "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=3 << 30),
-        "nvmlDeviceGetCurrentClocksEventReasons": 0x65,
-    }
     energy = iter(range(5000, 10**6, 1500))
+    answers: dict[str, object] = {
+        "nvmlDeviceGetName": lambda: "NVIDIA H100",
+        "nvmlDeviceGetMaxClockInfo": lambda: 1980,
+        "nvmlDeviceGetClockInfo": lambda: 1410,
+        "nvmlDeviceGetMemoryInfo": lambda: SimpleNamespace(used=3 << 30),
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda: 0x65,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda: next(energy),
+    }
 
-    def answer(name: str) -> object:
-        if name == "nvmlDeviceGetTotalEnergyConsumption" and answers:
-            return next(energy)
-        if name not in answers:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return answers[name]
+    def unsupported() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     def handle(bus_id: bytes) -> str:
-        if bus_id != b"0000:C1:00.0":
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
-        return "handle"
+        return "handle" if bus_id == b"0000:C1:00.0" else unsupported()
 
-    for name in [*answers, "nvmlDeviceGetTotalEnergyConsumption"]:
-        monkeypatch.setattr(pynvml, name, lambda handle, *rest, name=name: answer(name))
+    for name in list(answers):
+        monkeypatch.setattr(pynvml, name, lambda handle, *rest, name=name: answers.get(name, unsupported)())
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.65.06")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByPciBusId", handle)
-    buses = {0: b"0000:01:00.0", 1: b"0000:C1:00.0"}
-    monkeypatch.setattr(resources, "_pci_bus_id", buses.get)
+    monkeypatch.setattr(resources, "_pci_bus_id", {0: b"0000:01:00.0", 1: b"0000:C1:00.0"}.get)
     return answers
 
 
-def test_a_gpu_that_supports_everything(nvml: dict[str, object]) -> None:
+def test_a_gpu(nvml: dict[str, object]) -> None:
     gpu = open_gpu("cuda:1")
     assert gpu
     assert (gpu.name, gpu.driver, gpu.max_mhz, gpu.clock_mhz) == ("NVIDIA H100", "580.65.06", 1980, 1410)
-    assert (gpu.joules, gpu.joules_of(lambda: None), gpu.used_mib) == (5.0, 1.5, 3072)
+    assert (gpu.joules, gpu.used_mib) == (5.0, 3072)
     assert gpu.slowed_by == (Throttle.POWER_LIMIT, Throttle.TEMPERATURE)
-
-
-def test_what_a_gpu_does_not_support_is_none(nvml: dict[str, object]) -> None:
     nvml.clear()
     gpu = open_gpu("tensorrt:1")
     assert gpu
@@ -93,41 +83,24 @@ def test_what_a_gpu_does_not_support_is_none(nvml: dict[str, object]) -> None:
     assert gpu.slowed_by == ()
 
 
-def test_no_gpu(nvml: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu(nvml: dict[str, object]) -> None:
     assert open_gpu("cpu") is None
     assert open_gpu("cuda:0") is None  # known to CUDA, not to NVML
     assert open_gpu("cuda:2") is None
-    monkeypatch.undo()
-    if not Path("/dev/nvidiactl").exists():
-        assert open_gpu("cuda") is None
 
 
-def test_the_clock_of_the_fastest_usable_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def core(number: int, khz: object) -> None:
-        write(tmp_path / f"sys/devices/system/cpu/cpu{number}/cpufreq/scaling_cur_freq", khz)
-
+def test_clocks_of_the_fastest_core_and_of_gpus(tmp_path: Path, nvml: dict[str, object]) -> None:
     assert clock_reader("cpu", tmp_path)() == ClockReading()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 10}, raising=False)
-    monkeypatch.setattr(resources, "_CLOCK_SECONDS", 10)  # a busy machine reads slowly
-    for number, khz in ((0, 800_000), (1, "<unknown>"), (2, 5_000_000), (10, 3_400_000)):
-        core(number, khz)
-    read = clock_reader("cpu", tmp_path)
-    assert read() == ClockReading(3400)
-    core(10, 3_100_000)
-    assert read() == ClockReading(3100)
-
-
-def test_clocks_of_gpus(tmp_path: Path, nvml: dict[str, object]) -> None:
-    throttled = ClockReading(None, 1410, (Throttle.POWER_LIMIT, Throttle.TEMPERATURE))
-    assert clock_reader("cuda:1", tmp_path)() == throttled
     assert jetson_gpu(tmp_path) is None
     write(tmp_path / "sys/class/devfreq/17000000.gpu/cur_freq", 918_000_000)
     write(tmp_path / "sys/class/devfreq/15340000.vic/cur_freq", 115_200_000)
     assert clock_reader("cuda:0", tmp_path)() == ClockReading(gpu_mhz=918)
-    assert clock_reader("cpu", tmp_path)() == ClockReading()
-
-
-def test_a_range_covers_the_reported_clocks() -> None:
+    for core, khz in ((0, 800_000), (1, "<unknown>"), (10, 3_400_000)):
+        write(tmp_path / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", khz)
+    assert clock_reader("cpu", tmp_path)() == ClockReading(3400)
+    (tmp_path / "sys/class/devfreq/17000000.gpu/cur_freq").unlink()
+    throttled = (Throttle.POWER_LIMIT, Throttle.TEMPERATURE)
+    assert clock_reader("cuda:1", tmp_path)() == ClockReading(3400, 1410, throttled)
     assert clock_range([1500, None, 1200, 1400]) == Clocks(1200, 1500)
     assert clock_range([None, None]) is None
 
@@ -157,49 +130,32 @@ def test_the_input_rail_of_an_orin_nx_is_the_whole_module(tmp_path: Path, by_cla
     sensor(tmp_path, "1-0040", 4, *channels, by_class=by_class)
     write(tmp_path / "class/hwmon/hwmon0/name", "tmp451")
     write(tmp_path / "class/hwmon/hwmon0/in1_label", "VDD_IN")
-    (rail,) = power_rails(tmp_path)
-    assert (rail.label, rail.watts) == ("VDD_IN", 10.0)
+    ((millivolts, milliamperes),) = power_rails(tmp_path)
+    assert (millivolts.read_text(), milliamperes.read_text()) == ("5000\n", "2000\n")
 
 
 def test_the_rails_of_an_agx_orin_add_up(tmp_path: Path) -> None:
     sensor(tmp_path, "1-0040", 3, ("VDD_GPU_SOC", 20000, 500), ("VDD_CPU_CV", 20000, 100), ("VIN_SYS_5V0", 5000, 1000))
-    second = sensor(tmp_path, "1-0041", 4, ("NC", 0, 0), ("VDDQ_VDD2_1V8AO", 5000, 300))
+    second = sensor(tmp_path, "1-0041", 4, ("VDD_IN", 0, 0), ("VDDQ_VDD2_1V8AO", 5000, 300))
     (second / "in1_input").unlink()  # disabled
-    rails = power_rails(tmp_path)
-    assert {rail.label for rail in rails} == {"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"}
-    assert sum(rail.watts for rail in rails) == pytest.approx(17.0)
-
-
-def test_power_is_integrated_over_the_work(tmp_path: Path) -> None:
-    hwmon = sensor(tmp_path, "1-0040", 3, ("VDD_IN", 5000, 1000))
-    embedder = Counted()
-    found = measure_energy(embedder, BATCH, 0.2, tmp_path)
+    assert len(power_rails(tmp_path)) == 3
+    found = measure_energy(Counted(), BATCH, 0.05, tmp_path)
     assert found
-    assert (found.source, found.batch) == ("INA3221", 4)
-    assert found.watts == pytest.approx(5, rel=0.5)
-    assert found.seconds >= 0.2
-    assert found.joules_per_embedding * 4 * (embedder.runs - 1) == pytest.approx(found.watts * found.seconds)
-
-    class Unplugged(Counted):
-        def embed_prepared(self, images: np.ndarray) -> np.ndarray:
-            (hwmon / "curr1_input").unlink(missing_ok=True)
-            return super().embed_prepared(images)
-
-    assert measure_energy(Unplugged(), BATCH, 0.1, tmp_path) is None
-    assert "power" not in {thread.name for thread in threading.enumerate()}
+    assert found.watts == pytest.approx(17.0)
 
 
-def test_no_meter(tmp_path: Path) -> None:
+def test_energy_of_rails_and_gpus(tmp_path: Path, nvml: dict[str, object]) -> None:
     embedder = Counted()
-    sensor(tmp_path, "1-0040", 3, ("VDD_SOMETHING", 5000, 1000))
-    assert power_rails(tmp_path) == []
     assert measure_energy(embedder, BATCH, sys=tmp_path) is None
     assert not embedder.runs
-
-
-def test_the_counter_of_a_gpu_comes_first(tmp_path: Path, nvml: dict[str, object]) -> None:
     sensor(tmp_path, "1-0040", 3, ("VDD_IN", 5000, 1000))
-    found = measure_energy(Counted("cuda:1"), BATCH, 0.02, tmp_path)
+    found = measure_energy(embedder, BATCH, 0.1, tmp_path)
+    assert found
+    assert (found.source, found.batch, found.watts) == ("INA3221", 4, pytest.approx(5))
+    assert found.seconds >= 0.1
+    assert found.joules_per_embedding * 4 * (embedder.runs - 1) == pytest.approx(found.watts * found.seconds)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+    found = measure_energy(Counted("cuda:1"), BATCH, 0.02, tmp_path)  # the counter of a GPU comes first
     assert found
     assert (found.source, found.watts * found.seconds) == ("NVML", pytest.approx(1.5))
     nvml.clear()  # as on a Jetson, whose NVML has no energy counter
