@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.layouts import ANY_MARKET, Record, list_images
+from pmm_edge.data.layouts import ANY_MARKET, list_images
 from pmm_edge.errors import DataError
 from pmm_edge.files import sha256
 from pmm_edge.retrieval.metrics import JUNK_PID, check_labels
@@ -78,7 +78,10 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
     except OSError as error:
         raise DataError(f"cannot read {error.filename or root}: {error.strerror}", "Check its permissions") from error
     name = listing.root.name if listing.layout == ANY_MARKET else listing.layout
-    train, query, gallery = map(_split, (listing.train, listing.query, listing.gallery))
+    train, query, gallery = (
+        Split([r.path for r in records], *(np.array([r[column] for r in records], np.int64) for column in (1, 2)))
+        for records in (listing.train, listing.query, listing.gallery)
+    )
     return ReidDataset(name, listing.root, train, query, gallery, listing.layout)
 
 
@@ -120,8 +123,3 @@ def data_sha256(paths: Sequence[Path], root: Path, report: Report = silent) -> s
         digest.update(line.encode("utf-8", "surrogateescape"))
     report("hashing the data", len(paths), len(paths))
     return digest.hexdigest()
-
-
-def _split(records: Sequence[Record]) -> Split:
-    pids, camids = (np.array([record[column] for record in records], dtype=np.int64) for column in (1, 2))
-    return Split([record.path for record in records], pids, camids)

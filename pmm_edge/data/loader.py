@@ -161,13 +161,12 @@ def identity_batches(
     """Sample one epoch of P x K batches: every identity once, with `images` (K) of its images.
 
     An identity with fewer images repeats some of them. The last batch contains the identities that are left; it is
-    dropped if there is only one, which would have no negative.
+    dropped if there is only one, which would have no negative. The same state of `generator` gives the same epoch.
 
     Args:
         pids: (N,) identity of each training image.
         identities: identities in a batch (P).
         images: images of each identity (K).
-        generator: the same state gives the same epoch.
 
     Returns:
         Index vectors into `pids`; the images of an identity are adjacent.

@@ -81,6 +81,8 @@ def evaluate(
     Gallery images of a query's own identity and camera are excluded. Junk (pid -1) is dropped, also from re-ranking;
     distractors (pid 0 in Market-1501, which no query has) count as wrong answers. Queries without a match do not count.
 
+    Raises DataError for wrong shapes, NaN or infinity, or if no query has a match.
+
     Args:
         query_features, gallery_features: (Q, D) and (G, D) real numbers.
         query_pids, gallery_pids: (Q,) and (G,) integer identities.
@@ -89,9 +91,6 @@ def evaluate(
         ap_cutoff: cut rankings here for the average precision; 50 gives what the paper calls mAP.
         rerank: rank by k-reciprocal re-ranked distances (k1 20, k2 6, lambda 0.3).
         report: called with the number of ranked queries, or of images with known neighbors if `rerank`.
-
-    Raises:
-        DataError: wrong shapes, NaN or infinity, or no query has a match.
 
     Example:
         >>> result = pmm.evaluate([[0.0, 1.0]], [[0.0, 1.1], [3.0, 1.0]], [7], [7, 8], [1], [2, 2])

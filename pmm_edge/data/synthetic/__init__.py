@@ -3,5 +3,4 @@
 from pmm_edge.data.synthetic.generate import SyntheticConfig as SyntheticConfig
 from pmm_edge.data.synthetic.generate import cached_synthetic as cached_synthetic
 from pmm_edge.data.synthetic.generate import contact_sheet as contact_sheet
-from pmm_edge.data.synthetic.generate import count_images as count_images
 from pmm_edge.data.synthetic.generate import make_synthetic as make_synthetic

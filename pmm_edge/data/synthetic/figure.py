@@ -44,39 +44,34 @@ class Side(NamedTuple):
     hand: Point
 
 
-class Skeleton(NamedTuple):
-    """The joints of a pose; `sides` are left and right."""
-
-    sides: list[Side]
-    neck: Point
-    head: Point
-
-
 def draw_person(view: View, person: Person) -> None:
     """Paint `person`: legs, then the upper body from far to near, then the head."""
-    bones = pose_skeleton(person, view.pose)
-    for side in sorted(bones.sides, key=lambda s: view.depth(s.hip) + 0.1 * view.depth(s.knee)):
+    sides, neck, head = pose_skeleton(person, view.pose)
+    for side in sorted(sides, key=lambda s: view.depth(s.hip) + 0.1 * view.depth(s.knee)):
         _leg(view, person, side)
     if person.lower.cut in ("skirt", "long skirt"):
-        bulk, hip, length = person.body.bulk, bones.sides[0].hip.y, 0.24 if person.lower.cut == "skirt" else 0.4
+        bulk, hip, length = person.body.bulk, sides[0].hip.y, 0.24 if person.lower.cut == "skirt" else 0.4
         flare = 0.02 + 0.1 * view.pose.stride * abs(math.sin(view.pose.phase))
         waist, hips = Ring(hip + 0.06, 0.098 * bulk, 0.075 * bulk), Ring(hip - 0.05, 0.125 * bulk, 0.1 * bulk)
         view.tube([waist, hips, Ring(hip - length, 0.15 * bulk, 0.12 * bulk + flare * length * 2)], person.lower)
-    neck, chest = view.at(bones.neck), view.at(bones.neck._replace(y=bones.neck.y - 0.05, z=0))
-    view.bone(neck, chest, 0.03 * view.size, 0.04 * view.size, darker(person.body.skin, 0.85))
+    chest = view.at(Point(0, neck.y - 0.05, 0))
+    view.bone(view.at(neck), chest, 0.03 * view.size, 0.04 * view.size, darker(person.body.skin, 0.85))
     hair_in_front = view.depth(Point(0, 0, -0.16)) > 0.03
     if not hair_in_front:
-        _falling_hair(view, person, bones.head)
-    for _, paint in sorted(_upper_parts(view, person, bones), key=lambda part: part[0]):
+        _falling_hair(view, person, head)
+    for _, paint in sorted(_upper_parts(view, person, sides, neck), key=lambda part: part[0]):
         paint()
-    _head(view, person, bones.head)
+    _head(view, person, head)
     if hair_in_front:
-        _falling_hair(view, person, bones.head)
-    _hat(view, person, bones.head)
+        _falling_hair(view, person, head)
+    _hat(view, person, head)
 
 
-def pose_skeleton(person: Person, pose: Pose) -> Skeleton:
-    """The joints of a walking body: legs and arms swing in opposite phase, the leg that moves forward bends."""
+def pose_skeleton(person: Person, pose: Pose) -> tuple[list[Side], Point, Point]:
+    """The left and right side, the neck and the head of a walking body.
+
+    Legs and arms swing in opposite phase, the leg that moves forward bends.
+    """
     body = person.body
     hip_y = 0.48 * body.legs + 0.045
     bob = 0.012 * pose.stride * math.cos(2 * pose.phase)
@@ -94,7 +89,7 @@ def pose_skeleton(person: Person, pose: Pose) -> Skeleton:
         elbow = _swing(shoulder, 0.155, arm - 0.05, side * 0.03)
         hand = _swing(elbow, 0.15, arm + (0.1 if carries else 0.35), side * 0.004)
         sides.append(Side(hip, knee, ankle, shoulder, elbow, hand))
-    return Skeleton(sides, neck=Point(0, top + 0.02, 0.005), head=Point(0, top + 0.105, 0.018))
+    return sides, Point(0, top + 0.02, 0.005), Point(0, top + 0.105, 0.018)
 
 
 def _swing(start: Point, length: float, angle: float, spread: float = 0.0) -> Point:
@@ -149,24 +144,23 @@ def _shoe(view: View, person: Person, knee: Point, ankle: Point, color: Color) -
     view.limb(heel, toe, 0.034, 0.027, color)
 
 
-def _upper_parts(view: View, person: Person, bones: Skeleton) -> list[Part]:
+def _upper_parts(view: View, person: Person, sides: list[Side], neck: Point) -> list[Part]:
     """Torso, hood, arms and bag. The depth of the torso is 0."""
-    rings = _torso_rings(person, bones)
+    rings = _torso_rings(person, sides[0])
     parts: list[Part] = [(0.0, partial(_torso, view, person, rings))]
     if person.upper.cut == "hoodie":  # its hood hangs behind the neck
-        hood = view.at(Point(0, bones.neck.y - 0.015, -0.055))
-        radii, color = (0.08 * view.size, 0.048 * view.size), darker(person.upper.color, 0.78)
-        parts.append((view.depth(Point(0, 0, -0.1)), partial(view.disc, hood, *radii, color)))
-    for side in bones.sides:
+        hood, color = view.at(Point(0, neck.y - 0.015, -0.055)), darker(person.upper.color, 0.78)
+        paint = partial(view.disc, hood, 0.08 * view.size, 0.048 * view.size, color)
+        parts.append((view.depth(Point(0, 0, -0.1)), paint))
+    for side in sides:
         near = view.depth(side.shoulder) + 0.3 * view.depth(side.hand)
         parts.append((near, partial(_arm, view, person, side)))
-    return parts + _bag(view, person, bones, rings)
+    return parts + _bag(view, person, sides, rings)
 
 
-def _torso_rings(person: Person, bones: Skeleton) -> list[Ring]:
+def _torso_rings(person: Person, side: Side) -> list[Ring]:
     """The surface of the upper body, from the collar to the hem of the upper garment."""
-    body, hip = person.body, bones.sides[0].hip.y
-    top = bones.sides[0].shoulder.y + 0.04
+    body, hip, top = person.body, side.hip.y, side.shoulder.y + 0.04
     broad, deep = 0.128 * body.shoulders, 0.078 * body.bulk
     puff = {"jacket": 1.08, "hoodie": 1.1, "coat": 1.1}.get(person.upper.cut, 1.0)
     rings = [
@@ -221,17 +215,15 @@ def _arm(view: View, person: Person, side: Side) -> None:
                 view.bone(view.at(along(a, b, t)), view.at(along(a, b, t + 0.2)), radius, radius, stripe)
 
 
-def _bag(view: View, person: Person, bones: Skeleton, rings: Sequence[Ring]) -> list[Part]:
-    side, sign = (bones.sides[0], 1) if person.left_handed else (bones.sides[1], -1)
+def _bag(view: View, person: Person, sides: list[Side], rings: Sequence[Ring]) -> list[Part]:
+    side, sign = (sides[0], 1) if person.left_handed else (sides[1], -1)
     color, bulk = person.bag.color, person.body.bulk
     if person.bag.kind == "backpack":
         front = view.depth(Point(0, 0, 0.1))
         near = max(0.001, front) if front > 0 else -1.0
         straps = [(near, partial(view.patch, rings, angle, 9, 0.06, 0.62, color)) for angle in (38, -38)]
-        return [
-            (view.depth(Point(0, 0, -0.17)), partial(_backpack, view, side.shoulder.y - 0.12, bulk, color)),
-            *straps,
-        ]
+        pack = partial(_backpack, view, side.shoulder.y - 0.12, bulk, color)
+        return [(view.depth(Point(0, 0, -0.17)), pack), *straps]
     if person.bag.kind == "shoulder bag":
         hip = Point(sign * 0.17 * bulk, side.hip.y + 0.01, 0.02)
         near = 0.02 + max(0.0, view.depth(hip)) * 2 if view.depth(hip) > -0.05 else -0.4

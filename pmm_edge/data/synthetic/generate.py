@@ -106,13 +106,6 @@ def plan(config: SyntheticConfig) -> list[Shot]:
     return shots
 
 
-def count_images(config: SyntheticConfig) -> dict[str, int]:
-    """Count the images in each folder, and separately the junk and distractors of the gallery."""
-    extras = {"junk": "junk", "stranger": "distractors", "clutter": "distractors"}
-    counts = Counter(extras.get(shot.kind, shot.folder) for shot in plan(config))
-    return {name: counts[name] for name in (TRAIN, QUERY, GALLERY, "junk", "distractors")}
-
-
 def _shot(config: SyntheticConfig, folder: str, pid: int, camera: int, number: int, kind: Kind) -> Shot:
     """Name an image `<pid>_c<camera>s<sequence>_<frame>_<box>.jpg`; people pass a camera one after the other."""
     rng = np.random.default_rng((config.seed, 7, pid, camera, number))
@@ -174,14 +167,13 @@ def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) ->
     """Draw test identities as rows and cameras as columns, with a gap where a camera has not seen the person."""
     config = config or SyntheticConfig()
     first, rows = config.train_identities + 1, min(identities, config.test_identities)
-    cell_width, cell_height = config.width + SHEET_GAP, config.height + SHEET_GAP
-    size = cell_width * config.cameras + SHEET_GAP, cell_height * rows + SHEET_GAP
-    sheet = Image.new("RGB", size, (250, 250, 250))
+    wide, high = config.width + SHEET_GAP, config.height + SHEET_GAP
+    sheet = Image.new("RGB", (wide * config.cameras + SHEET_GAP, high * rows + SHEET_GAP), (250, 250, 250))
     for shot in plan(config):
         row, column = shot.pid - first, shot.camera - 1
         if 0 <= row < rows and shot.kind == "drawn":
             picture = Image.open(io.BytesIO(render(config, shot)))
-            sheet.paste(picture, (SHEET_GAP + column * cell_width, SHEET_GAP + row * cell_height))
+            sheet.paste(picture, (SHEET_GAP + column * wide, SHEET_GAP + row * high))
     return sheet
 
 
@@ -193,25 +185,27 @@ def make_synthetic(
     sheet: Path | None = None,
     report: Report = silent,
 ) -> dict[str, int]:
-    """Write a synthetic data set in the layout of Market-1501, and return its `count_images`.
+    """Write a synthetic data set in the layout of Market-1501.
 
-    `synthetic.json` records the configuration. The bytes depend on the configuration alone, not on the number of
-    processes. If drawing is interrupted or fails, nothing remains under `folder`.
+    `synthetic.json` records the configuration. The bytes depend on the configuration alone, not on `workers`, the
+    number of processes (one for each usable core by default). If drawing is interrupted or fails, nothing remains.
 
     Args:
         folder: folder to create; it may exist if it is empty.
         config: what to draw; the defaults if None.
-        workers: number of processes; one for each usable core by default.
         sheet: .jpg or .png file for a contact sheet.
         report: called with the number of images drawn.
 
-    Raises:
-        OutputError: `folder` exists and is not empty, or a file cannot be written.
+    Returns:
+        The number of images in each folder, and separately of the junk and the distractors in the gallery.
     """
     config = config or SyntheticConfig()
     if sheet:
         check_output(sheet, [*SHEET_FORMATS])
-    shots, counts = plan(config), count_images(config)
+    shots = plan(config)
+    extras = {"junk": "junk", "stranger": "distractors", "clutter": "distractors"}
+    kinds = Counter(extras.get(shot.kind, shot.folder) for shot in shots)
+    counts = {name: kinds[name] for name in (TRAIN, QUERY, GALLERY, "junk", "distractors")}
     with folder_written_whole(Path(folder)) as temporary:
         for name in (TRAIN, QUERY, GALLERY):
             (temporary / name).mkdir()
