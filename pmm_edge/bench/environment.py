@@ -86,13 +86,9 @@ def environment(
     latencies: Sequence[Latency] = (),
     root: Path = Path("/"),
 ) -> Environment:
-    """Describe the machine, its settings and the versions of the software.
+    """Describe the machine, its settings, the versions of the software and the first GPU that a model runs on.
 
-    Args:
-        embedders: the models; their threads are recorded, and the first GPU that one of them runs on.
-        before: state of the machine before the measurement, whose load is recorded.
-        latencies: everything that was timed; its clocks are recorded, because those of an idle machine mean nothing.
-        root: file system root, for tests.
+    Clocks are those during the timings, because the clocks of an idle machine mean nothing.
     """
     device = next((one.device for one in embedders if one.device.startswith("cuda")), "cpu")
     gpu, jetson = open_gpu(device), jetson_gpu(root) if device != "cpu" else None

@@ -151,14 +151,9 @@ _RAILS = (
 def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, sys: Path = Path("/sys")) -> Energy | None:
     """Run a model repeatedly on one batch and measure the energy that the device uses, idle power included.
 
-    Args:
-        embedder: the model.
-        crops: the batch, (N, height, width, 3) uint8 RGB at network size, N >= 1.
-        seconds: duration; energy counters of GPUs update only a few times per second.
-        sys: folder of the kernel's devices, for tests.
-
-    Returns:
-        Energy from the GPU's counter (NVML) or a Jetson's power rails (INA3221); None if the machine has neither.
+    `crops` is the batch, (N, height, width, 3) uint8 RGB at network size. The duration in `seconds` must be long,
+    because energy counters of GPUs update only a few times per second. Returns None if the machine has neither a GPU
+    with an energy counter (NVML) nor the power rails of a Jetson (INA3221).
     """
     gpu, rails = open_gpu(embedder.device), power_rails(sys)
     before = gpu.joules if gpu else None

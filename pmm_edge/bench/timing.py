@@ -116,13 +116,8 @@ def measure_latency(
 ) -> list[Latency]:
     """Time models on one batch size, from uint8 crops of network size to embeddings in host memory.
 
-    Args:
-        embedders: the models; the first is the reference of the ratios.
-        images: for each model (N, height, width, 3) uint8 at its input size, N >= 1; repeated to fill the batch.
-        batch: number of images per run.
-        min_runs, min_seconds: minimum for each model; both are reached.
-        report: progress.
-        clock: returns seconds.
+    The first model is the reference of the ratios. `images` holds (N, height, width, 3) uint8 for each model at its
+    input size, N >= 1; they are repeated to fill the batch. Each model reaches both `min_runs` and `min_seconds`.
     """
     workloads = []
     for embedder, crops in zip(embedders, images, strict=True):
@@ -144,10 +139,7 @@ def measure_end_to_end(
     """Time models on one batch of image files: decode, resize, copy to the device, infer, copy back.
 
     After the warm-up the files are in the page cache: disk access is not timed. `paths`, at least one, are repeated to
-    fill the batch; the other arguments are those of `measure_latency`.
-
-    Raises:
-        DataError: an image is missing or cannot be decoded.
+    fill the batch; the other arguments are those of `measure_latency`. Raises DataError if an image cannot be decoded.
     """
     files = [paths[number % len(paths)] for number in range(batch)]
     workloads = [
@@ -161,8 +153,7 @@ def measure_end_to_end(
 def without_cuda_graphs(embedder: Embedder) -> Embedder | None:
     """Load the same TensorRT engine without CUDA graphs; None if the model does not use them.
 
-    Raises:
-        GpuError: the GPU has no memory left for a second copy.
+    Raises GpuError if the GPU has no memory left for a second copy.
     """
     if not embedder.cuda_graphs:
         return None
@@ -174,12 +165,9 @@ def without_cuda_graphs(embedder: Embedder) -> Embedder | None:
 def ratio_interval(turns: ArrayLike, reference: ArrayLike, resamples: int = 1000) -> tuple[float, float, float]:
     """Return the ratio of the medians and the bounds of its 95 % interval, from a paired bootstrap over turns.
 
-    The bootstrap resamples whole turns of model and reference together: runs of one turn are not independent, and
-    whatever the machine did during a turn affected both (Efron and Tibshirani 1993, chapter 8).
-
-    Args:
-        turns, reference: (turns, runs) seconds; the number of runs may differ.
-        resamples: number of bootstrap samples.
+    Both arrays are (turns, runs) seconds; the number of runs may differ. The bootstrap resamples whole turns of model
+    and reference together: runs of one turn are not independent, and whatever the machine did during a turn affected
+    both (Efron and Tibshirani 1993, chapter 8).
     """
     own, other = np.asarray(turns), np.asarray(reference)
     drawn = np.random.default_rng(0).integers(0, len(own), (resamples, len(own)))
@@ -240,19 +228,9 @@ print(json.dumps([first, peak, gpu and gpu.used_mib]))
 def measure_cold_start(path: Path, device: str, batch: int, timeout: float = 600.0) -> ColdStart:
     """Start Python, load a model, embed one crop, then embed a batch of crops.
 
-    The model file is usually in the page cache; right after a boot, reading it from disk adds to the time.
-
-    Args:
-        path, device: as for `pmm_edge.load`.
-        batch: number of crops for the memory measurement, at least 1.
-        timeout: seconds after which the process is killed.
-
-    Returns:
-        Time and memory. GPU memory is what all processes use after the batch minus what they used before the start;
-        None without NVML. On a Jetson, GPU memory is part of the memory of the process.
-
-    Raises:
-        ModelError: the process failed or took too long.
+    The model file is usually in the page cache; right after a boot, reading it from disk adds to the time. GPU memory
+    is what all processes use after the batch minus what they used before the start; None without NVML. On a Jetson it
+    is part of the memory of the process. Raises ModelError if the process failed or took more than `timeout` seconds.
     """
     gpu = open_gpu(device)
     before = gpu.used_mib if gpu else None

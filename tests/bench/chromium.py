@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars"
+    " --disable-background-networking --disable-component-update --remote-debugging-pipe"
+)
+
 
 def find_chromium() -> str | None:
     """Return the browser in the variable CHROMIUM, else the first one on the path."""
@@ -24,37 +29,31 @@ class Page:
     """One tab."""
 
     def __init__(self, send: int, receive: int) -> None:
-        self._send, self._receive = os.fdopen(send, "wb"), os.fdopen(receive, "rb")
-        self._numbers = itertools.count(1)
-        self._left = b""
-        self._session: str | None = None
+        self._send, self._receive = os.fdopen(send, "wb"), receive
+        self._numbers, self._left = itertools.count(1), b""
+        self._session: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Network", "Log", "Runtime"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command and return its result; events received before are kept."""
         number = next(self._numbers)
-        message = {"id": number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
+        message = {"id": number, "method": method, "params": params, **self._session}
         self._send.write(json.dumps(message).encode() + b"\0")
         self._send.flush()
         while (answer := self._message()).get("id") != number:
             self.events.append(answer)
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
         result: dict[str, Any] = answer["result"]
         return result
 
     def open(self, path: Path, width: int, height: int, dark: bool = False) -> None:
         """Load a file in a window of this size; `events` then holds the events of loading."""
         self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.absolute().as_uri())
@@ -67,9 +66,8 @@ class Page:
 
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._left:
-            part = os.read(self._receive.fileno(), 1 << 20)
-            if not part:
-                raise RuntimeError("the browser stopped")
+            part = os.read(self._receive, 1 << 20)
+            assert part, "the browser stopped"
             self._left += part
         message, _, self._left = self._left.partition(b"\0")
         parsed: dict[str, Any] = json.loads(message)
@@ -88,17 +86,9 @@ def chromium(binary: str, profile: Path) -> Iterator[Page]:
         os.dup2(60, 3)
         os.dup2(61, 4)
 
-    arguments = (
-        "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars"
-        " --disable-background-networking --disable-component-update --remote-debugging-pipe"
-    )
-    process = subprocess.Popen(
-        [binary, *arguments.split(), f"--user-data-dir={profile}"],
-        preexec_fn=pipes_as_three_and_four,
-        close_fds=False,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [binary, *_ARGUMENTS.split(), f"--user-data-dir={profile}"]
+    options: dict[str, Any] = {"close_fds": False, "start_new_session": True, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, preexec_fn=pipes_as_three_and_four, **options)
     os.close(to_read)
     os.close(to_write)
     try:

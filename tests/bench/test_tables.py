@@ -39,7 +39,7 @@ def width(table: Table) -> int:
     return min(widest[0], _NAME_WIDTH) + sum(widest[1:]) + 3 * len(widest) + 1
 
 
-def test_parity_and_retrieval_of_each_model(tmp_path: Path) -> None:
+def test_parity_retrieval_and_latency_of_each_model(tmp_path: Path) -> None:
     report = sample_report(tmp_path)
     rows = parity_table(report).rows
     assert [row[0] for row in rows] == [name for name, _ in named(report)]
@@ -52,6 +52,10 @@ def test_parity_and_retrieval_of_each_model(tmp_path: Path) -> None:
     assert (retrieval.rows[0][1], retrieval.rows[3][1]) == ("46.70", "46.41 -0.29\n(-0.49…-0.09)")
     assert retrieval.rows[3][-1] == "40"
     assert stages.columns == ("model", "I", "II", "III")
+    latency = latency_table(report, "model")
+    assert latency
+    assert [row[1] for row in latency.rows] == ["1"] * 5 + ["8"] * 5 + ["32"] * 5
+    assert [row[-1] for row in latency.rows[:2]] == ["1.00", "0.33 0.32–0.34"]
 
 
 def test_paths_in_the_home_folder_do_not_show_the_user_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,13 +63,6 @@ def test_paths_in_the_home_folder_do_not_show_the_user_name(tmp_path: Path, monk
     report = replace(passing_report(tmp_path), data="/home/alice/data/market1501")
     assert parity_table(report).title.endswith(" of ~/data/market1501")
     assert "alice" not in markdown(report) + render(report)
-
-
-def test_latency_is_sorted_by_batch_size(tmp_path: Path) -> None:
-    table = latency_table(sample_report(tmp_path), "model")
-    assert table
-    assert [row[1] for row in table.rows] == ["1"] * 5 + ["8"] * 5 + ["32"] * 5
-    assert [row[-1] for row in table.rows[:2]] == ["1.00", "0.33 0.32–0.34"]
 
 
 def test_tables_fit_80_columns(tmp_path: Path) -> None:
