@@ -38,19 +38,17 @@ NAME_TAKEN = "Give the model another name with --triton-name"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A deployment folder."""
+    """A deployment folder; all values in its files follow from the spec of the model in it."""
 
     kind: Literal["deepstream", "triton"]
     folder: Path
     spec: ModelSpec
-    """Spec of the model in it, from which all values in the folder's files follow."""
 
 
 def deepstream_bundle(onnx: Path, folder: Path) -> Bundle:
     """Write a folder for DeepStream's tracker: network, complete NvDCF configuration, `ReID:` section, README.
 
-    `onnx` is an export with the input form `raw`. `folder` must be new or empty and is written atomically. Raises
-    ModelError if the network does not suit the tracker, OutputError if the folder cannot be written.
+    `onnx` is an export with the input form `raw`. `folder` must be new or empty and is written atomically.
     """
     spec = _load_spec(onnx, DEEPSTREAM_FORM)
     check_quantized_for_tensorrt(spec, onnx)
@@ -81,20 +79,21 @@ def reid_section(spec: ModelSpec) -> str:
 def triton_bundle(onnx: Path, repository: Path, engine: Path | None = None, name: str | None = None) -> Bundle:
     """Write `repository/name/`: network, config.pbtxt, client and README. Other models there are left alone.
 
-    Args:
-        onnx: an export with the input form `uint8`.
-        engine: a TensorRT engine built from `onnx`, with its manifest, to serve instead.
-        name: of the model, used by clients; default `triton_name`.
-
-    Raises ModelError if a file does not suit Triton or the engine was not built from `onnx`, OutputError if the name is
-    taken or the folder cannot be written, PmmError if the name is invalid or the engine does not take a batch of 1.
+    `onnx` is an export with the input form `uint8`, `engine` a TensorRT engine built from it to serve instead, `name`
+    what clients call the model. Raises ModelError if a file does not suit Triton or the engine is of another file,
+    OutputError if the name is taken, PmmError if it is invalid or the engine does not take a batch of 1.
     """
     spec = _load_spec(onnx, TRITON_FORM)
     batches = (PREFERRED_BATCH, MAX_BATCH)
     if engine:
         check_quantized_for_tensorrt(spec, onnx)
-        profile = _engine_profile(engine, onnx, spec)
-        batches = (profile.optimal, profile.maximum)
+        manifest = read_manifest(engine)
+        check_files(manifest, engine)
+        if (manifest.spec, manifest.onnx_sha256) != (spec, sha256(onnx)):
+            command = manifest.settings.command(onnx, engine)
+            raise ModelError(f"{engine} was not built from {onnx}", f"Build it: {command}")
+        check_batch_of_one(manifest.settings.batch)
+        batches = (manifest.settings.batch.optimal, manifest.settings.batch.maximum)
     name = check_triton_name(name) if name else triton_name(spec, engine is not None)
     folder = repository / name
     check_new_folder(folder, NAME_TAKEN)
@@ -171,16 +170,6 @@ def _load_spec(onnx: Path, form: InputForm) -> ModelSpec:
     network = OnnxEmbedder(onnx, "cpu")
     check_accepts(network.spec, network.profile.maximum if network.profile else None, onnx, form)
     return network.spec
-
-
-def _engine_profile(engine: Path, onnx: Path, spec: ModelSpec) -> BatchProfile:
-    """Return the batch profile of an engine that was built from `onnx`."""
-    manifest = read_manifest(engine)
-    check_files(manifest, engine)
-    if (manifest.spec, manifest.onnx_sha256) != (spec, sha256(onnx)):
-        raise ModelError(f"{engine} was not built from {onnx}", f"Build it: {manifest.settings.command(onnx, engine)}")
-    check_batch_of_one(manifest.settings.batch)
-    return manifest.settings.batch
 
 
 def _fill(template: str, spec: ModelSpec, **values: object) -> str:

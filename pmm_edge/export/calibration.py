@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from onnxruntime.quantization import CalibrationMethod as Calibrator
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.checks import analyze
-from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split, read
+from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, read
 from pmm_edge.errors import DataError, ModelError, PmmWarning
 from pmm_edge.files import temporary_folder
 from pmm_edge.images import Pixels, evenly, network_input, read_crops
@@ -32,11 +32,7 @@ Ranges = dict[str, tuple[float, float]]
 MIN_IMAGES, MAX_IMAGES = 64, 192
 """Crops needed for calibration, and the most that are read."""
 
-_CALIBRATORS = {
-    "minmax": Calibrator.MinMax,
-    "percentile": Calibrator.Percentile,
-    "entropy": Calibrator.Entropy,
-}
+_CALIBRATORS = {"minmax": Calibrator.MinMax, "percentile": Calibrator.Percentile, "entropy": Calibrator.Entropy}
 _BATCH = 4  # all values of ResNet-50 for one 384×128 image take 80 MB
 
 
@@ -46,30 +42,22 @@ class Calibration:
 
     dataset: ReidDataset
     ranges: Pixels
-    """Four of six: set activation ranges."""
+    """Four of six crops, which set activation ranges."""
     selection: Pixels
-    """One of six: selects the calibration method, and ranks layers by sensitivity."""
+    """One of six, which select the calibration method and rank layers by sensitivity."""
     held_out: Pixels
-    """One of six: measures the result; nothing is set or selected on them."""
+    """One of six, which measure the result; nothing is set or selected on them."""
 
     @property
     def all(self) -> Pixels:
-        """The crops of all three parts."""
         return np.concatenate([self.ranges, self.selection, self.held_out])
 
 
 def read_calibration(root: Path, spec: InputSpec, layout: str | None = None) -> Calibration:
-    """Read calibration crops, spread evenly over the identities of a data set's training split.
+    """Read calibration crops, spread evenly over the identities of the training split of the data set in `root`.
 
-    Warns with `PmmWarning` if people of the training split are also in query or gallery.
-
-    Args:
-        root: folder of the data set.
-        spec: size of the network's input.
-        layout: of the data set, if it is not detected.
-
-    Raises:
-        DataError: `root` is not a data set, has too few training images, or an image cannot be read.
+    Warns with `PmmWarning` if people of the training split are also in query or gallery. Raises DataError if `root` is
+    not a data set or has too few training images, or an image cannot be read.
     """
     try:
         dataset = read(root, layout)
@@ -78,7 +66,9 @@ def read_calibration(root: Path, spec: InputSpec, layout: str | None = None) -> 
             f"--calibration {root} cannot be used: {error.problem}",
             "Name the folder of a data set; its training images are used",
         ) from error
-    paths = _spread(dataset.train, MAX_IMAGES)
+    train = dataset.train
+    people = [int(index) for index in np.argsort(train.pids, kind="stable") if train.pids[index] >= DISTRACTOR_PID]
+    paths = [train.paths[people[place]] for place in evenly(len(people), MAX_IMAGES)]
     if len(paths) < MIN_IMAGES:
         raise DataError(
             f"{root} has {len(paths)} training images, but calibration needs at least {MIN_IMAGES}",
@@ -94,19 +84,13 @@ def read_calibration(root: Path, spec: InputSpec, layout: str | None = None) -> 
     return Calibration(dataset, crops[(place != 2) & (place != 5)], crops[place == 2], crops[place == 5])
 
 
-def _spread(split: Split, count: int) -> list[Path]:
-    """Select evenly spaced images, in the order of the identities."""
-    order = [int(index) for index in np.argsort(split.pids, kind="stable") if split.pids[index] >= DISTRACTOR_PID]
-    return [split.paths[order[at]] for at in evenly(len(order), count)]
-
-
 class _Once(CalibrationDataReader):
     """Feed one batch to ONNX Runtime's calibrators."""
 
-    def __init__(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
-        self._inputs: Iterator[Mapping[str, NDArray[np.generic]]] = iter([inputs])
+    def __init__(self, inputs: dict[str, NDArray[np.generic]]) -> None:
+        self._inputs = iter([inputs])
 
-    def get_next(self) -> Mapping[str, NDArray[np.generic]] | None:
+    def get_next(self) -> dict[str, NDArray[np.generic]] | None:
         return next(self._inputs, None)
 
 
@@ -119,19 +103,11 @@ def value_ranges(
     operators: Sequence[str] | None = None,
     report: Report = silent,
 ) -> Ranges:
-    """Measure the ranges of a float32 network's values on crops.
+    """Measure the ranges of the values of a float32 `Parts.network` on (N, height, width, 3) uint8 crops.
 
-    Args:
-        network: from normalized images to embeddings (`Parts.network`).
-        crops: (N, height, width, 3) uint8.
-        spec: mean and standard deviation of the input.
-        method: `minmax` takes the extremes, `percentile` all but the outermost of 100,000 values, `entropy` the range
-            whose 8-bit histogram loses the least information.
-        symmetric: return ranges symmetric around zero.
-        operators: ONNX operators whose inputs and outputs to measure; None for all.
-
-    Raises:
-        ModelError: a value is NaN or infinite.
+    `minmax` takes the extremes, `percentile` all but the outermost of 100,000 values, `entropy` the range whose 8-bit
+    histogram loses the least information; `symmetric` makes them symmetric around zero. `operators` are the ONNX
+    operators whose inputs and outputs to measure, None for all. Raises ModelError if a value is NaN or infinite.
     """
     what = f"calibrating, {method}"
     with temporary_folder() as folder:

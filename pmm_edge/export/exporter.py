@@ -6,9 +6,9 @@ Importing this module does not import torch: engines and bundles are made from a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 """Default opset: what torch's exporter writes without conversion."""
-OPSETS = range(17, 21)
+OPSETS = range(18, 21)
 
 TOLERANCE = 1e-3
 """Largest allowed difference of an FP32 export to its checkpoint, as a share of the largest embedding value. Rounding
@@ -57,10 +57,7 @@ MIN_COSINE = {"fp16": 0.999, "int8": 0.95}
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A file that `export` wrote, and how close it is to the checkpoint.
-
-    Differences to the checkpoint are measured on random images or calibration crops (in INT8 held-out crops).
-    """
+    """A file that `export` wrote, compared with the checkpoint on calibration crops (held out) or random images."""
 
     path: Path
     spec: ModelSpec
@@ -71,9 +68,8 @@ class ExportedFile:
     cosine_mean: float = 1.0
     cosine_min: float = 1.0
     largest_value: float | None = None
-    """Largest value between the nodes of an FP16 network on the calibration crops; the limit is 65504."""
+    """Largest value between the nodes of an FP16 network on the calibration crops; float16 ends at 65504."""
     search: SensitivitySearch | None = None
-    """With `max_map_drop`: mAP before and after, and the sensitivity of each layer."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +78,14 @@ class ExportResult:
 
     checkpoint: Path
     """The checkpoint, or the ONNX file that was exported before."""
-    files: list[ExportedFile] = field(default_factory=list)
+    files: list[ExportedFile]
     """The requested input form first."""
-    engine: BuiltEngine | None = None
-    """The TensorRT engine of the first file."""
-    served_engine: BuiltEngine | None = None
+    engine: BuiltEngine | None
+    """Of the first file."""
+    served_engine: BuiltEngine | None
     """The engine that Triton serves, if that is another one."""
-    bundles: list[bundles.Bundle] = field(default_factory=list)
-    failures: list[PmmError] = field(default_factory=list)
+    bundles: list[bundles.Bundle]
+    failures: list[PmmError]
     """Why engines or bundles are missing; the files are complete all the same."""
 
 
@@ -134,7 +130,7 @@ def export(
             ONNX file that was exported before, which needs no torch.
         out: the ONNX file to write; default: in the run's `export` folder. For an ONNX file: the engine to write.
         input_form: `uint8` (default), `raw` or `normalized`; see `InputSpec`.
-        opset: 17 to 20.
+        opset: 18 to 20.
         normalize_output: scale embeddings to unit L2 length.
         static_batch: the only batch size that the graph accepts; default: any.
         precision: `fp32`, `fp16` or `int8`.
@@ -147,36 +143,37 @@ def export(
         deepstream: folder to write for DeepStream's tracker.
         triton: model repository to add the network (or, with `trt`, the engine) to.
         triton_name: name of the model there; default such as `pmm_resnet50_fp16_trt`.
-        trt: build a TensorRT engine for this machine's GPU.
-        batch_profile: smallest, optimal and largest batch of the engine; default 1,16,64.
-        workspace_gib, optimization_level, hardware_compatible, version_compatible, timing_cache: of the engine, see
-            `BuildSettings`.
-        report: receives progress.
+        trt: build a TensorRT engine for this machine's GPU. The options after it are those of `BuildSettings`.
 
-    Raises:
-        PmmError: options contradict each other, or a required package is missing.
-        ModelError: the checkpoint cannot be used, or the network does not suit TensorRT, DeepStream or Triton.
-        DataError: the calibration data cannot be used.
-        OutputError: a file or folder cannot be written.
-        CheckFailedError: the export differs from the checkpoint, or cannot reach the precision.
+    Raises PmmError if options contradict each other, ModelError, DataError or OutputError if the network, the
+    calibration data or a place to write to cannot be used, CheckFailedError if the export differs from the checkpoint
+    or cannot reach the precision.
     """
     # Check the options before any work.
-    unused: dict[str, object] = {}
-    if precision != "int8":
-        unused = {"--target": target, "--calibration-method": calibration_method, "--max-map-drop": max_map_drop}
-    if precision == "fp32":
-        unused |= {"--calibration": calibration, "--layout": layout}
-    _reject(unused, "--precision int8")
-    _reject({} if triton else {"--triton-name": triton_name}, "--triton")
-    engine_options = {
-        "--batch-profile": batch_profile,
-        "--workspace": workspace_gib,
-        "--optimization-level": optimization_level,
-        "--hardware-compatible": hardware_compatible,
-        "--version-compatible": version_compatible,
-        "--no-timing-cache": not timing_cache,
-    }
-    _reject({} if trt else engine_options, "--trt")
+    for is_used, option, dependents in (
+        (
+            precision == "int8",
+            "--precision int8",
+            {"--target": target, "--calibration-method": calibration_method, "--max-map-drop": max_map_drop},
+        ),
+        (precision != "fp32", "--precision fp16 or int8", {"--calibration": calibration, "--layout": layout}),
+        (triton, "--triton", {"--triton-name": triton_name}),
+        (
+            trt,
+            "--trt",
+            {
+                "--batch-profile": batch_profile,
+                "--workspace": workspace_gib,
+                "--optimization-level": optimization_level,
+                "--hardware-compatible": hardware_compatible or None,
+                "--version-compatible": version_compatible or None,
+                "--no-timing-cache": None if timing_cache else True,
+            },
+        ),
+    ):
+        given = [name for name, value in dependents.items() if value is not None]
+        if given and not is_used:
+            raise PmmError(f"{', '.join(given)} has no effect without {option}", f"Add {option}")
     if opset not in OPSETS:
         raise PmmError(f"opset {opset} is not supported", f"Choose {OPSETS[0]} to {OPSETS[-1]}")
     if static_batch is not None and static_batch < 1:
@@ -192,7 +189,7 @@ def export(
     loaded = None
     if source.suffix == ".onnx":
         embedder = OnnxEmbedder(source, "cpu")
-        spec, static_batch_before = embedder.spec, embedder.profile.maximum if embedder.profile else None
+        spec = embedder.spec
         changed = (opset, normalize_output, static_batch, precision, safetensors) != (OPSET, False, None, "fp32", False)
         if changed or input_form not in (None, spec.input.form):
             raise PmmError(
@@ -204,7 +201,7 @@ def export(
                 f"{source} is exported already, so there is nothing to write to {out or 'a file'}",
                 "Name an .engine with --trt, or a folder with --deepstream or --triton",
             )
-        files, static_batch = {spec.input.form: source}, static_batch_before
+        files, static_batch = {spec.input.form: source}, embedder.profile.maximum if embedder.profile else None
     else:
         loaded = _load(source)
         form = input_form or "uint8"
@@ -249,11 +246,11 @@ def export(
         if settings:
             bundles.check_batch_of_one(settings.batch)
             engine_forms = list(dict.fromkeys((*engine_forms, bundles.TRITON_FORM)))
-    weights = main.with_suffix(".safetensors") if safetensors else None
+    weights = main.with_suffix(".safetensors")
     engine_paths = {
         form: out if out and loaded is None else files[form].with_suffix(".engine") for form in engine_forms
     }
-    for path in (*(files.values() if loaded else ()), *engine_paths.values(), *([weights] if weights else [])):
+    for path in (*(files.values() if loaded else ()), *engine_paths.values(), *([weights] if safetensors else [])):
         check_place(path)
     if deepstream:
         check_new_folder(deepstream)
@@ -269,7 +266,7 @@ def export(
         exported = _write_onnx(
             loaded, source, files, spec, opset, static_batch, crops, calibration_method, max_map_drop, report
         )
-        if weights:
+        if safetensors:
             exported.insert(1, _write_safetensors(loaded, exported[0].spec, weights))
 
     # Build engines and bundles. One that fails does not prevent the others.
@@ -291,12 +288,6 @@ def export(
             written.append(bundles.triton_bundle(onnx, triton, plan, model_name))
     engine = engines.get(next(iter(files)))
     return ExportResult(source, exported, engine, served if served is not engine else None, written, failures)
-
-
-def _reject(options: Mapping[str, object], needed: str) -> None:
-    """Raise an error if an option is set that has no effect."""
-    if names := [name for name, value in options.items() if value is not None and value is not False]:
-        raise PmmError(f"{', '.join(names)} has no effect without {needed}", f"Add {needed}")
 
 
 @contextmanager
@@ -335,7 +326,7 @@ def _default_name(spec: ModelSpec) -> str:
 
 
 def _read_calibration(source: Path, spec: ModelSpec, data: Path | None, layout: str | None) -> Calibration | None:
-    """Read the calibration crops. FP16 without a data set gives a warning and None."""
+    """Read the calibration crops; FP16 without a data set gives a warning and None."""
     from pmm_edge.export.calibration import read_calibration
 
     with suppress(DataError):  # the checkpoint is not in a run
@@ -356,7 +347,7 @@ def _read_calibration(source: Path, spec: ModelSpec, data: Path | None, layout: 
 def _write_onnx(
     checkpoint: Checkpoint,
     source: Path,
-    files: Mapping[InputForm, Path],
+    files: dict[InputForm, Path],
     spec: ModelSpec,
     opset: int,
     static_batch: int | None,
@@ -373,10 +364,11 @@ def _write_onnx(
     reference = TorchEmbedder(checkpoint.network(), checkpoint.spec, source, "cpu")
     tools = _versions("torch", "onnx", "onnxscript") | {"onnxruntime": onnxruntime.__version__, "opset": str(opset)}
     spec = replace(spec, checkpoint_sha256=sha256(source), tools=tools)
-    size = (spec.input.height, spec.input.width)
-    images: Pixels = np.random.default_rng(0).integers(0, 256, (4, *size, 3), dtype=np.uint8)
     if calibration:
         images = calibration.held_out if spec.precision == "int8" else calibration.all
+    else:
+        shape = (4, spec.input.height, spec.input.width, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     reduced = largest = search = None
     exported = []
     for form, out in files.items():
@@ -415,11 +407,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _verify(reference: Embedder, candidate: Embedder, images: Pixels, out: Path) -> tuple[float, float, float]:
-    """Compare an export with its checkpoint, at batch 1 and at a larger batch.
-
-    Returns the largest difference as a share of the largest value, the mean and the smallest cosine. Raises
-    CheckFailedError if the difference is too large, or the checkpoint produces NaN or infinity.
-    """
+    """Compare an export with its checkpoint at batch 1 and at a larger batch: departure, mean and smallest cosine."""
     expected = reference.embed(images)
     if not np.isfinite(expected).all():
         raise CheckFailedError(f"{reference.path} produces NaN or infinity", "Train again with a lower learning rate")
@@ -427,27 +415,18 @@ def _verify(reference: Embedder, candidate: Embedder, images: Pixels, out: Path)
         expected = unit_length(expected)
     actual = np.concatenate([candidate.embed(images[:1]), candidate.embed(images[1:])])
     departure = float(np.abs(actual - expected).max() / (float(np.abs(expected).max()) or 1.0))
-    cosine, precision = cosines(expected, actual), candidate.spec.precision
+    cosine = cosines(expected, actual)
     mean, smallest = float(cosine.mean()), float(cosine.min())
-    passed, found, remedy = {  # a comparison with NaN fails
-        "fp32": (
-            departure <= TOLERANCE,
-            f"embeddings differ by {departure:.2g} of the largest value, and the tolerance is {TOLERANCE:g}",
-            "Try another version of torch or onnxscript",
-        ),
-        "fp16": (
-            smallest >= MIN_COSINE["fp16"],
-            f"the smallest cosine is {smallest:.4f}, below {MIN_COSINE['fp16']:g}",
-            "Export FP32",
-        ),
-        "int8": (
-            mean >= MIN_COSINE["int8"],
-            f"the mean cosine is {mean:.4f}, below {MIN_COSINE['int8']:g}",
-            "Calibrate on images like those of the training data",
-        ),
-    }[precision]
+    figures = f"largest difference {departure:.2g} of the largest value, cosine {mean:.4f} (smallest {smallest:.4f})"
+    passed, limit, remedy = {  # a comparison with NaN fails
+        "fp32": (departure <= TOLERANCE, f"a difference of {TOLERANCE:g}", "Try another version of torch"),
+        "fp16": (smallest >= MIN_COSINE["fp16"], f"a smallest cosine of {MIN_COSINE['fp16']:g}", "Export FP32"),
+        "int8": (mean >= MIN_COSINE["int8"], f"a cosine of {MIN_COSINE['int8']:g}", "Calibrate on similar images"),
+    }[candidate.spec.precision]
     if not passed:
-        raise CheckFailedError(f"{out} was not written: compared with {reference.path}, {found}", remedy)
+        raise CheckFailedError(
+            f"{out} was not written: it differs from {reference.path} ({figures}; the limit is {limit})", remedy
+        )
     return departure, mean, smallest
 
 
@@ -457,13 +436,8 @@ def _write_safetensors(checkpoint: Checkpoint, exported: ModelSpec, out: Path) -
 
     from pmm_edge.runtime.torch_backend import CLASSIFIER
 
-    spec = replace(
-        checkpoint.spec,
-        checkpoint_sha256=exported.checkpoint_sha256,
-        gflops=exported.gflops,
-        parameters=exported.parameters,
-        tools=_versions("torch", "safetensors"),
-    )
+    copied = {name: getattr(exported, name) for name in ("checkpoint_sha256", "gflops", "parameters")}
+    spec = replace(checkpoint.spec, **copied, tools=_versions("torch", "safetensors"))
     weights = {name: tensor for name, tensor in checkpoint.weights.items() if CLASSIFIER not in name}
     content = save(weights, metadata={METADATA_KEY: spec.to_json()})
     with written_whole(out) as temporary:

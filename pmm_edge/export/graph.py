@@ -26,9 +26,6 @@ from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
 LAYERS = ("Conv", "Gemm")
 """ONNX operators with trained weights in these graphs."""
 
-_TRACED_OPSET = 18
-"""The lowest opset that torch's exporter writes."""
-
 
 class StrippedNetwork(nn.Module):
     """A network without classifiers and mixing. Forward: normalized images (N, 3, H, W) -> embeddings (N, D).
@@ -96,13 +93,8 @@ def _merge_heads(heads: list[Head]) -> nn.Linear:
     return merged
 
 
-def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = _TRACED_OPSET) -> onnx.ModelProto:
-    """Trace a network into an ONNX model with one input, one output, a dynamic batch and the spec as metadata.
-
-    Args:
-        network: in evaluation mode, from `spec.input`'s form to embeddings.
-        opset: 17 to 20.
-    """
+def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = 18) -> onnx.ModelProto:
+    """Trace a network in evaluation mode into an ONNX model with a dynamic batch and the spec as metadata."""
     # torch specializes a graph that was traced with a batch of one.
     example = torch.zeros(spec.input.shape(2), dtype=getattr(torch, spec.input.dtype))
     with warnings.catch_warnings():
@@ -113,7 +105,7 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = _TRACED_OPSET) 
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=max(opset, _TRACED_OPSET),
+            opset_version=opset,
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -125,26 +117,7 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = _TRACED_OPSET) 
     for entry in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         entry.ClearField("metadata_props")
         entry.ClearField("doc_string")
-    if opset < _TRACED_OPSET:
-        _lower_to_opset_17(model)
     return finalize(model, spec)
-
-
-def _lower_to_opset_17(model: onnx.ModelProto) -> None:
-    """Rewrite the reductions, the only operators here that opset 18 changed: their axes were an attribute before."""
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type.startswith("Reduce"):
-            values, axes = node.input
-            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, helper.make_attribute("axes", constants[axes].tolist())])
-            node.input[:] = [values]
-    used = {name for node in model.graph.node for name in node.input}
-    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    model.graph.ClearField("initializer")
-    model.graph.initializer.extend(initializers)
-    model.opset_import[0].version = 17
 
 
 def finalize(model: onnx.ModelProto, spec: ModelSpec, static_batch: int | None = None) -> onnx.ModelProto:
@@ -173,11 +146,7 @@ class Parts:
     """L2 normalization, if any; the sum of 1536 squares may exceed the range of float16."""
 
     def join(self, network: onnx.ModelProto) -> onnx.ModelProto:
-        """Put preprocessing and normalization around another network.
-
-        Args:
-            network: of the same size; it may come from a graph with another input form.
-        """
+        """Put preprocessing and normalization around another network, possibly from a graph of another input form."""
         joined, before = copy_model(network), self.before
         ONNXModel(joined).topological_sort()  # quantization appends its nodes
         entry = before.graph.output[0].name if before else INPUT
@@ -206,7 +175,7 @@ def split(model: onnx.ModelProto) -> Parts:
 
 
 def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model: most functions of onnx and onnxruntime work in place."""
+    """Copy a model; most functions of onnx and onnxruntime work in place."""
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     return copied
@@ -253,28 +222,17 @@ def multiply_adds(network: onnx.ModelProto) -> dict[str, int]:
 
 
 def count_work(network: onnx.ModelProto) -> tuple[float, int]:
-    """Count the work of a float32 network (`Parts.network`).
-
-    Returns:
-        GFLOPs of convolutions and linear layers for one image (a multiply-add is two operations), and the number of
-        parameters: weights and biases, batch normalization folded.
-    """
+    """Count GFLOPs for one image (a multiply-add is two operations) and parameters of a float32 `Parts.network`."""
     tensors = [tensor for tensor in network.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
     return 2e-9 * sum(multiply_adds(network).values()), sum(math.prod(tensor.dims) for tensor in tensors)
 
 
 def row_preprocessing(before: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
-    """Rewrite preprocessing so that scale and shift run on whole rows of pixels, with the same results.
+    """Rewrite `Parts.before` of the form `uint8` so that scale and shift run on whole rows, with the same results.
 
     ONNX Runtime moves the transposition behind the arithmetic where INT8 convolutions follow, because they read NHWC.
     Broadcasting three constants over the innermost dimension is then as slow as three convolutions of ResNet-50;
     constants repeated for each pixel of a row avoid that.
-
-    Args:
-        before: cast, transpose, scale and shift (`Parts.before`) of the input form `uint8`.
-
-    Returns:
-        (N, height, width, 3) uint8 -> (N, 3, height, width) float32, with the input and output names of `before`.
     """
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in before.graph.initializer}
     scale, shift = (
@@ -287,17 +245,18 @@ def row_preprocessing(before: onnx.ModelProto, spec: InputSpec) -> onnx.ModelPro
         "row.shape": np.array([0, 0, 3 * spec.width]),  # 0 keeps batch and height
         "image.shape": np.array([0, 0, spec.width, 3]),
     }
-    nodes = [
-        helper.make_node("Reshape", [INPUT, "row.shape"], ["rows"], "rows"),
-        helper.make_node("Cast", ["rows"], ["rows_float"], "rows_float", to=onnx.TensorProto.FLOAT),
-        helper.make_node("Mul", ["rows_float", "row.scale"], ["rows_scaled"], "rows_scaled"),
-        helper.make_node("Add", ["rows_scaled", "row.shift"], ["rows_shifted"], "rows_shifted"),
-        helper.make_node("Reshape", ["rows_shifted", "image.shape"], ["pixels"], "pixels"),
-        helper.make_node("Transpose", ["pixels"], [before.graph.output[0].name], "planes", perm=[0, 3, 1, 2]),
-    ]
     rewritten = copy_model(before)
     for field in ("node", "initializer", "value_info"):
         rewritten.graph.ClearField(field)
-    rewritten.graph.node.extend(nodes)
+    rewritten.graph.node.extend(
+        [
+            helper.make_node("Reshape", [INPUT, "row.shape"], ["rows"], "rows"),
+            helper.make_node("Cast", ["rows"], ["rows_float"], "rows_float", to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", ["rows_float", "row.scale"], ["rows_scaled"], "rows_scaled"),
+            helper.make_node("Add", ["rows_scaled", "row.shift"], ["rows_shifted"], "rows_shifted"),
+            helper.make_node("Reshape", ["rows_shifted", "image.shape"], ["pixels"], "pixels"),
+            helper.make_node("Transpose", ["pixels"], [before.graph.output[0].name], "planes", perm=[0, 3, 1, 2]),
+        ]
+    )
     rewritten.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in initializers.items())
     return rewritten

@@ -33,7 +33,7 @@ from pmm_edge.spec import FLOAT16_MAX, CalibrationMethod, InputSpec, ModelSpec, 
 
 
 def cast_to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
-    """Cast all weights and values of a network to float16; input and output stay float32. Returns a copy.
+    """Cast weights and values of a copy of a network to float16; input and output stay float32.
 
     Raises CheckFailedError for a weight that exceeds the range of float16.
     """
@@ -50,11 +50,10 @@ def largest_value(network: onnx.ModelProto, ranges: Ranges) -> float:
     """
     largest = 0.0
     for node in network.graph.node:
-        for output in node.output:
-            if output in ranges:
-                size = max(map(abs, ranges[output]))
-                _check_fits_float16(f"{node.name} ({node.op_type})", size)
-                largest = max(largest, size)
+        for output in ranges.keys() & node.output:
+            size = max(map(abs, ranges[output]))
+            _check_fits_float16(f"{node.name} ({node.op_type})", size)
+            largest = max(largest, size)
     return largest
 
 
@@ -88,7 +87,7 @@ def int8_ranges(
     method: CalibrationMethod,
     report: Report = silent,
 ) -> Ranges:
-    """Measure the ranges that `quantize` needs for a target; see `value_ranges`."""
+    """Measure the ranges that `quantize` needs for a target."""
     operators = sorted({*_OPERATORS[target], "Add"})
     return value_ranges(network, crops, spec, method, target == "tensorrt", operators, report)
 
@@ -100,17 +99,13 @@ def quantize(
     float_layers: Collection[str] = (),
     only: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """Insert explicit Q/DQ nodes for INT8 into a network. Returns a copy.
+    """Insert explicit Q/DQ nodes for INT8 into a copy of `Parts.network`.
 
     Weights are symmetric int8 with one scale per output channel, see `round_weights`. Activations are symmetric int8
     for TensorRT and asymmetric uint8 for CPUs, which have a uint8 × int8 instruction.
 
-    Args:
-        network: from normalized images to embeddings (`Parts.network`).
-        ranges: of its values, from `int8_ranges`.
-        float_layers: node names of layers that stay in float32, together with the operators between them and the next
-            layer.
-        only: names of the only nodes to quantize; empty for all.
+    Layers whose nodes are in `float_layers` stay in float32, together with the operators between them and the next
+    layer. `only` names the only nodes to quantize; empty for all.
     """
     copied = onnx.shape_inference.infer_shapes(network)
     layers = [node for node in copied.graph.node if node.op_type in LAYERS and node.name not in float_layers]
@@ -145,7 +140,7 @@ def quantize(
 
 
 def _round_layers(
-    network: onnx.ModelProto, weights: Collection[str], target: QuantizationTarget
+    network: onnx.ModelProto, weights: set[str], target: QuantizationTarget
 ) -> dict[str, list[dict[str, Any]]]:
     """Round weights, in place, to whole multiples of their INT8 scales, and return these scales for the quantizer."""
     scales: dict[str, list[dict[str, Any]]] = {}
@@ -166,15 +161,11 @@ def round_weights(weights: NDArray[np.float32], safe_pairs: bool) -> tuple[NDArr
     Activations after ReLU are positive, so rounding errors that do not cancel would shift a channel's output. The
     weights with the largest fractional parts are rounded up, as many as keep the sum (largest remainder method).
 
-    Args:
-        weights: (out, in, ...) float32.
-        safe_pairs: scale so that two neighboring weights of a channel add up to at most 128. x86-64 processors
-            without VNNI multiply uint8 by int8 with `vpmaddubsw`, which adds two products in saturating 16 bits:
-            255 × 128 fits, 255 × 254 does not. ONNX Runtime pairs input channels; neighbors in the file's own layout
-            are held to the same limit, for engines that pair those.
+    With `safe_pairs`, two neighboring weights of a channel add up to at most 128. x86-64 processors without VNNI
+    multiply uint8 by int8 with `vpmaddubsw`, which adds two products in saturating 16 bits: 255 × 128 fits, 255 × 254
+    does not. ONNX Runtime pairs input channels; other engines may pair neighbors in the file's own layout.
 
-    Returns:
-        (out, in, ...) int8, and (out,) float32 scales.
+    Takes (out, in, ...) float32; returns (out, in, ...) int8 and (out,) float32 scales.
     """
     rows = weights.reshape(len(weights), -1)
     largest = np.abs(rows).max(axis=1)
@@ -259,19 +250,12 @@ def search_float_layers(
     max_drop: float,
     report: Report = silent,
 ) -> tuple[onnx.ModelProto, SensitivitySearch]:
-    """Keep the fewest, most sensitive layers in float32 so that mAP drops by at most `max_drop`.
+    """Keep the fewest, most sensitive layers in float32 so that mAP drops by at most `max_drop` points of 100.
 
     Layers are ordered by their loss with only that layer in INT8. Their number is doubled until mAP holds, then
-    bisected: about 2 log2(number of layers) evaluations of mAP.
-
-    Args:
-        network: in float32.
-        quantized: (nodes that stay in float32, only nodes to quantize or none for all) -> quantized network.
-        loss: of a network, on the selection crops.
-        mean_ap: of a network, in 0..1.
-        max_drop: in points of 100.
-
-    Raises CheckFailedError if mAP drops by more with all layers but one in float32.
+    bisected: about 2 log2(number of layers) evaluations of mAP. `quantized` takes the nodes that stay in float32 and
+    the only nodes to quantize (none for all). Raises CheckFailedError if mAP drops by more with all layers but one in
+    float32.
     """
     names, work = layer_names(network), multiply_adds(network)
     baseline = mean_ap(network)
@@ -320,7 +304,7 @@ def _fewest(holds: Callable[[int], bool], most: int) -> int:
 
 
 def mean_average_precision(embedder: Embedder, dataset: ReidDataset, report: Report = silent) -> float:
-    """Return mAP, 0..1, on a data set's query and gallery."""
+    """Return mAP, 0..1, on query and gallery."""
     return embed_dataset(embedder, dataset, report=report).evaluate().mAP
 
 
@@ -332,17 +316,11 @@ def quantize_network(
     max_map_drop: float | None = None,
     report: Report = silent,
 ) -> tuple[onnx.ModelProto, Quantization, SensitivitySearch | None]:
-    """Calibrate and quantize a network to INT8; say how, and what the search found if there was one.
+    """Calibrate and quantize a float32 network to INT8 for the target in `spec.quantization`.
 
-    Args:
-        parts: in float32, with the preprocessing to evaluate with.
-        spec: of `parts`; `spec.quantization` names the target.
-        method: None tries all and keeps the one with the highest mean cosine to float32 on the selection crops.
-        max_map_drop: points of mAP that may be lost on the data set's query and gallery; None skips the search.
-
-    Raises:
-        DataError: the query and gallery of the calibration data set cannot evaluate mAP.
-        CheckFailedError: mAP drops by more than `max_map_drop` whichever layers stay in float32.
+    `method` None tries all and keeps the one with the highest mean cosine to float32 on the selection crops.
+    `max_map_drop` is how many points of mAP may be lost on the data set's query and gallery; None skips the search.
+    Raises DataError if they cannot evaluate mAP, CheckFailedError if it drops by more in any case.
     """
     assert spec.quantization
     if max_map_drop is not None:

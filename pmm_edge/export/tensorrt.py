@@ -25,12 +25,10 @@ from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.runtime.tensorrt_backend import error_logger, import_tensorrt, last_error, load_engine, this_machine
 from pmm_edge.spec import ModelSpec
 
-_GIB = 1 << 30
-
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine that was built."""
+    """An engine and its manifest."""
 
     path: Path
     manifest: EngineManifest
@@ -44,28 +42,14 @@ def build_engine(
     also: Sequence[str] = (),
     trt: Any = None,
 ) -> BuiltEngine:
-    """Build a TensorRT engine for the GPU of this machine, and its manifest.
+    """Build a TensorRT engine for the GPU of this machine from a file of `pmm export`, and its manifest.
 
     The network is strongly typed: every layer runs in the type that the graph gives it, so that the ONNX file alone
-    decides the precision. TF32 is off.
+    decides the precision. TF32 is off. `also` are further arguments of the command for another machine.
 
-    Args:
-        onnx_path: a file of `pmm export`, with the spec in its metadata.
-        out: a file that ends in `.engine`.
-        settings: see `BuildSettings`.
-        report: called as the build proceeds.
-        also: further arguments of the command for another machine, such as `--triton models`.
-        trt: the TensorRT module; None imports `tensorrt`.
-
-    Raises:
-        ModelError: the ONNX file is missing, not from pmm-edge or quantized for CPUs, or TensorRT cannot parse or
-            build it.
-        PmmError: the graph has a static batch that differs from the profile.
-        NotOnThisMachineError: TensorRT, cuda-python, the driver or the GPU is missing; the remedy is the command to run
-            elsewhere.
-        GpuError: the GPU failed.
-        CheckFailedError: the graph is FP16 or INT8, but most of the engine is not; nothing is written.
-        OutputError: `out` cannot be written.
+    Raises ModelError if TensorRT cannot parse or build the file, NotOnThisMachineError, whose remedy is the command to
+    run elsewhere, if a GPU, driver or package is missing, GpuError if the GPU failed, CheckFailedError if the graph is
+    FP16 or INT8 but most of the engine is not. Then nothing is written.
     """
     if out.suffix != ".engine":
         raise PmmError(f"{out} does not end in .engine", f"Name it {out.with_suffix('.engine')}")
@@ -101,9 +85,12 @@ def check_quantized_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
 def _build(
     trt: Any, cuda: Cuda, onnx_path: Path, out: Path, spec: ModelSpec, settings: BuildSettings, report: Report
 ) -> BuiltEngine:
-    logger, started = error_logger(trt), time.perf_counter()
+    logger, started, cache = error_logger(trt), time.perf_counter(), None
     onnx_sha256 = sha256(onnx_path)
-    cache = _timing_cache(trt, cuda) if settings.timing_cache else None
+    if settings.timing_cache:
+        key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{trt.__version__} {cuda.name}").strip("-")
+        with suppress(OutputError):  # without a cache folder, the build only takes longer
+            cache = cache_folder() / "tensorrt" / f"{key}.timing"
     plan = compile_network(trt, logger, onnx_path, out.name, spec, settings, report, cache)
     seconds = time.perf_counter() - started
     engine = load_engine(trt, logger, plan, out, settings.version_compatible)
@@ -140,9 +127,6 @@ def compile_network(
     """Compile an ONNX file into a serialized engine, a buffer of TensorRT; this step alone needs no CUDA calls.
 
     `name` is that of the engine, for progress; `timing_cache` is a file with layer timings to use and update.
-
-    Raises:
-        ModelError: TensorRT cannot parse or build the file.
     """
     builder = trt.Builder(logger)
     network = _parse(trt, builder, logger, onnx_path)
@@ -194,7 +178,7 @@ def _configure(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # otherwise the inspector reports no data types
     config.clear_flag(trt.BuilderFlag.TF32)
     if settings.workspace_gib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace_gib * _GIB))
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace_gib * (1 << 30)))
     if settings.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if settings.version_compatible:
@@ -206,20 +190,10 @@ def _configure(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings)
     return config
 
 
-def _timing_cache(trt: Any, cuda: Cuda) -> Path | None:
-    """Return the file with timings of this TensorRT on this GPU; None without a cache folder."""
-    key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{trt.__version__} {cuda.name}").strip("-")
-    try:
-        return cache_folder() / "tensorrt" / f"{key}.timing"
-    except OutputError:
-        return None
-
-
 def progress_monitor(trt: Any, name: str, report: Report) -> Any:
     """Return a progress monitor that reports each outermost phase, with the current inner phase as detail.
 
-    An exception cannot pass through TensorRT. If a callback raises one (usually Ctrl-C), the build is canceled; call
-    `raise_caught` after it.
+    An exception (usually Ctrl-C) cannot pass through TensorRT: it cancels the build; call `raise_caught` after it.
     """
 
     class Monitor(trt.IProgressMonitor):
@@ -288,11 +262,11 @@ def count_layers(layers: Iterable[Layer | str]) -> PrecisionCount:
     """Count the layers that the inspector lists by data type; without details, a layer is only a name."""
     described: list[Layer] = [{"Name": layer} if isinstance(layer, str) else layer for layer in layers]
     computing = [layer for layer in described if layer.get("LayerType") not in _MOVES]
-    types = [(layer_type(layer), _is_product(layer)) for layer in computing]
-    return PrecisionCount(
-        layers=dict(Counter(kind for kind, _ in types).most_common()),
-        products=dict(Counter(kind for kind, product in types if product).most_common()),
+    counts = (
+        Counter(map(layer_type, counted)).most_common()
+        for counted in (computing, [layer for layer in computing if _is_product(layer)])
     )
+    return PrecisionCount(*map(dict, counts))
 
 
 def layer_type(layer: Layer) -> str:
@@ -300,8 +274,7 @@ def layer_type(layer: Layer) -> str:
     weights = layer.get("Weights")
     described = (
         [weights.get("Type")] if isinstance(weights, Mapping) else [],
-        [_tensor_type(tensor) for tensor in layer.get("Inputs", [])],
-        [_tensor_type(tensor) for tensor in layer.get("Outputs", [])],
+        *([_tensor_type(tensor) for tensor in layer.get(side, [])] for side in ("Inputs", "Outputs")),
     )
     for texts in described:
         names = [name.upper() for text in texts for name in _TYPE.findall(text or "")]

@@ -61,17 +61,13 @@ class Certificate:
     @property
     def digest(self) -> str:
         """SHA-256 of the content, to pin if a certificate must not be replaced."""
-        return _digest_of(self._content())
+        return _digest_of(msgspec.to_builtins(self))
 
     def save(self, path: Path) -> None:
         """Write the certificate atomically; raise OutputError if the file cannot be written."""
-        content = self._content()
+        content = msgspec.to_builtins(self) | {"digest": self.digest}
         with written_whole(path) as temporary:
-            temporary.write_text(encode_json(content | {"digest": _digest_of(content)}), encoding="utf-8")
-
-    def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return content
+            temporary.write_text(encode_json(content), encoding="utf-8")
 
 
 def certificate_path(model: Path) -> Path:
@@ -100,14 +96,8 @@ def read_certificate(model: Path) -> Certificate:
 def check_certificate(model: str | Path, digest: str | None = None) -> Certificate:
     """Compare a model with its certificate, without executing anything of the model.
 
-    Args:
-        model: a model file, next to its certificate; for an engine also its manifest.
-        digest: the pinned digest that the certificate must have.
-
-    Raises:
-        ModelError: the model does not exist.
-        CertificateError: the certificate is missing, invalid, changed, of another model or not the pinned one, or the
-            model or its manifest has changed.
+    Raises ModelError if the model does not exist, CertificateError if the certificate is missing, invalid, changed, of
+    another model or has another digest than the pinned one, or the model or the manifest of an engine has changed.
     """
     return read_certified(Path(model), digest)[0]
 

@@ -34,20 +34,14 @@ class Cuda:
     """One GPU with one stream, and the memory allocated on it until `release`.
 
     Not thread-safe: hold a lock to share it, and call `use` first, because the current GPU is a property of a thread.
-    All methods raise GpuError if a CUDA call fails.
-
-    Raises:
-        NotOnThisMachineError: cuda-python, the driver or GPU number `index` is missing.
-        GpuError: the GPU cannot be used.
+    Raises NotOnThisMachineError if cuda-python, the driver or the GPU is missing, GpuError if a CUDA call fails.
     """
 
     def __init__(self, index: int = 0) -> None:
         self._api = api = _import_runtime()
         count = self._count()
         if index >= count:
-            raise NotOnThisMachineError(
-                f"there is no GPU cuda:{index}; CUDA finds {count}", "Choose another device, or omit the device"
-            )
+            raise NotOnThisMachineError(f"there is no GPU cuda:{index}; CUDA finds {count}", "Omit the device")
         self.index = index
         self.use()
         properties = self._checked(api.cudaGetDeviceProperties(index), "reading GPU properties")
@@ -85,22 +79,18 @@ class Cuda:
 
     def copy_in(self, address: int, array: NDArray[Any]) -> None:
         """Enqueue a copy of a pinned array to the GPU."""
-        kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
-        copied = self._api.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self._stream)
-        self._checked(copied, "copying to the GPU")
+        kind, source = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice, array.ctypes.data
+        self._checked(self._api.cudaMemcpyAsync(address, source, array.nbytes, kind, self._stream), "copying")
 
     def copy_out(self, array: NDArray[Any], address: int) -> None:
         """Enqueue a copy from the GPU to a pinned array."""
-        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        copied = self._api.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self._stream)
-        self._checked(copied, "copying from the GPU")
+        kind, target = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost, array.ctypes.data
+        self._checked(self._api.cudaMemcpyAsync(target, address, array.nbytes, kind, self._stream), "copying")
 
     def synchronize(self) -> None:
-        """Wait until all enqueued work is done."""
         self._checked(self._api.cudaStreamSynchronize(self._stream), "running on the GPU")
 
     def event(self) -> Any:
-        """Create an event for `record` and `wait`."""
         event = self._checked(self._api.cudaEventCreate(), "creating an event")
         self._free.append(lambda: self._api.cudaEventDestroy(event))
         return event
@@ -125,12 +115,12 @@ class Cuda:
             raise
         graph = self._checked(self._api.cudaStreamEndCapture(self._stream), "capturing a CUDA graph")
         executable = self._checked(self._api.cudaGraphInstantiate(graph, 0), "instantiating a CUDA graph")
-        self._checked(self._api.cudaGraphDestroy(graph), "instantiating a CUDA graph")
+        self._checked(self._api.cudaGraphDestroy(graph), "freeing a CUDA graph")
         self._free.append(lambda: self._api.cudaGraphExecDestroy(executable))
         return lambda: self._checked(self._api.cudaGraphLaunch(executable, self._stream), "launching a CUDA graph")
 
     def milliseconds(self, enqueue: Callable[[], None]) -> float:
-        """Run what `enqueue` enqueues and return the time between two events around it; resolution 0.5 µs."""
+        """Run what `enqueue` enqueues and return the time between two events around it."""
         before, after = self._events = self._events or (self.event(), self.event())
         self.record(before)
         enqueue()
@@ -139,7 +129,7 @@ class Cuda:
         return float(self._checked(self._api.cudaEventElapsedTime(before, after), "timing on the GPU"))
 
     def release(self) -> None:
-        """Free the stream, events, graphs and memory; errors are ignored, as the failed call has raised already."""
+        """Free everything; errors are ignored, as the failed call has raised already."""
         while self._free:
             self._free.pop()()
 
@@ -149,10 +139,8 @@ class Cuda:
         except RuntimeError as error:  # raised by cuda-python if libcuda.so.1 is missing
             raise NotOnThisMachineError(f"there is no NVIDIA driver ({error})", "Install the driver") from error
         if status != self._api.cudaError_t.cudaSuccess:
-            raise NotOnThisMachineError(
-                f"CUDA cannot use a GPU ({self._describe(status)})",
-                "Install a GPU and a driver that supports this CUDA",
-            )
+            reason = self._describe(status)
+            raise NotOnThisMachineError(f"CUDA cannot use a GPU ({reason})", "Install a driver that supports this CUDA")
         return int(count)
 
     def _checked(self, result: tuple[Any, ...], doing: str) -> Any:

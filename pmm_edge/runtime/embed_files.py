@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,7 @@ class ImageLabels:
     """The labels of N images of a data set."""
 
     pids: NDArray[np.int64]
-    """Identities; -1 is junk, 0 a distractor."""
+    """-1 is junk, 0 a distractor."""
     camids: NDArray[np.int64]
     split: NDArray[np.str_]
     """`query`, `gallery` or `train`."""
@@ -55,13 +55,9 @@ class ImageList:
 def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
     """Find the images to embed, without opening them.
 
-    Args:
-        source: an image; a folder, searched recursively without hidden files; a data set; a text file with one path per
-            line, relative to its folder; or a sequence of paths.
-        layout: one of `pmm_edge.data.layouts.LAYOUTS`, for a data set that is not recognized.
-
-    Raises:
-        DataError: `source` does not exist, cannot be read or contains no images, or the data set is invalid.
+    `source` is an image; a folder, searched recursively without hidden files; a data set (`layout`, if it is not
+    recognized); a text file with one path per line, relative to its folder; or a sequence of paths. Raises DataError if
+    it does not exist, cannot be read, or contains no images.
     """
     if not isinstance(source, str | Path):
         return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
@@ -154,40 +150,33 @@ class EmbeddedFiles:
         `.npz`: arrays `embeddings`, `paths` (text), `spec` (JSON text), and the labels of a data set: `pids`, `camids`
         and `split`. `numpy.load` opens it without pickle. `.parquet`: columns `path`, `embedding`, `pid`, `camid` and
         `split`; the schema metadata has the spec under `pmm_edge.spec`.
-
-        Raises:
-            OutputError: the file cannot be written.
-            PmmError: it is a Parquet file and pyarrow is not installed.
         """
         check_embedding_file(path)
-        with written_whole(path) as temporary:
-            if path.suffix.lower() == ".parquet":
-                self._write_parquet(temporary)
-            else:
-                names, spec = np.array(self.images.names, dtype=np.str_), np.array(self.spec.to_json())
-                labels = vars(self.images.labels) if self.images.labels else {}
-                _save_npz(temporary, {"embeddings": self.embeddings, "paths": names, "spec": spec, **labels})
-
-    def _write_parquet(self, path: Path) -> None:
+        names, labels, spec = self.images.names, self.images.labels, self.spec.to_json()
+        if path.suffix.lower() != ".parquet":
+            arrays = {"embeddings": self.embeddings, "paths": np.array(names, np.str_), "spec": np.array(spec)}
+            _save_npz(path, arrays | (vars(labels) if labels else {}))
+            return
         import pyarrow as pa
         import pyarrow.parquet
 
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(self.embeddings.reshape(-1)), self.embeddings.shape[1])
-        columns = {"path": pa.array(self.images.names, pa.string()), "embedding": vectors}
-        if labels := self.images.labels:
+        columns = {"path": pa.array(names, pa.string()), "embedding": vectors}
+        if labels:
             columns |= {"pid": pa.array(labels.pids), "camid": pa.array(labels.camids), "split": pa.array(labels.split)}
-        table = pa.table(columns, metadata={METADATA_KEY: self.spec.to_json()})
-        # Embeddings hardly repeat: dictionary encoding would cost time and save nothing.
-        pyarrow.parquet.write_table(table, path, use_dictionary=["split"] if labels else False)
+        table = pa.table(columns, metadata={METADATA_KEY: spec})
+        with written_whole(path) as temporary:
+            # Embeddings hardly repeat: dictionary encoding would cost time and save nothing.
+            pyarrow.parquet.write_table(table, temporary, use_dictionary=["split"] if labels else False)
 
 
 def _save_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    with path.open("wb") as file:  # np.savez would append .npz to a name
+    with written_whole(path) as temporary, temporary.open("wb") as file:  # np.savez would append .npz to a name
         np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes any of them for allow_pickle
 
 
 def check_embedding_file(path: Path) -> None:
-    """Check that `EmbeddedFiles.save` can write a file, before embedding anything; it raises the same errors."""
+    """Check that `EmbeddedFiles.save` can write a file, before embedding anything."""
     check_output(path, (".npz", ".parquet"))
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise PmmError(
@@ -214,21 +203,14 @@ def embed_files(
         embedded.images.names       # N paths relative to crops/
 
     Args:
-        model: an embedder, or a file for `pmm_edge.load`.
-        images: see `find_images`.
+        model: an embedder, or a file for `pmm_edge.load`, on `device`.
+        images: see `find_images`, also for `layout`.
         out: write the result to this `.npz` or `.parquet` file.
-        layout: see `find_images`.
-        device: see `pmm_edge.load`.
         batch: number of images per call of the network; None for `embedder.chunk`.
-        skip_bad: list unreadable images in `skipped` instead of raising an error.
-        report: called after each batch.
+        skip_bad: list unreadable images in `skipped` instead of raising DataError; CheckFailedError if all are.
 
-    Raises:
-        DataError: there are no images, or an image is unreadable and `skip_bad` is False.
-        CheckFailedError: `skip_bad` is True and no image is readable; nothing is written.
-        ModelError: the model cannot be loaded.
-        OutputError: `out` cannot be written.
-        PmmError: `batch` is less than 1, or pyarrow is missing.
+    Raises DataError if there are no images or one is unreadable, ModelError if the model cannot be loaded, OutputError
+    if `out` cannot be written.
     """
     from pmm_edge.runtime import load
 
@@ -273,13 +255,7 @@ class EmbeddedDataset:
         flip: bool = False,
         report: Report = silent,
     ) -> RetrievalResult:
-        """Evaluate retrieval under the Market-1501 protocol; for the arguments see `pmm_edge.evaluate`.
-
-        With `flip`, evaluate `flipped` instead of `embeddings`.
-
-        Raises:
-            DataError: the embeddings contain NaN or infinity, no query has a match, or `flip` was not embedded.
-        """
+        """Evaluate retrieval as `pmm_edge.evaluate` does; with `flip`, `flipped` instead of `embeddings`."""
         embeddings = self.flipped if flip else self.embeddings
         if embeddings is None:
             raise DataError("there are no embeddings of mirror images", "Embed with flip=True")
@@ -292,9 +268,6 @@ class EmbeddedDataset:
 
         Arrays: `query_features`, `query_pids`, `query_camids` and `query_names` (file names), the same for `gallery_`,
         and if mirror images were embedded, `query_features_flip` and `gallery_features_flip`.
-
-        Raises:
-            OutputError: the file cannot be written.
         """
         arrays: dict[str, NDArray[Any]] = {}
         count = len(self.dataset.query)
@@ -305,20 +278,13 @@ class EmbeddedDataset:
                 arrays[f"{side}_features_flip"] = self.flipped[rows]
             arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
             arrays[f"{side}_names"] = np.array([file.name for file in split.paths])
-        with written_whole(path) as temporary:
-            _save_npz(temporary, arrays)
+        _save_npz(path, arrays)
 
 
 def embed_dataset(
     embedder: Embedder, dataset: ReidDataset, flip: bool = False, report: Report = silent
 ) -> EmbeddedDataset:
-    """Embed the queries and the gallery of a data set, without junk.
-
-    With `flip`, also embed mirror images, which takes twice the time. `report` is called after each batch.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """Embed the queries and the gallery of a data set, without junk; with `flip`, also their mirror images."""
     gallery = dataset.gallery
     kept = np.flatnonzero(gallery.pids != JUNK_PID)
     clean = Split([gallery.paths[index] for index in kept], gallery.pids[kept], gallery.camids[kept])
@@ -375,14 +341,13 @@ def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iter
         except DataError as error:
             return error
 
-    pending: deque[list[Future[Pixels | DataError]]] = deque()
+    pending: deque[Iterator[Pixels | DataError]] = deque()
     pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
     try:
         for start in range(0, len(paths), batch):
-            pending.append([pool.submit(read_one, path) for path in paths[start : start + batch]])
+            pending.append(pool.map(read_one, paths[start : start + batch]))
             if len(pending) > _BATCHES_AHEAD:
-                yield [image.result() for image in pending.popleft()]
-        while pending:
-            yield [image.result() for image in pending.popleft()]
+                yield list(pending.popleft())
+        yield from map(list, pending)
     finally:
         pool.shutdown(cancel_futures=True)

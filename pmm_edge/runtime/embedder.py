@@ -57,27 +57,19 @@ class Embedder(ABC):
 
     @property
     def chunk(self) -> int:
-        """Number of crops to prepare and embed at once.
+        """Number of crops to embed at once: a multiple of the profile's maximum, so that only the last batch is padded.
 
-        A multiple of the maximum of the profile, so that only the last batch is padded; at least two batches, so that
-        an engine can compute one while the next is prepared.
+        At least two batches, so that an engine can compute one while the next is prepared.
         """
         if self.profile is None:
             return CHUNK
         return self.profile.maximum * max(2, CHUNK // self.profile.maximum)
 
     def embed(self, crops: Sequence[Pixels] | Pixels) -> Embeddings:
-        """Embed crops of people.
+        """Embed crops of people: (N, D) float32, of unit length if `spec.normalized_output`.
 
-        Args:
-            crops: (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array. OpenCV reads BGR: pass
-                `crop[:, :, ::-1]`.
-
-        Returns:
-            (N, D) float32; of unit length if `spec.normalized_output`.
-
-        Raises:
-            DataError: a crop is empty, grayscale, has an alpha channel, or is not uint8.
+        `crops` are (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array. OpenCV reads BGR: pass
+        `crop[:, :, ::-1]`. Raises DataError if a crop is empty, grayscale, has an alpha channel, or is not uint8.
         """
         if isinstance(crops, np.ndarray) and crops.ndim == 3:
             raise DataError(f"expected a list of crops, got one array of shape {crops.shape}", "Pass [crop]")
@@ -90,47 +82,27 @@ class Embedder(ABC):
 
     @abstractmethod
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        """Embed crops of network size.
-
-        Args:
-            images: (N, height, width, 3) uint8 RGB, N >= 1.
-
-        Returns:
-            (N, D) float32.
-        """
+        """Embed crops of network size: (N, height, width, 3) uint8 RGB, N >= 1 -> (N, D) float32."""
 
     def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings | None:
-        """Embed normalized images, to find out what a wrong preprocessing does.
+        """Embed (N, 3, height, width) float32 images as they are after preprocessing, to diagnose a wrong one.
 
-        Args:
-            images: (N, 3, height, width) float32, as the network sees them after preprocessing.
-
-        Returns:
-            (N, D) float32; None if the engine preprocesses internally and accepts only pixels.
+        None if the engine preprocesses internally and accepts only pixels.
         """
         return None
 
     def gpu_milliseconds(self, images: Pixels) -> float | None:
-        """Time one run of the network on the GPU with CUDA events, without copies.
+        """Time one run of the network with CUDA events, without copies; includes waiting for kernel launches.
 
-        Args:
-            images: see `embed_prepared`.
-
-        Returns:
-            Milliseconds, including the time that the GPU waits for kernel launches; None if the engine has no timer.
+        `images` as in `embed_prepared`. None if the engine has no timer.
         """
         return None
 
 
 def parse_device(device: str | int, tensorrt: bool = False) -> tuple[str, int]:
-    """Parse a device into its kind (`cpu`, `cuda` or `tensorrt`) and index.
+    """Parse `cpu`, `cuda`, `cuda:1` or the index of a GPU into kind and index; raise ModelError for anything else.
 
-    Args:
-        device: `cpu`, `cuda`, `cuda:1`, or the index of a GPU: `1` or `"1"`.
-        tensorrt: also accept `tensorrt` and `tensorrt:1`, the TensorRT provider of ONNX Runtime.
-
-    Raises:
-        ModelError: the device is none of these.
+    With `tensorrt`, also accept `tensorrt` and `tensorrt:1`, the TensorRT provider of ONNX Runtime.
     """
     name = str(device)
     kind, separator, index = ("cuda", ":", name) if name.isdecimal() else name.partition(":")

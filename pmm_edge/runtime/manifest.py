@@ -13,20 +13,14 @@ from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.spec import ModelSpec
 
-OPTIMIZATION_LEVELS = range(6)
-LARGEST_GIB = 1 << 20
-LARGEST_FILE = 1 << 20
-"""Bytes; manifests and certificates are a few kB."""
+_LARGEST_FILE = 1 << 20
+"""In bytes; manifests and certificates are a few kB."""
 _AMPERE = (8, 0)
 
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """The batch sizes that an engine accepts, and the one that it is optimized for.
-
-    Raises:
-        PmmError: not 1 <= minimum <= optimal <= maximum.
-    """
+    """The batch sizes that an engine accepts, and the one that it is optimized for."""
 
     minimum: int = 1
     optimal: int = 16
@@ -41,7 +35,7 @@ class BatchProfile:
 
     @staticmethod
     def parse(text: str) -> BatchProfile:
-        """Parse `1,16,64`; raise PmmError if it is not three ascending integers."""
+        """Parse `1,16,64`."""
         parts = text.split(",")
         if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
             raise PmmError(f"invalid batch profile '{text}'", "Give minimum,optimal,maximum, for example 1,16,64")
@@ -49,7 +43,7 @@ class BatchProfile:
 
     @staticmethod
     def chosen(given: BatchProfile | str | None, static_batch: int | None) -> BatchProfile:
-        """Return the given profile, or that of a graph with a static batch; raise PmmError if they contradict."""
+        """Return the given profile, or that of a graph with a static batch."""
         profile = BatchProfile.parse(given) if isinstance(given, str) else given
         if static_batch is None:
             return profile or BatchProfile()
@@ -67,11 +61,7 @@ class BatchProfile:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How an engine is built from an ONNX file.
-
-    Raises:
-        PmmError: a value is out of range.
-    """
+    """How an engine is built from an ONNX file."""
 
     batch: BatchProfile = BatchProfile()
     workspace_gib: float | None = None
@@ -86,11 +76,9 @@ class BuildSettings:
     """Reuse layer timings in the next build with the same GPU and TensorRT."""
 
     def __post_init__(self) -> None:
-        if self.workspace_gib is not None and not 0 < self.workspace_gib <= LARGEST_GIB:  # also refuses NaN
-            raise PmmError(
-                f"invalid workspace of {self.workspace_gib:g} GiB", "Give more than 0 and at most the GPU memory"
-            )
-        if self.optimization_level not in OPTIMIZATION_LEVELS:
+        if self.workspace_gib is not None and not 0 < self.workspace_gib <= 1 << 20:  # also refuses NaN
+            raise PmmError(f"invalid workspace of {self.workspace_gib:g} GiB", "Give at most the GPU memory")
+        if not 0 <= self.optimization_level <= 5:
             raise PmmError(f"invalid optimization level {self.optimization_level}", "Give 0 to 5")
 
     def command(self, onnx: Path, engine: Path | None = None, also: Sequence[str] = ()) -> str:
@@ -132,11 +120,7 @@ class PrecisionCount:
 
 @dataclass(frozen=True)
 class EngineManifest:
-    """Everything known about an engine.
-
-    Raises:
-        ValueError: `onnx` is not a relative path of a file.
-    """
+    """Everything known about an engine."""
 
     spec: ModelSpec
     onnx: str
@@ -144,7 +128,7 @@ class EngineManifest:
     onnx_sha256: str
     engine_sha256: str
     engine_size: int
-    """Bytes."""
+    """In bytes."""
     machine: Machine
     settings: BuildSettings
     precision: PrecisionCount
@@ -178,20 +162,14 @@ def manifest_path(engine: Path) -> Path:
 
 
 def read_untrusted(path: Path) -> bytes:
-    """Read a small file that may come from anyone; raise OSError if it is larger than `LARGEST_FILE`."""
-    with path.open("rb") as file:
-        content = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise OSError(f"it is larger than {LARGEST_FILE} bytes")
-    return content
+    """Read a small file that may come from anyone; raise OSError if it is large."""
+    if path.stat().st_size > _LARGEST_FILE:
+        raise OSError(f"it is larger than {_LARGEST_FILE} bytes")
+    return path.read_bytes()
 
 
 def read_manifest(engine: Path) -> EngineManifest:
-    """Read the manifest of an engine.
-
-    Raises:
-        ModelError: the engine or its manifest is missing, or the manifest is invalid.
-    """
+    """Read the manifest of an engine; raise ModelError if either is missing or the manifest is invalid."""
     command = BuildSettings().command(engine.with_suffix(".onnx"))
     if not engine.is_file():
         raise ModelError(f"{engine} does not exist", f"Build it here: {command}")
@@ -202,18 +180,14 @@ def read_manifest(engine: Path) -> EngineManifest:
         raise ModelError(f"{engine} has no manifest {path.name} next to it", rebuild) from error
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error}", rebuild) from error
-    except ModelError:
-        raise
-    except PmmError as error:  # raised by BatchProfile and BuildSettings
-        raise ModelError(f"{path} is not valid: {error.problem}", rebuild) from error
+    except PmmError as error:  # BatchProfile and BuildSettings do not know the file
+        text = error.problem if isinstance(error, ModelError) else f"{path} is not valid: {error.problem}"
+        raise ModelError(text, rebuild) from error
 
 
 def check_files(manifest: EngineManifest, engine: Path) -> None:
     """Raise ModelError if the engine, or its ONNX file if that still exists, is not the one in the manifest."""
-    size = engine.stat().st_size
-    if size != manifest.engine_size:
-        raise _outdated(manifest, engine, f"{engine} has {size} bytes instead of {manifest.engine_size}")
-    if sha256(engine) != manifest.engine_sha256:
+    if engine.stat().st_size != manifest.engine_size or sha256(engine) != manifest.engine_sha256:
         raise _outdated(manifest, engine, f"{engine} is not the engine that {manifest_path(engine).name} describes")
     onnx = onnx_of(manifest, engine)
     if onnx.is_file() and sha256(onnx) != manifest.onnx_sha256:
@@ -228,19 +202,14 @@ def check_machine(manifest: EngineManifest, engine: Path, here: Machine) -> None
     else:
         gpu_fits = (here.gpu, here.compute_capability) == (built.gpu, built.compute_capability)
     if not gpu_fits:
-        raise _outdated(
-            manifest,
-            engine,
-            f"{engine} was built for {built.gpu} (compute capability {built.compute_capability}), this GPU is"
-            f" {here.gpu} ({here.compute_capability})",
-        )
+        first, second = (f"{machine.gpu} ({machine.compute_capability})" for machine in (built, here))
+        raise _outdated(manifest, engine, f"{engine} was built for {first}, this GPU is {second}")
     old, new = _numbers(built.tensorrt), _numbers(here.tensorrt)
     # Version-compatible engines run with later versions, and those of TensorRT 10 also with 11 (NVIDIA's rule).
     later = settings.version_compatible and bool(old) and old <= new and new[0] - old[0] <= 1
     if not later and here.tensorrt != built.tensorrt:
-        raise _outdated(
-            manifest, engine, f"{engine} was built with TensorRT {built.tensorrt}, this is TensorRT {here.tensorrt}"
-        )
+        problem = f"{engine} was built with TensorRT {built.tensorrt}, this is TensorRT {here.tensorrt}"
+        raise _outdated(manifest, engine, problem)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

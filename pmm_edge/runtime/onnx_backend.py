@@ -31,11 +31,6 @@ _WARNING, _FATAL = 2, 4
 
 _LOCATION = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\)( const)? )?")
 """`[ONNXRuntimeError] : 1 : FAIL : /path/file.cc:46 void function(types) `, which precedes the actual message."""
-_TOO_NEW = re.compile(
-    r"Opset (?P<opset>\d+) is under development.* till opset (?P<opset_read>\d+)"
-    r"|Unsupported model IR version: (?P<ir>\d+), max supported IR version: (?P<ir_read>\d+)",
-    re.DOTALL,
-)
 
 
 def open_session(
@@ -45,9 +40,6 @@ def open_session(
 
     ONNX Runtime lists providers whose libraries cannot load, logs that and runs on the CPU. The session itself
     therefore tells which provider it uses.
-
-    Raises:
-        ModelError: the file cannot be loaded, or `device` cannot be used.
     """
     kind, index = ("cuda", 0) if device is None else parse_device(device, tensorrt=True)
     if kind == "cpu" or (device is None and not driver_is_there()):
@@ -113,17 +105,9 @@ def _session(path: Path, content: bytes | None, providers: list[Any]) -> onnxrun
         # Without enable_fallback=0, ONNX Runtime prints the failure of a provider and continues with the next one.
         return onnxruntime.InferenceSession(content or path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # its exceptions have no common base class
-        version = onnxruntime.__version__
-        if newer := _TOO_NEW.search(str(error)):
-            what = "opset" if newer["opset"] else "ONNX IR version"
-            remedy = f"Export it again with pmm export{' --opset 17' if newer['opset'] else ''}, or upgrade onnxruntime"
-            found, read = newer["opset"] or newer["ir"], newer["opset_read"] or newer["ir_read"]
-            raise ModelError(
-                f"{path} has {what} {found}; onnxruntime {version} reads at most {read}", remedy
-            ) from error
         raise ModelError(
-            f"onnxruntime {version} cannot load {path} ({_message(error)})",
-            "The file may be truncated; export it again with pmm export",
+            f"onnxruntime {onnxruntime.__version__} cannot load {path} ({_message(error)})",
+            "The file may be truncated, or too new for this onnxruntime; export it again with pmm export",
         ) from error
     finally:
         onnxruntime.set_default_logger_severity(_WARNING)
@@ -145,7 +129,7 @@ def driver_is_there() -> bool:
 
 
 def load_cuda_libraries() -> None:
-    """Load the CUDA libraries that are installed, including those that come with torch."""
+    """Load the installed CUDA libraries, including those that come with torch."""
     if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
         with redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
@@ -182,10 +166,7 @@ def tensorrt_options(index: int, digest: str, shape: Sequence[int | str], profil
 
 
 class OnnxEmbedder(Embedder):
-    """An ONNX file of `pmm export`, run by ONNX Runtime; see `pmm_edge.load`.
-
-    `content` holds the bytes of the file, if they were read already.
-    """
+    """An ONNX file of `pmm export`, run by ONNX Runtime; see `pmm_edge.load`."""
 
     def __init__(self, path: Path, device: str | int | None = None, content: bytes | None = None) -> None:
         if not path.is_file():
@@ -221,9 +202,8 @@ class OnnxEmbedder(Embedder):
         missing = self.profile.minimum - (count % size or size)  # in the last batch
         if missing > 0:
             images = np.concatenate([images, np.zeros_like(images, shape=(missing, *images.shape[1:]))])
-        return np.concatenate([self._run(images[start : start + size]) for start in range(0, len(images), size)])[
-            :count
-        ]
+        embeddings = [self._run(images[start : start + size]) for start in range(0, len(images), size)]
+        return np.concatenate(embeddings)[:count]
 
     def _run(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
         try:

@@ -24,7 +24,7 @@ OLDEST = (10, 3)
 
 
 def import_tensorrt() -> Any:
-    """Return the `tensorrt` module; raise NotOnThisMachineError if it is missing or older than 10.3."""
+    """Import `tensorrt`; raise NotOnThisMachineError if it is missing or older than 10.3."""
     install = "On Jetson it comes with JetPack 6.1 or later; elsewhere: pip install 'pmm-edge[trt]'"
     try:
         trt = import_module("tensorrt")
@@ -87,24 +87,13 @@ class _Buffer:
 
 
 class TensorRTEmbedder(Embedder):
-    """An engine with its manifest.
+    """An engine with its manifest; see `pmm_edge.load`.
 
     Batches larger than the profile are split, and the next chunk is prepared while the GPU computes the previous one.
-    Batches smaller than the profile are padded. Each batch size runs as one CUDA graph, captured at its first use.
+    Batches smaller than the profile are padded. Each batch size runs as one CUDA graph, captured at its first use;
+    `cuda_graphs=False` enqueues layer by layer, for engines whose layers cannot be captured.
 
     Thread-safe: threads take turns, because they share one stream and its buffers; crops are prepared in parallel.
-
-    Args:
-        path: the engine; its `.manifest.json` is next to it.
-        device: `cuda`, `cuda:N` or an index; None for the first GPU.
-        cuda_graphs: False enqueues layer by layer, for engines whose layers cannot be captured.
-        content: the bytes of the engine, if they were read already.
-
-    Raises:
-        ModelError: the engine or its manifest is missing, changed, or for another GPU or TensorRT, or the device is not
-            a GPU.
-        NotOnThisMachineError: TensorRT, cuda-python, the driver or the GPU is missing.
-        GpuError: the GPU failed, for example because memory ran out.
     """
 
     def __init__(
@@ -176,7 +165,7 @@ class TensorRTEmbedder(Embedder):
         return total
 
     def _enqueue(self, images: Pixels, buffer: _Buffer) -> None:
-        """Prepare at most the maximum of the profile and start the GPU."""
+        """Prepare images, at most the maximum of the profile, and start the GPU."""
         batch = max(len(images), self._batch.minimum)
         buffer.images[: len(images)] = network_input(images, self.spec.input)
         buffer.images[len(images) : batch] = 0  # padding; rows of a batch are independent
@@ -193,7 +182,6 @@ class TensorRTEmbedder(Embedder):
             embeddings[:] = buffer.embeddings[: len(embeddings)]
 
     def _enqueue_layers(self, batch: int) -> None:
-        """Enqueue the network; prepare a batch size at its first use."""
         if batch not in self._contexts:
             context = self._context(batch)
             if self.cuda_graphs:

@@ -108,9 +108,8 @@ def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Return whether memory of a GPU or of the machine ran out; for the latter torch has no error type."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return re.search(r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc", str(error)) is not None
+    pattern = r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(pattern, str(error)) is not None
 
 
 def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
@@ -140,8 +139,6 @@ def torch_device(device: str | int | None) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if index >= (count := torch.cuda.device_count()):
-        raise ModelError(
-            f"torch cannot use the device {device}: it finds {count} GPUs",
-            "Omit the device, or install a CUDA build of torch and the driver",
-        )
+        remedy = "Omit the device, or install a CUDA build of torch and the driver"
+        raise ModelError(f"torch cannot use the device {device}: it finds {count} GPUs", remedy)
     return torch.device("cuda", index)

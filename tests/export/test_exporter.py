@@ -128,7 +128,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 INVALID: list[tuple[type[PmmError], dict[str, object]]] = [
-    (PmmError, {"opset": 16}),
+    (PmmError, {"opset": 17}),
     (PmmError, {"opset": 21}),
     (PmmError, {"static_batch": 0}),
     (PmmError, {"target": "cpu"}),
@@ -185,7 +185,7 @@ def test_places_are_checked_before_any_work(suffix: str, tiny_checkpoint: Path, 
     [
         {},
         {"trt": True, "input_form": "raw"},
-        {"trt": True, "opset": 17},
+        {"trt": True, "opset": 19},
         {"trt": True, "precision": "fp16"},
         {"trt": True, "safetensors": True},
         {"trt": True, "out": "other.onnx"},

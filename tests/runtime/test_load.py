@@ -118,15 +118,12 @@ def test_checkpoints_of_another_version(tiny_checkpoint: Path, tmp_path: Path) -
         refused(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize("newer", [{"opset": 27}, {"ir": 99}])
-def test_files_that_are_too_new_for_the_runtime(newer: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opset", "ir"), [(99, 10), (18, 99)])
+def test_files_that_are_too_new_for_the_runtime(opset: int, ir: int, tmp_path: Path) -> None:
     model = onnx.load(color_network(tmp_path / "new.onnx"))
-    model.opset_import[0].version = newer.get("opset", 18)
-    model.ir_version = newer.get("ir", model.ir_version)
+    model.opset_import[0].version, model.ir_version = opset, ir
     onnx.save(model, tmp_path / "new.onnx")
-    message = refused(tmp_path / "new.onnx")
-    assert ("--opset 17" in message) == ("opset" in newer)
-    assert str(*newer.values()) in message
+    assert "99" in refused(tmp_path / "new.onnx")
 
 
 def test_devices(tiny_checkpoint: Path, tmp_path: Path) -> None:
