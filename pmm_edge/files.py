@@ -11,8 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
-from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TypeVar
@@ -38,17 +36,11 @@ def decode_json(
 ) -> T:
     """Decode untrusted JSON into `kind`, a dataclass or any other type that msgspec supports.
 
-    Types are strict, entries without a default are required, and unknown entries are ignored.
-
-    Args:
-        kind: what to build.
-        text: the JSON text.
-        source: the file or part of a file that it comes from, for messages.
-        error: the error type to raise.
-        remedy: what the user should do about it.
+    Types are strict, entries without a default are required, and unknown entries are ignored. `source` is the file or
+    part of a file, for messages.
 
     Raises:
-        PmmError: `error`, with the path of the wrong entry.
+        PmmError: of the type `error`, with the path of the wrong entry and `remedy`.
     """
     try:
         return msgspec.json.decode(text, type=kind)
@@ -61,9 +53,8 @@ def encode_json(value: object, indent: int = 2) -> str:
 
     With `indent` 0, the result is one line with sorted keys; otherwise it ends with a newline.
     """
-    if indent == 0:
-        return msgspec.json.encode(value, order="sorted").decode()
-    return msgspec.json.format(msgspec.json.encode(value, enc_hook=_encode_path), indent=indent).decode() + "\n"
+    text = msgspec.json.encode(value, enc_hook=_encode_path, order=None if indent else "sorted")
+    return msgspec.json.format(text, indent=indent).decode() + "\n" if indent else text.decode()
 
 
 def _encode_path(value: object) -> str:
@@ -73,11 +64,7 @@ def _encode_path(value: object) -> str:
 
 
 def decode_toml(kind: type[T], text: str, source: str) -> T:
-    """Decode TOML into `kind` as `decode_json` does; an integer is accepted where a float is expected.
-
-    Raises:
-        PmmError: the text is not TOML, or an entry has the wrong type; the message names it.
-    """
+    """Decode TOML into `kind` as `decode_json` does; an integer is accepted where a float is expected."""
     try:
         return msgspec.convert(tomllib.loads(text), type=kind)
     except (msgspec.MsgspecError, tomllib.TOMLDecodeError, RecursionError) as reason:
@@ -95,8 +82,7 @@ def home_folder() -> Path | None:
 def cache_folder() -> Path:
     """The folder for files that can be created again: `PMM_HOME`, or `pmm-edge` in the user's cache folder.
 
-    Raises:
-        OutputError: the user has no home folder and `PMM_HOME` is not set.
+    Raises OutputError if the user has no home folder and `PMM_HOME` is not set.
     """
     chosen = os.environ.get("PMM_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/pmm-edge"
     try:
@@ -124,38 +110,35 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:
-    """Check that a file can be written, before the work of minutes that fills it.
-
-    Raises:
-        OutputError: the suffix is not one of `suffixes`, or the folder cannot be created or written.
-    """
+    """Check that a file of one of these suffixes can be written; raise OutputError otherwise."""
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}", "Name such a file")
     check_place(path)
 
 
 def check_place(path: Path) -> None:
-    """Check that `path` can be written by creating a temporary file in its folder.
-
-    Raises:
-        OutputError: it cannot, or `path` is a folder.
-    """
-    made: list[Path] = []
+    """Check that a file can be written, before the work of minutes that fills it; raise OutputError otherwise."""
     try:
-        made = list(takewhile(lambda parent: not parent.exists(), path.absolute().parents))
-        there = next(parent for parent in path.absolute().parents if parent.exists())
-        if not there.is_dir() or path.is_dir():
-            blocker, kind = (path, "folder") if path.is_dir() else (there, "file")
-            raise OutputError(f"cannot write {path}: {blocker} is a {kind}", "Choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
+        _check_parents(path)
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder", "Choose another name")
+        with TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
             pass
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", "Choose a folder that is writable") from error
-    finally:
-        for folder in made:
-            with suppress(OSError):  # it was not created, or another process uses it
-                folder.rmdir()
+        raise _cannot_write(path, error) from error
+
+
+def check_new_folder(path: Path, remedy: str = "Name a folder that does not exist yet") -> None:
+    """Check that a folder can be created and is not there yet, or empty; raise OutputError otherwise."""
+    _check_parents(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} exists and is not an empty folder", remedy)
+
+
+def _check_parents(path: Path) -> None:
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise OutputError(f"cannot write {path}: {parent} is a file", "Choose another name")
 
 
 @contextmanager
@@ -165,8 +148,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     A process killed at any moment leaves the old file or the new one, never a part. Every OSError in the block is
     reported as one of `path`, so the block should only write and check the file.
 
-    Raises:
-        OutputError: the folder cannot be created or written, or the disk is full.
+    Raises OutputError if the folder cannot be created or written, or the disk is full.
     """
     temporary = _beside(path)
     try:
@@ -183,37 +165,20 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, names: Sequence[str]) -> None:
-    """Remove temporary files that a killed `written_whole` left. The caller must be the only writer of these names.
+    """Remove temporary files that a killed `written_whole` left of files whose names match one of these patterns.
 
-    Args:
-        folder: where to look.
-        names: patterns of the final names; temporary files of other names are kept.
+    The caller must be the only writer of these files.
     """
-    for path in folder.glob(".*.tmp"):
-        meant = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", path.name)
-        if meant and path.is_file() and any(fnmatchcase(meant[1], name) for name in names):
+    for name in names:
+        for path in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
             path.unlink(missing_ok=True)
-
-
-def check_new_folder(path: Path, remedy: str = "Name a folder that does not exist yet") -> None:
-    """Check that a folder can be created, before the work of minutes that fills it.
-
-    Raises:
-        OutputError: `path` exists and is not empty, or one of its parents is a file.
-    """
-    blocker = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if blocker:
-        raise OutputError(f"cannot write {path}: {blocker} is a file", "Choose another name")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} exists and is not an empty folder", remedy)
 
 
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
     """Write a folder atomically: yield a temporary folder next to it, and rename that to `path` at the end.
 
-    Raises:
-        OutputError: `path` exists and is not empty, or cannot be written.
+    Raises OutputError if `path` exists and is not empty, or cannot be written.
     """
     check_new_folder(path)
     temporary = _beside(path)
@@ -231,12 +196,9 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a temporary folder that is removed at the end.
+    """Yield a temporary folder that is removed at the end; an OSError in the block is reported as one of this folder.
 
-    Every OSError in the block is reported as one of this folder.
-
-    Raises:
-        OutputError: the folder cannot be created or written, or the disk is full.
+    Raises OutputError if the folder cannot be created or written, or the disk is full.
     """
     try:
         with TemporaryDirectory() as folder:

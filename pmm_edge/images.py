@@ -37,11 +37,7 @@ def resize_crop(crop: Image.Image, height: int, width: int) -> NDArray[np.uint8]
 
 
 def read_crop(path: Path, height: int, width: int) -> NDArray[np.uint8]:
-    """Decode an image file to (height, width, 3) uint8 RGB.
-
-    Raises:
-        DataError: the file is missing, truncated or not an image.
-    """
+    """Decode an image file to (height, width, 3) uint8 RGB; raise DataError if it is missing, truncated or no image."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return resize_crop(image, height, width)
@@ -51,11 +47,7 @@ def read_crop(path: Path, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def read_crops(paths: Sequence[Path], height: int, width: int) -> NDArray[np.uint8]:
-    """Decode one or more image files on several threads to (N, height, width, 3) uint8 RGB.
-
-    Raises:
-        DataError: a file is missing, truncated or not an image; the first such file is named.
-    """
+    """Read one or more crops on several threads: (N, height, width, 3). An error names the first wrong file."""
     with ThreadPoolExecutor(min(threads(), len(paths)), thread_name_prefix="decode") as pool:
         return np.stack(list(pool.map(lambda path: read_crop(path, height, width), paths)))
 
@@ -69,17 +61,10 @@ def evenly(count: int, most: int) -> list[int]:
 def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, first: int = 0) -> Pixels:
     """Check crops and resize them to the input size of the network.
 
-    Args:
-        crops: (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array; at least one.
-        height: input height in pixels.
-        width: input width in pixels.
-        first: index of the first crop, for messages.
+    `crops` are (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array; at least one. `first` is the index of
+    the first crop, for messages. Returns (N, height, width, 3) uint8 RGB.
 
-    Returns:
-        (N, height, width, 3) uint8 RGB.
-
-    Raises:
-        DataError: a crop is empty, gray, not uint8, or has an alpha channel.
+    Raises DataError if a crop is empty, gray, not uint8, or has an alpha channel.
     """
     for number, crop in enumerate(crops, start=first):
         _check_crop(crop, number)
@@ -89,21 +74,14 @@ def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, fir
 
 
 def network_input(images: Pixels, spec: InputSpec) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Convert crops of network size to the input form of the network.
+    """Convert crops (N, height, width, 3) uint8 RGB of network size to the input form of the network.
 
-    Args:
-        images: (N, height, width, 3) uint8 RGB.
-        spec: the input of the network.
-
-    Returns:
-        (N, height, width, 3) uint8 for the form `uint8`, otherwise (N, 3, height, width) float32.
+    Returns (N, height, width, 3) uint8 for the form `uint8`, otherwise (N, 3, height, width) float32.
     """
     if spec.form == "uint8":
         return images
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
-    if spec.form == "raw":
-        return planes
-    return normalize(planes, spec)
+    return planes if spec.form == "raw" else normalize(planes, spec)
 
 
 def normalize(planes: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float32]:

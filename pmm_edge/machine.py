@@ -25,10 +25,9 @@ _INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "
 
 
 def instruction_set(root: Path = Path("/")) -> str:
-    """Return the widest vector instructions of the processor that matter for INT8 and FP32, such as `avx512_vnni`.
+    """The widest vector instructions that matter for INT8 and FP32, by their flag in /proc/cpuinfo: `avx512_vnni`.
 
-    Returns:
-        The name of the flag in /proc/cpuinfo; the machine type, such as `x86_64`, if it lists none of these.
+    The machine type, such as `x86_64`, if it lists none of these.
     """
     info = cpuinfo(root)
     flags = {*info.get("flags", "").split(), *info.get("Features", "").split()}
@@ -59,9 +58,8 @@ def governors(root: Path = Path("/")) -> set[str]:
 
 def clocks_are_locked(root: Path = Path("/")) -> bool:
     """Whether the minimum and maximum clock are equal on every core, as `jetson_clocks` sets them."""
-    pairs = [
-        (text_of(folder / "scaling_min_freq"), text_of(folder / "scaling_max_freq")) for folder in root.glob(CPUFREQ)
-    ]
+    folders = list(root.glob(CPUFREQ))
+    pairs = [(text_of(folder / "scaling_min_freq"), text_of(folder / "scaling_max_freq")) for folder in folders]
     return bool(pairs) and all(least and least == most for least, most in pairs)
 
 
@@ -75,20 +73,15 @@ def _quotas(root: Path) -> list[float]:
     quotas = []
     for line in text_of(root / "proc/self/cgroup").splitlines():
         _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            base = root / "sys/fs/cgroup"
-        elif "cpu" in controllers.split(","):
-            base = root / "sys/fs/cgroup" / controllers
-        else:
+        if controllers and "cpu" not in controllers.split(","):
             continue
+        base = root / "sys/fs/cgroup" / controllers
         # In a container the name is often that of the host, while the container sees its own group at the top.
         folder = base / name.strip("/")
         for group in {base, *(parent for parent in (folder, *folder.parents) if parent.is_relative_to(base))}:
-            both = text_of(group / "cpu.max").split() or [
-                text_of(group / "cpu.cfs_quota_us"),
-                text_of(group / "cpu.cfs_period_us"),
-            ]
-            if len(both) == 2 and both[0].isdecimal() and both[1].isdecimal() and int(both[1]):
+            version1 = [text_of(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+            both = text_of(group / "cpu.max").split() or version1
+            if len(both) == 2 and both[0].isdecimal() and both[1].isdecimal():
                 quotas.append(int(both[0]) / int(both[1]))
     return quotas
 

@@ -45,22 +45,13 @@ def new_run_path(name: str) -> Path:
 def new_run_folder(about: AboutRun, folder: Path) -> Path:
     """Create the folder of a run and its `run.json`, or reuse one whose run never started.
 
-    Raises:
-        OutputError: the folder cannot be created or belongs to another run.
+    Raises OutputError if the folder cannot be created or belongs to another run.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if never_began(folder):
-            (folder / ABOUT).write_text(encode_json(about), encoding="utf-8")
-            return folder
-        with (folder / ABOUT).open("x", encoding="utf-8") as file:
-            file.write(encode_json(about))
-    except FileExistsError as error:
+    if folder.is_file() or ((folder / ABOUT).exists() and not never_began(folder)):
         raise OutputError(
             f"{folder} already holds a run or a file", "Continue that run with --resume, or choose another --out"
-        ) from error
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}", "Choose another folder with --out") from error
+        )
+    write_about_run(folder, about)
     return folder
 
 
@@ -70,11 +61,7 @@ def never_began(folder: Path) -> bool:
 
 
 def write_about_run(folder: Path, about: AboutRun) -> None:
-    """Replace `run.json` atomically.
-
-    Raises:
-        OutputError: the file cannot be written; the old one is kept.
-    """
+    """Write `run.json` atomically; raise OutputError if that fails, and keep the old one."""
     with written_whole(folder / ABOUT) as temporary:
         temporary.write_text(encode_json(about), encoding="utf-8")
 
@@ -88,11 +75,7 @@ def about_run(folder: Path) -> AboutRun | None:
 
 
 def newest_run() -> Path:
-    """The run whose best checkpoint is newest.
-
-    Raises:
-        ModelError: no run has a best checkpoint.
-    """
+    """The run whose best checkpoint is newest; raise ModelError if no run has one."""
     found = sorted(RUNS.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ModelError(f"no run with a {BEST} in {RUNS.resolve()}", "Run pmm train first, or name a checkpoint")
@@ -102,18 +85,15 @@ def newest_run() -> Path:
 def resolve_checkpoint(path: Path | None) -> Path:
     """The checkpoint that a user means: a file as given, `best.pt` of a run folder, or of the newest run for None.
 
-    Raises:
-        ModelError: there is no such file, run or checkpoint.
+    Raises ModelError if there is no such file, run or checkpoint.
     """
     if path is None:
         return newest_run() / BEST
-    if path.is_dir():
-        if not (path / BEST).is_file():
-            raise ModelError(f"{path} is a folder without {BEST}", "Name a run folder, a checkpoint or a model file")
-        return path / BEST
-    if not path.exists():
-        raise ModelError(f"{path} does not exist", "Name a run folder, a checkpoint or a model file")
-    return path
+    file = path / BEST if path.is_dir() else path
+    if not file.is_file():
+        problem = f"{path} is a folder without {BEST}" if path.is_dir() else f"{path} does not exist"
+        raise ModelError(problem, "Name a run folder, a checkpoint or a model file")
+    return file
 
 
 def run_of(file: Path) -> Path | None:
@@ -124,18 +104,16 @@ def run_of(file: Path) -> Path | None:
 def data_of(model: Path, data: Path | None = None, layout: str | None = None) -> tuple[Path, str | None]:
     """The data set and layout to use with a model: those given, otherwise those of the model's run.
 
-    Raises:
-        ModelError: no data set is given and the model does not exist.
-        DataError: no data set is given and the model does not belong to a run.
+    Raises ModelError or DataError if no data set is given and the model does not exist or does not belong to a run.
     """
     run = run_of(model)
     about = about_run(run) if run else None
     if about is None:
-        if data is None and not model.exists():
+        if data is not None:
+            return data, layout
+        if not model.exists():
             raise ModelError(f"{model} does not exist", "Name a checkpoint or a model that pmm export wrote")
-        if data is None:
-            raise DataError(f"{model} is not in a run folder, so its data set is unknown", "Name one with --data")
-        return data, layout
+        raise DataError(f"{model} is not in a run folder, so its data set is unknown", "Name one with --data")
     of_run = Path(about.data)
     another = data is not None and data.resolve() != of_run.resolve()
     return data or of_run, layout or (None if another else about.layout)

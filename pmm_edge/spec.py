@@ -1,7 +1,6 @@
 """ModelSpec: everything that a consumer of a network must know, carried by every artifact of it.
 
-It is written once, at training. It travels inside the checkpoint, in the metadata of ONNX files and next to engines.
-Runtimes, the bench and the deployment bundles derive preprocessing from it, so that nothing is typed twice.
+It is written at training and travels inside the checkpoint, in the metadata of ONNX files and next to engines.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class InputSpec:
     - `raw`: (N, 3, height, width) float32 in 0..255; the graph normalizes.
     - `normalized`: (N, 3, height, width) float32, scaled to 0..1, minus `mean`, divided by `std`.
 
-    Raises:
-        ValueError: a size, mean or std is out of range.
+    Raises ValueError if a size, mean or std is out of range.
     """
 
     height: int
@@ -51,10 +49,8 @@ class InputSpec:
     def __post_init__(self) -> None:
         if not (1 <= self.height <= 10_000 and 1 <= self.width <= 10_000):
             raise ValueError(f"an input of {self.height}x{self.width} pixels is out of range")
-        if not all(math.isfinite(value) for value in self.mean):
-            raise ValueError(f"mean {self.mean} is not finite")
-        if not all(math.isfinite(value) and value > 0 for value in self.std):
-            raise ValueError(f"std {self.std} is not finite and positive")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} or std {self.std} is not finite, or std is not positive")
 
     @property
     def layout(self) -> Literal["NHWC", "NCHW"]:
@@ -65,10 +61,8 @@ class InputSpec:
         return "uint8" if self.form == "uint8" else "float32"
 
     def shape(self, batch: int) -> tuple[int, int, int, int]:
-        """The shape of a batch in this layout."""
-        if self.layout == "NHWC":
-            return (batch, self.height, self.width, 3)
-        return (batch, 3, self.height, self.width)
+        size = (self.height, self.width)
+        return (batch, *size, 3) if self.layout == "NHWC" else (batch, 3, *size)
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,6 @@ class Quantization:
     method: CalibrationMethod
     """How activation ranges were chosen."""
     calibration_images: int
-    """Number of calibration images."""
     calibration_data: str | None = None
     """Name of the data set whose training images they are."""
     float_layers: tuple[str, ...] = ()
@@ -99,11 +92,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The contract that travels with every artifact of a trained network.
-
-    Raises:
-        ValueError: a size is out of range.
-    """
+    """The contract that travels with every artifact of a trained network; raises ValueError for a size out of range."""
 
     architecture: Method
     backbone: str
@@ -117,7 +106,6 @@ class ModelSpec:
     block_size: tuple[int, int] = (3, 2)
     """Height and width of a block on the feature map."""
     mix: Mix = "a-hard-mix"
-    """The mixing that stages II and III were trained with."""
     distance: Literal["euclidean"] = "euclidean"
     dataset: str | None = None
     """Name of the training data set."""
@@ -125,10 +113,10 @@ class ModelSpec:
     checkpoint_sha256: str | None = None
     """SHA-256 of the checkpoint that an export was made from; None in the checkpoint itself."""
     normalized_output: bool = False
-    """Whether embeddings have unit L2 length."""
+    """Embeddings have unit L2 length."""
     precision: Precision = "fp32"
     quantization: Quantization | None = None
-    """How INT8 was reached; None for fp32 and fp16."""
+    """None for fp32 and fp16."""
     gflops: float | None = None
     """Billions of floating-point operations per image, a multiply-add counted as two; written at export."""
     parameters: int | None = None
@@ -153,18 +141,9 @@ class ModelSpec:
 
     @staticmethod
     def from_json(text: str | bytes, source: str = "the model") -> ModelSpec:
-        """Read what `to_json` wrote.
-
-        Args:
-            text: the JSON text.
-            source: the file that it comes from, for messages.
-
-        Raises:
-            ModelError: the text is not a spec of this version.
-        """
-        return decode_json(
-            ModelSpec, text, f"the spec of {source}", ModelError, "Export the model again with this version of pmm-edge"
-        )
+        """Read what `to_json` wrote; raise ModelError, which names `source`, if it is not a spec of this version."""
+        remedy = "Export the model again with this version of pmm-edge"
+        return decode_json(ModelSpec, text, f"the spec of {source}", ModelError, remedy)
 
 
 def describe_precision(spec: ModelSpec) -> str:

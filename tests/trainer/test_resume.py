@@ -54,7 +54,7 @@ def killed(tiny_dataset, tmp_path):
     [
         ("train", 5, 2, 2),  # the first step of epoch 3
         ("embed gallery", 5, 4, 2),  # in the third evaluation
-        ("file written", 4, 2, 0),  # config.toml, last.pt and best.pt are written, the second last.pt is not
+        ("file written", 5, 2, 0),  # run.json, config.toml, last.pt and best.pt are written, the second last.pt is not
     ],
     ids=["step", "evaluation", "checkpoint"],
 )
@@ -76,7 +76,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, killed, mo
 
 
 def test_a_run_killed_before_its_settings_were_written_gives_its_folder_back(killed, tiny_dataset):
-    folder = killed("file written", 1)
+    folder = killed("file written", 2)
     with pytest.raises(ModelError) as caught:
         train(resume=folder)
     assert f"--out {folder}" in caught.value.remedy

@@ -1,0 +1,110 @@
+"""Typed JSON and TOML name the wrong entry, and files are written whole or not at all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
+from pmm_edge.files import (
+    check_new_folder,
+    check_place,
+    decode_json,
+    decode_toml,
+    encode_json,
+    folder_written_whole,
+    remove_unfinished,
+    written_whole,
+)
+
+
+@dataclass
+class Inner:
+    size: int
+
+
+@dataclass
+class Outer:
+    name: str
+    parts: list[Inner]
+    ratio: float | None = None
+
+
+def test_json_there_and_back() -> None:
+    value = Outer("a", [Inner(1), Inner(2)], float("nan"))
+    for indent in (0, 2):
+        assert decode_json(Outer, encode_json(value, indent), "it") == Outer("a", value.parts)
+    assert encode_json({"b": 1, "a": None}, 0) == '{"a":null,"b":1}'
+    assert encode_json({"path": Path("a/b")}) == '{\n  "path": "a/b"\n}\n'
+    assert decode_json(Outer, '{"name": "a", "parts": [], "unknown": 1}', "it") == Outer("a", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        ('{"name": "a", "parts": [{"size": 1}, {"size": "2"}]}', "$.parts[1].size"),
+        ('{"name": "a"}', "parts"),
+        ('{"name": "a", "parts": [{"size": 1.5}]}', "$.parts[0].size"),
+        ("[" * 100_000, "x.json"),
+        (b"\xff", "x.json"),
+    ],
+)
+def test_wrong_json(text: str, entry: str) -> None:
+    with pytest.raises(DataError) as caught:
+        decode_json(Outer, text, "x.json")
+    assert entry in caught.value.problem
+    with pytest.raises(ModelError):
+        decode_json(Outer, text, "x.json", ModelError)
+
+
+def test_toml() -> None:
+    assert decode_toml(Outer, 'name = "a"\nparts = []\nratio = 1', "it") == Outer("a", [], 1.0)
+    for text in ("name =", 'name = "a"\nparts = [{size = "1"}]'):
+        with pytest.raises(PmmError):
+            decode_toml(Outer, text, "it")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with written_whole(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as temporary:
+        temporary.write_text("part")
+        raise KeyboardInterrupt
+    with pytest.raises(OutputError), written_whole(path):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(RuntimeError), folder_written_whole(tmp_path / "folder") as folder:
+        (folder / "part").touch()
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == [path]
+    assert not (tmp_path / "folder").exists()
+
+
+def test_only_unfinished_files_of_these_names_are_removed(tmp_path: Path) -> None:
+    names = [
+        ".last.pt.0123abcd.tmp",
+        ".epoch-0001.pt.0123abcd.tmp",
+        ".last.pt.tmp",
+        ".other.pt.0123abcd.tmp",
+        "last.pt",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path, ["last.pt", "epoch-*.pt"])
+    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for path in (tmp_path / "file" / "deep" / "x", tmp_path / "full", Path("/proc/x")):
+        with pytest.raises(OutputError):
+            check_place(path)
+    for path in (tmp_path / "file" / "x", tmp_path / "full", tmp_path / "file"):
+        with pytest.raises(OutputError):
+            check_new_folder(path)
+    check_place(tmp_path / "a" / "b" / "c")
+    check_new_folder(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
