@@ -59,29 +59,28 @@ NORMALIZATION_MISTAKES: Mapping[Cause, Callable[[Planes, InputSpec], Planes]] = 
 """(N, 3, H, W) pixels in 0..255 -> what the network receives. Only engines without preprocessing can be fed these."""
 
 
+Mistake = tuple[Cause, tuple[str, ...], Embeddings]
+"""A known mistake, for swapped stages their order, and the reference's embeddings with this mistake, (N, D)."""
+
+
 def likely_cause(
-    reference: Embedder,
-    right: Embeddings,
-    candidate: Embeddings,
-    spec: ModelSpec,
-    images: Pixels,
-    report: Report = silent,
+    right: Embeddings, candidate: Embeddings, spec: ModelSpec, mistakes: Sequence[Mistake]
 ) -> LikelyCause | None:
     """Return the known mistake that explains the difference between a model and the reference, or None.
 
-    `right` are the reference's and `candidate` the model's embeddings of `images`, (N, D) each; `spec` is the model's,
-    and `images` are (N, height, width, 3) uint8 of the reference's size. The reference is run on wrong inputs.
+    `right` are the reference's and `candidate` the model's embeddings of some images, (N, D) each; `spec` is the
+    model's, and `mistakes` are those of `wrong_inputs` on these images.
     """
     tried = [
         (float(cosines(wrong, candidate).mean()), cause, stages)
-        for cause, stages, wrong in (*_wrong_outputs(right, spec), *_wrong_inputs(reference, images, report))
+        for cause, stages, wrong in (*_wrong_outputs(right, spec), *mistakes)
     ]
     cosine, cause, stages = max(tried, key=lambda one: one[0])
     unexplained = MAX_UNEXPLAINED * (1 - float(cosines(right, candidate).mean()))
     return LikelyCause(cause, cosine, stages) if cosine >= MIN_COSINE and 1 - cosine <= unexplained else None
 
 
-def _wrong_outputs(right: Embeddings, spec: ModelSpec) -> Iterator[tuple[Cause, tuple[str, ...], Embeddings]]:
+def _wrong_outputs(right: Embeddings, spec: ModelSpec) -> Iterator[Mistake]:
     """Yield the reference's embeddings with stages in another order, and with each stage normalized by itself."""
     slices = {name: right[:, start:stop] for name, (start, stop) in spec.stages.items()}
     if len(slices) < 2:
@@ -92,22 +91,24 @@ def _wrong_outputs(right: Embeddings, spec: ModelSpec) -> Iterator[tuple[Cause, 
     yield Cause.STAGES_NORMALIZED, (), np.concatenate([unit_length(part) for part in slices.values()], axis=1)
 
 
-def _wrong_inputs(
-    reference: Embedder, images: Pixels, report: Report
-) -> Iterator[tuple[Cause, tuple[str, ...], Embeddings]]:
-    """Yield the reference's embeddings of inputs that each mistake would feed it."""
-    what, pixels = "looking for the cause", np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
-    total = len(PIXEL_MISTAKES) + len(NORMALIZATION_MISTAKES)
-    for done, (cause, spoil) in enumerate(PIXEL_MISTAKES.items()):
-        report(what, done, total, cause.value)
+def wrong_inputs(reference: Embedder, images: Pixels, report: Report = silent) -> list[Mistake]:
+    """Return the reference's embeddings of what each mistake would feed it.
+
+    `images` are (N, height, width, 3) uint8 of the reference's size.
+    """
+    pixels, found = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32), list[Mistake]()
+    what, total = "looking for the cause", len(PIXEL_MISTAKES) + len(NORMALIZATION_MISTAKES)
+    for cause, spoil in PIXEL_MISTAKES.items():
+        report(what, len(found), total, cause.value)
         wrong = np.ascontiguousarray(spoil(pixels).transpose(0, 2, 3, 1).astype(np.uint8))
-        yield cause, (), reference.embed_prepared(wrong)
-    for done, (cause, change) in enumerate(NORMALIZATION_MISTAKES.items(), start=len(PIXEL_MISTAKES)):
-        report(what, done, total, cause.value)
+        found.append((cause, (), reference.embed_prepared(wrong)))
+    for cause, change in NORMALIZATION_MISTAKES.items():
+        report(what, len(found), total, cause.value)
         planes = np.ascontiguousarray(change(pixels, reference.spec.input), dtype=np.float32)
         if (embeddings := reference.embed_normalized(planes)) is not None:
-            yield cause, (), embeddings
+            found.append((cause, (), embeddings))
     report(what, total, total)
+    return found
 
 
 # --explain: the first node of the graph that departs

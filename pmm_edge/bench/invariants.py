@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,8 @@ def check_embeddings(embeddings: Embeddings, paths: Sequence[Path], normalized: 
     if normalized:
         lengths = np.where(finite, np.linalg.norm(embeddings.astype(np.float64), axis=1), 1.0)
         worst = int(np.abs(lengths - 1).argmax())
-        length, allowed = float(lengths[worst]), UNIT_LENGTH_TOLERANCE
-        held = abs(length - 1) <= allowed
-        found.append(Invariant(InvariantName.UNIT_LENGTH, held, length, allowed, image=str(paths[worst])))
+        length, limit = float(lengths[worst]), UNIT_LENGTH_TOLERANCE
+        found.append(Invariant(InvariantName.UNIT_LENGTH, abs(length - 1) <= limit, length, limit, str(paths[worst])))
     return found
 
 
@@ -88,8 +87,15 @@ def check_batches(
         runs.append(_worst(InvariantName.EQUAL_ROWS, np.repeat(rows[:1], size, axis=0), rows, which, paths, same))
     found.append(max(runs, key=_severity))
 
+    shape = (2, *probes[0].shape)
+    next_to: dict[Neighbors, Pixels] = {
+        "black images": np.zeros(shape, np.uint8),
+        "white images": np.full(shape, 255, np.uint8),
+        "noise": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
+        "other images": np.resize(probes[1:] if every > 1 else probes, shape),
+    }
     runs, first = [], np.zeros(2, np.int64)
-    for neighbors, images in _neighbors(probes).items():
+    for neighbors, images in next_to.items():
         rows = embed(np.concatenate([probes[:1], images, probes[:1]]))[[0, 3]]
         worst = _worst(InvariantName.NEIGHBORS, alone[first], rows, first, paths, other)
         runs.append(replace(worst, batch=4, neighbors=neighbors))
@@ -139,18 +145,7 @@ def _worst(
 
 
 def _severity(found: Invariant) -> float:
-    return float("inf") if found.value is None else found.value
-
-
-def _neighbors(probes: Pixels) -> dict[Neighbors, Pixels]:
-    """Return pairs of images to share a batch with, extreme ones included; each (2, height, width, 3)."""
-    shape = (2, *probes[0].shape)
-    found: dict[Neighbors, Pixels] = {
-        "black images": np.zeros(shape, np.uint8),
-        "white images": np.full(shape, 255, np.uint8),
-        "noise": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
-    }
-    return found if len(probes) == 1 else {**found, "other images": np.resize(probes[1:], shape)}
+    return inf if found.value is None else found.value
 
 
 # Declared precision

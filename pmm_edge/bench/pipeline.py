@@ -333,31 +333,26 @@ def _diagnose(
 ) -> None:
     """Look for the cause of each failure, and with `explain` for the node where it begins."""
     base, *models = subjects
+    rows = evenly(len(images.paths), diagnosis.IMAGES)
+    mistakes: list[diagnosis.Mistake] = []
+    checkpoints = {None, base.embedder.spec.checkpoint_sha256 or base.figures.sha256}
     for model in models:
-        figures = model.figures
+        figures, spec = model.figures, model.embedder.spec
         if not figures.failures or figures.parity is None:
             continue
-        figures.likely_cause = _likely_cause(model, base, images, report)
+        assert base.embeddings is not None and model.embeddings is not None
+        if all(invariant.held for invariant in figures.invariants):
+            mistakes = mistakes or diagnosis.wrong_inputs(base.embedder, images.crops(base.embedder, rows), report)
+            figures.likely_cause = diagnosis.likely_cause(base.embeddings[rows], model.embeddings[rows], spec, mistakes)
+            if figures.likely_cause is None and spec.checkpoint_sha256 not in checkpoints:
+                figures.likely_cause = LikelyCause(Cause.OTHER_CHECKPOINT)
+        elif spec.precision == "fp16" and not np.isfinite(model.embeddings).all():
+            figures.likely_cause = LikelyCause(Cause.FLOAT16_OVERFLOW)
         if explain:
             worst = images.paths.index(Path(figures.parity.whole.worst_image))
             with _warning_if_it_fails(found, figures.path):
                 crop = images.crops(model.embedder, [worst])
                 figures.departure = diagnosis.first_departure(model.embedder, base.embedder, crop)
-
-
-def _likely_cause(model: Subject, base: Subject, images: BenchImages, report: Report) -> LikelyCause | None:
-    assert base.embeddings is not None and model.embeddings is not None
-    spec = model.embedder.spec
-    if not all(invariant.held for invariant in model.figures.invariants):
-        # The engine is broken: no input explains its output.
-        overflow = spec.precision == "fp16" and not np.isfinite(model.embeddings).all()
-        return LikelyCause(Cause.FLOAT16_OVERFLOW) if overflow else None
-    rows = evenly(len(images.paths), diagnosis.IMAGES)
-    right, candidate, crops = base.embeddings[rows], model.embeddings[rows], images.crops(base.embedder, rows)
-    if cause := diagnosis.likely_cause(base.embedder, right, candidate, spec, crops, report):
-        return cause
-    checkpoints = {None, base.embedder.spec.checkpoint_sha256 or base.figures.sha256}
-    return None if spec.checkpoint_sha256 in checkpoints else LikelyCause(Cause.OTHER_CHECKPOINT)
 
 
 # Speed

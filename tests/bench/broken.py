@@ -182,6 +182,14 @@ def append(graph: onnx.GraphProto, *nodes: onnx.NodeProto) -> None:
     graph.node.extend(nodes)
 
 
+def unit_length(source: Path, out: Path) -> Path:
+    """An export with normalized output."""
+    model = onnx.load(source)
+    append(model.graph, helper.make_node("LpNormalization", ["{}"], [OUTPUT], axis=1, p=2))
+    onnx.save(finalize(model, replace(load(source, "cpu").spec, normalized_output=True)), out)
+    return out
+
+
 def cut_in_half(source: Path, out: Path) -> Path:
     """The first half of the embedding, and a spec that matches."""
     model = onnx.load(source)

@@ -92,15 +92,20 @@ def judged(checkpoint: Path, good: Path, tiny_dataset: Path, tmp_path_factory: p
         broken.int8(good, folder / "int8_tensorrt.onnx", "tensorrt", crops),
         broken.int8(good, folder / "int8_of_noise.onnx", "tensorrt", gray_noise()),
     ]
+    return judge(models, checkpoint, tiny_dataset)
+
+
+def judge(models: list[Path], reference: Path, data: Path, **options: object) -> Judged:
+    """Run a bench on few images, without pages."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("network_pictures", "write_html"):
             patch.setattr(pipeline, name, lambda *args, **kwargs: [])
         patch.setattr("pmm_edge.bench.diagnosis.IMAGES", 4)
-        patch.setattr("pmm_edge.bench.invariants.PROBES", 4)
-        patch.setattr(pipeline, "PROBES", 4)
-        patch.setattr("pmm_edge.bench.invariants._ODD_SIZES", (3,))
-        options = {"batch_sizes": (1,), "device": "cpu", "parity_only": True, "out": folder / "bench.json"}
-        report = bench(models, reference=checkpoint, data=tiny_dataset, **options).report
+        patch.setattr("pmm_edge.bench.invariants.PROBES", 3)
+        patch.setattr(pipeline, "PROBES", 3)
+        patch.setattr("pmm_edge.bench.invariants._ODD_SIZES", (2,))
+        options |= {"batch_sizes": (1,), "device": "cpu", "parity_only": True, "out": models[0].with_suffix(".json")}
+        report = bench(models, reference=reference, data=data, **options).report
     assert report.complete
     return {Path(model.path).stem: model for model in report.models}
 
@@ -212,8 +217,4 @@ def test_a_wrong_calibration_range_is_found(good: Path, tiny_dataset: Path, tmp_
 
 
 def explained(model: Path, reference: Path, data: Path) -> ModelReport:
-    options = {"batch_sizes": (1,), "device": "cpu", "parity_only": True, "limit": 4, "explain": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "write_html", lambda *args: None)
-        result = bench(model, reference=reference, data=data, out=model.with_suffix(".json"), **options)
-    return result.report.models[0]
+    return judge([model], reference, data, limit=4, explain=True)[model.stem]
