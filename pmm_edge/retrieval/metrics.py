@@ -263,14 +263,18 @@ def _positions(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64
     values = row[matches]
     up_to_last = row <= values.max()
     # Images beyond the last match do not change a position, and a trained model leaves few before it.
-    near = row[up_to_last] if np.count_nonzero(up_to_last) * 4 < len(row) else row
+    near = row[np.flatnonzero(up_to_last)] if np.count_nonzero(up_to_last) * 4 < len(row) else row
+    tied = np.empty(0, np.intp)
     if len(matches) > _SORT_FROM:
         in_order = np.sort(near)
         positions = np.searchsorted(in_order, values, "left")
         tied = np.flatnonzero(np.searchsorted(in_order, values, "right") - positions > 1)
     else:
-        positions = np.array([np.count_nonzero(near < value) for value in values])
-        tied = np.arange(len(matches))
-    for slot in tied:
+        mask = near <= values[:, None]
+        positions = np.array([np.count_nonzero(up_to) for up_to in mask]) - 1
+        np.less(near, values[:, None], out=mask)
+        if np.count_nonzero(mask) != positions.sum():
+            positions, tied = mask.sum(axis=1), np.arange(len(matches))
+    for slot in tied:  # equal distances rank by gallery index
         positions[slot] += np.count_nonzero(row[: matches[slot]] == values[slot])
     return positions
