@@ -25,9 +25,6 @@ class Backbone(nn.Module):
 
     The paper takes stride 1 in "the 3rd and 4th blocks"; its 24x8 map and the authors' code have stride 1 in the last
     stage only. Parameters keep torchvision's names, so that ImageNet weights load unchanged.
-
-    Raises:
-        PmmError: the name is not in `RESNETS`.
     """
 
     def __init__(self, name: str) -> None:
@@ -54,11 +51,7 @@ def map_size(height: int, width: int) -> tuple[int, int]:
 
 
 def load_backbone_weights(backbone: Backbone, state_dict: object) -> None:
-    """Load a torchvision state dict in place; its ImageNet classifier `fc` is skipped.
-
-    Raises:
-        ModelError: tensors are missing, unknown or have another shape.
-    """
+    """Load a torchvision state dict, without its classifier `fc`. Raises ModelError if a tensor does not fit."""
     remedy = "Use weights of the torchvision ResNet of the same name"
     if not isinstance(state_dict, Mapping):
         raise ModelError("the file of backbone weights does not contain a state dict", remedy)
@@ -66,16 +59,15 @@ def load_backbone_weights(backbone: Backbone, state_dict: object) -> None:
     try:
         backbone.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
-        first = (str(error).splitlines() or [""])[min(1, str(error).count("\n"))].strip()
-        raise ModelError(f"the weights do not fit the backbone: {first}", remedy) from error
+        reason = " ".join(str(error).splitlines()[:2])
+        raise ModelError(f"the weights do not fit the backbone: {reason}", remedy) from error
 
 
 def zero_init_residuals(backbone: Backbone) -> None:
     """Initialize each bottleneck block as the identity: the weight of its last batch norm is 0.
 
     Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1. Without it, a ResNet-50 trained from scratch on a
-    small data set learns almost nothing in a few dozen epochs. Smaller ResNets have no bottleneck blocks and learn
-    without it.
+    small data set learns almost nothing in a few dozen epochs; ResNets without bottleneck blocks learn without it.
     """
     for module in backbone.modules():
         if isinstance(module, Bottleneck):
@@ -85,8 +77,7 @@ def zero_init_residuals(backbone: Backbone) -> None:
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     """ImageNet weights of torchvision (version 1, that of the paper's time), downloaded once into torch's hub cache.
 
-    Raises:
-        PmmError: there are none for this backbone, or they are not in the cache and cannot be downloaded.
+    Raises PmmError if there are none for this backbone, or they cannot be downloaded.
     """
     if name not in torchvision.models.list_models():
         raise PmmError(f"{name} has no ImageNet weights", "Choose --backbone-weights none, or name a file of weights")

@@ -28,10 +28,7 @@ class Baseline(ReidNetwork):
     def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
         super().__init__(backbone)
         self.stage1 = Head(self.backbone.channels, num_classes, init_mode="fan_in")
-
-    @property
-    def average_heads(self) -> list[Head]:
-        return [self.stage1]
+        self.average_heads = [self.stage1]
 
     def train_stages(
         self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
@@ -52,14 +49,7 @@ class BDB(ReidNetwork):
         self.bottleneck = Bottleneck(channels, channels // 4)
         self.stage1 = Head(channels, num_classes, init_mode="fan_in")
         self.part = Head(channels, num_classes, init_mode="fan_out", size=2 * STAGE_SIZE)
-
-    @property
-    def average_heads(self) -> list[Head]:
-        return [self.stage1]
-
-    @property
-    def max_heads(self) -> list[Head]:
-        return [self.part]
+        self.average_heads, self.max_heads = [self.stage1], [self.part]
 
     def train_stages(
         self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator

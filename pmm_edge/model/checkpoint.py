@@ -42,18 +42,16 @@ def build_model(
 
     Args:
         method: `pmm`, `bdb` or `baseline`.
-        num_classes: training identities.
+        num_classes: number of training identities.
         backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
         height: input height in pixels.
-        width: input width in pixels. For PMM, the blocks must divide the map of the input.
+        width: input width in pixels.
         mix: what stages II and III of PMM are trained on; ignored by the other methods.
         mix_blocks: K; None scales the 3 of 32 blocks that the paper uses for Market-1501 to the map.
-        block_size: (height, width) of a block on the map.
+        block_size: (height, width) of a block on the map, which the blocks must divide.
         pretrained: weights of the backbone: `imagenet`, a file in torchvision's layout, or None.
 
-    Raises:
-        PmmError: an unknown name, an input whose map the blocks do not divide, a K that leaves no block, or weights
-            that are not available.
+    Raises PmmError if an argument is wrong, ModelError if the weights do not fit.
     """
     for what, name, known in (("method", method, get_args(Method)), ("mix", mix, get_args(Mix))):
         if name not in known:
@@ -110,11 +108,7 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)
 
     def network(self) -> ReidNetwork:
-        """Build the network with these weights, in evaluation mode.
-
-        Raises:
-            ModelError: the weights do not fit the spec.
-        """
+        """Build the network in evaluation mode. Raises ModelError if the weights do not fit the spec."""
         try:
             model = network_of(self.spec)
             model.load_state_dict(self.weights)
@@ -127,36 +121,24 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    content = {"format": _FORMAT, "spec": checkpoint.spec.to_json()}
+    """Write a checkpoint atomically. Raises OutputError if the file cannot be written."""
+    weights, training = checkpoint.weights, checkpoint.training
+    content = {"format": _FORMAT, "spec": checkpoint.spec.to_json(), "weights": weights, "training": training}
     with written_whole(path) as temporary:
         try:
-            torch.save({**content, "weights": checkpoint.weights, "training": checkpoint.training}, temporary)
+            torch.save(content, temporary)
         except RuntimeError as error:  # torch's writer reports a full disk like this
             raise OSError(errno.ENOSPC, "no space left on the disk") from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU.
-
-    Raises:
-        ModelError: the file is missing, truncated, not a pmm-edge checkpoint, or from another version.
-    """
+    """Read a checkpoint onto the CPU. Raises ModelError if the file is missing, truncated or of another format."""
     content = _read_torch_file(path)
-    if (written := _format_of(content)) not in ("", _FORMAT):
-        raise ModelError(
-            f"{path} is a '{written}'; this version of pmm-edge reads a '{_FORMAT}'",
-            "Load it with the version that wrote it, or train again",
-        )
     if not _is_ours(content):
         raise ModelError(
-            f"{path} is not a pmm-edge checkpoint",
-            "Use best.pt or last.pt of a run folder; a file of the paper's authors loads with"
-            " pmm_edge.load_released_checkpoint",
+            f"{path} is not a '{_FORMAT}'",
+            "Use best.pt or last.pt of a run folder of this version of pmm-edge; a file of the paper's authors loads"
+            " with pmm_edge.load_released_checkpoint",
         )
     return Checkpoint(ModelSpec.from_json(content["spec"], str(path)), content["weights"], content["training"])
 
@@ -164,28 +146,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def load_any_weights(path: Path) -> dict[str, Tensor]:
     """Read the weights of a pmm-edge checkpoint or of the paper's authors, under our names, or raise ModelError."""
     content = _read_torch_file(path)
-    return dict(content["weights"]) if _is_ours(content) else _our_weights(_state_dict_in(content, str(path)))
-
-
-def _format_of(content: Any) -> str:
-    """The format entry of a pmm-edge checkpoint; empty if it has none."""
-    written = content.get("format") if isinstance(content, dict) else None
-    return written if isinstance(written, str) and written.startswith("pmm-edge checkpoint ") else ""
+    return dict(content["weights"]) if _is_ours(content) else _our_weights(content, str(path))
 
 
 def _is_ours(content: Any) -> bool:
-    return (
-        _format_of(content) == _FORMAT
-        and isinstance(content.get("spec"), str)
-        and _is_state_dict(content.get("weights"))
-        and isinstance(content.get("training"), dict)
-    )
-
-
-def _is_state_dict(weights: Any) -> bool:
-    return isinstance(weights, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
-    )
+    return isinstance(content, dict) and content.get("format") == _FORMAT
 
 
 # Checkpoints of the paper's authors
@@ -211,24 +176,15 @@ _OUR_NAMES = {
 
 
 def load_released_checkpoint(model: PMM, path_or_state_dict: str | Path | Mapping[str, Any]) -> PMM:
-    """Load weights in the layout of the authors' `.pth.tar` files into a PMM network of the same size.
+    """Load weights in the layout of the authors' `.pth.tar` files into a PMM network, in place, and return it.
 
-    Args:
-        model: changed in place.
-        path_or_state_dict: a file, its content (`{"state_dict": ...}`), or the state dict itself. Names may have the
-            prefix `module.` of DataParallel.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ModelError: the file cannot be read, or its tensors are not those of this network.
+    They are given as a file, its content (`{"state_dict": ...}`) or the state dict itself. Names may have the prefix
+    `module.` of DataParallel. Raises ModelError if the file cannot be read, or its tensors are not those of `model`.
     """
     if isinstance(path_or_state_dict, Mapping):
-        tensors = _state_dict_in(path_or_state_dict, "the argument")
+        weights = _our_weights(path_or_state_dict, "the argument")
     else:
-        tensors = _state_dict_in(_read_torch_file(Path(path_or_state_dict)), str(path_or_state_dict))
-    weights = _our_weights(tensors)
+        weights = _our_weights(_read_torch_file(Path(path_or_state_dict)), str(path_or_state_dict))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -242,11 +198,7 @@ def load_released_checkpoint(model: PMM, path_or_state_dict: str | Path | Mappin
 
 
 def our_name(released_name: str) -> str:
-    """The name in this package of a tensor of a released checkpoint.
-
-    Raises:
-        ModelError: no released checkpoint has this name.
-    """
+    """The name in this package of a tensor of a released checkpoint. Raises ModelError if there is none."""
     name = released_name.removeprefix("module.")
     for theirs, ours in _OUR_NAMES.items():
         if name.startswith(theirs):
@@ -256,17 +208,14 @@ def our_name(released_name: str) -> str:
     )
 
 
-def _state_dict_in(content: Any, source: str) -> Mapping[str, Tensor]:
+def _our_weights(content: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of a released checkpoint or its state dict under our names."""
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not _is_state_dict(tensors):
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ModelError(
             f"{source} does not contain a state dict", "Use a pmm-edge checkpoint or a .pth.tar file of the authors"
         )
-    return tensors  # type: ignore[return-value]
-
-
-def _our_weights(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = {our_name(name): tensor for name, tensor in released.items()}
+    weights = {our_name(str(name)): tensor for name, tensor in tensors.items()}
     if (convolution := weights.get("stage1.linear.weight")) is not None:
         weights["stage1.linear.weight"] = convolution.flatten(1)  # a 1x1 convolution is a linear layer
     return weights
@@ -283,11 +232,7 @@ _NUMPY_SCALARS: list[Any] = [
 
 
 def _read_torch_file(path: Path) -> Any:
-    """Read a file of `torch.save` as data (tensors and plain values); no code is executed.
-
-    Raises:
-        ModelError: the file is missing, truncated, or contains anything else.
-    """
+    """Read a file of `torch.save` as data (tensors and plain values); no code is executed."""
     if not path.is_file():
         raise ModelError(f"{path} does not exist", "Name a checkpoint; pmm train writes them to runs/*/best.pt")
     try:

@@ -47,13 +47,9 @@ def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) 
 
 
 def draw_negatives(pids: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each sample, draw the index of a sample of another identity, uniformly.
+    """For each sample, draw the index of a sample of another identity, uniformly: (N,) int64.
 
-    Returns:
-        (N,) int64.
-
-    Raises:
-        PmmError: the batch contains a single identity. On a GPU this is not checked: it would wait for the device.
+    Raises PmmError if the batch contains a single identity. On a GPU this is not checked: it would wait for the device.
     """
     same = pids[:, None] == pids[None, :]
     if not pids.is_cuda and bool(same.all()):
@@ -65,13 +61,7 @@ def draw_negatives(pids: Tensor, generator: torch.Generator | None = None) -> Te
 def top_blocks(cam: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
     """Select the `count` blocks with the largest sum (the zeros of the mask in paper equation 1).
 
-    Args:
-        cam: (N, H, W); H and W are multiples of the block size.
-        block_size: height and width of a block.
-        count: K.
-
-    Returns:
-        (N, 1, H, W) bool, True where the block is to be replaced.
+    `cam` is (N, H, W), H and W multiples of the block size. Returns (N, 1, H, W) bool, True in the selected blocks.
     """
     sums = F.avg_pool2d(cam[:, None].float(), block_size, divisor_override=1)
     return _highest_blocks(sums, block_size, count)
@@ -84,9 +74,7 @@ def random_blocks(
 
     DropBlock drops squares at any position. Here the blocks have the grid and number of A-Hard-Mix, so that the two
     differ only in what is compared: the guidance by attention, and features of another identity instead of zeros.
-
-    Returns:
-        (N, 1, H, W) bool, True where the map (N, C, H, W) is to be dropped.
+    Returns (N, 1, H, W) bool, True where the map (N, C, H, W) is to be dropped.
     """
     samples, _, height, width = features.shape
     grid = (samples, 1, height // block_size[0], width // block_size[1])
@@ -108,13 +96,7 @@ def spread(grid: Tensor, factor: tuple[int, int]) -> Tensor:
 def mix(features: Tensor, negatives: Tensor, replaced: Tensor) -> Tensor:
     """Replace blocks of each map by the same blocks of its negative (paper equation 2).
 
-    Args:
-        features: (N, C, H, W).
-        negatives: (N,) int64, the sample that each one is mixed with.
-        replaced: (N, 1, H, W) bool.
-
-    Returns:
-        (N, C, H, W): features[negatives] where `replaced` is True, else features.
+    Returns features[negatives] where `replaced`, (N, 1, H, W) bool, is True, else features (N, C, H, W).
     """
     # Selecting whole samples in channels-last memory takes a third of the time of `features[negatives]`.
     others = features.permute(0, 2, 3, 1).index_select(0, negatives).permute(0, 3, 1, 2)
@@ -151,15 +133,8 @@ def attentive_cutmix(
     """Paste the most salient blocks of another identity's image (A-CutMix, Walawalkar et al., 2020).
 
     The source takes the attention from a second network, pretrained on ImageNet. Here it is the Grad-CAM of stage I of
-    the network in training, so that attention means the same as in A-Hard-Mix.
-
-    Args:
-        images: (N, 3, H, W).
-        pids: (N,) class indices.
-        attention: (N, h, w) Grad-CAM of the unmixed images.
-        block_size: height and width of a block on the map.
-        count: K.
-        generator: source of randomness, as for the other mixes on the device of the images.
+    the network in training, so that attention means the same as in A-Hard-Mix: (N, h, w) of the unmixed images
+    (N, 3, H, W).
     """
     negatives = draw_negatives(pids, generator)
     salient = top_blocks(attention, block_size, count)[negatives]
@@ -180,21 +155,15 @@ def _interval(center: Tensor, side: Tensor, length: int) -> Tensor:
 
 
 def check_block_grid(height: int, width: int, block_size: tuple[int, int]) -> int:
-    """Number of blocks on the map of an input of `height` x `width` pixels.
-
-    Raises:
-        PmmError: the blocks do not divide the map; the remedy names input sizes that fit.
-    """
+    """Number of blocks on the map of an input of `height` x `width`. Raises PmmError if they do not divide the map."""
     (rows, columns), (block_height, block_width) = map_size(height, width), block_size
     if rows % block_height or columns % block_width:
         step_h, step_w = block_height * STRIDE, block_width * STRIDE
-        near_h = [step_h * n for n in (height // step_h, height // step_h + 1) if n]
-        near_w = [step_w * n for n in (width // step_w, width // step_w + 1) if n]
+        near_h, near_w = max(1, round(height / step_h)) * step_h, max(1, round(width / step_w)) * step_w
         raise PmmError(
             f"an input of {height}x{width} gives a {rows}x{columns} map, which blocks of {block_height}x{block_width}"
             " do not divide",
-            f"Choose a height that is a multiple of {step_h} (such as {' or '.join(map(str, near_h))}) and a width that"
-            f" is a multiple of {step_w} (such as {' or '.join(map(str, near_w))})",
+            f"Choose multiples of {step_h} and {step_w}, such as {near_h}x{near_w}",
         )
     return rows * columns // (block_height * block_width)
 

@@ -48,9 +48,8 @@ class StageOutput(NamedTuple):
 class Head(nn.Module):
     """Linear layer, batch norm and ReLU from a pooled vector to an embedding, followed by a linear classifier.
 
-    The released code has a 1x1 convolution in stage I (on a map of one position) and linear layers in the others. They
-    compute the same product and differ in their initialization.
-    `init_mode` is that of the Kaiming normal initialization of the linear layer.
+    The released code has a 1x1 convolution in stage I (on a map of one position) and linear layers in the others: the
+    same product with another initialization. `init_mode` is that of the linear layer's Kaiming normal initialization.
     """
 
     def __init__(
@@ -86,20 +85,15 @@ class ReidNetwork(nn.Module, ABC):
     """
 
     bottleneck: nn.Module
+    average_heads: list[Head]
+    """Heads on the average-pooled map of the backbone, in the order of the embedding."""
+    max_heads: list[Head]
+    """Heads on the max-pooled map of `bottleneck`; they follow the average heads in the embedding."""
 
     def __init__(self, backbone: str) -> None:
         super().__init__()
         self.backbone = Backbone(backbone)
-
-    @property
-    @abstractmethod
-    def average_heads(self) -> list[Head]:
-        """Heads on the average-pooled map of the backbone, in the order of the embedding."""
-
-    @property
-    def max_heads(self) -> list[Head]:
-        """Heads on the max-pooled map of `self.bottleneck`; they follow the average heads in the embedding."""
-        return []
+        self.max_heads = []
 
     @abstractmethod
     def train_stages(
@@ -108,22 +102,15 @@ class ReidNetwork(nn.Module, ABC):
         """Outputs of all stages in training mode, from the backbone's map (N, C, H, W); other arguments: `forward`."""
 
     def forward(
-        self,
-        images: Tensor,
-        pids: Tensor | None = None,
-        negatives: Negatives = None,
-        generator: Generator = None,
+        self, images: Tensor, pids: Tensor | None = None, negatives: Negatives = None, generator: Generator = None
     ) -> tuple[StageOutput, ...] | Tensor:
         """Compute one StageOutput per stage in training mode, embeddings (N, D) float32 in evaluation mode.
 
         Args:
             images: (N, 3, H, W) float, normalized.
-            pids: (N,) int64 class indices; required in training mode, ignored in evaluation mode.
+            pids: (N,) int64 class indices; required in training mode only.
             negatives: indices of the samples to mix in for stages II and III, each (N,) int64; drawn if None.
             generator: source of randomness for the mixing.
-
-        Raises:
-            PmmError: training mode without `pids`.
         """
         features = self.backbone(images)
         if not self.training:
@@ -156,15 +143,8 @@ class PMM(ReidNetwork):
 
     Stage I reads the average-pooled map of the backbone. Stages II and III read the max-pooled map of a shared extra
     bottleneck. In training, the most salient blocks of that map, ranked by the Grad-CAM of the previous stage, are
-    replaced by the blocks of another identity.
-
-    Args:
-        num_classes: training identities.
-        backbone: name of a `Backbone`.
-        mix_blocks: K, the number of blocks that mixing replaces.
-        block_size: (height, width) of a block on the map.
-        mix: `a-hard-mix` replaces salient blocks, `dropblock` sets random blocks to 0, any other leaves the map
-            unchanged.
+    replaced by the blocks of another identity (`mix` is `a-hard-mix`), or random blocks are set to 0 (`dropblock`);
+    any other `mix` leaves the map unchanged. `mix_blocks` is K, `block_size` the (height, width) of a block on the map.
     """
 
     def __init__(
@@ -181,17 +161,8 @@ class PMM(ReidNetwork):
         self.stage1 = Head(channels, num_classes, init_mode="fan_in")
         self.stage2 = Head(channels, num_classes, init_mode="fan_out")
         self.stage3 = Head(channels, num_classes, init_mode="fan_out")
-        self.mix_blocks = mix_blocks
-        self.block_size = block_size
-        self.mix = mix
-
-    @property
-    def average_heads(self) -> list[Head]:
-        return [self.stage1]
-
-    @property
-    def max_heads(self) -> list[Head]:
-        return [self.stage2, self.stage3]
+        self.average_heads, self.max_heads = [self.stage1], [self.stage2, self.stage3]
+        self.mix_blocks, self.block_size, self.mix = mix_blocks, block_size, mix
 
     def train_stages(
         self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator

@@ -34,8 +34,7 @@ def _setting(default: Any, panel: str, text: str, least: float | None = None) ->
 class TrainConfig:
     """The settings of a training run. The defaults are those of the paper for Market-1501 (section 3.1).
 
-    Raises:
-        PmmError: a value is unknown or out of range, or two values contradict each other.
+    Raises PmmError if a value is unknown or out of range, or two values contradict each other.
     """
 
     preset: str = "market1501"
@@ -178,17 +177,11 @@ PRESETS = {
 def choose_config(
     preset: str | None = None, config: TrainConfig | Path | None = None, settings: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """Combine a preset or a configuration with single settings.
+    """Combine a preset (`quick` by default) or a configuration with single settings, which take precedence.
 
-    K follows the number of blocks on the feature map unless `mix_blocks` is set.
-
-    Args:
-        preset: name of a preset; `quick` if no configuration is given either.
-        config: a configuration, or a TOML file. Settings that the file leaves out come from the preset that it names.
-        settings: values that replace those of the preset or configuration.
-
-    Raises:
-        PmmError: a file cannot be read, a name is unknown (the nearest one is suggested), or a value is wrong.
+    Settings that a TOML file leaves out come from the preset that it names. K follows the number of blocks on the
+    feature map unless `mix_blocks` is set. Raises PmmError if a file cannot be read, a name is unknown (the nearest one
+    is suggested), or a value is wrong.
     """
     if preset is not None and config is not None:
         raise PmmError("a preset and a configuration are both given", "The configuration can name its preset; give one")
@@ -206,12 +199,7 @@ def choose_config(
 
 
 def read_run_config(folder: Path) -> TrainConfig:
-    """Read the settings of a run folder.
-
-    Raises:
-        ModelError: the folder is not a run, or the run was killed before it wrote its settings.
-        PmmError: its settings are not valid.
-    """
+    """Read the settings of a run folder. Raises ModelError if it is not one, or has no settings yet."""
     if never_began(folder):
         raise ModelError(f"the run {folder} never started", f"Train into it: pmm train --out {folder}")
     if about_run(folder) is None or not (folder / CONFIG).exists():

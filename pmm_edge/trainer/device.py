@@ -15,11 +15,7 @@ from pmm_edge.trainer.distributed import World
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Find a device. `auto` is the GPU of this process if there is one, else the CPU; `cuda` is that GPU.
-
-    Raises:
-        PmmError: the name is unknown, or there is no such GPU.
-    """
+    """Find a device; `auto` is the GPU of this process or the CPU. Raises PmmError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch_device(local_rank if name == "cuda" else name)
@@ -28,8 +24,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def choose_machine(config: TrainConfig, world: World) -> tuple[torch.device, torch.dtype]:
     """The device and autocast type of this process. `auto` precision is bfloat16 if the hardware computes in it.
 
-    Raises:
-        PmmError: there is no such device, or it cannot do what the configuration requires.
+    Raises PmmError if there is no such device, or it cannot do what the configuration requires.
     """
     device = choose_device(config.device, world.local_rank)
     if config.sync_batch_norm and world.size > 1 and device.type == "cpu":
@@ -65,11 +60,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def torch_errors_explained(device: torch.device, config: TrainConfig, world: World) -> Iterator[None]:
-    """Report out of memory, and a failure of torch.compile, in one line with a remedy.
-
-    Raises:
-        PmmError: instead of torch's error.
-    """
+    """Raise PmmError with a remedy in place of torch's errors for too little memory and a failed compilation."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -83,14 +74,10 @@ def torch_errors_explained(device: torch.device, config: TrainConfig, world: Wor
 
         if not isinstance(error, BackendCompilerFailed):
             raise
-        reason = str(error).strip().splitlines()[0]
-        remedy = "Leave --compile out; the result is the same"
-        # The CPU backend looks for a C++ compiler, the GPU backend for a C compiler; their errors have no common type.
-        if "compiler" in reason.lower():
-            remedy = (
-                "Install a C++ compiler (such as the Debian package g++), or name it in CXX, or leave --compile out"
-            )
-        raise PmmError(f"--compile failed: {reason}", remedy) from error
+        raise PmmError(
+            f"--compile failed: {str(error).strip().splitlines()[0]}",
+            "Leave --compile out; it needs a C and C++ compiler (such as the Debian package g++)",
+        ) from error
 
 
 def memory_remedy(config: TrainConfig, world: World) -> str:

@@ -18,7 +18,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # document
 from pmm_edge.errors import PmmError
 
 T = TypeVar("T")
-_NONE = 2**62
 _STORE_TIMEOUT = timedelta(seconds=5)
 
 
@@ -47,28 +46,12 @@ class World:
         return [bool(flag) for flag in maximum]
 
     def gather(self, values: list[T]) -> list[T]:
-        """Concatenate the lists of all processes."""
+        """Concatenate the lists of all processes in the order of their ranks."""
         if self.size == 1:
             return values
         of_each: list[Any] = [None] * self.size
         dist.all_gather_object(of_each, values)
         return [value for of_one in of_each for value in of_one]
-
-    def minimum(self, number: int | None) -> int | None:
-        """The smallest number of all processes; None if all are None."""
-        if self.size == 1:
-            return number
-        smallest = torch.tensor(_NONE if number is None else number)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        return None if int(smallest) == _NONE else int(smallest)
-
-    def broadcast(self, value: str) -> str:
-        """The value of the leading process."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -80,9 +63,7 @@ class World:
 def joined(device: str) -> Iterator[World]:
     """Join the processes that `torchrun` started with this one; without `torchrun`, a world of one.
 
-    Raises:
-        PmmError: all processes would use one GPU, another process has stopped or cannot be joined, or the environment
-            is not that of `torchrun`.
+    Raises PmmError if the processes would share a GPU, or if another one has stopped or cannot be joined.
     """
     world = _from_environment()
     if world.size == 1:
@@ -103,9 +84,9 @@ def joined(device: str) -> Iterator[World]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason, address = str(error).partition("\n")[0].rstrip("."), os.environ.get("MASTER_ADDR")
         raise PmmError(
-            f"cannot join {world.size} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {reason}",
+            f"cannot join {world.size} processes at {address}:{os.environ['MASTER_PORT']}: {reason}",
             "Start them with torchrun --standalone, which finds a free port; if one has stopped, its error says why",
         ) from error
     try:
@@ -140,20 +121,14 @@ def first_to_report(text: str) -> bool:
 
 
 def _from_environment() -> World:
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    found = {name: os.environ.get(name, "") for name in names}
-    if found["WORLD_SIZE"] in ("", "1"):
+    found = os.environ
+    if found.get("WORLD_SIZE", "1") == "1":
         return World()
     try:
-        size, rank, local_rank = (int(found[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        int(found["MASTER_PORT"])
-        if not found["MASTER_ADDR"]:
-            raise ValueError
-    except ValueError as error:
-        listed = ", ".join(f"{name} is {value or 'not set'}" for name, value in found.items())
+        size, rank, local_rank, _ = (int(found[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
+        return World(rank, size, local_rank, int(found.get("LOCAL_WORLD_SIZE", size)))
+    except (KeyError, ValueError) as error:
         raise PmmError(
-            f"the environment is not that of torchrun: {listed}",
-            "Start several processes with torchrun, which sets all of them, or unset WORLD_SIZE",
+            "WORLD_SIZE is set, but RANK, LOCAL_RANK, MASTER_PORT or itself is not a number",
+            "Start several processes with torchrun, or unset WORLD_SIZE",
         ) from error
-    return World(rank, size, local_rank, local_size)

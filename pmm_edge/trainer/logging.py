@@ -21,8 +21,7 @@ class Meter:
     """Running means of an epoch. They are summed on the device, because reading a result waits for it."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._bad_step: Tensor | None = None
+        self._sums, self._bad_step = torch.zeros(0), torch.tensor(-1)
         self._names: list[str] = []
         self._steps = self._images = 0
         self._waited = 0.0
@@ -32,12 +31,12 @@ class Meter:
         """Add the losses of a step without waiting for the device."""
         self._names = ["loss", *parts]
         values = torch.stack([loss, *parts.values()])
-        bad = torch.where(torch.isfinite(values).all(), -1, step)
-        if self._sums is None or self._bad_step is None:
-            self._sums, self._bad_step = values, bad
-        else:
-            self._sums = self._sums + values
-            self._bad_step = torch.where(self._bad_step < 0, bad, self._bad_step)
+        if not self._steps:
+            self._sums, self._bad_step = torch.zeros_like(values), torch.full_like(loss, -1, dtype=torch.int64)
+        self._sums = self._sums + values
+        # Once a loss is not finite, all later sums are not either.
+        finite = torch.isfinite(self._sums).all()
+        self._bad_step = torch.where(finite | (self._bad_step >= 0), self._bad_step, step)
         self._steps += 1
         self._images += images
 
@@ -51,15 +50,12 @@ class Meter:
 
     def bad_step(self) -> int | None:
         """The first step whose loss was not finite."""
-        step = -1 if self._bad_step is None else int(self._bad_step)
-        return None if step < 0 else step
+        return None if self._bad_step < 0 else int(self._bad_step)
 
     def means(self) -> dict[str, float]:
-        """Mean loss and parts."""
+        """Mean loss and parts; empty before the first step."""
         self._read = time.perf_counter()
-        if self._sums is None:
-            return {}
-        return dict(zip(self._names, (self._sums / self._steps).tolist(), strict=True))
+        return dict(zip(self._names, (self._sums / self._steps).tolist(), strict=True)) if self._steps else {}
 
     def images_per_second(self) -> float:
         return self._images / (time.perf_counter() - self._start)
@@ -81,19 +77,16 @@ class Meter:
 class Journal:
     """The log, metrics and TensorBoard files of a run folder; a resumed run appends to them.
 
-    Args:
-        folder: the run folder.
-        epoch: the last complete epoch. What a killed run recorded after it is removed, because it is trained again.
-        evaluated: the last epoch that was evaluated; None before the first evaluation.
-        active: False in the processes that do not write files.
+    `epoch` is the last complete epoch, `evaluated` the last evaluated one (None before the first evaluation). What a
+    killed run recorded after them is removed, because it is done again. `active` is False in processes that do not
+    write files.
     """
 
     def __init__(self, folder: Path, epoch: int = 0, evaluated: int | None = None, active: bool = True) -> None:
         self._folder, self._active = folder, active
         self._board: SummaryWriter | None = None
         if active:
-            if (folder / METRICS).exists():
-                self._remove_after({"train": epoch, "evaluate": -1 if evaluated is None else evaluated})
+            self._remove_after({"train": epoch, "evaluate": -1 if evaluated is None else evaluated})
             self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=0 if evaluated is None else epoch + 1)
 
     def __enter__(self) -> Journal:
@@ -126,11 +119,11 @@ class Journal:
 
     def _remove_after(self, last: dict[str, int]) -> None:
         """Keep the lines of each kind up to its last epoch."""
-        kept = []
-        for line in (self._folder / METRICS).read_text(encoding="utf-8").splitlines():
+        path, kept = self._folder / METRICS, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             with suppress(ValueError):  # a killed run may leave an incomplete line
                 values = json.loads(line)
                 if values["epoch"] <= last[values["kind"]]:
                     kept.append(line + "\n")
-        with written_whole(self._folder / METRICS) as temporary:
+        with written_whole(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 from filelock import FileLock, Timeout
 
@@ -29,12 +28,10 @@ LOCK = "run.lock"
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a run folder, which is created if needed, so that no second process trains in it.
+    """Create a run folder if needed and lock it, so that no second process trains in it.
 
-    The lock is advisory and ends with the process. A file system without locks is used without one.
-
-    Raises:
-        OutputError: another process trains in the folder, or it cannot be written.
+    The lock ends with the process. A file system without locks is used without one. Raises OutputError if another
+    process trains in the folder, or it cannot be written.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -75,9 +72,7 @@ def save_state(
     """Write `last.pt` atomically, with everything that training changes; keep older epochs if configured.
 
     No random state is saved: each shard has its own seed (see `Feed`). `data` is the `fingerprint` of the data set.
-
-    Raises:
-        OutputError: the file cannot be written; the previous one is kept.
+    Raises OutputError if the file cannot be written; the previous one is kept.
     """
     training = {
         "config": asdict(config),
@@ -96,23 +91,17 @@ def save_state(
 def load_state(folder: Path, config: TrainConfig, dataset: ReidDataset) -> Checkpoint | None:
     """Read `last.pt` of a run that is to be resumed; None if it was stopped before its first checkpoint.
 
-    Raises:
-        ModelError: the settings were changed, or the file is not that of a run.
-        DataError: the data set was changed.
+    Raises ModelError if the settings were changed, DataError if the data set was.
     """
     path = folder / LAST
     if not path.exists():
         return None
     checkpoint = load_checkpoint(path)
-    started = checkpoint.training.get("config")
-    if not isinstance(started, dict):
-        raise ModelError(f"{path} has no training state to resume from", "Restore the last.pt of the run")
-    changed = [
-        f"{name}: {value!r}, was {started.get(name)!r}"
-        for name, value in asdict(config).items()
-        if value != started.get(name)
-    ]
-    if changed:
+    started = checkpoint.training.get("config", {})
+    now = asdict(config)
+    if changed := [
+        f"{name}: {now[name]!r}, was {started.get(name)!r}" for name in now if now[name] != started.get(name)
+    ]:
         raise ModelError(
             f"{folder / CONFIG} was changed since the run started ({'; '.join(changed)})",
             "Restore it, or start a new run with these settings",
@@ -131,11 +120,6 @@ def restore_state(trainee: Trainee, checkpoint: Checkpoint) -> None:
     trainee.scaler.load_state_dict(checkpoint.training["scaler"])
     if trainee.average:
         trainee.average.load_state_dict(checkpoint.training["average"])
-
-
-def position_of(checkpoint: Checkpoint | None) -> Position:
-    """How far the run of a checkpoint was."""
-    return msgspec.convert(checkpoint.training["position"], Position) if checkpoint else Position()
 
 
 def keep_epoch(folder: Path, epoch: int, keep: int) -> None:

@@ -39,11 +39,7 @@ def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
     `paper` follows section 3.1 of the paper: a stepwise warm-up, the peak rate until the middle of the training, then a
     tenth and a hundredth of it. A training of another length than 400 epochs follows the same curve in proportion.
     `cosine` rises linearly from 0 to the peak rate and decays to 0 along a half cosine (Loshchilov and Hutter, 2017).
-
-    Args:
-        config: the run.
-        epoch: 1-based.
-        done: fraction of the epoch that is over, in [0, 1); only `cosine` changes within an epoch.
+    `epoch` is 1-based; `done` is the fraction of it that is over, in which only `cosine` changes.
     """
     if config.schedule == "cosine":
         progress = (epoch - 1 + done) / config.epochs
@@ -80,9 +76,7 @@ class Feed:
     The batches of an epoch are the same in all processes. A batch is split into `world.size * accumulate` shards of
     whole identities, and each process takes `accumulate` of them. Each shard has a seed of its own, derived from the
     seed of the run, the epoch, the step and its number, so that a resumed run draws what the uninterrupted one draws.
-
-    Raises:
-        PmmError: the batch cannot be split equally, or there are too few identities.
+    Raises PmmError if the batch cannot be split equally, or there are too few identities.
     """
 
     def __init__(self, train: Split, config: TrainConfig, world: World, device: torch.device) -> None:
@@ -110,13 +104,9 @@ class Feed:
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch: indices into `paths`. The last one is cut to equal shards of whole identities."""
         config = self._config
-        batches = identity_batches(
-            self.classes,
-            config.batch // config.images_per_identity,
-            config.images_per_identity,
-            np.random.default_rng([config.seed, epoch]),
-        )
-        unit = self.count * config.images_per_identity
+        each, random = config.images_per_identity, np.random.default_rng([config.seed, epoch])
+        batches = identity_batches(self.classes, config.batch // each, each, random)
+        unit = self.count * each
         return [batch[: len(batch) // unit * unit] for batch in batches if len(batch) >= 2 * unit]
 
     def seeds(self, epoch: int, step: int) -> list[int]:
@@ -135,11 +125,11 @@ class Feed:
                 start = time.perf_counter()
                 crops = [next(ahead) for _ in self._own]
                 meter.waited(time.perf_counter() - start)
-                indices = parts[(step - first_step) * len(self._own) :][: len(self._own)]
+                indices = parts[(step - first_step) * len(self._own) :]
                 seeds = [self.seeds(epoch, step)[number] for number in self._own]
                 yield [
                     Shard(self._to_device(images), self._to_device(self.classes[own]), seed)
-                    for images, own, seed in zip(crops, indices, seeds, strict=True)
+                    for images, own, seed in zip(crops, indices, seeds, strict=False)
                 ]
         finally:
             ahead.close()
@@ -153,18 +143,19 @@ class Feed:
 
 @dataclass
 class Trainee:
-    """A network in training, with everything that changes with it."""
+    """A network in training, with everything that changes with it.
+
+    `forward` is the network, wrapped in DistributedDataParallel if there are several processes; `average` the moving
+    average of its weights; `dtype` the autocast type.
+    """
 
     network: ReidNetwork
     forward: Callable[..., tuple[StageOutput, ...]]
-    """The network, wrapped in DistributedDataParallel if there are several processes."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
-    """Exponential moving average of the weights."""
     device: torch.device
     dtype: torch.dtype
-    """Autocast type."""
 
     @property
     def evaluated(self) -> nn.Module:
@@ -198,8 +189,7 @@ def prepare(
 def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulate the gradients of all shards and update the weights once.
 
-    Returns:
-        The mean loss of the shards and its parts, on the device: reading them waits for it.
+    Returns the mean loss of the shards and its parts, on the device: reading them waits for it.
     """
     trainee.optimizer.zero_grad(set_to_none=True)
     results = []

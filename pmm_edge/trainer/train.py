@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,16 +42,7 @@ from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import choose_machine, deterministic, torch_errors_explained
 from pmm_edge.trainer.distributed import World, joined
 from pmm_edge.trainer.logging import METRICS, Journal, Meter
-from pmm_edge.trainer.state import (
-    Position,
-    fingerprint,
-    load_state,
-    model_spec,
-    position_of,
-    restore_state,
-    run_lock,
-    save_state,
-)
+from pmm_edge.trainer.state import Position, fingerprint, load_state, model_spec, restore_state, run_lock, save_state
 from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, train_step
 
 BAD_BATCH = "bad_batch.pt"
@@ -70,9 +62,8 @@ class TrainResult:
     folder: Path
     epochs_done: int
     finished: bool
-    """False if it was interrupted; it can be resumed."""
+    """False if it was interrupted and can be resumed."""
     best: RetrievalFigures | None
-    """Figures of `best.pt`."""
     before: RetrievalFigures | None
     """Figures before the first step."""
     stop_requested: bool = False
@@ -138,12 +129,8 @@ def train(
         report: receives the progress.
         **settings: fields of `TrainConfig` that replace those of the preset or configuration.
 
-    Raises:
-        PmmError: a setting is wrong, or the device cannot do what it requires.
-        DataError: the data set cannot be used, or is not that of the resumed run.
-        ModelError: weights cannot be read, or the folder cannot be resumed.
-        OutputError: the run folder cannot be written, belongs to another run, or another process trains in it.
-        CheckFailedError: the loss is not finite.
+    Raises PmmError for a wrong setting and its subclasses DataError, ModelError (weights, or a folder that cannot be
+    resumed), OutputError (a folder that cannot be written or is in use) and CheckFailedError (the loss is not finite).
     """
     if resume is None:
         chosen = choose_config(preset, config, settings)
@@ -171,7 +158,7 @@ def train(
                     temporary.write_text(chosen.to_toml(), encoding="utf-8")
                 for finding in untrained_images(dataset.train):
                     warnings.warn(finding.text, PmmWarning, stacklevel=2)
-            folder = Path(world.broadcast(str(folder)))
+            folder = world.gather([folder])[0]
         else:
             folder = resume
             if world.leads:
@@ -187,7 +174,7 @@ def train(
         if world.leads:
             remove_unfinished(folder, _WRITTEN)
 
-        position = position_of(checkpoint)
+        position = msgspec.convert(checkpoint.training["position"], Position) if checkpoint else Position()
         evaluated = None if position.before is None else position.evaluated
         with (
             Journal(folder, position.epoch, evaluated, active=world.leads) as journal,
@@ -199,12 +186,9 @@ def train(
             if checkpoint:
                 restore_state(trainee, checkpoint)
             query, gallery = _evaluation_crops(chosen, dataset, feed, world)
-            seen = fingerprint(dataset) if world.leads else ""
-            report = report if world.leads else silent
-            run = Run(
-                chosen, dataset, folder, world, trainee, feed, query, gallery, journal, position, seen, stop, report
-            )
-            finished = fit(run)
+            seen, report = (fingerprint(dataset), report) if world.leads else ("", silent)
+            parts = (trainee, feed, query, gallery, journal, position, seen, stop, report)
+            finished = fit(Run(chosen, dataset, folder, world, *parts))
         return TrainResult(folder, position.epoch, finished, position.best, position.before, stop())
 
 
@@ -228,8 +212,7 @@ def _open_dataset(data: str | Path | None, layout: str | None, resume: Path | No
 def new_network(config: TrainConfig, num_classes: int, world: World | None = None) -> ReidNetwork:
     """Build the network of a run; weights that are not loaded are drawn from the seed of the run.
 
-    Raises:
-        PmmError: the configuration does not describe a network, or weights are not available.
+    Raises PmmError if the configuration does not describe a network, ModelError if weights are missing or do not fit.
     """
     world, weights = world or World(), config.backbone_weights
     if weights not in ("imagenet", "none") and not Path(weights).exists():
@@ -243,7 +226,7 @@ def new_network(config: TrainConfig, num_classes: int, world: World | None = Non
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
     # Old versions of torch did not save num_batches_tracked.
-    needed = {f"backbone.{name}" for name in network.backbone.state_dict() if not name.endswith("num_batches_tracked")}
+    needed = {name for name in own if name.startswith("backbone.") and not name.endswith("num_batches_tracked")}
     if weights == "none":
         zero_init_residuals(network.backbone)
     elif not needed <= fitting.keys():
@@ -258,11 +241,9 @@ def new_network(config: TrainConfig, num_classes: int, world: World | None = Non
             raise ModelError(f"no tensor of {config.init_from} fits the network", remedy)
         network.load_state_dict(fitting, strict=False)
         if world.leads:
-            text = f"{config.init_from}: {len(fitting)} tensors loaded"
-            for names, what in ((own.keys() - fitting, "not in it"), (given.keys() - own, "of it not used")):
-                if names:
-                    text += f", {len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-            warnings.warn(text, PmmWarning, stacklevel=2)
+            counts = f"{len(fitting)} tensors loaded, {len(own) - len(fitting)} of the network's not found"
+            unused = f"{len(given.keys() - fitting)} of the file's not used"
+            warnings.warn(f"{config.init_from}: {counts}, {unused}", PmmWarning, stacklevel=2)
     return network
 
 
@@ -358,12 +339,13 @@ def train_epoch(run: Run) -> bool:
         # cheap, and torchrun kills a process 30 s after SIGTERM.
         alone, cheap = world.size == 1, run.trainee.device.type == "cpu"
         if last or (meter.due() or run.stop() if alone else cheap or position.step % SYNC_STEPS == 0):
-            unreadable = feed.replacements.take_new()
-            stop, any_unreadable = world.any(run.stop(), bool(unreadable))
+            unreadable, bad = feed.replacements.take_new(), meter.bad_step()
+            stop, any_unreadable, any_bad = world.any(run.stop(), bool(unreadable), bad is not None)
             if any_unreadable:
                 for text in feed.replacements.register(world.gather(unreadable)):
                     run.warn(text)
-            _check_finite(run, meter, epoch)
+            if any_bad:
+                raise _not_finite(run, epoch, min(world.gather([] if bad is None else [bad])))
             done, total = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches)
             run.report("train", done, total, f"epoch {epoch}/{config.epochs} · {meter.text()}")
             if stop and not last:
@@ -373,11 +355,8 @@ def train_epoch(run: Run) -> bool:
     return True
 
 
-def _check_finite(run: Run, meter: Meter, epoch: int) -> None:
-    """Stop with the batch saved if a loss was not finite."""
-    step = run.world.minimum(meter.bad_step())
-    if step is None:
-        return
+def _not_finite(run: Run, epoch: int, step: int) -> CheckFailedError:
+    """Save the batch of a step whose loss is not finite, and return the error that names it."""
     path, feed = run.folder / BAD_BATCH, run.feed
     if run.world.leads:
         indices = feed.batches(epoch)[step]
@@ -385,10 +364,9 @@ def _check_finite(run: Run, meter: Meter, epoch: int) -> None:
         content = {"epoch": epoch, "step": step, "images": images, "crops": crops, "seeds": feed.seeds(epoch, step)}
         with written_whole(path) as temporary:
             torch.save(content, temporary)
-    earlier = f"{run.folder / LAST} is from before that step. " if (run.folder / LAST).exists() else ""
-    raise CheckFailedError(
+    return CheckFailedError(
         f"the loss of epoch {epoch}, step {step + 1} is not finite; its batch is in {path}",
-        f"{earlier}A new run with --precision fp32 or --clip-norm 10 may avoid it",
+        f"{run.folder / LAST}, if there is one, is from before; try a new run with --precision fp32 or --clip-norm 10",
     )
 
 

@@ -96,7 +96,7 @@ def test_blocks_must_divide_the_map():
     assert check_block_grid(192, 64, (3, 2)) == 8
     with pytest.raises(PmmError) as caught:
         check_block_grid(256, 128, (3, 2))
-    assert {"48", "240", "288"} <= set(caught.value.remedy.replace(")", "").split()), "the remedy names sizes that fit"
+    assert "240x128" in caught.value.remedy, "the remedy names a size that fits"
 
 
 @pytest.mark.parametrize(("k", "blocks", "scaled"), [(3, 32, 3), (8, 32, 8), (3, 8, 1), (8, 8, 2), (3, 6, 1)])
