@@ -150,7 +150,7 @@ def export(
         "uint8 (default): (N, H, W, 3) RGB, normalized in the graph. raw: float32 (N, 3, H, W) in 0..255, normalized in"
         " the graph, for DeepStream. normalized: float32 (N, 3, H, W), for consumers that normalize.",
     ),
-    opset: int = _opt(18, "ONNX opset, 18 to 20."),
+    opset: int = _opt(18, "ONNX opset, 17 to 20."),
     normalize_output: bool = _opt(False, "Scale embeddings to unit length.", "--normalize-output"),
     static_batch: int | None = _opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
     safetensors: bool = _opt(False, "Also write the weights, for PyTorch.", "--safetensors"),

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 """Default opset: what torch's exporter writes without conversion."""
-OPSETS = range(18, 21)
+OPSETS = range(17, 21)
 
 TOLERANCE = 1e-3
 """Largest allowed difference of an FP32 export to its checkpoint, as a share of the largest embedding value. Rounding
@@ -130,7 +130,7 @@ def export(
             ONNX file that was exported before, which needs no torch.
         out: the ONNX file to write; default: in the run's `export` folder. For an ONNX file: the engine to write.
         input_form: `uint8` (default), `raw` or `normalized`; see `InputSpec`.
-        opset: 18 to 20.
+        opset: 17 to 20.
         normalize_output: scale embeddings to unit L2 length.
         static_batch: the only batch size that the graph accepts; default: any.
         precision: `fp32`, `fp16` or `int8`.

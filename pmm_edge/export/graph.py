@@ -105,7 +105,7 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = 18) -> onnx.Mod
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=opset,
+            opset_version=max(opset, 18),
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -117,7 +117,26 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = 18) -> onnx.Mod
     for entry in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         entry.ClearField("metadata_props")
         entry.ClearField("doc_string")
+    if opset == 17:
+        _lower_to_opset_17(model)
     return finalize(model, spec)
+
+
+def _lower_to_opset_17(model: onnx.ModelProto) -> None:
+    """Rewrite reductions, the only operators here that opset 18 changed: their axes were an attribute before."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type.startswith("Reduce"):
+            values, axes = node.input
+            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("axes", constants[axes].tolist())])
+            node.input[:] = [values]
+    used = {name for node in model.graph.node for name in node.input}
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(initializers)
+    model.opset_import[0].version = 17
 
 
 def finalize(model: onnx.ModelProto, spec: ModelSpec, static_batch: int | None = None) -> onnx.ModelProto:

@@ -128,7 +128,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 INVALID: list[tuple[type[PmmError], dict[str, object]]] = [
-    (PmmError, {"opset": 17}),
+    (PmmError, {"opset": 16}),
     (PmmError, {"opset": 21}),
     (PmmError, {"static_batch": 0}),
     (PmmError, {"target": "cpu"}),

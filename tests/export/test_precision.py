@@ -199,7 +199,7 @@ def test_forms_share_one_quantized_network(int8_cpu: list[ExportedFile]) -> None
     assert cosines(base, other).min() > 0.9999
 
 
-@pytest.mark.parametrize(("opset", "precision"), [(19, "fp16"), (20, "int8")])
+@pytest.mark.parametrize(("opset", "precision"), [(17, "fp16"), (20, "int8")])
 def test_reduced_precision_follows_the_graph_options(
     opset: int, precision: str, tiny_checkpoint: Path, people: Path, tmp_path: Path
 ) -> None:
