@@ -109,19 +109,14 @@ def visualize(
         what: the kind of picture; `all` draws those that the model and the images allow.
         data: a data set, for `cams` also a folder or list of images or one image; default: the run's data set.
         layout: layout of the data set; None detects it.
-        images: number of images, queries or anchors to draw.
-        top: number of hits per query.
+        images: number of images, queries or anchors to draw; `top` is the number of hits per query.
         seed: selects the images and the negatives.
         true_class: explain the true class of training images instead of the predicted class of queries.
         out: folder to write; default: `pictures` in the run folder.
-        device: see `pmm_edge.load`.
-        report: progress.
+        device: as in `pmm_edge.load`.
 
-    Raises:
-        UnsuitableError: the requested kind, or every kind, cannot be drawn.
-        DataError: there are no images, or one cannot be read.
-        ModelError: a file is not a model.
-        OutputError: the folder cannot be written.
+    Raises UnsuitableError if the requested kind, or every kind, cannot be drawn; DataError if there are no images, or
+    one cannot be read; ModelError if a file is not a model; OutputError if the folder cannot be written.
     """
     if not 1 <= images <= MOST or not 1 <= top <= MOST:
         raise PmmError(f"{images} images with {top} hits are out of range", f"Choose 1 to {MOST} of each")
@@ -159,8 +154,8 @@ def _cams(request: _Request) -> Drawn:
     checkpoints = [checkpoint_with_heads(path) for path in request.models]
     images, targets = request.images, None
     if not request.true_class:
-        split = None if images.labels is None else images.labels.split == "query"
-        rows = np.arange(len(images.paths)) if split is None else np.flatnonzero(split)
+        labels = images.labels
+        rows = np.arange(len(images.paths)) if labels is None else np.flatnonzero(labels.split == "query")
         rows = rows[evenly(len(rows), OVERLAP_IMAGES)]
     elif images.labels is None:
         raise DataError(
@@ -199,8 +194,7 @@ def _mixing(request: _Request) -> Drawn:
     from pmm_edge.pictures.mixing_grid import mixing_grid
 
     model, dataset = request.model_and_dataset()
-    device, report = request.device, request.report
-    return mixing_grid(model, dataset.train, count=request.count, seed=request.seed, device=device, report=report), []
+    return mixing_grid(model, dataset.train, count=request.count, seed=request.seed, device=request.device), []
 
 
 DRAWERS: dict[Kind, Callable[[_Request], Drawn]] = {"cams": _cams, "galleries": _galleries, "mixing": _mixing}

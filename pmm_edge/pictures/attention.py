@@ -171,14 +171,8 @@ def draw_cams(
 ) -> Image.Image:
     """Draw maps of the same images for one or more networks; images are enlarged to the first one's multiple.
 
-    Args:
-        paths: the N images.
-        networks: maps of each network.
-        checkpoints: the file of each network; its folder tells networks of one method apart.
-        true_class: whether the maps explain the true class, for the note.
-
-    Raises:
-        DataError: an image cannot be read.
+    `checkpoints` are the files of the networks, whose folders tell networks of one method apart. `true_class` is for
+    the note. Raises DataError if an image cannot be read.
     """
     names = [METHODS[found.spec.architecture] for found in networks]
     if len(set(names)) < len(names):

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import Split
 from pmm_edge.data.loader import identity_batches
 from pmm_edge.images import read_crops
@@ -54,18 +53,14 @@ class Mixing:
         return np.where(pixels.numpy(), self.crops[self.negatives], self.crops)
 
 
-def mixing_grid(
-    path: Path, train: Split, *, count: int = 6, seed: int = 0, device: str | None = None, report: Report = silent
-) -> Image.Image:
+def mixing_grid(path: Path, train: Split, *, count: int = 6, seed: int = 0, device: str | None = None) -> Image.Image:
     """Draw the mixing of one batch, one row for each of `count` identities.
 
     `path` is a PMM checkpoint trained with A-Hard-Mix, `train` its training set; `seed` selects the batch and the
     negatives; `device` is as in `attention_of`.
 
-    Raises:
-        UnsuitableError: the network does not mix features, was trained on other data, or is an export.
-        DataError: an image cannot be read.
-        ModelError: the file is not a checkpoint.
+    Raises UnsuitableError if the network does not mix features, was trained on other data, or is an export; DataError
+    if an image cannot be read; ModelError if the file is not a checkpoint.
     """
     checkpoint = checkpoint_with_heads(path)
     network, size = checkpoint.network(), checkpoint.spec.input
@@ -76,11 +71,8 @@ def mixing_grid(
     if not batches:
         raise UnsuitableError(f"{path} was trained on one identity, and mixing needs two", "Name another checkpoint")
     chosen = used[batches[0]]
-    what = f"mixing a batch of {len(chosen)}"
-    report(what, 0, 1)
     crops = read_crops([train.paths[row] for row in chosen], size.height, size.width)
     found = mixed_batch(network, crops, classes[chosen], size, seed, torch_device(device))
-    report(what, 1, 1)
     return draw_mixing(found, range(0, len(chosen), IMAGES_EACH)[:count])
 
 
