@@ -22,7 +22,8 @@ from rich.table import Table
 
 from pmm_edge.console import progress
 from pmm_edge.errors import PmmError
-from pmm_edge.pictures.attention import Overlap, attention_of, checkpoint_with_heads, overlap
+from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads
+from pmm_edge.pictures.overlap import Overlap, overlap
 from pmm_edge.runs import BEST, about_run
 from pmm_edge.runtime.embed_files import find_images
 
@@ -52,14 +53,12 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     where = machine("torch", "numpy")
     if options.json:
-        runs = [
-            {"run": str(name), "method": method, **figures.to_json()} for name, (method, _, figures) in found.items()
-        ]
+        runs = [{"run": str(name), "method": method, **vars(figures)} for name, (method, _, figures) in found.items()]
         print(json.dumps({"machine": where, "data": source.name, "runs": runs}, indent=2))
         return
     console = Console(width=None if Console().is_terminal else 160)
     console.print(where, soft_wrap=True)
-    title = f"overlap of the stages' maps, mean ± spread over {len(paths):,} query images of {source.name}"
+    title = f"overlap of the stages' maps, mean over {len(paths):,} query images of {source.name}"
     table = Table("run", "method", *PAIRS, "mean", "chance", "empty", title=title, title_justify="left")
     for name, (method, mix, figures) in found.items():
         label = f"{method} {mix}" if method == "pmm" else method
@@ -68,14 +67,8 @@ def main() -> None:
 
 
 def _row(figures: Overlap) -> list[str]:
-    columns = dict(zip(figures.pairs, figures.per_image.T, strict=True))
-    pairs = [_spread(columns[pair]) if pair in columns else "–" for pair in PAIRS]
-    means = ["–" if value is None else f"{value:.3f}" for value in (figures.mean, figures.chance)]
-    return [*pairs, *means, str(figures.empty)]
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{np.nanmean(values):.3f} ± {np.nanstd(values):.3f}"
+    values = [*map(figures.pairs.get, PAIRS), figures.mean, figures.chance]
+    return [*("–" if value is None else f"{value:.3f}" for value in values), str(figures.empty)]
 
 
 def _data_of(checkpoint: Path) -> Path:
