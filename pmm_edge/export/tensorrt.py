@@ -40,7 +40,6 @@ def build_engine(
     settings: BuildSettings = BuildSettings(),
     report: Report = silent,
     also: Sequence[str] = (),
-    trt: Any = None,
 ) -> BuiltEngine:
     """Build a TensorRT engine for the GPU of this machine from a file of `pmm export`, and its manifest.
 
@@ -62,7 +61,7 @@ def build_engine(
             f"Build it with --batch-profile {static}",
         )
     try:
-        trt, cuda = trt or import_tensorrt(), Cuda()
+        trt, cuda = import_tensorrt(), Cuda()
     except NotOnThisMachineError as error:
         raise NotOnThisMachineError(
             f"{onnx_path} is ready, but its engine cannot be built here: {error}",

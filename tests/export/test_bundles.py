@@ -105,16 +105,6 @@ def test_network_mode_is_the_precision(spec: ModelSpec) -> None:
         assert (reid["networkMode"], reid["modelEngineFile"]) == (mode, f"reid.onnx_b100_gpu0_{precision}.engine")
 
 
-def test_command_in_the_readme_makes_paths_absolute(raw_onnx: Path, tmp_path: Path) -> None:
-    folder = deepstream_bundle(raw_onnx, tmp_path / "tracker").folder
-    readme = (folder / "README.md").read_text()
-    (command,) = [line.strip() for line in readme.splitlines() if line.strip().startswith("sed ")]
-    subprocess.run(["bash", "-c", command], cwd=folder, check=True)
-    reid = yaml.safe_load((folder / "config_tracker_NvDCF.yml").read_text())["ReID"]
-    assert Path(reid["onnxFile"]) == folder / "reid.onnx"
-    assert Path(reid["modelEngineFile"]).parent == folder
-
-
 def parsed(config: str) -> Any:
     return text_format.Parse(config, model_config_pb2.ModelConfig())
 

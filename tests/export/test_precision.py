@@ -17,7 +17,7 @@ from people import write_people
 from torch import Tensor, nn
 
 import pmm_edge
-from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmWarning
+from pmm_edge.errors import CheckFailedError, DataError, PmmWarning
 from pmm_edge.export import ExportedFile, export, quantize
 from pmm_edge.export.calibration import METHODS, Calibration, Ranges, read_calibration, value_ranges
 from pmm_edge.export.graph import Parts, layer_names, onnx_graph, row_preprocessing, split
@@ -317,14 +317,6 @@ def test_unusable_calibration_data(problem: str, people: Path, tmp_path: Path) -
     with pytest.raises(DataError, match=str(data)) as caught:
         read_calibration(data, SIZE)
     assert "\n" not in str(caught.value)
-
-
-def test_full_temporary_folder_is_not_blamed_on_the_model(
-    mini: Parts, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", "/proc/full")
-    with pytest.raises(OutputError, match="/proc/full"):
-        value_ranges(mini.network, calibration.ranges[:4], SIZE)
 
 
 @contextmanager

@@ -85,15 +85,10 @@ def test_a_graph_that_does_not_match_its_spec(spec: dict, tmp_path: Path) -> Non
     ("entry", "value"),
     [
         ("schema", 2),
-        ("schema", 1e999),
         ("architecture", "osnet"),
-        ("mix", "osnet"),
         ("embedding_size", 0),
-        ("num_classes", "4"),
         ("form", "RAW"),
-        ("mean", [0.5, 0.5]),
         ("std", [0.2, 0.2, 0]),
-        ("color", "BGR"),
     ],
 )
 def test_an_invalid_spec_names_the_entry(entry: str, value: object, spec: dict, tmp_path: Path) -> None:
@@ -101,11 +96,6 @@ def test_an_invalid_spec_names_the_entry(entry: str, value: object, spec: dict, 
     assert entry in holder
     holder[entry] = value
     refused(with_spec(tmp_path / "wrong.onnx", json.dumps(spec)))
-
-
-def test_a_deeply_nested_spec(spec: dict, tmp_path: Path) -> None:
-    text = json.dumps(spec | {"dataset": 7}).replace('"dataset": 7', f'"dataset": {"[" * 100_000}{"]" * 100_000}')
-    refused(with_spec(tmp_path / "deep.onnx", text))
 
 
 def test_checkpoints_of_another_version(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -140,13 +140,3 @@ def test_each_network_has_its_own_engine_cache(machine: Machine, network: Path, 
     assert first == again
     assert first["trt_engine_cache_path"] != changed["trt_engine_cache_path"]
     assert first["trt_timing_cache_path"] == changed["trt_timing_cache_path"]
-
-
-def test_the_installed_onnxruntime_knows_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    library = Path(onnxruntime.__file__).with_name("capi") / "libonnxruntime_providers_tensorrt.so"
-    if not library.is_file():
-        pytest.skip("this onnxruntime has no TensorRT provider")
-    monkeypatch.setenv("PMM_HOME", str(tmp_path))
-    options = onnx_backend.tensorrt_options(0, "digest", ["batch", 96, 64, 3], BatchProfile())
-    content = library.read_bytes()
-    assert [name for name in options if name.encode() + b"\0" not in content] == []

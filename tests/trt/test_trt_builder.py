@@ -57,12 +57,6 @@ def test_settings_reach_tensorrt(gpu: double.FakeGpu, onnx: Path) -> None:
     assert default.hardware_compatibility_level == trt.HardwareCompatibilityLevel.NONE
 
 
-def test_the_tensorrt_module_is_a_parameter(gpu: double.FakeGpu, onnx: Path) -> None:
-    trt = double.tensorrt(gpu, "11.4.0.106")
-    built = build_engine(onnx, onnx.with_suffix(".engine"), trt=trt)
-    assert built.manifest.machine.tensorrt == "11.4.0.106"
-
-
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 @pytest.mark.parametrize(
     "layers",
@@ -177,14 +171,8 @@ def test_the_timing_cache(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> No
     assert known_before() == 0
 
 
-@pytest.mark.parametrize("unusable", ["file", "homeless"])
-def test_without_a_cache_folder_the_build_only_takes_longer(
-    unusable: str, gpu: double.FakeGpu, onnx: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    if unusable == "file":
-        monkeypatch.setenv("PMM_HOME", str(onnx))
-    else:
-        request.getfixturevalue("homeless")
+@pytest.mark.usefixtures("homeless")
+def test_without_a_cache_folder_the_build_only_takes_longer(gpu: double.FakeGpu, onnx: Path) -> None:
     assert build(onnx).path.exists()
 
 

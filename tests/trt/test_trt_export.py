@@ -11,7 +11,7 @@ from color_network import color_network
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from pmm_edge.errors import OutputError, PmmError
+from pmm_edge.errors import PmmError
 from pmm_edge.export.exporter import export
 from pmm_edge.runtime.cuda import NotOnThisMachineError
 from pmm_edge.runtime.manifest import BatchProfile
@@ -58,24 +58,6 @@ def test_a_static_batch_is_the_profile_of_the_engine(gpu: double.FakeGpu, onnx: 
     assert export(onnx, trt=True).engine.manifest.settings.batch == BatchProfile(4, 4, 4)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_profile": "64,16,1"},
-        {"optimization_level": 9},
-        {"workspace_gib": float("nan")},
-        {"out": "other.onnx"},
-        {"triton": "models", "batch_profile": "4,8,16"},  # cannot answer a single request
-    ],
-)
-def test_wrong_options_write_nothing(options: dict, gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:
-    paths = {name: tmp_path / options[name] for name in ("out", "triton") if name in options}
-    with pytest.raises(PmmError):
-        export(onnx, trt=True, **{**options, **paths})
-    assert [path.name for path in onnx.parent.iterdir()] == ["model.onnx"]
-    assert not (tmp_path / "models").exists()
-
-
 def test_without_tensorrt_the_commands_for_the_target_are_reported(
     no_tensorrt: None, onnx: Path, tmp_path: Path
 ) -> None:
@@ -96,18 +78,6 @@ def test_the_command_line_without_tensorrt(no_tensorrt: None, pmm: Callable, onn
     assert str(onnx) in last
     assert "pmm export model.onnx --trt --batch-profile 1,16,64" in last
     assert "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped" in last
-
-
-def test_a_failed_bundle_does_not_hide_the_missing_engine(
-    no_tensorrt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OutputError("cannot write tracker: No space left on device")
-
-    raw = color_network(tmp_path / "export" / "raw.onnx", form="raw")
-    monkeypatch.setattr("pmm_edge.export.bundles.deepstream_bundle", full)
-    failures = export(raw, trt=True, deepstream=tmp_path / "tracker").failures
-    assert [type(failure) for failure in failures] == [NotOnThisMachineError, OutputError]
 
 
 def test_the_edge_install_builds_and_loads_an_engine(onnx: Path) -> None:

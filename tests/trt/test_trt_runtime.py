@@ -13,7 +13,7 @@ import pmm_edge
 from pmm_edge.errors import ModelError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.runtime import tensorrt_backend
-from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError, native_handle
+from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
 from pmm_edge.spec import InputForm, InputSpec
@@ -193,11 +193,3 @@ def test_a_manifest_that_promises_too_much(built: BuiltEngine, install: double.I
     manifest.write_text(manifest.read_text().replace('"maximum": 4', '"maximum": 8'))
     with pytest.raises(ModelError, match="batch of 8"):
         pmm_edge.load(built.path).embed(CROPS[:8])
-
-
-def test_native_handle(monkeypatch: pytest.MonkeyPatch) -> None:
-    utils = type("utils", (), {"get_cuda_native_handle": staticmethod(lambda handle: 5)})
-    monkeypatch.setitem(sys.modules, "cuda.bindings.utils", utils)
-    assert native_handle(object()) == 5
-    monkeypatch.setitem(sys.modules, "cuda.bindings.utils", None)
-    assert native_handle(7) == 7
