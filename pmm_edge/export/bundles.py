@@ -1,8 +1,7 @@
 """Deployment folders: a ReID configuration for DeepStream's tracker, a model for Triton Inference Server.
 
-Names, ranges and defaults of the tracker's keys are from the tables in "Gst-nvtracker" of NVIDIA's DeepStream 7.0
-developer guide; values of reidType and visualTrackerType are also in the 9.2 API reference. Triton's fields are those
-of `ModelConfig` in model_config.proto of https://github.com/triton-inference-server/common.
+Keys of the tracker are from "Gst-nvtracker" in NVIDIA's DeepStream 7.0 developer guide, Triton's fields from
+model_config.proto of https://github.com/triton-inference-server/common.
 """
 
 from __future__ import annotations

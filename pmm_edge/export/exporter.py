@@ -49,10 +49,9 @@ OPSET = 18
 OPSETS = range(17, 21)
 
 TOLERANCE = 1e-3
-"""Largest allowed difference of an FP32 export to its checkpoint, as a share of the largest embedding value. Rounding
-stays a hundred times below."""
+"""Largest allowed difference of an FP32 export, as a share of the largest value; rounding stays far below."""
 MIN_COSINE = {"fp16": 0.999, "int8": 0.95}
-"""Smallest allowed cosine to the checkpoint: of any image in FP16, of the mean in INT8. `pmm bench` requires more."""
+"""Smallest allowed cosine to the checkpoint: of any image in FP16, the mean in INT8. `pmm bench` requires more."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,8 @@ def export(
         normalize_output: scale embeddings to unit L2 length.
         static_batch: the only batch size that the graph accepts; default: any.
         precision: `fp32`, `fp16` or `int8`.
-        calibration: data set whose training images calibrate INT8 and check FP16; default: the run's data set.
-        layout: of the data set, if it is not detected.
+        calibration: data set (of `layout`, if that is not detected) whose training images calibrate INT8 and check
+            FP16; default: the run's data set.
         target: engine of the INT8 graph, `tensorrt` (default) or `cpu`.
         calibration_method: of INT8; default: the best of all.
         max_map_drop: keep the layers that INT8 affects most in float32 until mAP drops by at most so many points.

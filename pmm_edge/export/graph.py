@@ -28,10 +28,10 @@ LAYERS = ("Conv", "Gemm")
 
 
 class StrippedNetwork(nn.Module):
-    """A network without classifiers and mixing. Forward: normalized images (N, 3, H, W) -> embeddings (N, D).
+    """A network without classifiers and mixing: normalized images (N, 3, H, W) -> embeddings (N, D).
 
     Batch normalization is folded into the preceding layers. Heads that read the same pooled vector become one layer:
-    at inference, stages II and III of PMM are one 2048->1024 layer.
+    stages II and III of PMM are one 2048->1024 layer.
     """
 
     def __init__(self, network: ReidNetwork) -> None:

@@ -227,17 +227,16 @@ class LayerSensitivity:
     work: float
     """Share of the network's multiply-adds, 0..1."""
     float32: bool
-    """The layer stays in float32."""
+    """Whether the layer stays in float32."""
 
 
 @dataclass(frozen=True)
 class SensitivitySearch:
-    """Result of a search for the layers to keep in float32."""
+    """Result of a search for the layers to keep in float32; mAP in 0..1."""
 
     map_float32: float
-    """mAP, 0..1."""
     map_int8: float
-    """mAP of the exported network, 0..1."""
+    """Of the exported network."""
     layers: list[LayerSensitivity]
     """Most sensitive first; empty if mAP holds with all layers in INT8."""
 

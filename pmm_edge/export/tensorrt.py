@@ -315,7 +315,7 @@ def _check_precision(spec: ModelSpec, found: PrecisionCount, out: Path) -> None:
 def commands_elsewhere(
     onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
 ) -> str:
-    """Return the commands that build the engine on the target: `pmm`, or `trtexec`, which writes no manifest."""
+    """Return commands that build the engine on the target: `pmm`, or `trtexec`, which writes no manifest."""
     batch = settings.batch
     words = ["trtexec", f"--onnx={onnx.name}", f"--saveEngine={out.name}", "--stronglyTyped", "--noTF32"]
     for name, size in (("min", batch.minimum), ("opt", batch.optimal), ("max", batch.maximum)):

@@ -28,10 +28,8 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
             `tensorrt:N`, the TensorRT provider of ONNX Runtime, whose first run builds an engine for minutes.
         require_certificate: refuse a model without a valid certificate of `pmm bench`, before any of it runs.
 
-    Raises:
-        ModelError: the file is missing, truncated or not from pmm-edge, or its engine or the device is not available.
-        CertificateError: with `require_certificate`, the certificate is missing or does not match.
-        NotOnThisMachineError, GpuError: TensorRT, cuda-python or a usable GPU is missing for an `.engine`.
+    Raises ModelError if the file is missing or damaged or its device is not available, CertificateError if the
+    certificate is missing or does not match, NotOnThisMachineError or GpuError if an `.engine` cannot run here.
     """
     path = Path(path)
     if path.is_dir():

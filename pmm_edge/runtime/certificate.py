@@ -1,8 +1,7 @@
 """The certificate next to a model: a complete bench compared it with its reference, and it passed.
 
-A certificate names the SHA-256 of the model and has a digest of its own content. This detects a model that was exported
-again, a replaced file and an edited figure. It is not a signature: anyone who can write both files can write a new
-pair. Sign the certificate with a signing tool, or pin its `digest`, if that matters.
+It names the SHA-256 of the model and has a digest of its own content, which reveals replaced files and edited figures.
+It is not a signature: anyone who can write both files can write a new pair. Sign it or pin its `digest` against that.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class Certificate:
 
 
 def certificate_path(model: Path) -> Path:
-    """Return `model.onnx.certificate.json` for `model.onnx`, as several models share a folder and often a stem."""
+    """Return `model.onnx.certificate.json` for `model.onnx`; several models often share a stem."""
     return model.with_name(model.name + ".certificate.json")
 
 

@@ -14,8 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from pmm_edge.errors import PmmError
 
-_RUNTIME_MODULES = ("cuda.bindings.runtime", "cuda.cudart")
-"""The CUDA runtime API of cuda-python since 12.6, and before."""
+_RUNTIME_MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python since 12.6, and before
 _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 OUT_OF_MEMORY = "The GPU may be out of memory; check nvidia-smi or tegrastats"
 

@@ -24,25 +24,19 @@ CHUNK = 64
 
 
 class Embedder(ABC):
-    """A loaded network. Its preprocessing follows from `spec` alone.
+    """A loaded network from `path`. Its preprocessing follows from `spec` alone.
 
-    Threads may share an embedder. The exception is PyTorch on a GPU, where a call changes the TF32 setting of the
-    process while it runs.
-
-    Attributes:
-        spec: the network and its input.
-        path: the file it was loaded from.
-        backend: `torch`, `onnxruntime`, `onnxruntime-tensorrt` (the TensorRT provider of ONNX Runtime) or `tensorrt`.
-        device: the device in use, `cpu` or `cuda:N`.
-        profile: the batch sizes that the engine accepts; None if it accepts any. Callers may pass any number of crops:
-            larger batches are split, smaller ones padded.
-        cuda_graphs: whether each batch size runs as one CUDA graph.
-        threads: number of CPU threads set for the engine; None if the engine chooses.
+    `backend` is `torch`, `onnxruntime`, `onnxruntime-tensorrt` (the TensorRT provider of ONNX Runtime) or `tensorrt`,
+    `device` is `cpu` or `cuda:N`. Threads may share an embedder, except PyTorch on a GPU, where a call changes the TF32
+    setting of the process while it runs.
     """
 
     profile: BatchProfile | None = None
+    """Batch sizes that the engine accepts, None for any. Larger batches are split, smaller ones padded."""
     cuda_graphs = False
+    """Whether each batch size runs as one CUDA graph."""
     threads: int | None = None
+    """CPU threads set for the engine; None if the engine chooses."""
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
         self.spec = spec

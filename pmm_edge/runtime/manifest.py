@@ -98,24 +98,24 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an engine depends on: the GPU, and versions."""
+    """What an engine depends on; `driver` is the newest CUDA that it supports, and its version if known."""
 
     gpu: str
     compute_capability: str
     tensorrt: str
     cuda: str
     driver: str
-    """The newest CUDA that the driver supports, and the version of the driver if the system tells it."""
 
 
 @dataclass(frozen=True)
 class PrecisionCount:
-    """Number of layers per data type (`FP32`, `FP16`, `INT8`, ..., `unknown`), as the engine reports it."""
+    """Number of layers per data type (`FP32`, `FP16`, `INT8`, ..., `unknown`), as the engine reports it.
+
+    `layers` are all that compute, without copies; `products` are convolutions and matrix products only.
+    """
 
     layers: dict[str, int]
-    """All layers that compute; copies and reformats are excluded."""
     products: dict[str, int]
-    """Convolutions and matrix products only, which take nearly all the time."""
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,7 @@ class TorchEmbedder(Embedder):
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Compute FP32 in full precision on GPUs, for the whole process: TF32 keeps 10 of 23 mantissa bits.
-
-    TF32 is the default of torch for convolutions, and the caller may have enabled it for matrix products.
-    """
+    """Compute FP32 in full precision on GPUs, for the whole process: TF32 keeps 10 of 23 mantissa bits."""
     products = torch.backends.cuda.matmul
     before, products.allow_tf32 = products.allow_tf32, False
     try:

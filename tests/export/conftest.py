@@ -14,28 +14,17 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fp32_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportResult, list[str]]:
-    """FP32 in all three input forms with the DeepStream and Triton bundles, and the progress reports."""
-    folder, progress = tmp_path_factory.mktemp("fp32"), []
-
-    def report(what: str, done: int, total: int, detail: str = "") -> None:
-        progress.append(f"{what} {done}/{total}")
-
-    result = export(
-        tiny_checkpoint,
-        out=folder / "model.onnx",
-        input_form="normalized",
-        deepstream=folder / "tracker",
-        triton=folder / "models",
-        report=report,
-    )
-    return result, progress
+def fp32_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """FP32 in all three input forms with the DeepStream and Triton bundles."""
+    folder = tmp_path_factory.mktemp("fp32")
+    bundles = {"deepstream": folder / "tracker", "triton": folder / "models"}
+    return export(tiny_checkpoint, out=folder / "model.onnx", input_form="normalized", **bundles)
 
 
 @pytest.fixture(scope="session")
-def fp32(fp32_export: tuple[ExportResult, list[str]]) -> dict[str, ExportedFile]:
+def fp32(fp32_export: ExportResult) -> dict[str, ExportedFile]:
     """FP32, by input form."""
-    return {item.spec.input.form: item for item in fp32_export[0].files}
+    return {item.spec.input.form: item for item in fp32_export.files}
 
 
 @pytest.fixture(scope="session")

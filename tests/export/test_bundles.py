@@ -35,13 +35,13 @@ from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization
 
 
 @pytest.fixture(scope="module")
-def deepstream(fp32_export: tuple[ExportResult, list[str]]) -> Path:
-    return fp32_export[0].bundles[0].folder
+def deepstream(fp32_export: ExportResult) -> Path:
+    return fp32_export.bundles[0].folder
 
 
 @pytest.fixture(scope="module")
-def triton(fp32_export: tuple[ExportResult, list[str]]) -> Path:
-    return fp32_export[0].bundles[1].folder
+def triton(fp32_export: ExportResult) -> Path:
+    return fp32_export.bundles[1].folder
 
 
 @pytest.fixture(scope="module")

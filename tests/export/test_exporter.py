@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import pmm_edge
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError
-from pmm_edge.export import ExportedFile, ExportResult, export, exporter, graph
+from pmm_edge.export import ExportedFile, export, exporter, graph
 from pmm_edge.files import sha256
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.runs import AboutRun, new_run_folder
@@ -52,13 +52,6 @@ def test_spec_describes_the_file(form: str, fp32: dict[str, ExportedFile], tiny_
     assert exported.size == exported.path.stat().st_size
     assert 0 <= exported.departure < 1e-5
     assert exported.cosine_min == pytest.approx(1, abs=1e-6)
-
-
-def test_progress_covers_every_file(fp32_export: tuple[ExportResult, list[str]]) -> None:
-    result, progress = fp32_export
-    names = [item.path.name for item in result.files]
-    assert names == ["model.onnx", "model-raw.onnx", "model-uint8.onnx"]
-    assert progress == [f"exporting {name} {step}/2" for name in names for step in range(3)]
 
 
 def test_files_contain_no_local_paths_and_are_reproducible(fp32: dict[str, ExportedFile], tiny_onnx: Path) -> None:

@@ -102,14 +102,6 @@ def test_graph_contains_only_network_and_preprocessing(fp32: dict[str, ExportedF
             assert nodes[0].op_type == "Cast"  # TensorRT accepts uint8 only at the input
 
 
-def test_every_precision_has_the_same_work(
-    fp32: dict[str, ExportedFile], fp16: ExportedFile, int8: dict[str, ExportedFile]
-) -> None:
-    counted = [(item.spec.gflops, item.spec.parameters) for item in (fp32["raw"], fp16, *int8.values())]
-    assert len(set(counted)) == 1
-    assert counted[0][0] == pytest.approx(fp32["uint8"].spec.gflops)
-
-
 def test_parts_join_to_the_whole(tiny_onnx: Path) -> None:
     model = onnx.load(tiny_onnx)
     parts = split(model)

@@ -41,14 +41,6 @@ def test_any_number_of_crops(embedder: TensorRTEmbedder, expected: np.ndarray) -
         close(embedder.embed(CROPS[:count]), expected[:count])
 
 
-def test_fields(built: BuiltEngine, gpu: double.FakeGpu) -> None:
-    embedder = pmm_edge.load(built.path)
-    assert (embedder.backend, embedder.device, embedder.path) == ("tensorrt", "cuda:0", built.path)
-    assert embedder.spec == built.manifest.spec
-    assert embedder.profile == BatchProfile(2, 3, 4)
-    assert embedder.embed([]).shape == (0, 8)
-
-
 def test_batches_are_the_maximum_of_the_profile(gpu: double.FakeGpu, onnx: Path) -> None:
     built = build_engine(onnx, onnx.with_suffix(".engine"), BuildSettings(BatchProfile(1, 80, 80)))
     crops = 16 * CROPS  # 176
