@@ -30,14 +30,8 @@ def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) 
     linear in the positions they select, so this mean is (d logit / d pooled[c]) / (H W). One backward pass through the
     head is enough; none goes through the backbone.
 
-    Args:
-        features: (N, C, H, W) map.
-        pooled: (N, C) average or max pooling of `features`, part of the graph of `logits`.
-        logits: (N, classes).
-        targets: (N,) int64 class indices.
-
-    Returns:
-        (N, H, W) ReLU(sum_c weight[c] * features[c]), not rescaled, detached.
+    `features` (N, C, H, W) were pooled to `pooled` (N, C), from which `logits` (N, classes) were computed. Returns
+    (N, H, W) ReLU(sum_c weight[c] * features[c]) for the classes `targets` (N,), not rescaled, detached.
     """
     evidence = logits.gather(1, targets[:, None]).sum()
     (gradient,) = torch.autograd.grad(evidence, pooled, retain_graph=True)
@@ -104,12 +98,10 @@ def mix(features: Tensor, negatives: Tensor, replaced: Tensor) -> Tensor:
 
 
 class MixedLabels(NamedTuple):
-    """Labels of images that show two identities."""
+    """Labels of images that show two identities: the pasted one (N,) int64, and its share of the area (N,) float32."""
 
     other: Tensor
-    """(N,) int64 class index of the pasted identity."""
     share: Tensor
-    """(N,) float32 in [0, 1], the fraction of the image that it fills."""
 
 
 def cutmix(images: Tensor, pids: Tensor, generator: torch.Generator) -> tuple[Tensor, MixedLabels]:

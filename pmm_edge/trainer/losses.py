@@ -17,11 +17,8 @@ LABEL_SMOOTHING = 0.1
 def batch_hard_triplet_loss(embeddings: Tensor, pids: Tensor) -> Tensor:
     """Mean over anchors of softplus(d_ap - d_an), with the farthest positive and the nearest negative.
 
-    Hermans et al., "In Defense of the Triplet Loss", 2017, equation 5 with the soft margin.
-
-    Args:
-        embeddings: (N, D); d is the Euclidean distance.
-        pids: (N,) identities.
+    Hermans et al., "In Defense of the Triplet Loss", 2017, equation 5 with the soft margin. d is the Euclidean distance
+    of the embeddings (N, D); `pids` are (N,).
     """
     distances = pairwise_distances(embeddings)
     same = pids[:, None] == pids[None, :]
@@ -40,14 +37,9 @@ def pairwise_distances(embeddings: Tensor) -> Tensor:
 
 
 def identity_loss(logits: Tensor, pids: Tensor, mixed: MixedLabels | None = None) -> Tensor:
-    """Cross-entropy with label smoothing 0.1.
+    """Cross-entropy of (N, classes) with label smoothing 0.1; `pids` are (N,) int64 class indices.
 
     With mixed labels, the loss of a sample is (1 - share) CE(own identity) + share CE(other identity) (CutMix, 2019).
-
-    Args:
-        logits: (N, classes).
-        pids: (N,) int64 class indices.
-        mixed: the labels that CutMix or A-CutMix mixed in.
     """
     if mixed is None:
         return F.cross_entropy(logits.float(), pids, label_smoothing=LABEL_SMOOTHING)
@@ -63,14 +55,9 @@ def pmm_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the triplet loss and the identity loss over all stages (paper section 2.1).
 
-    Args:
-        outputs: outputs of a network in training mode.
-        pids: (N,) int64 class indices.
-        mixed: the labels that CutMix or A-CutMix mixed in. The triplet loss has no fractional labels: there an image
-            counts as the identity that fills most of it.
-
-    Returns:
-        The loss, and its parts by name (`triplet_1`, `identity_1`, `triplet_2`, ...), detached.
+    `pids` are (N,) int64 class indices; `mixed` are the labels that CutMix or A-CutMix mixed in. The triplet loss has
+    no fractional labels: there an image counts as the identity that fills most of it.
+    Returns the loss, and its parts by name (`triplet_1`, `identity_1`, `triplet_2`, ...), detached.
     """
     parts: dict[str, Tensor] = {}
     largest = pids if mixed is None else torch.where(mixed.share > 0.5, mixed.other, pids)

@@ -51,19 +51,17 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Position:
-    """How far a run is."""
+    """How far a run is: complete epochs, steps of the next one that are done, and the last epoch that was evaluated.
+
+    `stale` counts the evaluations since the best one; `before` are the figures before the first step.
+    """
 
     epoch: int = 0
-    """Complete epochs."""
     step: int = 0
-    """Steps of the next epoch that are done."""
     evaluated: int = 0
-    """The last epoch that was evaluated."""
     stale: int = 0
-    """Evaluations since the best one."""
     best: RetrievalFigures | None = None
     before: RetrievalFigures | None = None
-    """Before the first step."""
 
 
 def save_state(
@@ -97,11 +95,9 @@ def load_state(folder: Path, config: TrainConfig, dataset: ReidDataset) -> Check
     if not path.exists():
         return None
     checkpoint = load_checkpoint(path)
-    started = checkpoint.training.get("config", {})
-    now = asdict(config)
-    if changed := [
-        f"{name}: {now[name]!r}, was {started.get(name)!r}" for name in now if now[name] != started.get(name)
-    ]:
+    started, now = checkpoint.training.get("config", {}), asdict(config)
+    changed = [f"{name}: {now[name]!r}, was {started.get(name)!r}" for name in now if now[name] != started.get(name)]
+    if changed:
         raise ModelError(
             f"{folder / CONFIG} was changed since the run started ({'; '.join(changed)})",
             "Restore it, or start a new run with these settings",
@@ -125,10 +121,7 @@ def restore_state(trainee: Trainee, checkpoint: Checkpoint) -> None:
 def keep_epoch(folder: Path, epoch: int, keep: int) -> None:
     """Keep a copy of `last.pt` for this epoch and remove all but the newest `keep` copies."""
     with written_whole(folder / f"epoch-{epoch:04d}.pt") as kept:
-        try:
-            kept.hardlink_to(folder / LAST)
-        except OSError:  # the file system has no hard links
-            shutil.copyfile(folder / LAST, kept)
+        shutil.copyfile(folder / LAST, kept)
     by_epoch = {int(path.stem[6:]): path for path in folder.glob("epoch-*.pt") if path.stem[6:].isdecimal()}
     for old in sorted(by_epoch)[:-keep]:
         by_epoch[old].unlink()

@@ -54,14 +54,14 @@ def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
 
 
 class Shard(NamedTuple):
-    """The part of a batch that passes through the network at once, on the training device."""
+    """The part of a batch that passes through the network at once, on the training device.
+
+    `crops` are (N, H, W, 3) uint8 RGB, `pids` (N,) int64 class indices; `seed` is that of augmentation and mixing.
+    """
 
     crops: Tensor
-    """(N, H, W, 3) uint8 RGB."""
     pids: Tensor
-    """(N,) int64 class indices."""
     seed: int
-    """Seed of the augmentation and the mixing."""
 
 
 def class_indices(train: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

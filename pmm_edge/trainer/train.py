@@ -72,7 +72,7 @@ class TrainResult:
 
 @dataclass
 class Run:
-    """A training in progress."""
+    """A training in progress. `data` is the fingerprint of the data set; `stop()` whether Ctrl-C or SIGTERM came."""
 
     config: TrainConfig
     dataset: ReidDataset
@@ -85,9 +85,7 @@ class Run:
     journal: Journal
     position: Position
     data: str
-    """The fingerprint of the data set."""
     stop: Callable[[], bool]
-    """Whether Ctrl-C or SIGTERM came."""
     report: Report
     saved: float = 0.0
     """When last.pt was written."""
@@ -185,10 +183,10 @@ def train(
             trainee = prepare(network, chosen, device, dtype, world)
             if checkpoint:
                 restore_state(trainee, checkpoint)
-            query, gallery = _evaluation_crops(chosen, dataset, feed, world)
+            crops = _evaluation_crops(chosen, dataset, feed, world)
             seen, report = (fingerprint(dataset), report) if world.leads else ("", silent)
-            parts = (trainee, feed, query, gallery, journal, position, seen, stop, report)
-            finished = fit(Run(chosen, dataset, folder, world, *parts))
+            run = Run(chosen, dataset, folder, world, trainee, feed, *crops, journal, position, seen, stop, report)
+            finished = fit(run)
         return TrainResult(folder, position.epoch, finished, position.best, position.before, stop())
 
 

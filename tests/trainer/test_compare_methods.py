@@ -23,15 +23,7 @@ def compare(monkeypatch, capsys, tiny_dataset, tmp_path):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments):
-        flags = [
-            "--dtype",
-            "fp32",
-            "--epochs",
-            1,
-            "--seeds",
-            0,
-            *(word for text in SETTINGS for word in ("--set", text)),
-        ]
+        flags = ["--dtype=fp32", "--epochs=1", "--seeds=0", *(f"--set={text}" for text in SETTINGS)]
         command = ["compare_methods.py", tiny_dataset, "--out", tmp_path / "out", *flags, *arguments]
         monkeypatch.setattr(sys, "argv", [*map(str, command)])
         with pytest.raises(SystemExit) as ended:
@@ -74,12 +66,6 @@ def test_a_row_of_both_tables_is_trained_once_and_reused(compare, trainings, tmp
     assert shown[0][1:] in [["1", *texts] for texts in figures]
 
 
-def test_the_layout_can_be_given(compare, tmp_path):
-    assert compare("--methods", "baseline", "--layout", "dukemtmc-reid")[0] == 0
-    (run,) = (tmp_path / "out").rglob("run.json")
-    assert json.loads(run.read_text())["layout"] == "dukemtmc-reid"
-
-
 def test_every_setting_and_the_images_choose_the_folder(compare, monkeypatch, tiny_dataset, tmp_path):
     import compare_methods
 
@@ -110,20 +96,6 @@ def test_an_interruption_in_the_last_evaluation_stops_the_comparison(compare, mo
     monkeypatch.setattr(train_file, "evaluate_epoch", evaluate)
     code, printed = compare("--methods", "baseline,BDB")
     assert code == 0 and [row[0] for row in rows(printed)] == ["baseline", "BDB"] and len(trainings) == 2
-
-
-def test_an_interruption_between_two_trainings_prints_the_tables_so_far(compare, monkeypatch):
-    started, train = [], train_file.train
-
-    def interrupted(*arguments, **named):
-        started.append(named)
-        if len(started) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train(*arguments, **named)
-
-    monkeypatch.setattr("compare_methods.train", interrupted)
-    code, printed = compare("--methods", "baseline,BDB")
-    assert code == 130 and [row[0] for row in rows(printed)] == ["baseline"]
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, kind):
     assert str(path) in caught.value.problem
 
 
-def test_a_preset_and_a_configuration_exclude_each_other():
-    with pytest.raises(PmmError):
-        choose_config("quick", PRESETS["edge"])
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "k"),
     [

@@ -26,28 +26,15 @@ from pmm_edge.trainer.train import train
 SHORT = replace(CONFIG, epochs=2, batch=16, evaluate_every=2, ema=0.0, keep=1)
 """Each of two processes takes two of the four identities."""
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-THREADS_AT_EXIT = """
-import atexit, os, pathlib, sys
-sys.path.insert(0, sys.argv.pop(1))
-import tiny_training
-from pmm_edge.cli import main
-
-def list_threads():
-    threads = [(task / "comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
-    pathlib.Path(os.environ["THREADS"], os.environ["RANK"]).write_text("".join(threads))
-
-atexit.register(list_threads)
-main()
-"""
 
 
 def test_torchrun_takes_the_steps_of_one_process_with_two_micro_batches(tiny_dataset, tmp_path):
-    script, settings, folder = tmp_path / "script.py", tmp_path / "settings.toml", tmp_path / "two"
-    script.write_text(THREADS_AT_EXIT)
+    settings, folder = tmp_path / "settings.toml", tmp_path / "two"
     settings.write_text(SHORT.to_toml())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command = [*torchrun, script, Path(__file__).parent, "train", tiny_dataset, "--config", settings, "--out", folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "THREADS": str(tmp_path)}
+    script = Path(__file__).with_name("tiny_training.py")
+    command = [*torchrun, script, "train", tiny_dataset, "--config", settings, "--out", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*map(str, command), "--json"], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
@@ -55,8 +42,6 @@ def test_torchrun_takes_the_steps_of_one_process_with_two_micro_batches(tiny_dat
     assert {"best.pt", "last.pt", "config.toml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
     assert journal(folder) == [("evaluate", 0), ("train", 1), ("train", 2), ("evaluate", 2)], "one process writes"
     assert done.stdout.count("epochs_done") == 1, "one process prints"
-    for rank in "01":
-        assert "gloo" not in (tmp_path / rank).read_text(), "such a thread can abort the interpreter's shutdown"
 
     alone = train(tiny_dataset, config=replace(SHORT, accumulate=2), out=tmp_path / "one").folder
     ours, theirs = (load_checkpoint(path / "last.pt").training["optimizer"]["state"] for path in (folder, alone))
@@ -159,21 +144,13 @@ def test_a_locked_folder_is_refused_by_the_first_process(both, tmp_path):
     assert str(tmp_path / "run") in errors(said[0])[0]
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
-        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"},
-        {"WORLD_SIZE": "two"},
-    ],
-    ids=len,
-)
-def test_an_incomplete_environment_of_torchrun_is_refused(monkeypatch, environment):
+@pytest.mark.parametrize("values", [("2",), ("2", "0", "0"), ("2", "0", "0", None, "29500"), ("two",)])
+def test_an_incomplete_environment_of_torchrun_is_refused(monkeypatch, values):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    for name, value in zip(NAMES, values, strict=False):
+        if value:
+            monkeypatch.setenv(name, value)
     with pytest.raises(PmmError), joined("cpu"):
         pass
 

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import threading
 from dataclasses import replace
 
 import pytest
@@ -115,17 +114,6 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     assert_same_run(whole.folder, finished.folder)
 
 
-def test_training_in_another_thread_leaves_signals_alone(tiny_dataset, tmp_path):
-    results = []
-    config = replace(CONFIG, epochs=1)
-    thread = threading.Thread(
-        target=lambda: results.append(train(tiny_dataset, config=config, out=tmp_path / "run").finished)
-    )
-    thread.start()
-    thread.join()
-    assert results == [True]
-
-
 @pytest.fixture
 def short(tiny_dataset, tmp_path):
     """A data set of its own, and a finished run of one epoch."""
@@ -200,13 +188,6 @@ def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refused)
     with run_lock(tmp_path):
         pass
-
-
-def test_a_run_does_not_take_the_folder_of_another(whole, tiny_dataset):
-    before = (whole.folder / "last.pt").read_bytes()
-    with pytest.raises(OutputError):
-        train(tiny_dataset, config=CONFIG, out=whole.folder)
-    assert (whole.folder / "last.pt").read_bytes() == before
 
 
 def test_resuming_removes_the_temporary_files_of_a_kill_only(whole, tmp_path):

@@ -10,7 +10,6 @@ from tiny_training import CONFIG as TINY
 
 from pmm_edge.data.augment import ERASE_PROBABILITY, augment
 from pmm_edge.data.dataset import Split
-from pmm_edge.data.loader import identity_batches
 from pmm_edge.errors import PmmError
 from pmm_edge.model.mixing import attentive_cutmix, cutmix, top_blocks
 from pmm_edge.model.network import max_pool
@@ -59,12 +58,6 @@ def test_the_rest_of_an_epoch_is_used_as_far_as_it_divides(identities, processes
         assert [len(batch) for batch in batches] == [4 * count for count in taken]
         people = feed.classes[np.concatenate(batches)]
         assert set(np.unique(people, return_counts=True)[1]) == {4}, "each identity once, with four images"
-
-
-def test_batches_that_divide_are_those_of_the_sampler():
-    feed = feed_of(16 + 14, processes=2)
-    expected = identity_batches(feed.classes, 16, 4, np.random.default_rng([TINY.seed, 3]))
-    assert [batch.tolist() for batch in feed.batches(3)] == [batch.tolist() for batch in expected]
 
 
 @pytest.mark.parametrize(("identities", "processes"), [(30, 5), (30, 16), (7, 4)])

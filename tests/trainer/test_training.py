@@ -9,9 +9,8 @@ import pytest
 import torch
 from tiny_training import CONFIG, journal
 
-import pmm_edge
 from pmm_edge.data.dataset import scan
-from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError, PmmWarning
+from pmm_edge.errors import CheckFailedError, DataError, PmmError, PmmWarning
 from pmm_edge.model import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from pmm_edge.retrieval import evaluate_distances
 from pmm_edge.trainer.config import choose_config
@@ -78,21 +77,13 @@ def test_the_newest_epochs_are_kept(whole, tmp_path):
     assert {path.name for path in tmp_path.glob("epoch-*")} == {"epoch-10000.pt", "epoch-10001.pt", "epoch-mine.pt"}
 
 
-def test_the_public_function_takes_settings_by_name(data, tmp_path):
-    result = pmm_edge.train(
-        str(data), config=replace(SHORT, width=64), out=tmp_path / "run", epochs=1, width=32, device="cpu"
-    )
-    assert result.finished and result.epochs_done == 1
-    assert load_checkpoint(tmp_path / "run" / "best.pt").spec.input.width == 32
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         {"epochs": "3"},
         {"epochz": 3},
+        {"preset": "edge"},
         {"device": "tpu"},
-        {"batch": 30},
         {"accumulate": 4},
         {"backbone": "vgg"},
         {"mix_blocks": 6},
@@ -104,17 +95,6 @@ def test_a_wrong_setting_is_refused_before_a_folder_is_created(tiny_dataset, tmp
     with pytest.raises(PmmError):
         train(tiny_dataset, config=SHORT, out=tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
-
-
-def test_an_unwritable_folder_is_refused(tiny_dataset, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError):
-        train(tiny_dataset, config=SHORT, out=tmp_path / "file" / "run")
-
-
-def test_gradient_accumulation_makes_one_step_of_a_batch(run):
-    folder = run(accumulate=2).folder
-    assert load_checkpoint(folder / "last.pt").training["optimizer"]["state"][0]["step"] == 2
 
 
 def test_clipping_bounds_the_gradient(run, monkeypatch):
