@@ -122,13 +122,13 @@ def first_to_report(text: str) -> bool:
 
 def _from_environment() -> World:
     found = os.environ
-    if found.get("WORLD_SIZE", "1") == "1":
+    if found.get("WORLD_SIZE") in (None, "", "1"):
         return World()
     try:
         size, rank, local_rank, _ = (int(found[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
         return World(rank, size, local_rank, int(found.get("LOCAL_WORLD_SIZE", size)))
     except (KeyError, ValueError) as error:
         raise PmmError(
-            "WORLD_SIZE is set, but RANK, LOCAL_RANK, MASTER_PORT or itself is not a number",
+            "WORLD_SIZE, RANK, LOCAL_RANK and MASTER_PORT are not all set to numbers, as torchrun does",
             "Start several processes with torchrun, or unset WORLD_SIZE",
         ) from error
