@@ -97,7 +97,7 @@ def test_data_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        (["--mix-block-size", "3x2", "--height", 100], "multiple of 48"),
+        (["--mix-block-size", "3x2", "--height", 100], "multiples of 48"),
         (["--device", "cuda:63"], "cuda:63"),
         (["--device", "tpu9"], "tpu9"),
         (["--backbone", "vgg"], "resnet10"),

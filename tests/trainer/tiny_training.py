@@ -1,14 +1,16 @@
 """A training of a second: a network of 0.2 M parameters, 48x32 images. As a script, `pmm` that knows this network."""
 
-import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import cloudpickle
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -56,35 +58,44 @@ CONFIG = TrainConfig(
 """Two steps in an epoch; evaluations before training and after epochs 2 and 4, with last.pt before and after them."""
 
 
-def start(work: Callable[[], object], output: Path, **environment: str) -> int:
-    """Start `work` in a forked process, which has torch loaded already; return its process ID.
+_CLEAN = multiprocessing.get_context("forkserver")
+"""Forks from a process that has torch loaded and has never run a backward pass: autograd's threads do not survive a
+fork of the process that runs the tests."""
+_CLEAN.set_forkserver_preload(["tiny_training", "pmm_edge.cli", "pmm_edge.trainer.train"])
 
-    Its output goes to a file. It exits with the code of a SystemExit, with 1 after any other exception.
+
+def start(work: Callable[[], object], output: Path, **environment: str) -> BaseProcess:
+    """Start `work` in a process of its own, which ends after a minute at most. Its output goes to a file.
+
+    The exit code is that of a SystemExit, or 1 after any other exception.
     """
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    gc.freeze()  # an object whose thread is in the other process must not be collected here
+    process = _CLEAN.Process(target=_run, args=(cloudpickle.dumps(work), output, {**os.environ, **environment}))
+    process.start()
+    return process
+
+
+def _run(work: bytes, output: Path, environment: dict[str, str]) -> None:
     signal.alarm(60)
+    code = 1
     try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+        sys.stdout = sys.stderr = output.open("w", buffering=1)
         os.environ.update(environment)
         torch.set_num_threads(1)
-        work()
+        cloudpickle.loads(work)()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(code)
 
 
-def wait(process: int) -> int:
+def wait(process: BaseProcess) -> int | None:
     """The exit code of a process; negative if a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    process.join()
+    return process.exitcode
 
 
 def journal(folder: Path) -> list[tuple[str, int]]:
