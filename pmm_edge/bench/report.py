@@ -247,7 +247,7 @@ class ColdStart:
     first_embedding_ms: Positive
     peak_memory_mib: Positive
     batch: AtLeastOne
-    peak_gpu_memory_mib: float | None = None
+    gpu_memory_mib: float | None = None
 
 
 @dataclass(frozen=True)

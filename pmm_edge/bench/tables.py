@@ -183,7 +183,7 @@ def cost_table(report: BenchReport) -> Table | None:
     for name, model in named(report):
         start, energy = model.cold_start, model.energy
         first = milliseconds(start.first_embedding_ms) if start else NOT_MEASURED
-        memory = [_cell(getattr(start, peak, None), ",.0f") for peak in ("peak_memory_mib", "peak_gpu_memory_mib")]
+        memory = [_cell(getattr(start, name, None), ",.0f") for name in ("peak_memory_mib", "gpu_memory_mib")]
         joules = _cell(energy.joules_per_embedding if energy else None, ".3g")
         rows.append((name, mebibytes(model.file_bytes), first, *memory, joules))
     columns = ("model", "file\nMiB", "first\nembed. ms", "memory\nMiB", "GPU mem.\nMiB", "J per\nembed.")
