@@ -4,7 +4,7 @@
     python benchmarks/boxmot_agreement.py reid.onnx DATA [--images 200] [--json]
 
 Needs boxmot and opencv-python, which the project does not install: docs/boxmot.md says how. BoxMOT cuts boxes out of a
-BGR frame, resizes with OpenCV's bilinear filter, which does not average where it shrinks, normalises, and scales each
+BGR frame, resizes with OpenCV's bilinear filter, which does not average where it shrinks, normalizes, and scales each
 embedding to length 1. So every crop is embedded twice: as it is, and resized by `pmm_edge` before, which leaves BoxMOT
 nothing to resize: the difference between the two rows is that filter's.
 """

@@ -1,12 +1,12 @@
-"""Images a second that reach a training step, beside a plain PIL DataLoader, and the share of time a step waits.
+"""Images per second that reach a training step, compared with a plain PIL DataLoader, and how long a step waits.
 
-The plain loader is what training scripts of the field have: worker processes that decode, resize, flip, normalise
-and erase one image at a time, and collate. Ours decodes once, keeps uint8 crops, and augments the whole batch on the
-device that trains. So its two halves are shown apart: batches assembled in host memory are all that a GPU asks of
-the processor; with the augmentation they are what the plain loader gives.
+The plain loader is that of common training scripts: worker processes that decode, resize, flip, normalize and erase
+one image at a time, and collate. Ours decodes once, keeps uint8 crops, and augments the whole batch on the training
+device. Its two parts are shown separately: a GPU needs only the assembly of batches in host memory from the CPU; with
+the augmentation, they are what the plain loader yields.
 
-Then how much of its time a step waits for data: one of `pmm train` on this machine, by the trainer's own meter, and
-one that sleeps as long as a fast GPU would compute and leaves the processor free.
+The second table shows how much of its time a step waits for data: a step of `pmm train` on this machine, by the
+trainer's own meter, and one that sleeps as long as a fast GPU would compute and leaves the CPU free.
 
     python benchmarks/data_pipeline.py                    # the synthetic set
     python benchmarks/data_pipeline.py DATA --height 384 --width 128 --step 0.05
@@ -44,12 +44,12 @@ from pmm_edge.trainer.step import Feed, prepare, train_step
 from pmm_edge.trainer.train import new_network
 
 BATCH, IDENTITIES = 64, 16
-LEAST_BATCHES = 30
+MIN_BATCHES = 30
 PLAIN = "plain PIL DataLoader"
 
 
 class PlainImages(Dataset):
-    """Decode and transform an image each time it is asked for."""
+    """Decode and transform an image at each access."""
 
     def __init__(self, paths: list[Path], height: int, width: int) -> None:
         self.paths = paths
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def _speeds(crops: Crops, split: Split, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Images a second of each part, taken in turns so that drift of the machine hits all alike."""
+    """Images per second of each part, measured in turns, so that drift of the machine affects all alike."""
     plain = DataLoader(
         PlainImages(split.paths, options.height, options.width),
         batch_sampler=_PlainSampler(split.pids),
@@ -153,10 +153,10 @@ class _PlainSampler:
 
 
 def _batches(pids: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Epochs of a training, so many that starting and ending count for little."""
+    """Batches of several epochs, so many that start and end hardly matter."""
     generator = np.random.default_rng(seed)
     batches: list[np.ndarray] = []
-    while len(batches) < LEAST_BATCHES:
+    while len(batches) < MIN_BATCHES:
         batches += identity_batches(pids, IDENTITIES, BATCH // IDENTITIES, generator)
     return batches
 
@@ -179,10 +179,10 @@ def _sleeping_step(crops: Crops, pids: np.ndarray, step: float) -> tuple[float, 
     waited, steps, start = 0.0, 0, time.perf_counter()
     ahead = crops.prefetched(_batches(pids, 0))
     while True:
-        asked = time.perf_counter()
+        before = time.perf_counter()
         if next(ahead, None) is None:
             break
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - before
         steps += 1
         time.sleep(step)
     total = time.perf_counter() - start

@@ -2,10 +2,10 @@
 
     python benchmarks/embed.py [--backbone resnet50] [--batch 16] [--rounds 7] [--json]
 
-The ratio says how well decoding hides behind the network; what cannot hide on a CPU is that both need it. The files are
+The ratio shows how well decoding overlaps with the network; on a CPU both compete for the same cores. The files are
 synthetic pedestrians of Market-1501's size, 128×64; the network's weights are random: latency does not depend on them.
-Both are timed in turns, on the same images, in one run. The ratio of processor time is what a busy machine leaves:
-other work takes turns at random, and the ratio of throughputs with it.
+Both are timed in turns, on the same images, in one run. On a busy machine, use the ratio of CPU times: other processes
+disturb the ratio of throughputs.
 """
 
 from __future__ import annotations

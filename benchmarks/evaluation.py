@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py
 
 Each runs once, in a process of its own, so that the peak of memory is its own. The embeddings are random but
-realistic: people scatter around a centre, values are those behind a ReLU, and a fifth of the gallery is distractors.
+realistic: people scatter around a center, values follow a ReLU, and a fifth of the gallery is distractors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 def market_like(seed: int = 0) -> tuple[list[NDArray[np.float32]], list[NDArray[np.int64]]]:
     """Embeddings of queries and gallery, float32; their identities, then their cameras."""
     rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((IDENTITIES + 1, FACTORS), dtype=np.float32)
+    centers = rng.standard_normal((IDENTITIES + 1, FACTORS), dtype=np.float32)
     mixture = rng.standard_normal((FACTORS, SIZE), dtype=np.float32)
     query_pids = rng.integers(1, IDENTITIES + 1, QUERIES)
     gallery_pids = np.concatenate([rng.integers(1, IDENTITIES + 1, GALLERY - DISTRACTORS), np.zeros(DISTRACTORS, int)])
@@ -37,7 +37,7 @@ def market_like(seed: int = 0) -> tuple[list[NDArray[np.float32]], list[NDArray[
 
     def embed(pids: NDArray[np.int64]) -> NDArray[np.float32]:
         noise = np.where(pids == 0, 1.6, 1.1).astype(np.float32)[:, None]
-        factors = centres[pids] * (pids > 0)[:, None]
+        factors = centers[pids] * (pids > 0)[:, None]
         factors += noise * rng.standard_normal(factors.shape, dtype=np.float32)
         return np.maximum(factors @ mixture, 0)
 
@@ -46,7 +46,7 @@ def market_like(seed: int = 0) -> tuple[list[NDArray[np.float32]], list[NDArray[
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
+    """Peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 

@@ -1,13 +1,13 @@
-"""How far colour alone goes: Rank-1 and mAP of three histogram matchers on a Market-1501-style folder.
+"""How far color alone goes: Rank-1 and mAP of three histogram matchers on a Market-1501-style folder.
 
     python benchmarks/histogram_baseline.py DATA [--json]
 
 A data set on which a histogram does well does not need a network. `joint` is one 8 × 8 × 8 RGB histogram of the
 whole image; `striped` is a 16 × 4 × 4 HSV histogram of each of six horizontal stripes, the classical hand-made
 reID descriptor (Gray and Tao, ECCV 2008, without the texture); `corrected` is `striped` of the middle half of
-the image, where the person is, after each colour channel was equalised against the camera's cast and exposure.
+the image, where the person is, after each color channel was equalized against the camera's cast and exposure.
 Features are square roots, so that the Euclidean distance is Hellinger's. Market-1501 protocol: same identity and
-camera left out, junk dropped, distractors kept.
+camera excluded, junk dropped, distractors kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def striped(image: Image.Image) -> NDArray[np.float32]:
 
 
 def corrected(image: Image.Image) -> NDArray[np.float32]:
-    """(1536,) like `striped`, of the equalised middle of the image."""
+    """(1536,) like `striped`, of the equalized middle of the image."""
     width, height = image.size
     return striped(ImageOps.equalize(image).crop((width // 4, 0, width - width // 4, height)))
 
@@ -53,7 +53,7 @@ def _histogram(pixels: Pixels, bins: tuple[int, int, int]) -> NDArray[np.float32
 def read(
     folder: Path, describe: Callable[[Image.Image], NDArray[np.float32]]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Features, pids and camids of the images in `folder`, junk (-1) left out."""
+    """Features, pids and camids of the images in `folder`, without junk (-1)."""
     paths = sorted(path for path in folder.glob("*.jpg") if not path.name.startswith("-1"))
     if not paths:
         raise SystemExit(f"no .jpg images in {folder}: name a folder in Market-1501's layout")
@@ -64,7 +64,7 @@ def read(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rank-1 and mAP of colour histograms.")
+    parser = argparse.ArgumentParser(description="Rank-1 and mAP of color histograms.")
     parser.add_argument("data", type=Path, help="folder that holds query/ and bounding_box_test/")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()

@@ -45,8 +45,7 @@ def subset(dataset: ReidDataset, images: int | None) -> ReidDataset:
 
     def part(split: Split) -> Split:
         share = len(split) * (images or 0) // (len(dataset.query) + len(dataset.gallery))
-        rows = evenly(len(split), max(share, 1))
-        return Split([split.paths[row] for row in rows], split.pids[rows], split.camids[rows])
+        return split.select(evenly(len(split), max(share, 1)))
 
     return replace(dataset, query=part(dataset.query), gallery=part(dataset.gallery)) if images else dataset
 

@@ -33,14 +33,14 @@ def market_like(seed: int = 0) -> tuple[NDArray[np.float32], Labels]:
     Embeddings scatter around their identity so that retrieval is good, not perfect.
     """
     rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((IDENTITIES + 1, 64))
+    centers = rng.standard_normal((IDENTITIES + 1, 64))
     query_pids = rng.integers(1, IDENTITIES + 1, QUERIES)
     gallery_pids = np.concatenate([rng.integers(1, IDENTITIES + 1, GALLERY - DISTRACTORS), np.zeros(DISTRACTORS, int)])
     rng.shuffle(gallery_pids)
 
     def embed(pids: NDArray[np.int64]) -> NDArray[np.float32]:
         spread = np.where(pids == 0, 1.6, 1.1)[:, None]
-        return (centres[pids] * (pids > 0)[:, None] + spread * rng.standard_normal((len(pids), 64))).astype(np.float32)
+        return (centers[pids] * (pids > 0)[:, None] + spread * rng.standard_normal((len(pids), 64))).astype(np.float32)
 
     distances = euclidean_distances(embed(query_pids), embed(gallery_pids))
     cameras = rng.integers(0, CAMERAS, QUERIES), rng.integers(0, CAMERAS, GALLERY)
@@ -102,7 +102,7 @@ def main() -> None:
     print(f"mAP {result.mAP:.4f}, Rank-1 {result.rank(1):.4f}, mINP {result.mINP:.4f}; both implementations agree")
     print(machine("numpy") + "\n")
     rows = [
-        ("pmm_edge.evaluate_distances", median(fast), f"median of {REPEATS}, {min(fast):.3f} to {max(fast):.3f}"),
+        ("evaluate_distances", median(fast), f"median of {REPEATS}, {min(fast):.3f} to {max(fast):.3f}"),
         ("the same, random distances", median(worst), f"median of {REPEATS}, {min(worst):.3f} to {max(worst):.3f}"),
         ("plain numpy, argsort per query", plain, note),
         ("floor: reading the distances", floor, f"one max() of {distances.nbytes / 1e9:.2f} GB, median of {REPEATS}"),

@@ -31,10 +31,10 @@ def silent(what: str, done: int, total: int, detail: str = "") -> None:
 def about(addition: str, report: Report) -> Report:
     """Append `addition` to the name of the work, so that repeated work gets a bar of its own."""
 
-    def told(what: str, done: int, total: int, detail: str = "") -> None:
+    def extended(what: str, done: int, total: int, detail: str = "") -> None:
         report(f"{what}, {addition}", done, total, detail)
 
-    return told
+    return extended
 
 
 @cache

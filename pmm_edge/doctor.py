@@ -43,7 +43,7 @@ Diagnosis = dict[str, list[Finding]]
 """Findings by subject; the last one, `Commands`, has a finding for each command. No text names the home folder."""
 
 
-def examine(commands: Sequence[str] = (), root: Path = Path("/")) -> Diagnosis:
+def examine(commands: Sequence[str]) -> Diagnosis:
     """Examine this machine; whatever cannot be determined becomes a finding. Unknown `commands` raise PmmError."""
     for name in commands:
         if name not in COMMANDS:
@@ -51,8 +51,8 @@ def examine(commands: Sequence[str] = (), root: Path = Path("/")) -> Diagnosis:
     with ThreadPoolExecutor() as pool:
         onnxruntime, tensorrt, driver = pool.map(probe, PROBES)
     return {
-        "Machine": machine(root),
-        "GPU": gpus(root, driver),
+        "Machine": machine(Path("/")),
+        "GPU": gpus(Path("/"), driver),
         "Engines": engines(onnxruntime, tensorrt, driver),
         "Packages": packages(),
         "Commands": [readiness(command, onnxruntime, tensorrt) for command in COMMANDS],

@@ -100,7 +100,7 @@ def with_tilde(text: str) -> str:
     return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text) if len(home) > 1 else text
 
 
-def _beside(path: Path) -> Path:
+def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -150,7 +150,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Raises OutputError if the folder cannot be created or written, or the disk is full.
     """
-    temporary = _beside(path)
+    temporary = _temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -181,7 +181,7 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     Raises OutputError if `path` exists and is not empty, or cannot be written.
     """
     check_new_folder(path)
-    temporary = _beside(path)
+    temporary = _temporary_name(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary

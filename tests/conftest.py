@@ -32,7 +32,7 @@ def one_thread_for_tiny_networks(request: pytest.FixtureRequest) -> Iterator[Non
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet-18 PMM of 96×64 whose batch normalisations are no identities, so that folding them shows."""
+    """A ResNet-18 PMM of 96×64 whose batch norms are not identities, so that folding them matters."""
     generator = torch.manual_seed(0)
     network = build_model("pmm", num_classes=4, backbone="resnet18", height=HEIGHT, width=WIDTH)
     for module in network.modules():
@@ -57,15 +57,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four people, three cameras, 12 JPEG files in each split, in Market-1501's layout: a colour a person."""
+    """Four people, three cameras, 12 JPEG files in each split, in Market-1501's layout: one color per person."""
     root = tmp_path_factory.mktemp("data") / "tiny"
     random = np.random.default_rng(0)
     for folder, first_pid in (("bounding_box_train", 1), ("query", 101), ("bounding_box_test", 101)):
         (root / folder).mkdir(parents=True)
         for pid in range(first_pid, first_pid + 4):
-            colour = np.random.default_rng(pid).integers(0, 256, 3)
+            color = np.random.default_rng(pid).integers(0, 256, 3)
             for camera in (1, 2, 3):
-                noisy = colour + random.normal(0, 30, (128, 64, 3)) + 10 * camera
+                noisy = color + random.normal(0, 30, (128, 64, 3)) + 10 * camera
                 image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
                 image.save(root / folder / f"{pid:04d}_c{camera}s1_{len(folder):06d}_00.jpg")
     return root
@@ -84,7 +84,7 @@ def tiny_onnx(tiny_export: ExportedFile) -> Path:
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user whose number no list of users has, as containers are often run."""
+    """A user ID without an entry in the user database, as containers often have."""
 
     def unknown(number: int) -> None:
         raise KeyError(number)

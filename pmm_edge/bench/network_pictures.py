@@ -12,7 +12,7 @@ from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, queries_with_match
 from pmm_edge.errors import PmmError
 from pmm_edge.images import evenly
-from pmm_edge.pictures.galleries import draw_rankings, part, rank
+from pmm_edge.pictures.galleries import draw_rankings, rank
 from pmm_edge.runtime.embedder import Embeddings
 
 IMAGES, QUERIES, ANCHORS, MATCHES = 6, 4, 4, 8
@@ -52,7 +52,7 @@ def network_pictures(
         queries, gallery = embeddings[chosen], embeddings[len(dataset.query) :]
         title = f"{reference.name}, {dataset.name}"
         planned["Rankings"] = lambda: draw_rankings(
-            rank(queries, gallery, part(dataset.query, chosen), dataset.gallery, MATCHES), title
+            rank(queries, gallery, dataset.query.select(chosen), dataset.gallery, MATCHES), title
         )
     if dataset and len(dataset.train) and "Attention" in planned:
         planned["Mixing"] = lambda: mixing_grid(reference, dataset.train, count=ANCHORS, device=device)

@@ -39,7 +39,7 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True)
-class Finding:
+class MetricChange:
     """One figure of one model in both reports; retrieval in points of 100."""
 
     model: str
@@ -108,18 +108,18 @@ class Note:
 class Comparison:
     """Two reports side by side."""
 
-    findings: list[Finding]
+    findings: list[MetricChange]
     notes: list[Note]
 
     @property
-    def regressions(self) -> list[Finding | Note]:
+    def regressions(self) -> list[MetricChange | Note]:
         """Everything that became worse; empty if the comparison passes."""
         kinds = (NoteKind.MODEL_MISSING, NoteKind.MODEL_FAILS, NoteKind.INTERRUPTED)
         worse = [finding for finding in self.findings if finding.outcome is Outcome.WORSE]
         return [*(note for note in self.notes if note.kind in kinds), *worse]
 
     @property
-    def improvements(self) -> list[Finding]:
+    def improvements(self) -> list[MetricChange]:
         return [finding for finding in self.findings if finding.outcome is Outcome.BETTER]
 
 
@@ -143,7 +143,7 @@ def compare_reports(old: Path, new: Path) -> Comparison:
         (same_reference, NoteKind.OTHER_REFERENCE, "the references differ: retrieval is not compared"),
         (here, NoteKind.OTHER_MACHINE, f"{machines}: {compared} are compared"),
     )
-    notes, findings = [Note(kind, text) for holds, kind, text in general if not holds], list[Finding]()
+    notes, findings = [Note(kind, text) for holds, kind, text in general if not holds], list[MetricChange]()
     olds, news = _by_name(before), _by_name(now)
     missing = [_name(olds[key]) for key in olds if key not in news]
     notes += [Note(NoteKind.MODEL_MISSING, "is missing in the new report", name) for name in missing]
@@ -237,7 +237,7 @@ _RESOURCES = {
 }
 
 
-def _retrieval(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
+def _retrieval(old: ModelReport, new: ModelReport) -> Iterator[MetricChange]:
     """Compare retrieval beyond the intervals of the changes from the same reference."""
     if not old.retrieval or not new.retrieval:
         return
@@ -248,10 +248,10 @@ def _retrieval(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
             noise = max(MIN_POINTS, 100 * math.hypot(*((one.high - one.low) / 2 for one in intervals)))
         before, now = (100 * getattr(retrieval, name) for retrieval in (old.retrieval, new.retrieval))
         outcome = Outcome.SAME if abs(now - before) <= noise else Outcome.BETTER if now > before else Outcome.WORSE
-        yield Finding(_name(new), metric, before, now, noise, outcome)
+        yield MetricChange(_name(new), metric, before, now, noise, outcome)
 
 
-def _cosines(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
+def _cosines(old: ModelReport, new: ModelReport) -> Iterator[MetricChange]:
     """Find cosines where 1 - cosine more than doubled and exceeds a tenth of what the stricter gate allows."""
     if not old.parity or not new.parity:
         return
@@ -267,10 +267,10 @@ def _cosines(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
             outcome = Outcome.WORSE
         elif 1 - before > max(2 * (1 - now), noise):
             outcome = Outcome.BETTER
-        yield Finding(_name(new), metric, before, now, noise, outcome)
+        yield MetricChange(_name(new), metric, before, now, noise, outcome)
 
 
-def _latencies(old: ModelReport, new: ModelReport, metric: Metric) -> Iterator[Finding]:
+def _latencies(old: ModelReport, new: ModelReport, metric: Metric) -> Iterator[MetricChange]:
     """Compare the median, or its ratio to the reference, of all timings that both reports have."""
     rows = {(one.scope, one.batch, one.cuda_graph): one for one in old.latency}
     for now in new.latency:
@@ -287,7 +287,7 @@ def _interval(latency: Latency) -> float:
     return max(own, (latency.ratio_high - latency.ratio_low) / 2 / latency.ratio)
 
 
-def _resources(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
+def _resources(old: ModelReport, new: ModelReport) -> Iterator[MetricChange]:
     """Compare cold start, memory and energy of the same batch size and meter."""
     for metric, (part, name, noise) in _RESOURCES.items():
         before, now = getattr(old, part), getattr(new, part)
@@ -296,9 +296,9 @@ def _resources(old: ModelReport, new: ModelReport) -> Iterator[Finding]:
             yield _cost(new, metric, getattr(before, name), getattr(now, name), noise)
 
 
-def _cost(model: ModelReport, metric: Metric, old: float, new: float, noise: float) -> Finding:
+def _cost(model: ModelReport, metric: Metric, old: float, new: float, noise: float) -> MetricChange:
     """Compare a figure of which less is better: the bounds are a factor of 1 + noise in either direction."""
     outcome = Outcome.WORSE if new > old else Outcome.BETTER
     if 1 / (1 + noise) <= new / old <= 1 + noise:
         outcome = Outcome.SAME
-    return Finding(_name(model), metric, old, new, noise, outcome)
+    return MetricChange(_name(model), metric, old, new, noise, outcome)

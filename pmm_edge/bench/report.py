@@ -385,4 +385,4 @@ def read_report(path: Path) -> BenchReport:
         text = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "Name a bench.json that pmm bench wrote") from error
-    return decode_json(BenchReport, text, str(path), DataError)
+    return decode_json(BenchReport, text, str(path))

@@ -33,7 +33,7 @@ class SplitCounts:
     junk: int
 
 
-class FindingKind(str, Enum):
+class DatasetWarningKind(str, Enum):
     """What is wrong with a data set."""
 
     UNUSABLE = "unusable"  # training or evaluation is impossible
@@ -45,10 +45,10 @@ class FindingKind(str, Enum):
 
 
 @dataclass(frozen=True)
-class Finding:
+class DatasetWarning:
     """A problem: `kind`, `split`, `pids` and `images` are for programs, `text` is for people."""
 
-    kind: FindingKind
+    kind: DatasetWarningKind
     text: str
     split: str = ""  # train, query, gallery or test (query and gallery together); empty if several are concerned
     pids: list[int] = field(default_factory=list)  # identities concerned, ascending
@@ -61,7 +61,7 @@ class Analysis:
 
     splits: dict[str, SplitCounts]
     known: KnownSet | None
-    warnings: list[Finding]
+    warnings: list[DatasetWarning]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def analyze(dataset: ReidDataset) -> Analysis:
     known = KNOWN_SETS.get(dataset.layout)
     splits = {name: _count(split) for name, split in dataset.splits.items()}
     warnings = [
-        *(Finding(FindingKind.UNUSABLE, str(problem)) for problem in problems(dataset)),
+        *(DatasetWarning(DatasetWarningKind.UNUSABLE, str(problem)) for problem in problems(dataset)),
         *(_unexpected_sizes(splits, known) if known else ()),
         *untrained_images(dataset.train),
         *_mislabeled_people(dataset, known.one_camera if known else 0),
@@ -85,7 +85,7 @@ def analyze(dataset: ReidDataset) -> Analysis:
     return Analysis(splits, known, warnings)
 
 
-def untrained_images(train: Split) -> list[Finding]:
+def untrained_images(train: Split) -> list[DatasetWarning]:
     """Find training images that training skips because their label means "junk" or "distractor".
 
     A data set that numbers identities from 0 would silently lose one of them.
@@ -97,7 +97,7 @@ def untrained_images(train: Split) -> list[Finding]:
                 f"train: training skips {images:,} images with identity {pid}, which means that they show nobody; if"
                 " they show a person, rename all images of that identity to an unused number above 0"
             )
-            found.append(Finding(FindingKind.UNTRAINED_IMAGES, text, "train", [pid], images))
+            found.append(DatasetWarning(DatasetWarningKind.UNTRAINED_IMAGES, text, "train", [pid], images))
     return found
 
 
@@ -126,7 +126,7 @@ def _count(split: Split) -> SplitCounts:
     return SplitCounts(split.identities, split.cameras, len(split) - junk, distractors, junk)
 
 
-def _unexpected_sizes(splits: dict[str, SplitCounts], known: KnownSet) -> Iterator[Finding]:
+def _unexpected_sizes(splits: dict[str, SplitCounts], known: KnownSet) -> Iterator[DatasetWarning]:
     for name, expected in (("train", known.train), ("query", known.query), ("gallery", known.gallery)):
         found = SplitSize(splits[name].identities, splits[name].images)
         if found != expected:
@@ -134,22 +134,22 @@ def _unexpected_sizes(splits: dict[str, SplitCounts], known: KnownSet) -> Iterat
                 f"{name} has {found.identities:,} identities in {found.images:,} images, {known.title} has"
                 f" {expected.identities:,} in {expected.images:,}"
             )
-            yield Finding(FindingKind.UNEXPECTED_SIZE, text, name, images=found.images)
+            yield DatasetWarning(DatasetWarningKind.UNEXPECTED_SIZE, text, name, images=found.images)
 
 
-def _mislabeled_people(dataset: ReidDataset, one_camera_in_test: int) -> Iterator[Finding]:
+def _mislabeled_people(dataset: ReidDataset, one_camera_in_test: int) -> Iterator[DatasetWarning]:
     """Identities in training and test, queries without a match, and identities that only one camera has seen."""
     (train, train_cameras), (test, test_cameras) = _people(dataset.train), _people(dataset.query, dataset.gallery)
     if pids := np.intersect1d(train, test).tolist():
         text = f"identities are in the training set and in query or gallery, which inflates results: {_listed(pids)}"
-        yield Finding(FindingKind.TRAIN_TEST_OVERLAP, text, pids=pids)
+        yield DatasetWarning(DatasetWarningKind.TRAIN_TEST_OVERLAP, text, pids=pids)
     unmatched = np.delete(dataset.query.pids, queries_with_match(dataset))
     if pids := np.unique(unmatched).tolist():
         text = (
             f"{len(unmatched):,} of {len(dataset.query):,} queries have no gallery image from another camera and do not"
             f" count in an evaluation: {_listed(pids)}"
         )
-        yield Finding(FindingKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched))
+        yield DatasetWarning(DatasetWarningKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched))
     for split, people, cameras, expected in (
         ("train", train, train_cameras, 0),
         ("test", test, test_cameras, one_camera_in_test),  # 408 in the gallery of DukeMTMC-reID, by design
@@ -157,7 +157,7 @@ def _mislabeled_people(dataset: ReidDataset, one_camera_in_test: int) -> Iterato
         pids = people[cameras == 1].tolist()
         if len(pids) not in (0, expected):
             text = f"{split}: only one camera has seen some of the {len(people):,} identities: {_listed(pids)}"
-            yield Finding(FindingKind.ONE_CAMERA, text, split, pids)
+            yield DatasetWarning(DatasetWarningKind.ONE_CAMERA, text, split, pids)
 
 
 def _people(*splits: Split) -> tuple[NDArray[np.int64], NDArray[np.intp]]:

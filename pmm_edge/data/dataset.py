@@ -32,6 +32,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def select(self, rows: Sequence[int] | NDArray[np.intp]) -> Split:
+        """The images at these indices."""
+        rows = np.asarray(rows, np.intp)
+        return Split([self.paths[row] for row in rows], self.pids[rows], self.camids[rows])
+
     @property
     def identities(self) -> int:
         """Number of people, without junk and distractors."""

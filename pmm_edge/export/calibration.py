@@ -17,7 +17,7 @@ from onnxruntime.quantization import CalibrationDataReader, create_calibrator
 from onnxruntime.quantization import CalibrationMethod as Calibrator
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.checks import analyze
+from pmm_edge.data.checks import DatasetWarningKind, analyze
 from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, read
 from pmm_edge.errors import DataError, ModelError, PmmWarning
 from pmm_edge.files import temporary_folder
@@ -75,7 +75,7 @@ def read_calibration(root: Path, spec: InputSpec, layout: str | None = None) -> 
             "Name another data set with --calibration",
         )
     for found in analyze(dataset).warnings:
-        if found.kind == "train-test-overlap":
+        if found.kind is DatasetWarningKind.TRAIN_TEST_OVERLAP:
             text = f"calibration uses people that retrieval is evaluated on: {found.text}"
             warnings.warn(text, PmmWarning, stacklevel=2)
     crops = read_crops(paths, spec.height, spec.width)

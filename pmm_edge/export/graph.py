@@ -249,7 +249,7 @@ def count_work(network: onnx.ModelProto) -> tuple[float, int]:
 def row_preprocessing(before: onnx.ModelProto, spec: InputSpec) -> onnx.ModelProto:
     """Rewrite `Parts.before` of the form `uint8` so that scale and shift run on whole rows, with the same results.
 
-    ONNX Runtime moves the transposition behind the arithmetic where INT8 convolutions follow, because they read NHWC.
+    ONNX Runtime moves the transposition after the arithmetic where INT8 convolutions follow, because they read NHWC.
     Broadcasting three constants over the innermost dimension is then as slow as three convolutions of ResNet-50;
     constants repeated for each pixel of a row avoid that.
     """

@@ -60,8 +60,8 @@ def gallery_grid(
 
     Raises DataError if an image cannot be read, or no query has a match in the gallery.
     """
-    query = part(dataset.query, queries)
-    gallery = part(dataset.gallery, np.flatnonzero(dataset.gallery.pids != JUNK_PID))
+    query = dataset.query.select(queries)
+    gallery = dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID))
     embeddings = embed_files(embedder, [*query.paths, *gallery.paths], report=report).embeddings
     found = rank(embeddings[: len(query)], embeddings[len(query) :], query, gallery, top)
     return draw_rankings(found, f"{embedder.path.name} on {dataset.name}")
@@ -124,9 +124,3 @@ def draw_rankings(rankings: Sequence[Ranking], name: str) -> Image.Image:
 def _cell(image: Ranking | Hit, judged: str, right: bool | None = None) -> Cell:
     who = "distractor" if image.pid == DISTRACTOR_PID else f"pid {image.pid}"
     return Cell(Image.fromarray(read_crop(image.path, *PHOTO)), f"{who} · c{image.camid}\n{judged}", right)
-
-
-def part(split: Split, indices: Sequence[int] | NDArray[np.intp]) -> Split:
-    """Select images of a split."""
-    rows = np.asarray(indices, dtype=np.intp)
-    return Split([split.paths[row] for row in rows], split.pids[rows], split.camids[rows])

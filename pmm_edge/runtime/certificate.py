@@ -18,7 +18,6 @@ from pmm_edge.files import decode_json, encode_json, sha256, written_whole
 from pmm_edge.runtime.manifest import check_files, manifest_path, read_manifest, read_untrusted
 from pmm_edge.spec import ModelSpec
 
-ENGINE = ".engine"
 _BENCH = "Run pmm bench again"
 
 
@@ -114,7 +113,7 @@ def read_certified(model: Path, digest: str | None = None) -> tuple[Certificate,
         if certificate.model != model.name:
             raise CertificateError(f"{path} is the certificate of another model, {certificate.model}", _BENCH)
         raise CertificateError(f"{model} has changed since it was certified on {certificate.created[:10]}", _BENCH)
-    if model.suffix == ENGINE:
+    if model.suffix == ".engine":
         manifest = read_manifest(model)
         check_files(manifest, model)
         found = sha256(manifest_path(model)), manifest.onnx_sha256

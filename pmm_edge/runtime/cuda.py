@@ -157,7 +157,7 @@ class Cuda:
 
 
 def native_handle(handle: Any) -> int:
-    """Return the address behind an object of cuda-python; `int(handle)` is deprecated since cuda-bindings 13."""
+    """Return the address that an object of cuda-python holds; `int(handle)` is deprecated since cuda-bindings 13."""
     with suppress(ImportError, AttributeError, TypeError):
         return int(import_module("cuda.bindings.utils").get_cuda_native_handle(handle))
     return int(handle)

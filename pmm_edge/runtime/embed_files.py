@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, Split, read
+from pmm_edge.data.dataset import ReidDataset, read
 from pmm_edge.data.layouts import is_dataset
 from pmm_edge.errors import CheckFailedError, DataError, PmmError
 from pmm_edge.files import check_output, written_whole
@@ -285,11 +285,9 @@ def embed_dataset(
     embedder: Embedder, dataset: ReidDataset, flip: bool = False, report: Report = silent
 ) -> EmbeddedDataset:
     """Embed the queries and the gallery of a data set, without junk; with `flip`, also their mirror images."""
-    gallery = dataset.gallery
-    kept = np.flatnonzero(gallery.pids != JUNK_PID)
-    clean = Split([gallery.paths[index] for index in kept], gallery.pids[kept], gallery.camids[kept])
-    embeddings = _embed(embedder, [*dataset.query.paths, *clean.paths], report=report, flip=flip)[0]
-    return EmbeddedDataset(replace(dataset, gallery=clean), embeddings[0], embeddings.mean(axis=0) if flip else None)
+    gallery = dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID))
+    embeddings = _embed(embedder, [*dataset.query.paths, *gallery.paths], report=report, flip=flip)[0]
+    return EmbeddedDataset(replace(dataset, gallery=gallery), embeddings[0], embeddings.mean(axis=0) if flip else None)
 
 
 def _embed(

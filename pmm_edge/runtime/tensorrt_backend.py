@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ class TensorRTEmbedder(Embedder):
                 self._enqueue(chunk, buffer)  # copies the images in, so that the timed run computes on them
                 self._cuda.wait(buffer.done)
                 batch = max(len(chunk), self._batch.minimum)
-                total += self._cuda.milliseconds(lambda batch=batch: self._enqueue_layers(batch))  # type: ignore[misc]
+                total += self._cuda.milliseconds(partial(self._enqueue_layers, batch))
         return total
 
     def _enqueue(self, images: Pixels, buffer: _Buffer) -> None:

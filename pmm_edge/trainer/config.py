@@ -20,7 +20,7 @@ from pmm_edge.files import decode_toml
 from pmm_edge.runs import CONFIG, about_run, never_began
 from pmm_edge.spec import Method, Mix
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+AutocastType = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["paper", "cosine"]
 METHOD, TRAINING, MACHINE = "Method", "Training", "Machine"
 
@@ -81,7 +81,7 @@ class TrainConfig:
         8.0, MACHINE, "Memory for decoded images in GiB, over all processes of a machine; the rest is decoded again.", 0
     )
     device: str = _setting("auto", MACHINE, "auto, cpu, cuda, or the number of a GPU.")
-    precision: Precision = _setting(
+    precision: AutocastType = _setting(
         "auto", MACHINE, "Autocast type: fp32, bf16 or fp16. auto is bf16 if the hardware computes in it, else fp32."
     )
     compile: bool = _setting(False, MACHINE, "Compile the backbone with torch.compile: slow start, faster on a GPU.")

@@ -211,6 +211,6 @@ def bakes_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
     append(graph, helper.make_node("Reshape", ["{}", "baked.shape"], [OUTPUT]))
 
 
-def labelled(source: Path, out: Path, precision: str) -> Path:
+def labeled(source: Path, out: Path, precision: str) -> Path:
     """The same graph with another declared precision, as written by a tool that converts nothing."""
     return _saved(onnx.load(source), source, out, precision)

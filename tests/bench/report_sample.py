@@ -43,10 +43,10 @@ _GATES = {"fp16": Gates(0.999, 0.1, 0.9999), "int8": Gates(0.9, 0.5, 0.99)}
 _SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.26}
 
 
-def write_images(folder: Path, count: int = 6) -> list[str]:
+def write_images(folder: Path) -> list[str]:
     """Write JPEG files, the first with HTML in its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["<img src=x onerror=alert(1)>.jpg", *(f"{number:04d}_c1s1_000001_00.jpg" for number in range(1, count))]
+    names = ["<img src=x onerror=alert(1)>.jpg", *(f"{number:04d}_c1s1_000001_00.jpg" for number in range(1, 6))]
     for number, name in enumerate(names):
         Image.new("RGB", (64, 128), (40 * number, 90, 200 - 30 * number)).save(folder / name)
     return [str(folder / name) for name in names]

@@ -183,7 +183,7 @@ def written(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_browser_loads_nothing_and_reports_no_errors(browser: Page, written: Path) -> None:
     browser.open(written, 1280, 900)
     requests = [event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
-    urls = [asked["request"]["url"] for asked in requests]
+    urls = [request["request"]["url"] for request in requests]
     assert [url for url in urls if not url.startswith("data:")] == [written.as_uri()]
     errors = ("Log.entryAdded", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")
     assert not [event for event in browser.events if event["method"] in errors]

@@ -132,11 +132,11 @@ def test_nothing_is_compared_with_a_broken_reference(tiny_onnx: Path, tiny_datas
 
 def test_each_model_fails_alone(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     half = broken.cut_in_half(tiny_onnx, tmp_path / "half.onnx")
-    labelled = broken.labelled(tiny_onnx, tmp_path / "int8.onnx", "int8")
+    labeled = broken.labeled(tiny_onnx, tmp_path / "int8.onnx", "int8")
     baked = broken.altered(tiny_onnx, tmp_path / "baked.onnx", broken.bakes_its_batch)
     copy = Path(shutil.copy(tiny_onnx, tmp_path / "copy.onnx"))
     gates = GateOverrides(min_cosine=-1)
-    report = run([half, labelled, baked, copy], tiny_onnx, tiny_dataset, gates=gates)
+    report = run([half, labeled, baked, copy], tiny_onnx, tiny_dataset, gates=gates)
     smaller, wrong, stuck, good = report.models
     (failure,) = smaller.failures
     assert (failure.kind, failure.value, failure.limit) == (FailureKind.EMBEDDING_SIZE, 768, 1536)

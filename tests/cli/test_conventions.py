@@ -1,4 +1,4 @@
-"""What holds for every command, and the public Python functions behind them."""
+"""What every command has in common, and the public Python functions."""
 
 import inspect
 import json

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pmm_edge.data import layouts
-from pmm_edge.data.checks import FindingKind, analyze, unreadable
+from pmm_edge.data.checks import DatasetWarningKind, analyze, unreadable
 from pmm_edge.data.dataset import DISTRACTOR_PID, data_sha256, problems, queries_with_match, read, scan
 from pmm_edge.data.layouts import ANY_MARKET, LAYOUTS, KnownSet, SplitSize, is_dataset
 from pmm_edge.errors import DataError
@@ -210,7 +210,7 @@ def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, mo
     assert [finding.split for finding in analyze(scan(root, ANY_MARKET)).warnings] == ["train", "test"]
     (root / "query" / "0002_c3_f0044158.jpg").touch()
     different = analyze(scan(root)).warnings[0]
-    assert (different.kind, different.split, different.images) == (FindingKind.UNEXPECTED_SIZE, "query", 2)
+    assert (different.kind, different.split, different.images) == (DatasetWarningKind.UNEXPECTED_SIZE, "query", 2)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_splits_that_cannot_be_used_can_still_be_read(market, old, new):
     with pytest.raises(DataError) as error:
         scan(market)
     assert len(problems(dataset)) == 1 and str(error.value) == str(problems(dataset)[0])
-    unusable = [w for w in analyze(dataset).warnings if w.kind == FindingKind.UNUSABLE]
+    unusable = [w for w in analyze(dataset).warnings if w.kind == DatasetWarningKind.UNUSABLE]
     assert [w.text for w in unusable] == [str(error.value)]
 
 
@@ -299,7 +299,9 @@ def test_the_finding_about_queries_agrees_with_the_evaluation(market, pid, count
     labels = (query.pids, dataset.gallery.pids, query.camids, dataset.gallery.camids)
     assert evaluate(np.eye(2), np.ones((3, 2)), *labels).valid_queries == 1 + counted
     assert queries_with_match(replace(dataset, query=query)).tolist() == [0, 1][: 1 + counted]
-    found = [w for w in analyze(replace(dataset, query=query)).warnings if w.kind == FindingKind.UNMATCHED_QUERIES]
+    found = [
+        w for w in analyze(replace(dataset, query=query)).warnings if w.kind == DatasetWarningKind.UNMATCHED_QUERIES
+    ]
     assert [(w.images, w.pids) for w in found] == [(1, [pid])] * (1 - counted)
 
 

@@ -1,4 +1,4 @@
-"""`export` checks its arguments first, writes verified files, and leaves nothing behind where it fails."""
+"""`export` checks its arguments first, writes verified files, and leaves no files if it fails."""
 
 import shutil
 import subprocess

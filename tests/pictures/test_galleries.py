@@ -75,5 +75,5 @@ def test_the_drawing_follows_the_ranking(tiny_dataset: Path) -> None:
     assert count(wrong, (200, 16, 46)) > 0
 
 
-def count(image, colour: tuple[int, int, int]) -> int:
-    return int((np.asarray(image) == colour).all(axis=2).sum())
+def count(image, color: tuple[int, int, int]) -> int:
+    return int((np.asarray(image) == color).all(axis=2).sum())

@@ -40,11 +40,11 @@ def slow_rerank(query, gallery, k1, k2, lambda_value):
     return (1 - lambda_value) * jaccard + lambda_value * squared[: len(query), len(query) :]
 
 
-def clustered(seed, queries=15, gallery=90, size=6):
+def clustered(seed):
     rng = np.random.default_rng(seed)
-    centers = rng.standard_normal((10, size))
-    images = centers[rng.integers(0, 10, queries + gallery)] + 0.5 * rng.standard_normal((queries + gallery, size))
-    return images[:queries], images[queries:]
+    centers = rng.standard_normal((10, 6))
+    images = centers[rng.integers(0, 10, 105)] + 0.5 * rng.standard_normal((105, 6))
+    return images[:15], images[15:]
 
 
 def test_golden_distances():

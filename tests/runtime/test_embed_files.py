@@ -116,8 +116,8 @@ def test_unreadable_images_are_skipped_or_raise(onnx: Embedder, folder: Path, tm
     assert not (tmp_path / "e.npz").exists()
 
 
-def embedded_with(spec: ModelSpec, images: ImageList, size: int = 4) -> EmbeddedFiles:
-    embeddings = np.random.default_rng(0).random((len(images.paths), size), dtype=np.float32)
+def embedded_with(spec: ModelSpec, images: ImageList) -> EmbeddedFiles:
+    embeddings = np.random.default_rng(0).random((len(images.paths), 4), dtype=np.float32)
     return EmbeddedFiles(spec, images, embeddings, [], "onnxruntime", "cpu", 1.0, 0.5)
 
 

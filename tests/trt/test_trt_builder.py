@@ -136,7 +136,7 @@ def test_outputs_that_cannot_be_written(gpu: double.FakeGpu, onnx: Path, tmp_pat
 
 def test_progress_shows_the_outermost_phase_with_the_inner_one(gpu: double.FakeGpu, onnx: Path) -> None:
     heard: list[tuple[str, int, int, str]] = []
-    build_engine(onnx, onnx.with_suffix(".engine"), report=lambda *told: heard.append((*told, "")[:4]))
+    build_engine(onnx, onnx.with_suffix(".engine"), report=lambda *reported: heard.append((*reported, "")[:4]))
     assert heard == [
         ("model.engine: Building", 0, 2, ""),
         *(("model.engine: Building", 0, 2, f"Timing {step}/4") for step in (0, 1, 2, 3, 4)),
