@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints")
     parser.add_argument("--data", type=Path, help="data set, or other images; by default the first run's data set")
-    parser.add_argument("--limit", type=int, help="only so many images, spread evenly")
+    parser.add_argument("--limit", type=int, help="use this many evenly spaced images")
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -38,7 +38,7 @@ def frame_of(crops: list[Pixels]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Of each of ours (N, D) with theirs (N, D), which are of length 1."""
+    """Cosine of each row of `ours` (N, D) and `theirs` (N, D), which has unit length."""
     return (ours / np.linalg.norm(ours, axis=1, keepdims=True) * theirs).sum(axis=1)
 
 

@@ -175,7 +175,7 @@ def _images_per_second(batches: Iterable[torch.Tensor], device: str) -> float:
 
 
 def _sleeping_step(crops: Crops, pids: np.ndarray, step: float) -> tuple[float, float]:
-    """Seconds of a step with its wait, and the share of them that is waiting, with decoded images."""
+    """Seconds per step including the wait, and the fraction spent waiting, with decoded images."""
     waited, steps, start = 0.0, 0, time.perf_counter()
     ahead = crops.prefetched(_batches(pids, 0))
     while True:
@@ -190,7 +190,7 @@ def _sleeping_step(crops: Crops, pids: np.ndarray, step: float) -> tuple[float, 
 
 
 def _real_step(train: Split, config: TrainConfig, steps: int) -> tuple[float, float]:
-    """As `_sleeping_step`, of `pmm train` itself: its feed, its step, its meter, with decoded images."""
+    """The same for `pmm train` itself: its feed, its step and its meter."""
     world = World()
     device, dtype = choose_machine(config, world)
     trainee = prepare(new_network(config, train.identities), config, device, dtype, world)

@@ -41,7 +41,7 @@ def progress(what: str, done: int, total: int, detail: str = "") -> None:
 
 
 def subset(dataset: ReidDataset, images: int | None) -> ReidDataset:
-    """At most so many images of query and gallery, evenly spaced."""
+    """At most `images` images of query and gallery, evenly spaced."""
 
     def part(split: Split) -> Split:
         share = len(split) * (images or 0) // (len(dataset.query) + len(dataset.gallery))
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a training run")
     parser.add_argument("--backbone", default="resnet50", help="of the random network")
     parser.add_argument("--batch", default="1,8", help="batch sizes")
-    parser.add_argument("--images", type=int, help="use so many images of query and gallery and omit mAP")
+    parser.add_argument("--images", type=int, help="use this many images of query and gallery and omit mAP")
     parser.add_argument("--method", choices=("minmax", "percentile", "entropy"), help="calibration method of INT8")
     arguments = parser.parse_args()
 

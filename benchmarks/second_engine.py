@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of a data set")
     parser.add_argument("models", type=Path, nargs="+", help="files of pmm export, the reference first")
-    parser.add_argument("--images", type=int, help="use so many images of query and gallery and omit mAP")
+    parser.add_argument("--images", type=int, help="use this many images of query and gallery and omit mAP")
     parser.add_argument("--as-written", action="store_true", help="do not let OpenVINO rearrange INT8 graphs")
     arguments = parser.parse_args()
 

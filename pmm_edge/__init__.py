@@ -16,7 +16,8 @@ Names are imported on first use; `import pmm_edge` does not import torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -59,3 +60,10 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class CallableModule(ModuleType):
+    """A package that is called like its function of the same name: `pmm_edge.bench(...)`, `pmm_edge.export(...)`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*arguments, **options)

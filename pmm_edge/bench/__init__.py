@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pmm_edge import CallableModule
 
 if TYPE_CHECKING:
     from pmm_edge.bench.parity import GateOverrides as GateOverrides
@@ -25,13 +26,4 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(f"pmm_edge.bench.{_MODULES.get(name, 'pipeline')}"), name)
 
 
-class _CallableModule(ModuleType):
-    """Lets `pmm_edge.bench(...)` call the function although Python finds this package under the same name."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> BenchResult:
-        from pmm_edge.bench.pipeline import bench
-
-        return bench(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+sys.modules[__name__].__class__ = CallableModule

@@ -44,7 +44,7 @@ class MachineState:
     """State of the machine before a measurement."""
 
     load: float | None
-    """Other processes that want a core, averaged over 0.2 s; None where the kernel does not tell."""
+    """Other processes that want a core, averaged over 0.2 s; None if the system does not report it."""
     cores: float
     """Cores that this process may use."""
     throttle_events: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pmm_edge import CallableModule
 
 if TYPE_CHECKING:
     from pmm_edge.export.exporter import ExportedFile as ExportedFile
@@ -21,13 +22,4 @@ def __getattr__(name: str) -> object:
     return getattr(import_module("pmm_edge.export.exporter"), name)
 
 
-class _CallableModule(ModuleType):
-    """Lets `pmm_edge.export(...)` call the function although Python finds this package under the same name."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> ExportResult:
-        from pmm_edge.export.exporter import export
-
-        return export(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+sys.modules[__name__].__class__ = CallableModule

@@ -137,7 +137,7 @@ def export(
             FP16; default: the run's data set.
         target: engine of the INT8 graph, `tensorrt` (default) or `cpu`.
         calibration_method: of INT8; default: the best of all.
-        max_map_drop: keep the layers that INT8 affects most in float32 until mAP drops by at most so many points.
+        max_map_drop: keep the layers that INT8 affects most in float32 until mAP drops by at most this many points.
         safetensors: also write the weights, without classifiers, for PyTorch.
         deepstream: folder to write for DeepStream's tracker.
         triton: model repository to add the network (or, with `trt`, the engine) to.

@@ -1,4 +1,4 @@
-"""A machine with a GPU and TensorRT that is none: doubles replace the real packages."""
+"""A simulated machine with a GPU and TensorRT: doubles replace the real packages."""
 
 import sys
 from pathlib import Path

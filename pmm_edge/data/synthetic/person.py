@@ -34,7 +34,7 @@ BAG_COLORS = palette("1a1a1c 3c3e44 6c482e 283254 a0282e 465438 b0966e c46432")
 HAIR = palette("161212 1e1818 34241c 543822 7c542e d4b46e 964222 aaaaac")
 SKIN = palette("f6d6bc e6bc9a ca9870 966646 62402e")
 
-# Values appear as often as they shall be drawn.
+# Repeated values are drawn more often.
 UPPER_CUTS = ("t-shirt", "shirt", "tank top", "jacket", "hoodie", "coat")
 UPPER_PATTERNS = ("plain", "plain", "plain", "plain", "stripes", "columns", "checks", "block")
 LOWER_CUTS = ("trousers", "trousers", "slim", "wide", "shorts", "skirt", "long skirt")
