@@ -106,3 +106,8 @@ def test_the_settings_of_a_run(whole, tmp_path):
     assert asdict(read_run_config(whole.folder))["backbone"] == "tiny"
     with pytest.raises(ModelError):
         read_run_config(tmp_path)
+
+
+def test_a_preset_together_with_a_configuration_is_refused():
+    with pytest.raises(PmmError, match="both given"):
+        choose_config("quick", TrainConfig())
