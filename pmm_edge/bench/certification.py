@@ -164,8 +164,10 @@ def verify(
             continue
         failures = []
         if data_hash not in (None, certificate.data_sha256):
-            failures.append(f"{model} was certified on {certificate.data}, whose images differ from {data}")
+            differs = f"certified on {certificate.data}, whose images differ from {data}"
+            failures.append(f"{model} was {differs}. Name that data set, or run pmm bench on this one")
         if reference_hash not in (None, certificate.reference_sha256):
-            failures.append(f"{model} was certified against {certificate.reference}, which differs from {reference}")
+            differs = f"certified against {certificate.reference}, which differs from {reference}"
+            failures.append(f"{model} was {differs}. Name that checkpoint, or run pmm bench against this one")
         found.append(Verification(model, certificate, failures))
     return found
