@@ -18,7 +18,7 @@ from rich.markup import escape
 from pmm_edge import __version__, render
 from pmm_edge.console import INTERRUPTED, err, is_terminal, note, print_json, print_plain, progress
 from pmm_edge.data.synthetic import SyntheticConfig
-from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning
+from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 
 app = typer.Typer(
@@ -548,7 +548,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pmm_edge"):
             raise
-        _end(error, f"this command needs {error.name}. Install the extra: pip install 'pmm-edge[train]'", 2, debug)
+        _end(error, f"this command needs {error.name}. {install('train')}", 2, debug)
     except KeyboardInterrupt:
         note("[yellow]interrupted[/]")
         sys.exit(INTERRUPTED)

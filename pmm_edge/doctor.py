@@ -18,14 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pmm_edge.errors import CheckFailedError, OutputError, PmmError, did_you_mean
+from pmm_edge.errors import CheckFailedError, OutputError, PmmError, did_you_mean, install
 from pmm_edge.files import cache_folder, decode_json, encode_json, home_folder, with_tilde
 from pmm_edge.machine import cores, instruction_set, processor, text_of
 
 COMMANDS = ("train", "export", "trt", "bench", "embed", "eval", "visualize", "verify", "data", "synth")
 """What `pmm doctor` can check; `trt` is `pmm export --trt`."""
-BASE = "pip install pmm-edge"
-TRAIN_EXTRA = "pip install 'pmm-edge[train]'"
+BASE, TRAIN_EXTRA = install(), install("train")
 
 
 @dataclass(frozen=True)
@@ -335,7 +334,7 @@ def engines(onnxruntime: Probe, tensorrt: Probe, driver: Probe) -> list[Finding]
         findings.append(Finding("ONNX Runtime", _absent("onnxruntime") or onnxruntime.error, False, BASE))
     for provider, problem in onnxruntime.providers.items():
         cuda = provider == CUDA_PROVIDER and not onnxruntime.no_driver
-        remedy = "Install matching CUDA and cuDNN: pip install 'pmm-edge[gpu]'" if problem and cuda else ""
+        remedy = f"{install('gpu')}: it brings matching CUDA and cuDNN" if problem and cuda else ""
         good = problem is None or (False if cuda or provider == CPU_PROVIDER else None)
         value = f"listed, but does not work: {problem}" if problem else "works"
         findings.append(Finding(f"ONNX Runtime, {provider.removesuffix('ExecutionProvider')}", value, good, remedy))
@@ -374,7 +373,7 @@ def readiness(command: str, onnxruntime: Probe, tensorrt: Probe) -> Finding:
         (["export", "trt"], onnx, BASE),  # engines are built from a file that ONNX Runtime has checked
         (["trt"], trt, tensorrt.remedy),
         (["visualize"], charts, TRAIN_EXTRA),
-        (EMBED, onnx and torch and trt and "no engine that runs models", f"{BASE}, or {TRAIN_EXTRA}"),
+        (EMBED, onnx and torch and trt and "no engine that runs models", TRAIN_EXTRA),
     ]
     limits = [  # commands, what of them does not work, what to do
         (["export"], export and f"only bundles of an exported .onnx file ({export})", TRAIN_EXTRA),
@@ -386,7 +385,7 @@ def readiness(command: str, onnxruntime: Probe, tensorrt: Probe) -> Finding:
         (["bench"], charts and "no charts in report.html", TRAIN_EXTRA),
         (["visualize"], torch and "only galleries of exported models", TRAIN_EXTRA),
         (["eval"], charts and "no --cmc plot", TRAIN_EXTRA),
-        (["embed"], _absent("pyarrow") and "no .parquet files", "pip install 'pmm-edge[parquet]'"),
+        (["embed"], _absent("pyarrow") and "no .parquet files", install("parquet")),
     ]
     for rules, state, good in ((needs, "cannot work: ", False), (limits, "ready, but ", None)):
         if found := {problem: remedy for names, problem, remedy in rules if problem and command in names}:

@@ -12,6 +12,12 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"Did you mean '{near[0]}'? " if near else ""
 
 
+def install(extra: str = "") -> str:
+    """The remedy for a missing package, `Run pip install '.[train]' in a checkout of pmm-edge`."""
+    target = f"'.[{extra}]'" if extra else "."
+    return f"Run pip install {target} in a checkout of pmm-edge"
+
+
 class PmmError(Exception):
     """Wrong use or bad input. `problem` names the file or value; `remedy` says what to do.
 

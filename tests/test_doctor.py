@@ -15,8 +15,9 @@ import pytest
 
 from pmm_edge import doctor
 from pmm_edge.doctor import COMMANDS, Finding, Probe, as_markdown, jetson, machine, readiness, shareable
+from pmm_edge.errors import install
 
-NO_TENSORRT = Probe(error="TensorRT is not installed", remedy="pip install 'pmm-edge[trt]'")
+NO_TENSORRT = Probe(error="TensorRT is not installed", remedy=install("trt"))
 WORKING = Probe(providers={"CPUExecutionProvider": None})
 TRAIN = ["torch", "torchvision", "onnx", "onnxscript", "safetensors", "tensorboard", "tomli_w", "matplotlib"]
 HIDE = """
@@ -159,7 +160,7 @@ def test_commands_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = states(Probe(error="ModuleNotFoundError"))
     assert {name for name, found in ready.items() if found.good} == {"verify", "data", "synth"}
     assert all(ready[name].good is False for name in ("train", "export", "bench", "embed", "eval", "visualize"))
-    assert ready["train"].remedy == "pip install 'pmm-edge[train]'"
+    assert ready["train"].remedy == install("train")
     monkeypatch.setattr(doctor, "importable", lambda module: module in ("numpy", "PIL", "onnxruntime"))
     ready = states(WORKING)
     assert all(ready[name].good is None for name in ("export", "bench", "embed", "eval"))
@@ -210,7 +211,7 @@ def test_a_bare_install(tmp_path: Path) -> None:
     assert printed["Commands"]["train"]["good"] is False
     assert printed["Commands"]["embed"]["good"] is None
     assert "error: train cannot work" in ended.stderr
-    assert "pip install 'pmm-edge[train]'" in ended.stderr
+    assert "pip install '.[train]'" in ended.stderr
     ended = run([*TRAIN, "onnxruntime", "cuda", "tensorrt"], "embed")
     assert ended.returncode == 1
     assert "error: embed cannot work" in ended.stderr

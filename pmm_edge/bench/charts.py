@@ -16,7 +16,7 @@ import numpy as np
 
 from pmm_edge.bench.report import BenchReport
 from pmm_edge.bench.tables import fastest, named
-from pmm_edge.errors import OutputError
+from pmm_edge.errors import OutputError, install
 from pmm_edge.files import check_output, written_whole
 
 COLORS = ("#3b4149", "#0068b3", "#c44601", "#00795a", "#a63d86", "#8a6100", "#2b8cbe", "#6a51a3")
@@ -89,7 +89,7 @@ def check_cmc_plot(path: Path) -> None:
     """
     check_output(path, (".png", ".svg"))
     if find_spec("matplotlib") is None:
-        raise OutputError(f"cannot draw {path}: matplotlib is missing", "pip install 'pmm-edge[train]'")
+        raise OutputError(f"cannot draw {path}: matplotlib is missing", install("train"))
 
 
 def save_cmc_plot(path: Path, title: str, curves: Mapping[str, Sequence[float]]) -> None:

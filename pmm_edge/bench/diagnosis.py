@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pmm_edge.bench.report import Cause, Departure, LikelyCause
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import ModelError
+from pmm_edge.errors import ModelError, install
 from pmm_edge.images import Pixels, network_input, normalize
 from pmm_edge.retrieval.distances import cosines, unit_length
 from pmm_edge.runtime import Embedder
@@ -140,7 +140,7 @@ def first_departure(model: Embedder, reference: Embedder, image: Pixels) -> Depa
     try:
         import onnx
     except ModuleNotFoundError as error:
-        raise ModelError("--explain needs the onnx package", "pip install 'pmm-edge[train]'") from error
+        raise ModelError("--explain needs the onnx package", install("train")) from error
     own = _Graph(onnx.load(model.path), model.spec.input, image)
     right = _Graph(*_reference_graph(reference, model.spec), image)
     points = list(_points(own, right))

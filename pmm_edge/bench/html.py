@@ -16,6 +16,7 @@ from pmm_edge.bench import tables
 from pmm_edge.bench.charts import COLORS, DARK_COLORS, charts
 from pmm_edge.bench.report import BenchReport, ModelReport
 from pmm_edge.bench.sentences import describe_warning
+from pmm_edge.errors import install
 from pmm_edge.files import written_whole
 from pmm_edge.images import IMAGE_FORMATS
 
@@ -95,6 +96,7 @@ def render(report: BenchReport, pictures: Sequence[Picture] = ()) -> str:
         tables=found,
         charts=charts(report),
         can_draw=find_spec("matplotlib") is not None,
+        install=install("train"),
         changes=changes,
         pictures=[(one.title, one.caption, _data_uri(one.image, "PNG")) for one in pictures],
     )

@@ -15,6 +15,7 @@ from pmm_edge.bench.report import (
     LikelyCause,
     WarningKind,
 )
+from pmm_edge.errors import install
 from pmm_edge.spec import FLOAT16_MAX
 
 CAUSES = {
@@ -52,8 +53,8 @@ _FAILURES = {
 _WARNINGS = {
     WarningKind.NO_IDENTITIES: "retrieval is not evaluated: the images have no identities",
     WarningKind.LIMITED: "retrieval is not evaluated: it needs all {total:,} images, and {count:,} were used",
-    WarningKind.PRECISION_NOT_CHECKED: "the declared precisions were not checked: install the onnx package"
-    " (pip install 'pmm-edge[train]')",
+    WarningKind.PRECISION_NOT_CHECKED: "the declared precisions were not checked, because the onnx package"
+    f" is missing. {install('train')}",
     WarningKind.REFERENCE_BROKEN: "the reference {name} fails its own checks, so that no model was compared with it",
     WarningKind.SAME_FILE: "{name} is the same file as the reference, so that the comparison shows nothing",
     WarningKind.UNIT_LENGTH: "only one of {name} and the reference outputs unit-length embeddings: both were"

@@ -18,7 +18,7 @@ import onnxruntime
 
 from pmm_edge import __version__
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import CheckFailedError, DataError, PmmError, PmmWarning
+from pmm_edge.errors import CheckFailedError, DataError, PmmError, PmmWarning, install
 from pmm_edge.export import bundles
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine, check_quantized_for_tensorrt
 from pmm_edge.files import check_new_folder, check_place, sha256, written_whole
@@ -305,7 +305,7 @@ def _load(source: Path) -> Checkpoint:
     except ModuleNotFoundError as error:
         raise PmmError(
             f"exporting a checkpoint needs {error.name}, which is not installed",
-            "pip install 'pmm-edge[train]'; pmm export model.onnx --trt works without it",
+            f"{install('train')}; pmm export model.onnx --trt works without it",
         ) from error
     return load_checkpoint(source)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmm_edge.errors import ModelError
+from pmm_edge.errors import ModelError, install
 from pmm_edge.runs import resolve_checkpoint
 from pmm_edge.runtime.embed_files import embed_files
 from pmm_edge.runtime.embedder import Embedder
@@ -66,6 +66,6 @@ def _load(path: Path, device: str | int | None, content: bytes | None = None) ->
     except ModuleNotFoundError as error:
         raise ModelError(
             f"{path} requires {error.name}, which is not installed",
-            "pip install 'pmm-edge[train]', or load the .onnx file that pmm export writes",
+            f"{install('train')}, or load the .onnx file that pmm export writes",
         ) from error
     return load_torch(path, device)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, read
 from pmm_edge.data.layouts import is_dataset
-from pmm_edge.errors import CheckFailedError, DataError, PmmError
+from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
 from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, Pixels, read_crop
 from pmm_edge.machine import threads
@@ -181,7 +181,7 @@ def check_embedding_file(path: Path) -> None:
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise PmmError(
             f"writing {path} requires pyarrow, which is not installed",
-            "pip install 'pmm-edge[parquet]', or write a .npz file",
+            f"{install('parquet')}, or write a .npz file",
         )
 
 

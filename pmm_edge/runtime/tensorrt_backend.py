@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.errors import ModelError
+from pmm_edge.errors import ModelError, install
 from pmm_edge.images import Pixels, network_input
 from pmm_edge.runtime.cuda import OUT_OF_MEMORY, Cuda, GpuError, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
@@ -26,14 +26,14 @@ OLDEST = (10, 3)
 
 def import_tensorrt() -> Any:
     """Import `tensorrt`; raise NotOnThisMachineError if it is missing or older than 10.3."""
-    install = "On Jetson it comes with JetPack 6.1 or later; elsewhere: pip install 'pmm-edge[trt]'"
+    remedy = f"{install('trt')}; on Jetson it comes with JetPack 6.1 or later"
     try:
         trt = import_module("tensorrt")
         version: str = trt.__version__
     except (ImportError, AttributeError, OSError) as error:  # its packages import without their libraries
-        raise NotOnThisMachineError("TensorRT is not installed", install) from error
+        raise NotOnThisMachineError("TensorRT is not installed", remedy) from error
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        raise NotOnThisMachineError(f"TensorRT {version} is older than 10.3", install)
+        raise NotOnThisMachineError(f"TensorRT {version} is older than 10.3", remedy)
     return trt
 
 

@@ -146,7 +146,7 @@ def test_warnings_and_errors_are_one_line(pmm: Callable, monkeypatch: pytest.Mon
     assert ended.stderr.splitlines() == ["warning: something [odd]", "error: /disk: No space left"]
     monkeypatch.setitem(sys.modules, "pmm_edge.export.exporter", None)
     monkeypatch.setattr("pmm_edge.data.dataset.read", lambda *_: __import__("not_installed"))
-    assert "pmm-edge[train]" in pmm("data", "x").error
+    assert ".[train]" in pmm("data", "x").error
 
 
 def test_every_public_name_can_be_used() -> None:

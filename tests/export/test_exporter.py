@@ -225,5 +225,5 @@ except pmm_edge.PmmError as error:
     command = [sys.executable, "-c", script, raw_onnx, tmp_path / "tracker", checkpoint]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "pmm-edge[train]" in ended.stdout
+    assert ".[train]" in ended.stdout
     assert (tmp_path / "tracker" / "reid.onnx").read_bytes() == raw_onnx.read_bytes()
