@@ -79,8 +79,8 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
         spec, manifest_sha256, onnx_sha256 = manifest.spec, sha256(manifest_path(path)), manifest.onnx_sha256
     else:
         spec = load(path, "cpu").spec
-    parity, change = model.parity, model.retrieval_change
-    assert parity is not None and change is not None
+    parity = model.parity
+    assert parity is not None
     stages = {name: replace(stage, worst_image="") for name, stage in parity.stages.items()}
     whole = replace(parity.whole, worst_image="")
     anonymous = replace(
@@ -88,7 +88,6 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
         path=_name(model.path),
         invariants=[replace(one, image="", other_image="") for one in model.invariants],
         parity=replace(parity, whole=whole, stages=stages, stretched_image=""),
-        retrieval_change=replace(change, first_hits=[]),
     )
     return Certificate(
         model=_name(model.path),

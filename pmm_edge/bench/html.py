@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +18,17 @@ from pmm_edge.bench.report import BenchReport, ModelReport
 from pmm_edge.bench.sentences import describe_warning
 from pmm_edge.errors import install
 from pmm_edge.files import written_whole
-from pmm_edge.images import IMAGE_FORMATS
 
-MAX_HITS = 12
-"""Queries with a changed first match that are shown per model."""
 _SIGNS = {"passes": "✓", "fails": "✗", "not judged": "◌", "partial": "◐", "reference": "◆", "holds": "✓", "broken": "✗"}
 """A sign for each state, so that color is never the only difference."""
 _SECTIONS = (
     ("models", "Models"),
     ("parity", "Parity"),
     ("retrieval", "Retrieval"),
-    ("first-matches", "Queries whose first match changed"),
     ("speed", "Speed, memory, energy"),
     ("pictures", "What the network sees"),
     ("environment", "Environment"),
 )
-_THUMBNAIL = (216, 144)
-"""Maximum width and height."""
 
 
 class Picture(NamedTuple):
@@ -73,10 +67,8 @@ def render(report: BenchReport, pictures: Sequence[Picture] = ()) -> str:
         "cost": tables.cost_table(report),
         "environment": tables.environment_table(report),
     }
-    changes = list(_changes(report))
     empty = {
         "retrieval": not found["retrieval"],
-        "first-matches": not changes,
         "speed": not (found["latency"] or found["end_to_end"] or found["cost"]),
         "pictures": not pictures,
     }
@@ -97,7 +89,6 @@ def render(report: BenchReport, pictures: Sequence[Picture] = ()) -> str:
         charts=charts(report),
         can_draw=find_spec("matplotlib") is not None,
         install=install("train"),
-        changes=changes,
         pictures=[(one.title, one.caption, _data_uri(one.image, "PNG")) for one in pictures],
     )
 
@@ -121,38 +112,6 @@ def _card(report: BenchReport, name: str, model: ModelReport) -> dict[str, Any]:
     facts.append(("File", f"{tables.mebibytes(model.file_bytes)} MiB", ""))
     kind = f"{model.precision}, {model.backend} {model.device}"
     return {"name": name, "kind": kind, "state": tables.result(report, model), "facts": facts}
-
-
-def _changes(report: BenchReport) -> Iterator[dict[str, Any]]:
-    """For each model its queries with a changed first match, those that became wrong first."""
-    for name, model in tables.named(report):
-        if not model.retrieval_change or not (hits := model.retrieval_change.first_hits):
-            continue
-        worse = sum(hit.reference_right and not hit.model_right for hit in hits)
-        better = sum(hit.model_right and not hit.reference_right for hit in hits)
-        summary = (
-            f"{len(hits):,} of {model.retrieval_change.queries:,} queries: {worse:,} became wrong, {better:,} became"
-            f" right, {len(hits) - worse - better:,} did not change in correctness."
-        )
-        if len(hits) > MAX_HITS:
-            summary += f" The first {MAX_HITS} are shown; bench.json lists all of them."
-        shown = []
-        for hit in hits[:MAX_HITS]:
-            marks = ["right" if right else "wrong" for right in (hit.reference_right, hit.model_right)]
-            images = ("Query", hit.query, ""), ("Reference", hit.reference, marks[0]), ("Model", hit.model, marks[1])
-            shown.append([(label, Path(path).name, _thumbnail(path), mark) for label, path, mark in images])
-        yield {"name": name, "summary": summary, "hits": shown}
-
-
-def _thumbnail(path: str) -> str:
-    """Return a small JPEG of an image as a data URI, empty if the file cannot be read any more."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            small = image.convert("RGB")
-    except OSError:
-        return ""
-    small.thumbnail(_THUMBNAIL)
-    return _data_uri(small, "JPEG")
 
 
 def _data_uri(image: Image.Image, format_: str) -> str:

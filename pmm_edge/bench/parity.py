@@ -12,18 +12,14 @@ from numpy.typing import NDArray
 
 from pmm_edge.bench.report import (
     QUANTILES,
-    BenchWarning,
     Change,
     Closeness,
     Failure,
     FailureKind,
-    FirstHit,
     Gates,
     Parity,
     RetrievalChange,
-    WarningKind,
 )
-from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.errors import PmmError
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.distances import cosines, finite_rows
@@ -139,7 +135,7 @@ SEED = 0
 _RESAMPLES_AT_ONCE = 100  # 10 MB for 11,659 queries, the largest public data set
 
 
-def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> RetrievalChange:
+def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult) -> RetrievalChange:
     """Compare a model's retrieval with the reference, query by query."""
     before, now = (
         np.stack([one.first_match_rank == 1, one.average_precision, one.inverse_penalty], axis=1)
@@ -147,8 +143,7 @@ def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult, dat
     )
     valid = reference.first_match_rank > 0
     rank1, mean_ap, mean_inp = paired_changes((now - before)[valid])
-    hits = _first_hits(reference, candidate, dataset)
-    return RetrievalChange(rank1, mean_ap, mean_inp, reference.valid_queries, hits, reference.figures())
+    return RetrievalChange(rank1, mean_ap, mean_inp, reference.valid_queries)
 
 
 def paired_changes(differences: NDArray[np.float64]) -> list[Change]:
@@ -166,39 +161,8 @@ def paired_changes(differences: NDArray[np.float64]) -> list[Change]:
     return [Change(*map(float, figures)) for figures in zip(differences.mean(axis=0), low, high, strict=True)]
 
 
-def _first_hits(reference: RetrievalResult, candidate: RetrievalResult, dataset: ReidDataset) -> list[FirstHit]:
-    """Return the queries whose first hit changed, those that became wrong first."""
-    query, gallery = dataset.query, dataset.gallery
-
-    def hit(index: int, number: int) -> tuple[str, bool]:
-        if index < 0:
-            return "", False
-        return str(gallery.paths[index]), bool(gallery.pids[index] == query.pids[number])
-
-    changed = np.flatnonzero((reference.top1 != candidate.top1) & (reference.first_match_rank > 0))
-    hits = [
-        FirstHit(str(query.paths[i]), *hit(int(reference.top1[i]), i), *hit(int(candidate.top1[i]), i))
-        for i in changed.tolist()
-    ]
-    return sorted(hits, key=lambda one: int(one.model_right) - int(one.reference_right))
-
-
 def map_failure(change: RetrievalChange, gates: Gates) -> Failure | None:
     """Return the failure of the mAP gate, or None. Few queries must not make a model pass: the interval is ignored."""
     drop = -100 * change.mAP.difference
     failed = drop > gates.max_map_drop
     return Failure(FailureKind.MAP_DROP, drop, gates.max_map_drop, change=change.mAP) if failed else None
-
-
-def few_queries_warning(judged: Sequence[tuple[RetrievalChange, Gates]]) -> BenchWarning | None:
-    """Warn where models pass the mAP gate but the interval of the change extends beyond it."""
-    unsure = [
-        (-100 * change.mAP.low, gates.max_map_drop)
-        for change, gates in judged
-        if -100 * change.mAP.difference <= gates.max_map_drop < -100 * change.mAP.low
-    ]
-    if not unsure:
-        return None
-    loss, limit = max(unsure, key=lambda one: one[0] - one[1])
-    queries = judged[0][0].queries
-    return BenchWarning(WarningKind.FEW_QUERIES, value=loss, limit=limit, count=len(unsure), total=queries)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -294,9 +294,6 @@ def _compare_with_reference(subjects: Sequence[Subject], images: BenchImages, fo
             found.warnings.append(BenchWarning(WarningKind.SAME_FILE, model.figures.path))
         if model.embeddings is not None:
             _compare(model, base, images, found)
-    judged = [(model.retrieval_change, model.gates) for model in found.models if model.retrieval_change]
-    if warning := parity.few_queries_warning(judged):
-        found.warnings.append(warning)
 
 
 def _compare(model: Subject, base: Subject, images: BenchImages, found: BenchReport) -> None:
@@ -307,20 +304,15 @@ def _compare(model: Subject, base: Subject, images: BenchImages, found: BenchRep
     assert base.embeddings is not None and model.embeddings is not None
     expected, actual = base.embeddings, model.embeddings
     expected_result, result = base.retrieval, model.retrieval
-    if ours.normalized_output != theirs.normalized_output:
-        # Only one outputs unit-length embeddings: compare directions.
-        expected, actual = unit_length(expected), unit_length(actual)
-        warning = BenchWarning(WarningKind.UNIT_LENGTH, figures.path)
-        if images.dataset and expected_result and result:
-            as_is = expected_result.mAP
-            expected_result, result = (EmbeddedDataset(images.dataset, one).evaluate() for one in (expected, actual))
-            warning = replace(warning, value=expected_result.mAP, limit=as_is)
-        found.warnings.append(warning)
+    if ours.normalized_output and not theirs.normalized_output:
+        expected = unit_length(expected)  # such a model ranks by cosine: compare it with the reference's directions
+        if images.dataset and expected_result:
+            expected_result = EmbeddedDataset(images.dataset, expected).evaluate()
     stages = ours.stages if ours.stages == theirs.stages else None
     figures.parity = parity.compare(expected, actual, images.paths, stages)
     figures.failures += parity.parity_failures(figures.parity, figures.gates)
-    if images.dataset and expected_result and result:
-        figures.retrieval_change = parity.retrieval_change(expected_result, result, images.dataset)
+    if expected_result and result:
+        figures.retrieval_change = parity.retrieval_change(expected_result, result)
         if failure := parity.map_failure(figures.retrieval_change, figures.gates):
             figures.failures.append(failure)
 

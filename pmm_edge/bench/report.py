@@ -126,17 +126,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class FirstHit:
-    """A query whose top-ranked gallery image differs from the reference's."""
-
-    query: str
-    reference: str
-    reference_right: bool
-    model: str
-    model_right: bool
-
-
-@dataclass(frozen=True)
 class RetrievalChange:
     """Effect of a model's differences on retrieval."""
 
@@ -144,8 +133,6 @@ class RetrievalChange:
     mAP: Change  # noqa: N815  the field's own spelling
     mINP: Change  # noqa: N815
     queries: int
-    first_hits: list[FirstHit]
-    reference: RetrievalFigures
 
 
 class Cause(Enum):
@@ -295,8 +282,6 @@ class WarningKind(Enum):
     PRECISION_NOT_CHECKED = "precision not checked"
     REFERENCE_BROKEN = "reference broken"
     SAME_FILE = "same file"
-    UNIT_LENGTH = "unit length"
-    FEW_QUERIES = "few queries"
     NOT_MEASURED = "not measured"
     BUSY = "busy"
     NOISY = "noisy"

@@ -57,11 +57,6 @@ _WARNINGS = {
     f" is missing. {install('train')}",
     WarningKind.REFERENCE_BROKEN: "the reference {name} fails its own checks, so that no model was compared with it",
     WarningKind.SAME_FILE: "{name} is the same file as the reference, so that the comparison shows nothing",
-    WarningKind.UNIT_LENGTH: "only one of {name} and the reference outputs unit-length embeddings: both were"
-    " normalized{figures}",
-    WarningKind.FEW_QUERIES: "{count} models pass the mAP gate on these {total:,} queries, which are too few to show it"
-    " for others: the loss may be up to {value:.2f} points (95 % interval) where {limit:g} is allowed; evaluate more"
-    " queries",
     WarningKind.NOT_MEASURED: "{about}{detail}",
     WarningKind.BUSY: "the machine was busy before the measurement: load {value:.1f}, at most {limit:.1f} is quiet;"
     " stop other processes (see top) and measure again",
@@ -126,7 +121,6 @@ def describe_warning(warning: BenchWarning) -> str:
     name, value, limit = Path(warning.model).name, warning.value or 0.0, warning.limit or 0.0
     reasons = [f"the processor {warning.count} times"] if warning.count else []
     reasons += [f"the GPU because of its {reason.value}" for reason in warning.slowed_by]
-    figures = f" (mAP of the reference {100 * value:.2f}, without {100 * limit:.2f})" if value else ""
     fields = vars(warning) | {"value": value, "limit": limit, "percent": 100 * value, "limit_percent": 100 * limit}
-    fields |= {"name": name, "about": f"{name}: " if name else "", "reasons": ", ".join(reasons), "figures": figures}
+    fields |= {"name": name, "about": f"{name}: " if name else "", "reasons": ", ".join(reasons)}
     return _WARNINGS[warning.kind].format(**fields)

@@ -24,7 +24,6 @@ from pmm_edge.bench.report import (
     Environment,
     Failure,
     FailureKind,
-    FirstHit,
     Gates,
     Invariant,
     InvariantName,
@@ -69,8 +68,8 @@ def sample_report(folder: Path) -> BenchReport:
         reference=reference,
         models=[
             _model("model.onnx", "fp32", 1e-12, 0.33),
-            _model("model-fp16.onnx", "fp16", 2e-6, 0.36, mAP=0.4669, hits=_hits(images, 2)),
-            _model("model-int8-cpu.onnx", "int8", 2e-3, 0.14, mAP=0.4641, hits=_hits(images, 40)),
+            _model("model-fp16.onnx", "fp16", 2e-6, 0.36, mAP=0.4669),
+            _model("model-int8-cpu.onnx", "int8", 2e-3, 0.14, mAP=0.4641),
             broken,
         ],
         data=str(folder),
@@ -102,7 +101,6 @@ def _model(
     departure: float,
     ratio: float,
     mAP: float = 0.467,  # noqa: N803  the field's own spelling
-    hits: list[FirstHit] | None = None,
 ) -> ModelReport:
     change = Change(mAP - 0.467, mAP - 0.467 - 0.002, mAP - 0.467 + 0.002)
     scopes: tuple[Scope, ...] = ("model", "end to end")
@@ -121,9 +119,7 @@ def _model(
         parity=_parity(departure),
         retrieval=RetrievalFigures(0.6354, mAP, 0.1546, mAP - 0.02),
         cmc=[float(share) for share in 1 - 0.3646 * np.exp(-np.arange(50) / 12) + (mAP - 0.467)],
-        retrieval_change=RetrievalChange(
-            change, change, change, 458, hits or [], RetrievalFigures(0.6354, 0.467, 0.1546, 0.447)
-        ),
+        retrieval_change=RetrievalChange(change, change, change, 458),
         latency=[_latency(batch, scope, ratio) for scope in scopes for batch in (1, 8, 32)],
         cold_start=ColdStart(1450.0 * ratio, 410.0, 8),
         energy=Energy(0.21 * ratio, 31.0, "INA3221", 1, 2.0),
@@ -154,11 +150,3 @@ def _latency(batch: int, scope: Scope, ratio: float) -> Latency:
         ratio_high=ratio + spread,
         cpu_clocks=Clocks(3100, 3400),
     )
-
-
-def _hits(images: list[str], count: int) -> list[FirstHit]:
-    """Return changed first hits: those that became wrong first, then those that became right."""
-    return [
-        FirstHit(images[number % len(images)], images[1], number % 3 != 2, images[2], number >= count // 2)
-        for number in range(count)
-    ]
