@@ -22,8 +22,7 @@ from rich.table import Table
 
 from pmm_edge.console import progress
 from pmm_edge.errors import PmmError
-from pmm_edge.pictures.attention import attention_of, checkpoint_with_heads
-from pmm_edge.pictures.overlap import Overlap, overlap
+from pmm_edge.pictures.attention import Overlap, attention_of, overlap
 from pmm_edge.runs import BEST, about_run
 from pmm_edge.runtime.embed_files import find_images
 
@@ -45,10 +44,10 @@ def main() -> None:
         paths = _images(source, options.limit)
         found = {}
         for name, path in checkpoints.items():
-            checkpoint = checkpoint_with_heads(path)
             with progress() as report:
-                attention = attention_of(checkpoint, paths, device=options.device, report=report)
-            found[name] = (checkpoint.spec.architecture, checkpoint.spec.mix, overlap(attention.maps, attention.stages))
+                attention = attention_of(path, paths, device=options.device, report=report)
+            spec = attention.spec
+            found[name] = (spec.architecture, spec.mix, overlap(attention.maps, tuple(spec.stages)))
     except PmmError as error:
         raise SystemExit(f"error: {error}") from error
     where = machine("torch", "numpy")

@@ -383,9 +383,7 @@ def embed(
 
 @app.command()
 def visualize(
-    models: list[Path] | None = _arg(
-        None, "Checkpoints or run folders; for galleries any model. Default: newest.", "MODEL"
-    ),
+    model: Path | None = _arg(None, "Checkpoint or run folder; for galleries any model. Default: newest.", "MODEL"),
     what: Literal["cams", "galleries", "mixing", "all"] = _opt(
         "all",
         "cams: Grad-CAM of each stage. galleries: queries and their nearest images. mixing: what training replaces."
@@ -397,7 +395,6 @@ def visualize(
     images: int = _opt(6, "Number of images to draw, chosen at random.", metavar="N"),
     top: int = _opt(10, "Number of gallery images per query.", metavar="K"),
     seed: int = _opt(0, "Seed for the choice of images and negatives."),
-    true_class: bool = _opt(False, "CAMs of training images, for their true class.", "--true-class"),
     out: Path | None = _out(None, "Folder to write. Default: pictures/ in the run folder.", "FOLDER"),
     layout: str | None = LAYOUT,
     device: str | None = DEVICE,
@@ -411,8 +408,6 @@ def visualize(
 
     [dim]pmm visualize --what cams --data crops/ --images 20[/]
 
-    [dim]pmm visualize runs/baseline runs/bdb runs/pmm --what cams[/]
-
     [dim]pmm visualize model.onnx --what galleries --data market1501[/]
     """
     arguments = {name: value for name, value in locals().items() if name != "as_json"}
@@ -420,7 +415,7 @@ def visualize(
 
     with progress() as report:
         album = run(**arguments, report=report)
-    print_json(album.to_json()) if as_json else render.show_album(album)
+    print_json(album) if as_json else render.show_album(album)
 
 
 @app.command()

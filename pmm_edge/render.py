@@ -279,8 +279,11 @@ def show_album(album: Album) -> None:
     """Print the pictures that `pmm visualize` wrote, and the overlap of attention maps."""
     rows = [(kind, escape(path.name)) for kind, path in album.files.items()]
     print_table(f"pictures in {escape(str(album.folder))}", ("shows", "file"), rows)
-    for table in album.tables():
-        print_table(*table)
+    if (overlap := album.overlap) and overlap.pairs:
+        values = [*overlap.pairs.values(), overlap.mean, overlap.chance]
+        row = [f"{overlap.images:,}", *("–" if value is None else f"{value:.3f}" for value in values)]
+        title = "overlap of the stages' attention; chance: between different images"
+        print_table(title, ("images", *overlap.pairs, "mean", "chance"), [row])
     for kind, reason in album.left_out.items():
         note(f"[yellow]no {kind}:[/] {escape(reason)}")
 

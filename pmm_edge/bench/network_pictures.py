@@ -42,17 +42,17 @@ def network_pictures(
     """
     planned: dict[str, Callable[[], Image.Image]] = {}
     if reference.suffix in (".pt", ".pth"):  # exports have no heads
-        from pmm_edge.pictures.attention import cam_grid
+        from pmm_edge.pictures.attention import attention_of, cam_grid
         from pmm_edge.pictures.mixing_grid import mixing_grid
 
         shown = [images[row] for row in evenly(len(images), IMAGES)]
-        planned["Attention"] = lambda: cam_grid(reference, shown, device=device)
+        planned["Attention"] = lambda: cam_grid(attention_of(reference, shown, device=device), range(len(shown)))
     if dataset and embeddings is not None:
         chosen = (answered := queries_with_match(dataset))[evenly(len(answered), QUERIES)]
-        queries, gallery = embeddings[chosen], embeddings[len(dataset.query) :]
-        title = f"{reference.name}, {dataset.name}"
+        query, gallery = dataset.query.select(chosen), dataset.gallery
+        own, theirs = embeddings[chosen], embeddings[len(dataset.query) :]
         planned["Rankings"] = lambda: draw_rankings(
-            rank(queries, gallery, dataset.query.select(chosen), dataset.gallery, MATCHES), title
+            rank(own, theirs, query, gallery, MATCHES), query, gallery, f"{reference.name}, {dataset.name}"
         )
     if dataset and len(dataset.train) and "Attention" in planned:
         planned["Mixing"] = lambda: mixing_grid(reference, dataset.train, count=ANCHORS, device=device)

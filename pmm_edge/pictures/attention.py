@@ -1,21 +1,18 @@
-"""Attention of a network's stages: Grad-CAM maps, drawn over the images (paper figure 4)."""
-
-from __future__ import annotations
+"""Attention of a network's stages: Grad-CAM maps, drawn over the images (paper figure 4), and how far they overlap."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import DISTRACTOR_PID
 from pmm_edge.images import read_crop, read_crops
 from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint
 from pmm_edge.model.mixing import grad_cam
@@ -26,7 +23,6 @@ from pmm_edge.runtime.torch_backend import Preprocess, torch_device
 from pmm_edge.spec import ModelSpec
 
 BATCH = 32
-METHODS = {"pmm": "PMM", "bdb": "BDB", "baseline": "Baseline"}
 COLUMNS = 8
 """Approximate number of pictures in a row."""
 OPACITY = 0.72
@@ -35,36 +31,22 @@ OPACITY = 0.72
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Grad-CAM maps of the stages of one network for N images."""
+    """Grad-CAM of the S stages of one network for N image files."""
 
     spec: ModelSpec
+    paths: Sequence[Path]
     maps: NDArray[np.float32]
-    """(N, S, h, w) for the S stages, ReLU applied, not rescaled."""
+    """(N, S, h, w), ReLU applied, not rescaled."""
     classes: NDArray[np.int64]
-    """(N, S), the class whose evidence each map shows."""
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the S stages, such as I, II, III."""
-        return tuple(self.spec.stages)
-
-    def __getitem__(self, rows: NDArray[np.intp]) -> Attention:
-        return replace(self, maps=self.maps[rows], classes=self.classes[rows])
+    """(N, S), the class that each stage predicts, whose evidence the map shows."""
 
 
-def stage_maps(network: ReidNetwork, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Grad-CAM of each stage in evaluation mode: nothing is mixed or dropped.
+def stage_maps(network: ReidNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Grad-CAM of each stage for the class that it predicts, in evaluation mode: nothing is mixed or dropped.
 
     Each map lies on the features that its stage pools: the backbone's for average pooling, the extra bottleneck's for
-    max pooling. PMM has three stages, BDB two, the baseline one.
-
-    Args:
-        network: any method; its training mode is restored.
-        images: (N, 3, H, W) float32, normalized.
-        targets: (N,) int64, the class to explain; None takes the class that each stage predicts, as in the paper.
-
-    Returns:
-        (N, S, h, w) float32 maps and (N, S) int64 classes.
+    max pooling. PMM has three stages, BDB two, the baseline one. `images` are (N, 3, H, W) float32, normalized. Returns
+    (N, S, h, w) float32 maps and (N, S) int64 classes; the training mode of the network is restored.
     """
     was_training = network.training
     network.eval()
@@ -78,43 +60,33 @@ def stage_maps(network: ReidNetwork, images: Tensor, targets: Tensor | None = No
     for features, pooled, head in inputs:
         with torch.enable_grad():
             logits = head(pooled.requires_grad_())[1]
-        chosen = logits.argmax(dim=1) if targets is None else targets
-        maps.append(grad_cam(features, pooled, logits, chosen))
-        classes.append(chosen)
+        classes.append(logits.argmax(dim=1))
+        maps.append(grad_cam(features, pooled, logits, classes[-1]))
     network.train(was_training)
     return torch.stack(maps, dim=1), torch.stack(classes, dim=1)
 
 
 def attention_of(
-    checkpoint: Checkpoint,
-    paths: Sequence[Path],
-    targets: NDArray[np.int64] | None = None,
-    *,
-    device: str | None = None,
-    report: Report = silent,
+    checkpoint: Path, paths: Sequence[Path], *, device: str | None = None, report: Report = silent
 ) -> Attention:
     """Compute `stage_maps` of one or more image files, preprocessed as the checkpoint's spec says.
 
-    `targets` are (N,) classes, None for the predicted ones. `device` is `cpu`, `cuda` or `cuda:N`; None uses a GPU if
-    there is one.
-
-    Raises DataError if an image cannot be read, and ModelError if the weights do not match the spec or the device does
-    not exist.
+    `device` is `cpu`, `cuda` or `cuda:N`; None uses a GPU if there is one. Raises what `checkpoint_with_heads` raises,
+    DataError if an image cannot be read, and ModelError if the device does not exist.
     """
-    place = torch_device(device)
-    network, size = checkpoint.network().to(place), checkpoint.spec.input
+    loaded, place = checkpoint_with_heads(checkpoint), torch_device(device)
+    network, size = loaded.network().to(place), loaded.spec.input
     prepare = Preprocess(replace(size, form="uint8")).to(place)
     maps, classes = [], []
-    what = f"attention of {checkpoint.spec.architecture}"
+    what = f"attention of {loaded.spec.architecture}"
     report(what, 0, len(paths))
     for start in range(0, len(paths), BATCH):
         crops = torch.from_numpy(read_crops(paths[start : start + BATCH], size.height, size.width)).to(place)
-        chosen = None if targets is None else torch.from_numpy(targets[start : start + BATCH]).to(place)
-        found, explained = stage_maps(network, prepare(crops), chosen)
+        found, predicted = stage_maps(network, prepare(crops))
         maps.append(found.cpu().numpy())
-        classes.append(explained.cpu().numpy())
+        classes.append(predicted.cpu().numpy())
         report(what, start + len(crops), len(paths))
-    return Attention(checkpoint.spec, np.concatenate(maps), np.concatenate(classes))
+    return Attention(loaded.spec, paths, np.concatenate(maps), np.concatenate(classes))
 
 
 def checkpoint_with_heads(path: Path) -> Checkpoint:
@@ -130,21 +102,6 @@ def checkpoint_with_heads(path: Path) -> Checkpoint:
     return load_checkpoint(path)
 
 
-def training_classes(pids: NDArray[np.int64], spec: ModelSpec, data: str) -> NDArray[np.int64]:
-    """Class of each training image: identities numbered from 0 in ascending order, as in training.
-
-    `pids` are those of the whole training set of the data set `data`. Returns (N,) int64; -1 for junk and distractors.
-    Raises UnsuitableError if the network was trained on another number of identities.
-    """
-    people = np.unique(pids[pids > DISTRACTOR_PID])
-    if len(people) != spec.num_classes:
-        raise UnsuitableError(
-            f"the network has {spec.num_classes:,} classes, the training set of {data} {len(people):,} identities",
-            "Name the data set it was trained on with --data",
-        )
-    return np.where(pids > DISTRACTOR_PID, np.searchsorted(people, pids), -1)
-
-
 def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:
     """Draw a map (h, w) over the image in gray; its maximum gets the brightest color, and zeros add no color."""
     peak = float(cam.max())
@@ -156,51 +113,72 @@ def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray(((1 - opacity) * gray + opacity * color).round().astype(np.uint8))
 
 
-def cam_grid(checkpoints: Path | Sequence[Path], paths: Sequence[Path], *, device: str | None = None) -> Image.Image:
-    """Draw the Grad-CAM maps of each image for the classes that the stages predict.
-
-    Takes one checkpoint, or several to compare, such as PMM, BDB and the baseline. Raises what `checkpoint_with_heads`
-    and `attention_of` raise.
-    """
-    files = [checkpoints] if isinstance(checkpoints, Path) else list(checkpoints)
-    return draw_cams(paths, [attention_of(checkpoint_with_heads(file), paths, device=device) for file in files], files)
-
-
-def draw_cams(
-    paths: Sequence[Path], networks: Sequence[Attention], checkpoints: Sequence[Path], *, true_class: bool = False
-) -> Image.Image:
-    """Draw maps of the same images for one or more networks; images are enlarged to the first one's multiple.
-
-    `checkpoints` are the files of the networks, whose folders tell networks of one method apart. `true_class` is for
-    the note. Raises DataError if an image cannot be read.
-    """
-    names = [METHODS[found.spec.architecture] for found in networks]
-    if len(set(names)) < len(names):
-        names = [f"{name} {path.resolve().parent.name}" for name, path in zip(names, checkpoints, strict=True)]
-    size = networks[0].spec.input
-    factor = enlargement(size.height)
-    images = []
-    for row, path in enumerate(paths):
+def cam_grid(found: Attention, rows: Sequence[int] | NDArray[np.intp]) -> Image.Image:
+    """Draw some of the images, each followed by the map of each stage; raise DataError if one cannot be read."""
+    size, stages = found.spec.input, found.spec.stages
+    factor, columns = enlargement(size.height), 1 + len(stages)
+    abreast = min(len(rows), max(1, COLUMNS // columns))
+    lines: list[list[Cell]] = []
+    for number, row in enumerate(rows):
+        path = found.paths[row]
         photo = Image.fromarray(read_crop(path, factor * size.height, factor * size.width))
-        cells = [Cell(photo, path.name)]
-        for found in networks:
-            for cam, chosen in zip(found.maps[row], found.classes[row], strict=True):
-                cells.append(Cell(overlay(photo, cam), f"class {chosen}" if cam.any() else "no evidence"))
-        images.append(cells)
-    compared = len(networks) > 1
-    heads = ["input"]
-    for found, name in zip(networks, names, strict=True):
-        heads += [f"{name}\n{stage}" if compared else f"stage {stage}" for stage in found.stages]
-    group = len(heads)  # columns per image
-    groups = min(len(paths), max(1, COLUMNS // group))
-    starts = [0, *accumulate([1, *(len(found.stages) for found in networks[:-1])])] if compared else [0]
+        if number % abreast == 0:
+            lines.append([])
+        lines[-1].append(Cell(photo, path.name))
+        for cam, predicted in zip(found.maps[row], found.classes[row], strict=True):
+            lines[-1].append(Cell(overlay(photo, cam), f"class {predicted}" if cam.any() else "no evidence"))
     return grid(
-        [list(chain(*images[start : start + groups])) for start in range(0, len(images), groups)],
-        heads * groups,
-        title=f"{', '.join(names)}: Grad-CAM of each stage",
-        notes=[
-            f"Evidence for {'the true class' if true_class else 'the class that each stage predicts'}, named below each"
-            " map. Each map is scaled to its own maximum (yellow): compare where maps are bright, not how bright."
-        ],
-        wide_before=[start + at for start in range(0, group * groups, group) for at in starts if start + at],
+        lines,
+        ["input", *(f"stage {stage}" for stage in stages)] * abreast,
+        title=f"Grad-CAM of each stage of {found.spec.architecture}",
+        note="Evidence for the class that each stage predicts, named below each map. Each map is scaled to its own"
+        " maximum (yellow): compare where maps are bright, not how bright.",
+        wide_before=range(columns, columns * abreast, columns),
     )
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Overlap of the stages' attention on N images, in 0..1."""
+
+    images: int
+    pairs: dict[str, float | None]
+    """Mean over the images for each pair of stages, such as I-II; None if every map of the pair is empty."""
+    mean: float | None
+    """Mean over the pairs; None for fewer than two stages or if a pair is None."""
+    chance: float | None
+    """Mean over the same pairs with the second map taken from another image: the overlap to expect, because people
+    stand in the middle of their crops. None for a single image."""
+    empty: int
+    """Images with a map that is zero everywhere, that is, without evidence for the class."""
+
+
+def overlap(maps: ArrayLike, stages: tuple[str, ...]) -> Overlap:
+    """Histogram intersection of each pair of stages: the share of their attention that lies in the same places.
+
+    With p = a / sum(a) and q = b / sum(b), it is the sum over positions of min(p, q) = 1 - |p - q|_1 / 2: 1 for maps
+    that are equal up to a factor, 0 for disjoint maps (Swain and Ballard, Color Indexing, 1991). It needs no threshold
+    and does not depend on the strength of a map.
+
+    `maps` are (N, S, h, w), not negative, of N >= 1 images; `stages` names the S stages.
+    """
+    array = np.asarray(maps, dtype=np.float64)
+    flat = array.reshape(*array.shape[:2], -1)
+    sums = flat.sum(axis=2, keepdims=True)
+    shares = np.divide(flat, sums, out=np.full_like(flat, np.nan), where=sums > 0)
+    moved = np.roll(np.arange(len(shares)), -(len(shares) // 2))  # neighbors in a data set often show the same person
+    pairs: dict[str, float | None] = {}
+    chances = []
+    for first, second in combinations(range(len(stages)), 2):
+        same = np.minimum(shares[:, first], shares[:, second]).sum(axis=1)
+        pairs[f"{stages[first]}-{stages[second]}"] = _mean(same)
+        chances.append(np.minimum(shares[:, first], shares[moved, second]).sum(axis=1))
+    known = [value for value in pairs.values() if value is not None]
+    mean = float(np.mean(known)) if known and len(known) == len(pairs) else None
+    chance = _mean(np.stack(chances)) if chances and len(shares) > 1 else None
+    return Overlap(len(shares), pairs, mean, chance, int((sums[..., 0] <= 0).any(axis=1).sum()))
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None

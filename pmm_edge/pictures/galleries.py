@@ -1,10 +1,7 @@
 """Ranked galleries: a query and its nearest gallery images, right and wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,24 +21,12 @@ PHOTO = (208, 104)
 """Height and width of the pictures in pixels."""
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A gallery image at its rank."""
+class Ranking(NamedTuple):
+    """The gallery images nearest to one query under the Market-1501 protocol."""
 
-    path: Path
-    pid: int
-    camid: int
-    distance: float
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """A query and its nearest gallery images under the Market-1501 protocol."""
-
-    path: Path
-    pid: int
-    camid: int
-    hits: tuple[Hit, ...]
+    hits: NDArray[np.intp]
+    """(K,) rows of the gallery, nearest first."""
+    distances: NDArray[np.float32]
     first_match_rank: int
     """From 1; 0 if the gallery has no match."""
     average_precision: float
@@ -64,7 +49,7 @@ def gallery_grid(
     gallery = dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID))
     embeddings = embed_files(embedder, [*query.paths, *gallery.paths], report=report).embeddings
     found = rank(embeddings[: len(query)], embeddings[len(query) :], query, gallery, top)
-    return draw_rankings(found, f"{embedder.path.name} on {dataset.name}")
+    return draw_rankings(found, query, gallery, f"{embedder.path.name} on {dataset.name}")
 
 
 def rank(
@@ -80,47 +65,41 @@ def rank(
     result = evaluate_distances(distances, *labels)
     checked = check_labels(*labels, distances.shape)
     rankings = []
-    for number, (path, pid, camid) in enumerate(zip(query.paths, query.pids, query.camids, strict=True)):
+    for number, first_match_rank in enumerate(result.first_match_rank.tolist()):
         row = distances[number, checked.kept]
         _, excluded = checked.matches(number)  # same identity and camera
         row[excluded] = np.inf
         order = np.argsort(row, kind="stable")[: min(top, len(row) - len(excluded))]
-        hits = [
-            Hit(gallery.paths[at], int(gallery.pids[at]), int(gallery.camids[at]), float(distance))
-            for at, distance in zip(checked.kept[order], row[order], strict=True)
-        ]
-        first, precision = int(result.first_match_rank[number]), float(result.average_precision[number])
-        rankings.append(Ranking(path, int(pid), int(camid), tuple(hits), first, precision))
+        precision = float(result.average_precision[number])
+        rankings.append(Ranking(checked.kept[order], row[order], first_match_rank, precision))
     return rankings
 
 
-def draw_rankings(rankings: Sequence[Ranking], name: str) -> Image.Image:
+def draw_rankings(rankings: Sequence[Ranking], query: Split, gallery: Split, name: str) -> Image.Image:
     """Draw one row per query: the query, then its hits, nearest first. `name` of model and data set is for the title.
 
     Raises DataError if an image cannot be read.
     """
     rows = []
-    for ranking in rankings:
+    for number, ranking in enumerate(rankings):
         judged = "no match"
         if ranking.first_match_rank:
             judged = f"AP {100 * ranking.average_precision:.0f} %\n1st match: {ranking.first_match_rank:,}"
-        cells = [_cell(ranking, judged)]
-        for hit in ranking.hits:
-            cells.append(_cell(hit, f"{hit.distance:#.3g}".rstrip("."), hit.pid == ranking.pid))
-        rows.append(cells)
+        rows.append([_cell(query, number, judged)])
+        for hit, distance in zip(ranking.hits, ranking.distances, strict=True):
+            right = bool(gallery.pids[hit] == query.pids[number])
+            rows[-1].append(_cell(gallery, hit, f"{distance:#.3g}".rstrip("."), right))
     return grid(
         rows,
         ["query", *map(str, range(1, max(map(len, rows))))],
         title=f"{name}: nearest gallery images",
-        notes=[
-            "Solid frame and tick: same person. Dashed frame and cross: another person. Below each hit: identity,"
-            " camera and Euclidean distance; below each query: average precision and rank of the first match. Images of"
-            " the query's identity and camera are excluded, as in the Market-1501 protocol."
-        ],
+        note="Solid frame and tick: same person. Dashed frame and cross: another person. Below each hit: identity,"
+        " camera and Euclidean distance; below each query: average precision and rank of the first match. Images of the"
+        " query's identity and camera are excluded, as in the Market-1501 protocol.",
         wide_before=[1],
     )
 
 
-def _cell(image: Ranking | Hit, judged: str, right: bool | None = None) -> Cell:
-    who = "distractor" if image.pid == DISTRACTOR_PID else f"pid {image.pid}"
-    return Cell(Image.fromarray(read_crop(image.path, *PHOTO)), f"{who} · c{image.camid}\n{judged}", right)
+def _cell(split: Split, row: int, judged: str, right: bool | None = None) -> Cell:
+    who = "distractor" if split.pids[row] == DISTRACTOR_PID else f"pid {split.pids[row]}"
+    return Cell(Image.fromarray(read_crop(split.paths[row], *PHOTO)), f"{who} · c{split.camids[row]}\n{judged}", right)

@@ -1,13 +1,10 @@
 """Pictures in rows and columns with captions, drawn by matplotlib without global state."""
 
-from __future__ import annotations
-
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,44 +18,47 @@ MIN_HEIGHT, MIN_WIDTH = 256, 560
 DPI = 100
 
 
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """A picture with a caption below it."""
+class Cell(NamedTuple):
+    """A picture with a caption below it; lines that are wider than the picture are shortened in the middle.
+
+    `right` True draws a solid green frame and a tick, False a dashed red frame and a cross, None neither.
+    """
 
     picture: Image.Image
     caption: str = ""
-    """Lines; a line that is wider than the picture is shortened in the middle."""
     right: bool | None = None
-    """True draws a solid green frame and a tick, False a dashed red frame and a cross, None neither."""
 
 
 def grid(
-    rows: Sequence[Sequence[Cell | None]],
+    rows: Sequence[Sequence[Cell]],
     heads: Sequence[str] = (),
     *,
     title: str = "",
-    notes: Sequence[str] = (),
+    note: str = "",
     wide_before: Sequence[int] = (),
 ) -> Image.Image:
     """Lay out pictures; a column is as wide as its widest picture, a row as high as its highest.
 
-    In `rows`, None leaves a place empty, and rows may differ in length. `heads` are titles of the columns, `notes`
-    paragraphs below the pictures, `wide_before` the columns with a wider gap on their left.
+    Rows may differ in length. `heads` are titles of the columns, `note` is a paragraph below the pictures, and the
+    columns `wide_before` have a wider gap on their left.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = range(max(map(len, rows)))
-    widths = [max((cell.picture.width for row in rows for cell in row[c : c + 1] if cell), default=0) for c in columns]
+    widths = [max(cell.picture.width for row in rows for cell in row[column : column + 1]) for column in columns]
     gaps = [WIDE_GAP if column in wide_before else GAP for column in columns]
     lefts = [MARGIN + sum(widths[:column]) + sum(gaps[1 : column + 1]) for column in columns]
     width = max(lefts[-1] + widths[-1] + MARGIN, MIN_WIDTH)
-    titles, under = _wrap([title], TITLE, width), _wrap(notes, CAPTION, width)
+    titles, under = (
+        textwrap.wrap(text, _characters(size, width - 2 * MARGIN)) for text, size in ((title, TITLE), (note, CAPTION))
+    )
     head_lines = max((head.count("\n") + 1 for head in heads), default=0)
-    top = MARGIN + len(titles) * _line(TITLE) + head_lines * _line(HEAD) + GAP
-    tops = [top]
+    tops = [MARGIN + len(titles) * _line(TITLE) + head_lines * _line(HEAD) + GAP]
     for row in rows:
-        tops.append(tops[-1] + max((_height(cell) for cell in row if cell), default=0) + GAP)
+        lines = [cell.caption.count("\n") + 1 if cell.caption else 0 for cell in row]
+        below = [count and count * _line(CAPTION) + 4 for count in lines]
+        tops.append(tops[-1] + max(cell.picture.height + room for cell, room in zip(row, below, strict=True)) + GAP)
     height = tops[-1] + len(under) * _line(CAPTION) + MARGIN
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
@@ -70,11 +70,9 @@ def grid(
 
     write(titles, MARGIN, MARGIN, TITLE, INK)
     for head, left, room in zip(heads, lefts, widths, strict=False):
-        write(_fit(head, HEAD, room), left, top - GAP - head_lines * _line(HEAD), HEAD, INK)
+        write(_fit(head, HEAD, room), left, tops[0] - GAP - head_lines * _line(HEAD), HEAD, INK)
     for row, y in zip(rows, tops, strict=False):
         for cell, left, room in zip(row, lefts, widths, strict=False):
-            if cell is None:
-                continue
             wide, high = cell.picture.size
             axes = figure.add_axes((left / width, 1 - (y + high) / height, wide / width, high / height))
             axes.imshow(np.asarray(cell.picture.convert("RGB")), interpolation="nearest", aspect="auto")
@@ -100,18 +98,8 @@ def enlargement(height: int) -> int:
     return max(1, ceil(MIN_HEIGHT / height))
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """A copy of a picture, enlarged by `enlargement`."""
-    factor = enlargement(picture.height)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-
-
 def _line(size: int) -> int:
     return round(1.35 * size)
-
-
-def _height(cell: Cell) -> int:
-    return cell.picture.height + (_line(CAPTION) * (cell.caption.count("\n") + 1) + 4 if cell.caption else 0)
 
 
 def _characters(size: int, room: int) -> int:
@@ -122,8 +110,3 @@ def _fit(text: str, size: int, room: int) -> list[str]:
     most = _characters(size, room)
     lines = ["".join(char if char.isprintable() else "?" for char in line) for line in text.split("\n")]
     return [x if len(x) <= most else f"{x[: most // 2]}…{x[len(x) - (most - 1) // 2 :]}" for x in lines]
-
-
-def _wrap(paragraphs: Sequence[str], size: int, width: int) -> list[str]:
-    most = _characters(size, width - 2 * MARGIN)
-    return [line for text in paragraphs for line in textwrap.wrap(text, most)]

@@ -2,7 +2,7 @@ import numpy as np
 from PIL import Image
 
 from pmm_edge.pictures.attention import overlay
-from pmm_edge.pictures.grid import RIGHT, WRONG, Cell, enlarged, grid
+from pmm_edge.pictures.grid import RIGHT, WRONG, Cell, enlargement, grid
 
 
 def plain(width: int = 100, height: int = 200, gray: int = 90) -> Image.Image:
@@ -21,7 +21,7 @@ def has_color(image: Image.Image, color: str) -> np.ndarray:
 def test_pictures_are_whole_and_in_rows_and_columns() -> None:
     colors = ("#2040c0", "#20c040", "#c04020")  # no text has one of them
     first, second, third = (Cell(Image.new("RGB", (100, 200), color), "caption") for color in colors)
-    sheet = grid([[first, second], [third, None]], ["a", "b"], title="t")
+    sheet = grid([[first, second], [third]], ["a", "b"], title="t")
     corners = []
     for color in colors:
         places = np.argwhere(has_color(sheet, color))
@@ -47,15 +47,14 @@ def test_long_and_foreign_names_stay_below_their_picture() -> None:
     assert outside.min() >= 250
 
 
-def test_notes_are_wrapped() -> None:
-    short, long = (grid([[Cell(plain())]], notes=[text]) for text in ("word", "word " * 60))
+def test_a_note_is_wrapped() -> None:
+    short, long = (grid([[Cell(plain())]], note=text) for text in ("word", "word " * 60))
     assert long.width == short.width
     assert long.height > short.height + 40
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor() -> None:
-    assert enlarged(plain(64, 144)).size == (128, 288)
-    assert enlarged(plain(128, 384)).size == (128, 384)
+    assert [enlargement(height) for height in (96, 144, 384)] == [3, 2, 1]
 
 
 def test_the_overlay_colors_where_the_map_is_high() -> None:
