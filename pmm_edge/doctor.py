@@ -183,7 +183,6 @@ TIMEOUT = 30.0
 ADDITION = b64decode("CAg6NQoOCgF4CgF4EgF5IgNBZGQSAWdaDwoBeBIKCggIARIECgIIAWIPCgF5EgoKCAgBEgQKAggBQgQKABAN")
 """An ONNX model that computes y = x + x for one float32; the onnx package may be missing."""
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
-NVIDIA_PROVIDERS = (CUDA_PROVIDER, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def main(name: str) -> None:
 
 
 def probe_onnxruntime() -> Probe:
-    """Compute an addition with every provider that ONNX Runtime lists: a listed provider may not work."""
+    """Compute an addition with each provider that pmm-edge uses: a listed provider may not work."""
     import onnxruntime
 
     from pmm_edge.runtime.onnx_backend import driver_is_there, load_cuda_libraries
@@ -244,8 +243,8 @@ def probe_onnxruntime() -> Probe:
     listed, driver = onnxruntime.get_available_providers(), driver_is_there()
     if driver:
         load_cuda_libraries()
-    missing = () if driver else NVIDIA_PROVIDERS
-    providers = {name: NO_DRIVER if name in missing else _problem_with(name) for name in listed}
+    used = [name for name in (CUDA_PROVIDER, CPU_PROVIDER) if name in listed]
+    providers = {name: _problem_with(name) if driver or name == CPU_PROVIDER else NO_DRIVER for name in used}
     return Probe(providers=providers, no_driver=not driver)
 
 

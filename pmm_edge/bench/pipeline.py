@@ -382,7 +382,7 @@ def _measure_speed(
         embedder, figures = subject.embedder, subject.figures
         report("cold start and energy", number, len(running), embedder.path.name)
         with _warning_if_it_fails(found, figures.path):
-            figures.cold_start = measure_cold_start(embedder.path, embedder.loads_with, max(batch_sizes))
+            figures.cold_start = measure_cold_start(embedder.path, embedder.device, max(batch_sizes))
         with _warning_if_it_fails(found, figures.path):
             figures.energy = measure_energy(embedder, images.crops(embedder, rows))
     report("cold start and energy", len(running), len(running))

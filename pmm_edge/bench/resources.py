@@ -69,11 +69,11 @@ class Gpu:
 
 
 def open_gpu(device: str) -> Gpu | None:
-    """Open the GPU that CUDA calls `cuda:N` or `tensorrt:N`; None for `cpu`, and without a driver that supports NVML.
+    """Open the GPU that CUDA calls `cuda:N`; None for `cpu`, and without a driver that supports NVML.
 
     NVML numbers GPUs differently, so that they are matched by PCI bus id.
     """
-    kind, index = parse_device(device, tensorrt=True)
+    kind, index = parse_device(device)
     bus_id = None if kind == "cpu" else _pci_bus_id(index)
     if bus_id is None:
         return None

@@ -4,8 +4,6 @@ It names the SHA-256 of the model and has a digest of its own content, which rev
 It is not a signature: anyone who can write both files can write a new pair. Sign it or pin its `digest` against that.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import msgspec
 
 from pmm_edge.errors import ModelError
 from pmm_edge.files import decode_json, encode_json, sha256, written_whole
-from pmm_edge.runtime.manifest import check_files, manifest_path, read_manifest, read_untrusted
+from pmm_edge.runtime.manifest import check_files, manifest_path, read_manifest
 from pmm_edge.spec import ModelSpec
 
 _BENCH = "Run pmm bench again"
@@ -35,9 +33,9 @@ class Certificate:
     sha256: str
     file_bytes: int
     engine_manifest_sha256: str | None
-    """SHA-256 of the manifest of an engine, which defines its input; None for other models."""
+    """Of the manifest of an engine, which defines its input; None for other models."""
     engine_onnx_sha256: str | None
-    """SHA-256 of the ONNX file that an engine was built from."""
+    """Of the ONNX file that an engine was built from."""
     spec: ModelSpec
     reference: str
     reference_sha256: str
@@ -63,9 +61,8 @@ class Certificate:
 
     def save(self, path: Path) -> None:
         """Write the certificate atomically; raise OutputError if the file cannot be written."""
-        content = msgspec.to_builtins(self) | {"digest": self.digest}
         with written_whole(path) as temporary:
-            temporary.write_text(encode_json(content), encoding="utf-8")
+            temporary.write_text(encode_json(msgspec.to_builtins(self) | {"digest": self.digest}), encoding="utf-8")
 
 
 def certificate_path(model: Path) -> Path:
@@ -77,13 +74,11 @@ def read_certificate(model: Path) -> Certificate:
     """Read the certificate of a model without comparing them; CertificateError if it is missing, invalid or changed."""
     path = certificate_path(model)
     try:
-        text = read_untrusted(path)
-    except FileNotFoundError as error:
-        raise CertificateError(
-            f"{model} has no certificate {path.name} next to it", "Run pmm bench, which certifies models that pass"
-        ) from error
+        text = path.read_bytes()
     except OSError as error:
-        raise CertificateError(f"cannot read {path}: {error}", _BENCH) from error
+        missing = isinstance(error, FileNotFoundError)
+        problem = f"{model} has no certificate {path.name} next to it" if missing else f"cannot read {path}: {error}"
+        raise CertificateError(problem, "Run pmm bench, which certifies models that pass") from error
     content = decode_json(dict[str, Any], text, str(path), CertificateError, _BENCH)
     certificate = decode_json(Certificate, text, str(path), CertificateError, _BENCH)
     if content.pop("digest", None) != _digest_of(content):
@@ -110,9 +105,8 @@ def read_certified(model: Path, digest: str | None = None) -> tuple[Certificate,
             f"{path} has the digest {certificate.digest}, not {digest}", "Use the certificate that was pinned"
         )
     if hashlib.sha256(content).hexdigest() != certificate.sha256:
-        if certificate.model != model.name:
-            raise CertificateError(f"{path} is the certificate of another model, {certificate.model}", _BENCH)
-        raise CertificateError(f"{model} has changed since it was certified on {certificate.created[:10]}", _BENCH)
+        certified = f"the {certificate.model} that was certified on {certificate.created[:10]}"
+        raise CertificateError(f"{model} is not {certified}", _BENCH)
     if model.suffix == ".engine":
         manifest = read_manifest(model)
         check_files(manifest, model)

@@ -1,12 +1,9 @@
 """The CUDA runtime calls that an engine needs, with every status checked."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +11,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from pmm_edge.errors import PmmError
 
-_RUNTIME_MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python since 12.6, and before
-_DRIVER_VERSION = Path("/sys/module/nvidia/version")
 OUT_OF_MEMORY = "The GPU may be out of memory; check nvidia-smi or tegrastats"
 
 
@@ -37,25 +32,33 @@ class Cuda:
     """
 
     def __init__(self, index: int = 0) -> None:
-        self._api = api = _import_runtime()
-        count = self._count()
+        self.index, self._api = index, _import_runtime()
+        self._free: list[Callable[[], object]] = []
+        api = self._api
+        try:
+            status, count = api.cudaGetDeviceCount()
+        except RuntimeError as error:  # raised by cuda-python if libcuda.so.1 is missing
+            raise NotOnThisMachineError(f"there is no NVIDIA driver ({error})", "Install the driver") from error
+        if status != api.cudaError_t.cudaSuccess:
+            reason = self._describe(status)
+            raise NotOnThisMachineError(f"CUDA cannot use a GPU ({reason})", "Install a driver that supports this CUDA")
         if index >= count:
             raise NotOnThisMachineError(f"there is no GPU cuda:{index}; CUDA finds {count}", "Omit the device")
-        self.index = index
         self.use()
         properties = self._checked(api.cudaGetDeviceProperties(index), "reading GPU properties")
         self.name: str = properties.name.decode().rstrip("\0")
         self.compute_capability = f"{properties.major}.{properties.minor}"
-        self.runtime_version = _version(self._checked(api.cudaRuntimeGetVersion(), "reading the CUDA version"))
-        newest = _version(self._checked(api.cudaDriverGetVersion(), "reading the driver version"))
-        self.driver = f"{newest} ({_DRIVER_VERSION.read_text().strip()})" if _DRIVER_VERSION.is_file() else newest
-        self._free: list[Callable[[], object]] = []
-        self._events: tuple[Any, Any] | None = None
+        versions = (
+            self._checked(api.cudaRuntimeGetVersion(), "reading the CUDA version"),
+            self._checked(api.cudaDriverGetVersion(), "reading the driver version"),
+        )
+        self.runtime_version, self.driver = (f"{one // 1000}.{one % 1000 // 10}" for one in versions)  # 13020 is 13.2
         # Non-blocking: the default stream of other libraries neither waits for this one nor breaks a graph capture.
         self._stream = self._checked(api.cudaStreamCreateWithFlags(api.cudaStreamNonBlocking), "creating a stream")
         self._free.append(lambda: api.cudaStreamDestroy(self._stream))
         self.stream = native_handle(self._stream)
         """Address of the stream, as other libraries take it."""
+        self._before, self._after = self.event(), self.event()
 
     def use(self) -> None:
         """Make this the current GPU of the calling thread."""
@@ -120,27 +123,16 @@ class Cuda:
 
     def milliseconds(self, enqueue: Callable[[], None]) -> float:
         """Run what `enqueue` enqueues and return the time between two events around it."""
-        before, after = self._events = self._events or (self.event(), self.event())
-        self.record(before)
+        self.record(self._before)
         enqueue()
-        self.record(after)
+        self.record(self._after)
         self.synchronize()
-        return float(self._checked(self._api.cudaEventElapsedTime(before, after), "timing on the GPU"))
+        return float(self._checked(self._api.cudaEventElapsedTime(self._before, self._after), "timing on the GPU"))
 
     def release(self) -> None:
         """Free everything; errors are ignored, as the failed call has raised already."""
         while self._free:
             self._free.pop()()
-
-    def _count(self) -> int:
-        try:
-            status, count = self._api.cudaGetDeviceCount()
-        except RuntimeError as error:  # raised by cuda-python if libcuda.so.1 is missing
-            raise NotOnThisMachineError(f"there is no NVIDIA driver ({error})", "Install the driver") from error
-        if status != self._api.cudaError_t.cudaSuccess:
-            reason = self._describe(status)
-            raise NotOnThisMachineError(f"CUDA cannot use a GPU ({reason})", "Install a driver that supports this CUDA")
-        return int(count)
 
     def _checked(self, result: tuple[Any, ...], doing: str) -> Any:
         """Return the value of a call, whose first item is its status."""
@@ -164,14 +156,10 @@ def native_handle(handle: Any) -> int:
 
 
 def _import_runtime() -> Any:
-    for name in _RUNTIME_MODULES:
+    for name in ("cuda.bindings.runtime", "cuda.cudart"):  # of cuda-python since 12.6, and before
         with suppress(ImportError):
             return import_module(name)
     raise NotOnThisMachineError(
         "cuda-python is not installed",
         "pip install 'cuda-python>=12.6,<13' for CUDA 12 (JetPack 6), 'cuda-python>=13' for CUDA 13 (JetPack 7)",
     )
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"  # 13020 is 13.2

@@ -1,7 +1,5 @@
 """Embedder: one interface to every engine that runs a network."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,6 @@ Embeddings = NDArray[np.float32]
 
 INPUT, OUTPUT = "images", "embeddings"
 """Names of the input and output of an exported graph."""
-
 CHUNK = 64
 """Maximum batch for engines without a batch profile, so that memory does not grow with the number of crops."""
 
@@ -26,9 +23,8 @@ CHUNK = 64
 class Embedder(ABC):
     """A loaded network from `path`. Its preprocessing follows from `spec` alone.
 
-    `backend` is `torch`, `onnxruntime`, `onnxruntime-tensorrt` (the TensorRT provider of ONNX Runtime) or `tensorrt`,
-    `device` is `cpu` or `cuda:N`. Threads may share an embedder, except PyTorch on a GPU, where a call changes the TF32
-    setting of the process while it runs.
+    `backend` is `torch`, `onnxruntime` or `tensorrt`, `device` is `cpu` or `cuda:N`. Threads may share an embedder,
+    except PyTorch on a GPU, where a call changes the TF32 setting of the process while it runs.
     """
 
     profile: BatchProfile | None = None
@@ -39,25 +35,12 @@ class Embedder(ABC):
     """CPU threads set for the engine; None if the engine chooses."""
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
-        self.spec = spec
-        self.path = path
-        self.backend = backend
-        self.device = device
-
-    @property
-    def loads_with(self) -> str:
-        """The `device` argument with which `pmm_edge.load` gives this engine again."""
-        return self.device
+        self.spec, self.path, self.backend, self.device = spec, path, backend, device
 
     @property
     def chunk(self) -> int:
-        """Number of crops to embed at once: a multiple of the profile's maximum, so that only the last batch is padded.
-
-        At least two batches, so that an engine can compute one while the next is prepared.
-        """
-        if self.profile is None:
-            return CHUNK
-        return self.profile.maximum * max(2, CHUNK // self.profile.maximum)
+        """Number of crops to embed at once: at least two batches of the profile's maximum, which can overlap."""
+        return CHUNK if self.profile is None else self.profile.maximum * max(2, CHUNK // self.profile.maximum)
 
     def embed(self, crops: Sequence[Pixels] | Pixels) -> Embeddings:
         """Embed crops of people: (N, D) float32, of unit length if `spec.normalized_output`.
@@ -79,29 +62,18 @@ class Embedder(ABC):
         """Embed crops of network size: (N, height, width, 3) uint8 RGB, N >= 1 -> (N, D) float32."""
 
     def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings | None:
-        """Embed (N, 3, height, width) float32 images as they are after preprocessing, to diagnose a wrong one.
-
-        None if the engine preprocesses internally and accepts only pixels.
-        """
+        """Embed preprocessed (N, 3, height, width) float32 images; None if the engine accepts only pixels."""
         return None
 
     def gpu_milliseconds(self, images: Pixels) -> float | None:
-        """Time one run of the network with CUDA events, without copies; includes waiting for kernel launches.
-
-        `images` as in `embed_prepared`. None if the engine has no timer.
-        """
+        """Time one run on `images`, as in `embed_prepared`, with CUDA events, without copies; None without a timer."""
         return None
 
 
-def parse_device(device: str | int, tensorrt: bool = False) -> tuple[str, int]:
-    """Parse `cpu`, `cuda`, `cuda:1` or the index of a GPU into kind and index; raise ModelError for anything else.
-
-    With `tensorrt`, also accept `tensorrt` and `tensorrt:1`, the TensorRT provider of ONNX Runtime.
-    """
+def parse_device(device: str | int) -> tuple[str, int]:
+    """Parse `cpu`, `cuda`, `cuda:1` or the index of a GPU into kind and index; raise ModelError for anything else."""
     name = str(device)
     kind, separator, index = ("cuda", ":", name) if name.isdecimal() else name.partition(":")
-    kinds = ("cpu", "cuda", "tensorrt") if tensorrt else ("cpu", "cuda")
-    if kind not in kinds or (separator and (kind == "cpu" or not index.isdecimal())):
-        also = "; tensorrt runs only .onnx files" if kind == "tensorrt" else ""
-        raise ModelError(f"unknown device '{name}'", f"Choose cpu, cuda, or cuda:N for GPU number N{also}")
+    if kind not in ("cpu", "cuda") or (separator and (kind == "cpu" or not index.isdecimal())):
+        raise ModelError(f"unknown device '{name}'", "Choose cpu, cuda, or cuda:N for GPU number N")
     return kind, int(index or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,8 @@ from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.spec import ModelSpec
 
-_LARGEST_FILE = 1 << 20
-"""In bytes; manifests and certificates are a few kB."""
 _AMPERE = (8, 0)
+_PROFILE = "Give minimum,optimal,maximum with 1 <= minimum <= optimal <= maximum, for example 1,16,64"
 
 
 @dataclass(frozen=True)
@@ -28,35 +28,30 @@ class BatchProfile:
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimal <= self.maximum:
-            raise PmmError(
-                f"invalid batch profile {self}",
-                "Give minimum,optimal,maximum with 1 <= minimum <= optimal <= maximum, for example 1,16,64",
-            )
+            raise PmmError(f"invalid batch profile {self}", _PROFILE)
+
+    def __str__(self) -> str:
+        return f"{self.minimum},{self.optimal},{self.maximum}"
 
     @staticmethod
     def parse(text: str) -> BatchProfile:
         """Parse `1,16,64`."""
-        parts = text.split(",")
-        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-            raise PmmError(f"invalid batch profile '{text}'", "Give minimum,optimal,maximum, for example 1,16,64")
-        return BatchProfile(*map(int, parts))
+        try:
+            minimum, optimal, maximum = map(int, text.split(","))
+        except ValueError as error:
+            raise PmmError(f"invalid batch profile '{text}'", _PROFILE) from error
+        return BatchProfile(minimum, optimal, maximum)
 
     @staticmethod
     def chosen(given: BatchProfile | str | None, static_batch: int | None) -> BatchProfile:
-        """Return the given profile, or that of a graph with a static batch."""
+        """Return the given profile, or that of a graph with a static batch, which it must not contradict."""
         profile = BatchProfile.parse(given) if isinstance(given, str) else given
         if static_batch is None:
             return profile or BatchProfile()
         only = BatchProfile(static_batch, static_batch, static_batch)
         if profile not in (None, only):
-            raise PmmError(
-                f"batch profile {profile} contradicts the static batch {static_batch} of the graph",
-                f"Omit --batch-profile, or give {only}",
-            )
+            raise PmmError(f"the graph has a static batch, which batch profile {profile} contradicts", f"Give {only}")
         return only
-
-    def __str__(self) -> str:
-        return f"{self.minimum},{self.optimal},{self.maximum}"
 
 
 @dataclass(frozen=True)
@@ -84,12 +79,9 @@ class BuildSettings:
     def command(self, onnx: Path, engine: Path | None = None, also: Sequence[str] = ()) -> str:
         """Return the `pmm` command that builds `engine`, by default next to `onnx`, with further arguments `also`."""
         words = ["pmm", "export", str(onnx), "--trt", "--batch-profile", str(self.batch)]
-        if engine and engine != onnx.with_suffix(".engine"):
-            words += ["--out", str(engine)]
-        if self.workspace_gib is not None:
-            words += ["--workspace", f"{self.workspace_gib:g}"]
-        if self.optimization_level != BuildSettings.optimization_level:
-            words += ["--optimization-level", str(self.optimization_level)]
+        words += ["--out", str(engine)] * (engine not in (None, onnx.with_suffix(".engine")))
+        words += ["--workspace", f"{self.workspace_gib or 0:g}"] * (self.workspace_gib is not None)
+        words += ["--optimization-level", str(self.optimization_level)] * (self.optimization_level != 3)
         words += ["--hardware-compatible"] * self.hardware_compatible
         words += ["--version-compatible"] * self.version_compatible
         words += ["--no-timing-cache"] * (not self.timing_cache)
@@ -98,7 +90,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an engine depends on; `driver` is the newest CUDA that it supports, and its version if known."""
+    """What an engine depends on; `driver` is the newest CUDA that it supports."""
 
     gpu: str
     compute_capability: str
@@ -143,6 +135,11 @@ class EngineManifest:
         return encode_json(self)
 
 
+def manifest_path(engine: Path) -> Path:
+    """Return `model.manifest.json` for `model.engine`."""
+    return engine.with_suffix(".manifest.json")
+
+
 def relative_onnx(engine: Path, onnx: Path) -> str:
     """Return the path of an ONNX file as a manifest stores it: both files can be moved or mounted together."""
     return Path(os.path.relpath(onnx.parent.resolve() / onnx.name, engine.parent.resolve())).as_posix()
@@ -156,38 +153,21 @@ def onnx_of(manifest: EngineManifest, engine: Path) -> Path:
     return Path(os.path.normpath(engine.parent.resolve() / manifest.onnx))
 
 
-def manifest_path(engine: Path) -> Path:
-    """Return `model.manifest.json` for `model.engine`."""
-    return engine.with_suffix(".manifest.json")
-
-
-def read_untrusted(path: Path) -> bytes:
-    """Read a small file that may come from anyone; raise OSError if it is large."""
-    if path.stat().st_size > _LARGEST_FILE:
-        raise OSError(f"it is larger than {_LARGEST_FILE} bytes")
-    return path.read_bytes()
-
-
 def read_manifest(engine: Path) -> EngineManifest:
     """Read the manifest of an engine; raise ModelError if either is missing or the manifest is invalid."""
-    command = BuildSettings().command(engine.with_suffix(".onnx"))
+    path, remedy = manifest_path(engine), f"Build it here: {BuildSettings().command(engine.with_suffix('.onnx'))}"
     if not engine.is_file():
-        raise ModelError(f"{engine} does not exist", f"Build it here: {command}")
-    path, rebuild = manifest_path(engine), f"Build it again: {command}"
+        raise ModelError(f"{engine} does not exist", remedy)
     try:
-        return decode_json(EngineManifest, read_untrusted(path), str(path), ModelError, rebuild)
-    except FileNotFoundError as error:
-        raise ModelError(f"{engine} has no manifest {path.name} next to it", rebuild) from error
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error}", rebuild) from error
-    except PmmError as error:  # BatchProfile and BuildSettings do not know the file
-        text = error.problem if isinstance(error, ModelError) else f"{path} is not valid: {error.problem}"
-        raise ModelError(text, rebuild) from error
+        return decode_json(EngineManifest, path.read_bytes(), path.name)
+    except (OSError, PmmError) as error:
+        problem = error.problem if isinstance(error, PmmError) else error
+        raise ModelError(f"cannot use {path}, the manifest of {engine}: {problem}", remedy) from error
 
 
 def check_files(manifest: EngineManifest, engine: Path) -> None:
     """Raise ModelError if the engine, or its ONNX file if that still exists, is not the one in the manifest."""
-    if engine.stat().st_size != manifest.engine_size or sha256(engine) != manifest.engine_sha256:
+    if sha256(engine) != manifest.engine_sha256:
         raise _outdated(manifest, engine, f"{engine} is not the engine that {manifest_path(engine).name} describes")
     onnx = onnx_of(manifest, engine)
     if onnx.is_file() and sha256(onnx) != manifest.onnx_sha256:
@@ -197,24 +177,21 @@ def check_files(manifest: EngineManifest, engine: Path) -> None:
 def check_machine(manifest: EngineManifest, engine: Path, here: Machine) -> None:
     """Raise ModelError if the engine was built for another GPU or TensorRT and is not compatible with this one."""
     built, settings = manifest.machine, manifest.settings
+    old, new = _numbers(built.tensorrt), _numbers(here.tensorrt)
     if settings.hardware_compatible:
         gpu_fits = _numbers(here.compute_capability) >= _AMPERE
     else:
         gpu_fits = (here.gpu, here.compute_capability) == (built.gpu, built.compute_capability)
-    if not gpu_fits:
-        first, second = (f"{machine.gpu} ({machine.compute_capability})" for machine in (built, here))
-        raise _outdated(manifest, engine, f"{engine} was built for {first}, this GPU is {second}")
-    old, new = _numbers(built.tensorrt), _numbers(here.tensorrt)
     # Version-compatible engines run with later versions, and those of TensorRT 10 also with 11 (NVIDIA's rule).
     later = settings.version_compatible and bool(old) and old <= new and new[0] - old[0] <= 1
-    if not later and here.tensorrt != built.tensorrt:
-        problem = f"{engine} was built with TensorRT {built.tensorrt}, this is TensorRT {here.tensorrt}"
-        raise _outdated(manifest, engine, problem)
+    if not gpu_fits or not (later or here.tensorrt == built.tensorrt):
+        first, second = (f"{one.gpu} ({one.compute_capability}) and TensorRT {one.tensorrt}" for one in (built, here))
+        raise _outdated(manifest, engine, f"{engine} was built for {first}; this machine has {second}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The numbers of `10.13.0.35`; an untrusted manifest may contain any text."""
-    return tuple(int(part) for part in version.split(".") if part.isdecimal() and len(part) < 10)
+    return tuple(map(int, re.findall(r"\d{1,9}", version)))
 
 
 def _outdated(manifest: EngineManifest, engine: Path, problem: str) -> ModelError:

@@ -1,7 +1,5 @@
 """PyTorch, the reference: networks from a checkpoint or from exported weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from pmm_edge.errors import ModelError
 from pmm_edge.images import Pixels
-from pmm_edge.model import ReidNetwork, load_checkpoint
+from pmm_edge.model import load_checkpoint
 from pmm_edge.model.checkpoint import network_of
 from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
 from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
@@ -51,12 +49,11 @@ class TorchEmbedder(Embedder):
     """A network in eager PyTorch, in the precision of its weights; TF32 is off."""
 
     def __init__(self, network: nn.Module, spec: ModelSpec, path: Path, device: str | int | None = None) -> None:
-        target = torch_device(device)
-        super().__init__(spec, path, "torch", str(target))
+        self._target = torch_device(device)
+        super().__init__(spec, path, "torch", str(self._target))
         self.threads = torch.get_num_threads()
-        self._target = target
-        self._preprocess = Preprocess(replace(spec.input, form="uint8")).to(target)
-        self.network = network.to(target).eval()
+        self._preprocess = Preprocess(replace(spec.input, form="uint8")).to(self._target)
+        self.network = network.to(self._target).eval()
         """Maps normalized images (N, 3, height, width) to embeddings."""
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
@@ -92,14 +89,27 @@ def without_tf32() -> Iterator[None]:
 
 def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
     """Load a checkpoint (`.pt`) or exported weights (`.safetensors`); see `pmm_edge.load`."""
+    if path.suffix != ".safetensors":
+        checkpoint = load_checkpoint(path)
+        return TorchEmbedder(checkpoint.network(), checkpoint.spec, path, device)
+    remedy = "Create it with pmm export --safetensors"
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist", remedy)
     try:
-        if path.suffix == ".safetensors":
-            network, spec = _read_safetensors(path)
-        else:
-            checkpoint = load_checkpoint(path)
-            network, spec = checkpoint.network(), checkpoint.spec
+        with safe_open(path, framework="pt") as file:
+            spec_json = (file.metadata() or {}).get(METADATA_KEY)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is truncated or not a safetensors file", remedy) from error
+    if spec_json is None:
+        raise ModelError(f"{path} has no pmm-edge spec", remedy)
+    spec = ModelSpec.from_json(spec_json, str(path))
+    network = network_of(spec)
+    classifiers = {name: tensor for name, tensor in network.state_dict().items() if CLASSIFIER in name}
+    try:
+        network.load_state_dict(classifiers | weights)
     except RuntimeError as error:
-        raise ModelError(f"the weights in {path} do not match its spec", "Train or export again") from error
+        raise ModelError(f"the weights in {path} do not match its spec", remedy) from error
     return TorchEmbedder(network, spec, path, device)
 
 
@@ -107,25 +117,6 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Return whether memory of a GPU or of the machine ran out; for the latter torch has no error type."""
     pattern = r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(pattern, str(error)) is not None
-
-
-def _read_safetensors(path: Path) -> tuple[ReidNetwork, ModelSpec]:
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist", "Create it with pmm export --safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            spec_json = (file.metadata() or {}).get(METADATA_KEY)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is truncated or not a safetensors file", "Export it again") from error
-    if spec_json is None:
-        raise ModelError(f"{path} has no pmm-edge spec", "Create it with pmm export --safetensors")
-    spec = ModelSpec.from_json(spec_json, str(path))
-    network = network_of(spec)
-    missing, unexpected = network.load_state_dict(weights, strict=False)
-    if unexpected or any(CLASSIFIER not in name for name in missing):
-        raise RuntimeError("tensors are missing or unknown")
-    return network, spec
 
 
 def torch_device(device: str | int | None) -> torch.device:

@@ -13,7 +13,6 @@ from pmm_edge.bench.pipeline import bench_images
 from pmm_edge.bench.report import BenchWarning, Cause, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.runs import AboutRun, new_run_folder
-from pmm_edge.runtime import Embedder, load
 from pmm_edge.runtime.certificate import certificate_path
 
 
@@ -94,22 +93,6 @@ def test_by_default_all_exports_of_the_newest_run_are_compared(
         assert result.report.reference.path.endswith("runs/one/best.pt")
         assert [Path(model.path).name for model in result.report.models] == ["model.onnx"]
         assert result.files[0].parent.name == "one"
-
-
-def test_cold_start_uses_the_same_engine(tiny_onnx: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime's CUDA provider runs on the same GPU as TensorRT, with another start-up time and memory."""
-    started: list[object] = []
-
-    def on_tensorrt(path: Path, device: str | None) -> Embedder:
-        embedder = load(path, "cpu")
-        embedder.backend, embedder.device = "onnxruntime-tensorrt", "cuda:0"
-        return embedder
-
-    monkeypatch.setattr(pipeline, "load", on_tensorrt)
-    monkeypatch.setattr(pipeline, "_measure_latencies", lambda *args: None)
-    monkeypatch.setattr(pipeline, "measure_cold_start", lambda path, device, batch: started.append(device))
-    run([tiny_onnx], tiny_onnx, tiny_dataset, limit=2, parity_only=False)
-    assert started == ["tensorrt:0", "tensorrt:0"]
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1, -1)])

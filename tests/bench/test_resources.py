@@ -77,7 +77,7 @@ def test_a_gpu(nvml: dict[str, object]) -> None:
     assert (gpu.joules, gpu.used_mib) == (5.0, 3072)
     assert gpu.slowed_by == (Throttle.POWER_LIMIT, Throttle.TEMPERATURE)
     nvml.clear()
-    gpu = open_gpu("tensorrt:1")
+    gpu = open_gpu("cuda:1")
     assert gpu
     assert (gpu.name, gpu.max_mhz, gpu.clock_mhz, gpu.joules, gpu.used_mib) == (None,) * 5
     assert gpu.slowed_by == ()

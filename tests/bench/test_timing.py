@@ -198,8 +198,8 @@ def test_gpu_memory_device_and_output_of_engines(monkeypatch: pytest.MonkeyPatch
     class Gpu:
         used_mib = 1000.0
 
-    child = "import json, sys, time; assert json.loads(sys.argv[1])[1] == 'tensorrt:1'; print('[1, 2] log')"
+    child = "import json, sys, time; assert json.loads(sys.argv[1])[1] == 'cuda:1'; print('[1, 2] log')"
     monkeypatch.setattr(timing, "open_gpu", lambda device: Gpu())
     monkeypatch.setattr(timing, "_CHILD", f"{child}; print({json.dumps([1e9, 77.0, 1900.0])})")
-    found = measure_cold_start(Path("model.onnx"), "tensorrt:1", 1)
+    found = measure_cold_start(Path("model.onnx"), "cuda:1", 1)
     assert (found.peak_memory_mib, found.gpu_memory_mib) == (77.0, 900.0)

@@ -85,7 +85,7 @@ def test_unreadable_manifests(built: BuiltEngine) -> None:
     path = manifest_path(built.path)
     text = path.read_text()
     deep = text.replace('"schema": 1', f'"schema": {"[" * 100_000}')
-    for garbled in ("", "[]", text[:-10], deep, text + " " * (1 << 20)):
+    for garbled in ("", "[]", text[:-10], deep):
         path.write_text(garbled)
         refused(built.path, "--batch-profile 1,16,64", path)
 

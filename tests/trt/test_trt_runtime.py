@@ -88,7 +88,7 @@ def test_everything_is_freed_with_the_embedder(built: BuiltEngine, gpu: double.F
     assert not gpu.memory
     assert gpu.calls["cudaGraphExecDestroy"] == gpu.calls["cudaGraphInstantiate"]
     assert gpu.calls["cudaStreamDestroy"] == gpu.calls["cudaStreamCreateWithFlags"]
-    assert gpu.calls["cudaEventDestroy"] == gpu.calls["cudaEventCreate"] == 4  # two for timing, one per buffer
+    assert gpu.calls["cudaEventDestroy"] == gpu.calls["cudaEventCreate"]
 
 
 CALLS = """SetDevice StreamCreateWithFlags MallocHost Malloc MemcpyAsync StreamSynchronize StreamBeginCapture
