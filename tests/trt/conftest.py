@@ -1,6 +1,7 @@
 """A simulated machine with a GPU and TensorRT: doubles replace the real packages."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import double
@@ -12,11 +13,11 @@ from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> double.Install:
-    """Put a GPU and a TensorRT on this machine, in place of earlier ones."""
+def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., double.FakeGpu]:
+    """Put a GPU and a version of TensorRT on this machine, in place of earlier ones."""
 
-    def put(gpu: double.FakeGpu | None = None, tensorrt: str = "10.3.0") -> double.FakeGpu:
-        gpu = gpu or double.FakeGpu()
+    def put(name: str = "Orin", compute_capability: str = "8.7", tensorrt: str = "10.3.0") -> double.FakeGpu:
+        gpu = double.FakeGpu(name, compute_capability)
         monkeypatch.setitem(sys.modules, "tensorrt", double.tensorrt(gpu, tensorrt))
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", double.cuda_runtime(gpu))
         monkeypatch.setenv("PMM_HOME", str(tmp_path / "home"))
@@ -26,7 +27,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> double.Install:
 
 
 @pytest.fixture
-def gpu(install: double.Install) -> double.FakeGpu:
+def gpu(install: Callable[..., double.FakeGpu]) -> double.FakeGpu:
     return install()
 
 
