@@ -5,7 +5,6 @@ Wheels contain the whole Python API; those of TensorRT lack only its shared libr
 empty functions let them import without a GPU, in a process of their own.
 """
 
-import functools
 import inspect
 import json
 import os
@@ -56,7 +55,6 @@ def run(*command: str) -> None:
         stop(f"the real bindings are not available: {error}: {getattr(error, 'stderr', '')}")
 
 
-@functools.cache
 def installed(package: str) -> Path:
     """Install a package into a cached folder, once."""
     cache = REPOSITORY / ".cache" / "tensorrt-bindings"
