@@ -17,11 +17,6 @@ from pmm_edge.runtime.cuda import NotOnThisMachineError
 from pmm_edge.runtime.manifest import BatchProfile
 
 
-@pytest.fixture
-def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-
-
 def test_a_checkpoint_to_an_engine_that_triton_serves(
     gpu: double.FakeGpu, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -50,8 +45,9 @@ def test_an_exported_file_with_a_static_batch_to_an_engine(gpu: double.FakeGpu, 
 
 
 def test_without_tensorrt_the_commands_for_the_target_are_reported(
-    no_tensorrt: None, onnx: Path, tmp_path: Path
+    onnx: Path, tmp_path: Path, pmm: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     repository = tmp_path / "models"
     result = export(onnx, out=tmp_path / "x.engine", trt=True, triton=repository, triton_name="people")
     assert (result.engine, result.bundles) == (None, [])
@@ -60,9 +56,6 @@ def test_without_tensorrt_the_commands_for_the_target_are_reported(
     command = "pmm export model.onnx --trt --batch-profile 1,16,64 --out x.engine"
     assert f"{command} --triton {repository} --triton-name people " in failure.remedy
     assert not repository.exists()
-
-
-def test_the_command_line_without_tensorrt(no_tensorrt: None, pmm: Callable, onnx: Path) -> None:
     ended = pmm("export", onnx, "--trt")
     assert ended.exit_code == 1
     assert str(onnx) in ended.stderr.strip().splitlines()[-1]

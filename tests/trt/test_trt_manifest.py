@@ -61,7 +61,6 @@ def test_an_engine_in_another_folder_finds_its_onnx_file(gpu: double.FakeGpu, on
         ("precision.layers", {"FP32": "all"}),
         ("spec.embedding_size", 0),
         ("schema", 9),
-        ("schema", None),
     ],
 )
 def test_invalid_entries_of_a_manifest(entry: str, value: object, built: BuiltEngine) -> None:
