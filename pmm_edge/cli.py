@@ -1,33 +1,33 @@
 """The command line. Each command parses its arguments, calls one public function and prints the result."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.markup import escape
 
 from pmm_edge import __version__, render
-from pmm_edge.console import INTERRUPTED, err, is_terminal, note, print_json, print_plain, progress
+from pmm_edge.console import INTERRUPTED, err, note, print_json, print_plain, progress
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
+from pmm_edge.spec import CalibrationMethod, InputForm, Precision, QuantizationTarget
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 
 app = typer.Typer(
     name="pmm",
     help="Train person re-identification networks, export them for edge devices, and verify that the exported network"
     " retrieves the same people.\n\n"
-    "Start with [bold]pmm train[/], [bold]pmm export[/], [bold]pmm bench[/]: without arguments, each continues from"
-    " the result of the previous one.",
-    rich_markup_mode="rich",
+    "Start with **pmm train**, **pmm export**, **pmm bench**: without arguments, each continues from the result of the"
+    " previous one.",
+    rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,7 +38,7 @@ def _opt(default: Any, text: str, *names: str, panel: str | None = None, **more:
     return typer.Option(default, *names, help=text, rich_help_panel=panel, **more)
 
 
-def _arg(default: Any, text: str, metavar: str | None = None) -> Any:
+def _arg(default: Any, text: str, metavar: str) -> Any:
     return typer.Argument(default, help=text, metavar=metavar)
 
 
@@ -46,10 +46,39 @@ def _out(default: Any, text: str, metavar: str | None = None) -> Any:
     return _opt(default, text, "--out", "-o", metavar=metavar)
 
 
-MODEL = _arg(..., "Checkpoint, run folder, or .onnx, .engine or .safetensors file.", "MODEL")
-LAYOUT = _opt(None, "Data set layout. Default: detected; pmm data -h lists the layouts.")
-DEVICE = _opt(None, "cpu, cuda, cuda:N or N; for .onnx files also tensorrt. Default: a usable GPU.")
-JSON = _opt(False, "Print the result as JSON.", "--json")
+# Arguments and options of several commands; the others are declared where they are used.
+Model = Annotated[
+    Path, typer.Argument(help="Checkpoint, run folder, or .onnx, .engine or .safetensors file.", metavar="MODEL")
+]
+Layout = Annotated[str | None, typer.Option(help="Data set layout. Default: detected; pmm data -h lists the layouts.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or N. Default: a usable GPU.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _arguments(parameters: dict[str, Any], *others: str) -> dict[str, Any]:
+    """The parameters of a command that its public function takes as well: all but `as_json` and `others`."""
+    return {name: value for name, value in parameters.items() if name not in ("as_json", *others)}
+
+
+def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace `**settings` of a command by an option for each field of a dataclass that has a help text."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        *parameters, _ = inspect.signature(command).parameters.values()
+        kinds = get_type_hints(config)
+        for setting in fields(config):
+            if text := setting.metadata.get("help"):
+                if limits := setting.metadata.get("range"):
+                    text = f"{text}, {limits[0]} to {limits[1]}. Default: {setting.default}."
+                option = _opt(None, text, panel=setting.metadata.get("panel"))
+                kind = kinds[setting.name] | None
+                keyword = inspect.Parameter.KEYWORD_ONLY
+                parameters.append(inspect.Parameter(setting.name, keyword, default=option, annotation=kind))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
 
 
 def _version(value: bool) -> None:
@@ -66,46 +95,17 @@ def _options(
     """Options of every command."""
 
 
-def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace `**settings` of a command by a flag for each field of a dataclass that has a help text."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints, kinds = get_type_hints(command), get_type_hints(config)
-        parameters = inspect.signature(command).parameters.values()
-        kept = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        for setting in fields(config):
-            if text := setting.metadata.get("help"):
-                if limits := setting.metadata.get("range"):
-                    text = f"{text}, {limits[0]} to {limits[1]}. Default: {setting.default}."
-                flag = f"--{setting.name.replace('_', '-')}"
-                names = (f"{flag}/--no-{flag[2:]}",) if kinds[setting.name] is bool else (flag,)
-                option = _opt(None, text, *names, panel=setting.metadata.get("panel"))
-                hints[setting.name] = kinds[setting.name] | None
-                kept.append(inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=option))
-        command.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
-        command.__annotations__ = hints
-        return command
-
-    return decorate
-
-
 @app.command()
 @_with_flags(TrainConfig)
 def train(
     data: Path | None = _arg(None, "Data set folder. Default: the built-in synthetic set.", "DATA"),
-    preset: str | None = _opt(
-        None,
-        "market1501, dukemtmc-reid, cuhk03-detected or cuhk03-labeled (the paper's settings), quick (minutes on a CPU;"
-        " default) or edge (a small network for a small board).",
-    ),
+    preset: str | None = _opt(None, "Settings to start from, see above. Default: quick."),
     config: Path | None = _opt(None, "TOML file with any of the settings below; its preset gives the rest."),
-    layout: str | None = LAYOUT,
-    out: Path | None = _out(None, "Run folder. Default: runs/<time>-<preset>."),
-    resume: Path | None = _opt(
-        None, "Run folder to resume; its settings are kept. Name DATA only if the data set moved."
-    ),
+    layout: Layout = None,
+    out: Path | None = _out(None, "Run folder. Default: runs/TIME-PRESET."),
+    resume: Path | None = _opt(None, "Run folder to resume with its settings. Name DATA only if the data set moved."),
     print_config: bool = _opt(False, "Print the settings as TOML and exit.", "--print-config"),
-    as_json: bool = JSON,
+    as_json: Json = False,
     **settings: Any,
 ) -> None:
     """Train PMM: a ResNet with three heads, each trained to find what the previous head missed.
@@ -113,13 +113,13 @@ def train(
     The run folder holds settings, log, metrics, TensorBoard files and the checkpoints last.pt and best.pt (best mAP).
     Ctrl-C saves the state and prints how to resume.
 
-    [dim]pmm train[/]  trains on the built-in data set in minutes, without a GPU
+    Presets: market1501, dukemtmc-reid, cuhk03-detected and cuhk03-labeled (the paper's settings), quick (minutes on a
+    CPU) and edge (a small network for a small board).
 
-    [dim]pmm train /data/Market-1501 --preset market1501[/]  the paper's training
-
-    [dim]pmm train --resume runs/20261122-174200-quick[/]
-
-    [dim]torchrun --nproc-per-node 4 -m pmm_edge train /data/Market-1501 --preset market1501[/]
+    - `pmm train` trains on the built-in data set in minutes, without a GPU
+    - `pmm train /data/Market-1501 --preset market1501` is the paper's training
+    - `pmm train --resume runs/20261122-174200-quick`
+    - `torchrun --nproc-per-node 4 -m pmm_edge train /data/Market-1501 --preset market1501`
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if print_config:
@@ -141,11 +141,9 @@ _precision, _tensorrt, _bundle = (partial(_opt, panel=name) for name in ("Precis
 
 @app.command()
 def export(
-    checkpoint: Path | None = _arg(
-        None, "Checkpoint, run folder, or .onnx file. Default: the newest run.", "CHECKPOINT"
-    ),
+    checkpoint: Path | None = _arg(None, "Checkpoint, run folder or .onnx file. Default: newest run.", "CHECKPOINT"),
     out: Path | None = _out(None, ".onnx file to write (from .onnx: .engine). Default: in the run's export folder."),
-    input_form: Literal["uint8", "raw", "normalized"] | None = _opt(
+    input_form: InputForm | None = _opt(
         None,
         "uint8 (default): (N, H, W, 3) RGB, normalized in the graph. raw: float32 (N, 3, H, W) in 0..255, normalized in"
         " the graph, for DeepStream. normalized: float32 (N, 3, H, W), for consumers that normalize.",
@@ -154,13 +152,11 @@ def export(
     normalize_output: bool = _opt(False, "Scale embeddings to unit length.", "--normalize-output"),
     static_batch: int | None = _opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
     safetensors: bool = _opt(False, "Also write the weights, for PyTorch.", "--safetensors"),
-    precision: Literal["fp32", "fp16", "int8"] = _precision("fp32", "Weights and activations."),
+    precision: Precision = _precision("fp32", "Weights and activations."),
     calibration: Path | None = _precision(None, "Data set for INT8 and for FP16 range checks. Default: the run's."),
     layout: str | None = _precision(None, "Layout of that data set. Default: detected."),
-    target: Literal["tensorrt", "cpu"] | None = _precision(None, "Engine for INT8. Default: tensorrt."),
-    calibration_method: Literal["minmax", "percentile", "entropy"] | None = _precision(
-        None, "How activation ranges are chosen. Default: the most accurate method."
-    ),
+    target: QuantizationTarget | None = _precision(None, "Engine for INT8. Default: tensorrt."),
+    calibration_method: CalibrationMethod | None = _precision(None, "Activation ranges. Default: most accurate."),
     max_map_drop: float | None = _precision(None, "Maximum loss of mAP in points; sensitive layers stay in float32."),
     trt: bool = _tensorrt(False, "Also build a TensorRT engine for this machine's GPU.", "--trt"),
     batch_profile: str | None = _tensorrt(None, "Batch sizes of the engine. Default: 1,16,64.", metavar="MIN,OPT,MAX"),
@@ -172,27 +168,24 @@ def export(
     deepstream: Path | None = _bundle(None, "Write a folder for DeepStream's tracker.", metavar="DIR"),
     triton: Path | None = _bundle(None, "Add the network or engine to this Triton repository.", metavar="DIR"),
     triton_name: str | None = _bundle(None, "Model name there. Default: such as pmm_resnet50.", metavar="NAME"),
-    as_json: bool = JSON,
+    as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX and, on request, TensorRT, DeepStream and Triton.
 
     The exported network has no classifiers and no mixing, batch norm is folded, and preprocessing is part of the graph.
     Each file is compared with the checkpoint before it is written.
 
-    [dim]pmm export[/]  the best checkpoint of the newest run
-
-    [dim]pmm export runs/20261122-174200-quick --precision int8 --target cpu[/]
-
-    [dim]pmm export best.pt --precision fp16 --trt --batch-profile 1,16,64[/]
-
-    [dim]pmm export model.onnx --deepstream tracker/ --triton models/[/]
+    - `pmm export` exports the best checkpoint of the newest run
+    - `pmm export runs/20261122-174200-quick --precision int8 --target cpu`
+    - `pmm export best.pt --precision fp16 --trt --batch-profile 1,16,64`
+    - `pmm export model.onnx --deepstream tracker/ --triton models/`
     """
-    arguments = {name: value for name, value in locals().items() if name != "as_json"}
+    arguments = _arguments(locals())
     from pmm_edge.export.exporter import export as run
 
     with progress() as report:
         result = run(**arguments, report=report)
-    print_json(render.export_facts(result)) if as_json else render.show_export(result)
+    print_json({**vars(result), "failures": list(map(str, result.failures))}) if as_json else render.show_export(result)
     for failure in result.failures[:-1]:
         note(f"[red]error:[/] {escape(str(failure))}")
     if result.failures:
@@ -201,7 +194,7 @@ def export(
         note("next: [bold]pmm bench[/] compares it with the checkpoint")
 
 
-_gate, _speed, _comparison = (partial(_opt, panel=name) for name in ("Gates", "Speed", "Comparison of two reports"))
+_gate, _speed = partial(_opt, panel="Gates"), partial(_opt, panel="Speed")
 
 
 @app.command()
@@ -209,19 +202,19 @@ def bench(
     models: list[Path] | None = _arg(None, "Models to check. Default: all exports of the reference's run.", "MODEL"),
     reference: Path | None = _opt(None, "Checkpoint or run folder to compare with. Default: the models' own."),
     data: Path | None = _opt(None, "Data set or folder of crops (no retrieval then). Default: the run's."),
-    layout: str | None = LAYOUT,
+    layout: Layout = None,
     limit: int | None = _opt(None, "Use this many evenly spaced images, without retrieval."),
-    device: str | None = DEVICE,
+    device: Device = None,
     explain: bool = _opt(False, "Find the layer at which a failing ONNX model departs.", "--explain"),
     out: Path | None = _out(None, "Report; also writes .md and .html. Default: in the run folder.", "FILE.json"),
-    as_json: bool = JSON,
+    as_json: Json = False,
     min_cosine: float | None = _gate(None, "Minimum cosine of any image. Default: fp32 0.9999, fp16 0.999, int8 0.95."),
     min_mean_cosine: float | None = _gate(None, "Minimum mean cosine. Default: fp16 0.9999, int8 0.99."),
     max_map_drop: float | None = _gate(None, "Maximum loss of mAP, in points. Default: fp32 and fp16 0.1, int8 0.5."),
     max_stretch: float | None = _gate(None, "Maximum ratio of lengths. Default: fp32 1.001, fp16 1.01, int8 1.1."),
     batch_sizes: str = _speed("1,8", "Batch sizes to time, such as 1,8,64."),
     parity_only: bool = _speed(False, "Skip all timing.", "--parity-only"),
-    compare: tuple[Path, Path] | None = _comparison(None, "Exit code 1 on a regression.", metavar="OLD.json NEW.json"),
+    compare: tuple[Path, Path] | None = _opt(None, "Only compare two reports.", metavar="OLD.json NEW.json"),
 ) -> None:
     """Check that exported models retrieve the same people as their checkpoint, and measure how fast they are.
 
@@ -229,38 +222,28 @@ def bench(
     and if batch size, order and neighbors do not change an embedding. A model that passes gets a certificate. For one
     that fails, the report names the gate, the image and, if recognized, the mistake that explains it.
 
-    Exit code 0: all models pass. 1: a model fails. 2: nothing could be compared. 130: interrupted; results so far are
-    saved. docs/parity.md explains every figure.
+    Exit code 0: all models pass. 1: a model fails, or --compare finds a regression. 2: nothing could be compared. 130:
+    interrupted; results so far are saved. docs/parity.md explains every figure.
 
-    [dim]pmm bench[/]
-
-    [dim]pmm bench model.onnx --reference best.pt --data market1501 --batch-sizes 1,16,64[/]
-
-    [dim]pmm bench broken.onnx --parity-only --explain[/]
-
-    [dim]pmm bench --compare monday/bench.json bench.json[/]
+    - `pmm bench`
+    - `pmm bench model.onnx --reference best.pt --data market1501 --batch-sizes 1,16,64`
+    - `pmm bench broken.onnx --parity-only --explain`
+    - `pmm bench --compare monday/bench.json bench.json`
     """
+    arguments = _arguments(locals(), "compare")
     if compare:
         _compare(*compare, as_json)
         return
     from pmm_edge.bench.parity import GateOverrides
     from pmm_edge.bench.pipeline import bench as run
 
+    gates = GateOverrides(**{gate.name: arguments.pop(gate.name) for gate in fields(GateOverrides)})
+    try:
+        arguments["batch_sizes"] = [int(size) for size in batch_sizes.split(",")]
+    except ValueError as error:
+        raise PmmError(f"--batch-sizes is '{batch_sizes}'", "Write, for example, --batch-sizes 1,8") from error
     with progress() as report:
-        result = run(
-            models,
-            reference=reference,
-            data=data,
-            layout=layout,
-            limit=limit,
-            device=device,
-            batch_sizes=_numbers(batch_sizes),
-            gates=GateOverrides(min_cosine, min_mean_cosine, max_map_drop, max_stretch),
-            parity_only=parity_only,
-            explain=explain,
-            out=out,
-            report=report,
-        )
+        result = run(**arguments, gates=gates, report=report)
     print_plain(result.report.to_json()) if as_json else render.show_bench(result.report)
     render.show_bench_files(result)
     if not result.report.complete:
@@ -269,13 +252,6 @@ def bench(
     if result.report.failures:
         raise CheckFailedError(render.describe_failures(result.report), f"See {result.files[0]}")
     note("[green]ok:[/] all models meet their gates")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError as error:
-        raise PmmError(f"'{text}' is not a list of batch sizes", "Write, for example, --batch-sizes 1,8") from error
 
 
 def _compare(old: Path, new: Path, as_json: bool) -> None:
@@ -292,10 +268,10 @@ def _compare(old: Path, new: Path, as_json: bool) -> None:
 def verify(
     models: list[Path] = _arg(..., "Models that passed pmm bench.", "MODEL"),
     data: Path | None = _opt(None, "Data set; query and gallery must be those of the certificate."),
-    layout: str | None = LAYOUT,
+    layout: Layout = None,
     reference: Path | None = _opt(None, "Checkpoint; must be the one of the certificate, byte for byte."),
     digest: str | None = _opt(None, "Accept only the certificate with this digest.", metavar="SHA-256"),
-    as_json: bool = JSON,
+    as_json: Json = False,
 ) -> None:
     """Check that models are still the files that pmm bench certified.
 
@@ -304,11 +280,10 @@ def verify(
     needed. Exit code 1 if a certificate is missing, or if it or its model was changed.
 
     A certificate is not a signature: whoever can write both files can create a new pair. Keep the digest elsewhere and
-    pass it with --digest. In Python: pmm_edge.load(MODEL, require_certificate=True).
+    pass it with --digest. In Python: `pmm_edge.load(MODEL, require_certificate=True)`.
 
-    [dim]pmm verify runs/20261122-174200-quick/export/*.onnx[/]
-
-    [dim]pmm verify model.onnx --data market1501 --reference best.pt[/]
+    - `pmm verify runs/20261122-174200-quick/export/*.onnx`
+    - `pmm verify model.onnx --data market1501 --reference best.pt`
     """
     from pmm_edge.bench.certification import verify as run
 
@@ -322,95 +297,85 @@ def verify(
 
 @app.command("eval")
 def evaluate(
-    model: Path = MODEL,
+    model: Model,
     data: Path = _arg(..., "Data set folder; pmm data describes it.", "DATA"),
-    layout: str | None = LAYOUT,
+    layout: Layout = None,
     rerank: bool = _opt(False, "Also show k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3).", "--rerank"),
     flip: bool = _opt(False, "Also show the mean embedding of each image and its mirror image.", "--flip"),
     cmc: Path | None = _opt(None, "Plot the CMC, ranks 1 to 50.", metavar="FILE.png|.svg"),
     features: Path | None = _opt(None, "Save the embeddings with their labels.", metavar="FILE.npz"),
-    device: str | None = DEVICE,
-    as_json: bool = JSON,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Evaluate retrieval under the Market-1501 protocol: Rank-k, mAP and mINP.
 
     The PMM paper's mAP is mAP@50: its released evaluation cuts each ranking at 50. docs/evaluation.md explains every
     figure.
 
-    [dim]pmm eval runs/20261122-174200-quick market1501[/]
-
-    [dim]pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png[/]
+    - `pmm eval runs/20261122-174200-quick market1501`
+    - `pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png`
     """
-    from pmm_edge.bench.evaluation import evaluate_model
+    arguments = _arguments(locals())
+    from pmm_edge.bench.evaluation import evaluate_model as run
 
-    options: dict[str, Any] = {"layout": layout, "rerank": rerank, "flip": flip, "cmc": cmc, "features": features}
     with progress() as report:
-        found = evaluate_model(model, data, **options, device=device, report=report)
+        found = run(**arguments, report=report)
     print_json(render.evaluation_facts(found)) if as_json else render.show_evaluation(found)
     render.show_written(features, cmc)
 
 
 @app.command()
 def embed(
-    model: Path = MODEL,
-    images: Path = _arg(
-        ..., "Data set, folder of images (searched recursively), or text file with one path per line.", "IMAGES"
-    ),
+    model: Model,
+    images: Path = _arg(..., "Data set, folder of images, or text file with one path per line.", "IMAGES"),
     out: Path = _out(Path("embeddings.npz"), "File to write; .parquet needs pyarrow.", "FILE.npz|.parquet"),
-    layout: str | None = LAYOUT,
+    layout: Layout = None,
     batch: int | None = _opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
-    device: str | None = DEVICE,
-    as_json: bool = JSON,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Embed images and save one row per image; for a data set with identity, camera and split.
 
-    Unreadable images are listed and skipped; if no image can be read, nothing is written and the exit code is 1. Rows
-    follow the sorted paths, the list, or query, gallery and train.
+    Folders are searched recursively. Unreadable images are listed and skipped; if no image can be read, nothing is
+    written and the exit code is 1. Rows follow the sorted paths, the list, or query, gallery and train.
 
     A .npz file holds the arrays embeddings, paths, spec (JSON) and, for a data set, pids, camids and split; a .parquet
     file the columns path, embedding, pid, camid and split, with the spec in its metadata.
 
-    [dim]pmm embed model.onnx crops/ -o embeddings.npz[/]
-
-    [dim]pmm embed model.onnx market1501 -o market.parquet[/]
+    - `pmm embed model.onnx crops/ -o embeddings.npz`
+    - `pmm embed model.onnx market1501 -o market.parquet`
     """
-    from pmm_edge.runtime.embed_files import embed_files
+    arguments = _arguments(locals())
+    from pmm_edge.runtime.embed_files import embed_files as run
 
     with progress() as report:
-        found = embed_files(model, images, out, layout=layout, device=device, batch=batch, skip_bad=True, report=report)
+        found = run(**arguments, skip_bad=True, report=report)
     print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)
 
 
 @app.command()
 def visualize(
     model: Path | None = _arg(None, "Checkpoint or run folder; for galleries any model. Default: newest.", "MODEL"),
-    what: Literal["cams", "galleries", "mixing", "all"] = _opt(
-        "all",
-        "cams: Grad-CAM of each stage. galleries: queries and their nearest images. mixing: what training replaces."
-        " all: those that the model and the images allow.",
-    ),
-    data: Path | None = _opt(
-        None, "Data set; for --what cams also a folder or list of images. Default: the run's data set."
-    ),
+    what: Literal["cams", "galleries", "mixing", "all"] = _opt("all", "Kind of picture, see above."),
+    data: Path | None = _opt(None, "Data set; for cams also a folder or list of images. Default: the run's data set."),
     images: int = _opt(6, "Number of images to draw, chosen at random.", metavar="N"),
     top: int = _opt(10, "Number of gallery images per query.", metavar="K"),
     seed: int = _opt(0, "Seed for the choice of images and negatives."),
-    out: Path | None = _out(None, "Folder to write. Default: pictures/ in the run folder.", "FOLDER"),
-    layout: str | None = LAYOUT,
-    device: str | None = DEVICE,
-    as_json: bool = JSON,
+    out: Path | None = _out(None, "Folder to write. Default: pictures/ in the run folder."),
+    layout: Layout = None,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Draw what a network sees: attention of its stages, ranked galleries and the mixing of training.
 
-    Writes PNG files, and overlap.json with the overlap of the stages' attention maps (0: disjoint, 1: identical).
+    cams: Grad-CAM of each stage, and overlap.json with the overlap of the maps (0: disjoint, 1: identical). galleries:
+    queries and their nearest images. mixing: what training replaces. all: those that the model and the images allow.
 
-    [dim]pmm visualize[/]
-
-    [dim]pmm visualize --what cams --data crops/ --images 20[/]
-
-    [dim]pmm visualize model.onnx --what galleries --data market1501[/]
+    - `pmm visualize`
+    - `pmm visualize --what cams --data crops/ --images 20`
+    - `pmm visualize model.onnx --what galleries --data market1501`
     """
-    arguments = {name: value for name, value in locals().items() if name != "as_json"}
+    arguments = _arguments(locals())
     from pmm_edge.pictures.album import visualize as run
 
     with progress() as report:
@@ -424,7 +389,7 @@ def synth(
     folder: Path = _arg(..., "Folder to write; it must not exist, or be empty.", "FOLDER"),
     workers: int | None = _opt(None, "Worker processes. Default: one per core.", min=1),
     sheet: Path | None = _opt(None, "Also write a contact sheet.", metavar="FILE.jpg|.png"),
-    as_json: bool = JSON,
+    as_json: Json = False,
     **settings: Any,
 ) -> None:
     """Generate a synthetic reID data set in the layout of Market-1501.
@@ -432,15 +397,14 @@ def synth(
     People pass cameras that differ in viewpoint, background, color, exposure and blur. Several wear the same clothes,
     so that only hair, hat, shoes, logo and bag distinguish them. Nothing is downloaded.
 
-    [dim]pmm synth data/synthetic[/]
-
-    [dim]pmm synth data/small --train-identities 20 --test-identities 10 --sheet small.jpg[/]
+    - `pmm synth data/synthetic`
+    - `pmm synth data/small --train-identities 20 --test-identities 10`
     """
-    from pmm_edge.data.synthetic import make_synthetic
+    from pmm_edge.data.synthetic import make_synthetic as run
 
     config = SyntheticConfig(**{name: value for name, value in settings.items() if value is not None})
     with progress() as report:
-        counts = make_synthetic(folder, config, workers=workers, sheet=sheet, report=report)
+        counts = run(folder, config, workers=workers, sheet=sheet, report=report)
     facts = {"folder": folder, "images": counts, "sheet": sheet, "config": config}
     print_json(facts) if as_json else render.show_synthetic(folder, counts)
     render.show_written(folder / "synthetic.json", sheet)
@@ -449,31 +413,26 @@ def synth(
 @app.command()
 def data(
     folder: Path = _arg(..., "Data set folder.", "DATA"),
-    layout: str | None = _opt(
-        None,
-        "market1501, dukemtmc-reid, cuhk03-np-detected, cuhk03-np-labeled, msmt17-v1, msmt17-v2 or market-layout."
-        " Default: detected.",
-    ),
+    layout: Layout = None,
     decode: bool = _opt(False, "Decode every image; exit code 1 if one is unreadable.", "--decode"),
-    as_json: bool = JSON,
+    as_json: Json = False,
 ) -> None:
     """Describe a data set: identities, cameras and images per split, and anything that looks wrong.
 
-    Images are counted as in papers: distractors (0000) are included, junk (-1) is not.
+    Images are counted as in papers: distractors (0000) are included, junk (-1) is not. Layouts: market1501,
+    dukemtmc-reid, cuhk03-np-detected, cuhk03-np-labeled, msmt17-v1, msmt17-v2 and market-layout.
 
-    [dim]pmm data /data/Market-1501-v15.09.15[/]
-
-    [dim]pmm data /data/CUHK03-NP --layout cuhk03-np-labeled --decode[/]
+    - `pmm data /data/Market-1501-v15.09.15`
+    - `pmm data /data/CUHK03-NP --layout cuhk03-np-labeled --decode`
     """
     from pmm_edge.data.checks import analyze, unreadable
     from pmm_edge.data.dataset import read
 
     dataset = read(folder, layout)
-    analysis = analyze(dataset)
     paths = [path for split in dataset.splits.values() for path in split.paths]
     with progress() as report:
         bad = unreadable(paths, report=report) if decode else None
-    results = dataset, analysis, bad
+    results = dataset, analyze(dataset), bad
     print_json(render.dataset_facts(*results)) if as_json else render.show_dataset(*results)
     if bad:
         raise CheckFailedError(f"{len(bad):,} of {len(paths):,} images cannot be read", "Replace or remove them")
@@ -482,47 +441,33 @@ def data(
 @app.command()
 def doctor(
     commands: list[str] | None = _arg(None, "Commands that must work; trt is pmm export --trt.", "COMMAND"),
-    text: bool = _opt(False, "Print Markdown for an issue; the default in a pipe.", "--text"),
-    as_json: bool = JSON,
+    as_json: Json = False,
 ) -> None:
     """Show what is installed, what works, and what each command still needs.
 
-    ONNX Runtime's providers, TensorRT and the driver are each tried in a process of their own. torch is not imported.
-    Nothing that is printed names a home folder. Exit code 1 if a COMMAND given here cannot work.
+    ONNX Runtime, TensorRT and the driver are each tried in a process of their own. torch is not imported. Nothing that
+    is printed names a home folder. Exit code 1 if a COMMAND given here cannot work.
 
-    [dim]pmm doctor[/]
-
-    [dim]pmm doctor --text | xclip[/]
-
-    [dim]pmm doctor embed trt && ./start.sh[/]
+    - `pmm doctor`
+    - `pmm doctor embed trt && ./start.sh`
     """
-    from pmm_edge.doctor import as_markdown, check_commands, examine
+    from pmm_edge.doctor import check_commands, examine
 
     found = examine(commands or [])
-    if as_json:
-        print_json(found)
-    elif text or not is_terminal():
-        print_plain(as_markdown(found))
-    else:
-        render.show_diagnosis(found)
+    print_json(found) if as_json else render.show_diagnosis(found)
     check_commands(found, commands or [])
 
 
-for _command in app.registered_commands:  # typer would keep the line breaks of a docstring
-    paragraphs = inspect.cleandoc(_command.callback.__doc__ or "").split("\n\n") if _command.callback else []
-    _command.help = "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
-
 FOREIGN_FLAGS = {
-    **dict.fromkeys(("--imgsz", "--img-size"), "The input size is set in training: pmm train --height and --width"),
-    **dict.fromkeys(("--half", "--fp16"), "Use --precision fp16"),
-    **dict.fromkeys(("--project", "--name", "--output"), "Use --out"),
+    "--imgsz": "The input size is set in training: pmm train --height and --width",
+    "--half": "Use --precision fp16",
     "--int8": "Use --precision int8",
     "--format": "pmm export writes ONNX; add --trt for TensorRT or --safetensors for PyTorch",
     "--input": "Use --input-form",
+    "--output": "Use --out",
     "--batch-size": "Use --batch (training), --batch-sizes (bench) or --batch-profile (TensorRT)",
     "--lr0": "Use --lr",
     "--weights": "Name the model as an argument; training starts from one with --init-from",
-    "--verify": "Use --decode",
 }
 """Options of other tools and earlier versions, with a remedy that names ours."""
 
@@ -530,29 +475,41 @@ FOREIGN_FLAGS = {
 def main() -> None:
     """Run `pmm`. A user's error is one line on standard error; `--debug` anywhere shows its traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = app(arguments, standalone_mode=False)
-    except PmmError as error:
-        _end(error, str(error), error.exit_code, debug)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _end(error, f"{where}{error.strerror or error}", 2, debug)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("pmm_edge"):
-            raise
-        _end(error, f"this command needs {error.name}. {install('train')}", 2, debug)
-    except KeyboardInterrupt:
-        note("[yellow]interrupted[/]")
-        sys.exit(INTERRUPTED)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # usage errors are click's, which typer bundles in some versions
+        text, code = _explain(error)
+        if not text or len(arguments) < len(sys.argv) - 1:
             raise
-        remedy = FOREIGN_FLAGS.get(getattr(error, "option_name", ""), "Add -h for help")
-        _end(error, f"{error.format_message().rstrip('.')}. {remedy}", 2, debug)
+        if _reports_first(text):
+            err().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The message and exit code of an error that a user can act on; no message for a mistake in the program."""
+    if isinstance(error, PmmError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error), 2
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("pmm_edge"):
+        return f"this command needs {error.name}. {install('train')}", 2
+    if hasattr(error, "format_message"):  # usage errors are click's, which typer bundles in some versions
+        remedy = FOREIGN_FLAGS.get(getattr(error, "option_name", ""), "Add -h for help")
+        return f"{error.format_message().rstrip('.')}. {remedy}", 2
+    return "", 1
+
+
+def _reports_first(text: str) -> bool:
+    """Whether this process prints an error: of torchrun's processes, only the first that meets it does."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        with suppress(ModuleNotFoundError):  # the error may be about torch
+            from pmm_edge.trainer.distributed import first_to_report
+
+            return first_to_report(text)
+    return True
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **_: Any) -> None:
@@ -561,22 +518,3 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
         note(f"[yellow]warning:[/] {escape(str(message))}")
     else:
         sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
-
-
-def _end(error: Exception, text: str, exit_code: int, debug: bool) -> NoReturn:
-    """Print an error in one line, once for all processes of torchrun that meet it, and exit."""
-    if debug:
-        raise error
-    if _speaks(text):
-        err().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
-    sys.exit(exit_code)
-
-
-def _speaks(text: str) -> bool:
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return True
-    try:
-        from pmm_edge.trainer.distributed import first_to_report
-    except ModuleNotFoundError:  # the error is about torch
-        return True
-    return first_to_report(text)

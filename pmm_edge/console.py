@@ -1,18 +1,15 @@
 """Terminal output: progress bars, tables, notes and JSON."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
 
 from pmm_edge.files import encode_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import TaskID
 
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
@@ -30,38 +27,25 @@ def silent(what: str, done: int, total: int, detail: str = "") -> None:
 
 def about(addition: str, report: Report) -> Report:
     """Append `addition` to the name of the work, so that repeated work gets a bar of its own."""
-
-    def extended(what: str, done: int, total: int, detail: str = "") -> None:
-        report(f"{what}, {addition}", done, total, detail)
-
-    return extended
+    return lambda what, done, total, detail="": report(f"{what}, {addition}", done, total, detail)
 
 
 @cache
 def out() -> Console:
     """Standard output, for results. Text is not wrapped in a file or a pipe, and `:x:` in a path is not an emoji."""
-    from rich.console import Console
-
     return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
-
-
-def is_terminal() -> bool:
-    """Whether results go to a terminal rather than a file or a pipe."""
-    return out().is_terminal
 
 
 @cache
 def err() -> Console:
     """Standard error, for progress, notes and errors."""
-    from rich.console import Console
-
     return Console(stderr=True, highlight=False, emoji=False)
 
 
 @contextmanager
 def progress() -> Iterator[Report]:
     """Show one progress bar for each `what` that is reported: done, total, time left and the detail."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     bars = Progress(
         TextColumn("{task.description}", markup=False),
@@ -87,6 +71,11 @@ def note(text: str) -> None:
     err().print(text, soft_wrap=True)
 
 
+def print_line(text: str) -> None:
+    """Print one line of a result; rich markup applies."""
+    out().print(text, soft_wrap=True)
+
+
 def print_plain(text: str) -> None:
     """Print text for programs unchanged: no wrapping, no markup."""
     sys.stdout.write(text)
@@ -98,15 +87,15 @@ def print_json(data: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a result for people. The first column names the row; the others are right-aligned."""
+    """Print a result for people; no markup applies. The first column names the row; the others are right-aligned."""
     from rich.table import Table
 
-    out().print(title, style="bold", soft_wrap=True)  # rich would wrap a path in the table's own title
+    print_line(f"[bold]{escape(title)}[/]")  # rich would wrap a path in the table's own title
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out().print(table)
 
 

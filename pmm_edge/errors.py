@@ -1,7 +1,5 @@
 """Errors that a user can act on: one line that says what is wrong, where, and what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -27,8 +25,7 @@ class PmmError(Exception):
     exit_code = 2
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = problem
-        self.remedy = remedy
+        self.problem, self.remedy = problem, remedy
         super().__init__(f"{problem}. {remedy}" if remedy else problem)
 
 
@@ -44,11 +41,11 @@ class OutputError(PmmError):
     """Results cannot be written."""
 
 
-class PmmWarning(UserWarning):
-    """Something unexpected that does not stop the work. The command line prints it in one line."""
-
-
 class CheckFailedError(PmmError):
     """The work completed and a check failed: a parity gate, or an export that differs from its checkpoint."""
 
     exit_code = 1
+
+
+class PmmWarning(UserWarning):
+    """Something unexpected that does not stop the work. The command line prints it in one line."""

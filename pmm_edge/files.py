@@ -1,7 +1,5 @@
 """Files: typed JSON and TOML, atomic writes, hashes and cache folders."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -12,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TypeVar
 
 import msgspec
@@ -36,11 +33,8 @@ def decode_json(
 ) -> T:
     """Decode untrusted JSON into `kind`, a dataclass or any other type that msgspec supports.
 
-    Types are strict, entries without a default are required, and unknown entries are ignored. `source` is the file or
-    part of a file, for messages.
-
-    Raises:
-        PmmError: of the type `error`, with the path of the wrong entry and `remedy`.
+    Types are strict, entries without a default are required, and unknown entries are ignored. `source` names the file.
+    Raises a PmmError of the type `error`, with the path of the wrong entry and `remedy`.
     """
     try:
         return msgspec.json.decode(text, type=kind)
@@ -49,10 +43,7 @@ def decode_json(
 
 
 def encode_json(value: object, indent: int = 2) -> str:
-    """Encode dataclasses, lists, dictionaries, numbers and text as JSON; NaN and infinity become null.
-
-    With `indent` 0, the result is one line with sorted keys; otherwise it ends with a newline.
-    """
+    """Encode dataclasses and built-in types as JSON, with `indent` 0 as one line with sorted keys; NaN becomes null."""
     text = msgspec.json.encode(value, enc_hook=_encode_path, order=None if indent else "sorted")
     return msgspec.json.format(text, indent=indent).decode() + "\n" if indent else text.decode()
 
@@ -71,37 +62,23 @@ def decode_toml(kind: type[T], text: str, source: str) -> T:
         raise PmmError(f"{source} is not valid: {reason}", "Correct that entry") from reason
 
 
-def home_folder() -> Path | None:
-    """The user's home folder; None in containers that run under a user ID without one."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return None
-
-
 def cache_folder() -> Path:
     """The folder for files that can be created again: `PMM_HOME`, or `pmm-edge` in the user's cache folder.
 
-    Raises OutputError if the user has no home folder and `PMM_HOME` is not set.
+    Raises OutputError if the user has no home folder, as in some containers, and `PMM_HOME` is not set.
     """
     chosen = os.environ.get("PMM_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/pmm-edge"
     try:
         return Path(chosen).expanduser()
     except RuntimeError as error:
-        raise OutputError(
-            f"the cache folder {chosen} cannot be found: this user has no home folder",
-            "Set PMM_HOME to the absolute path of a folder",
-        ) from error
+        problem = f"the cache folder {chosen} cannot be found: this user has no home folder"
+        raise OutputError(problem, "Set PMM_HOME to the absolute path of a folder") from error
 
 
 def with_tilde(text: str) -> str:
     """Replace the home folder at the start of paths with `~`, so that shared output does not name the user."""
-    home = str(home_folder() or "")
+    home = os.path.expanduser("~")  # noqa: PTH111  Path.home() raises if there is none
     return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text) if len(home) > 1 else text
-
-
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
@@ -122,7 +99,7 @@ def check_place(path: Path) -> None:
         _check_parents(path)
         if path.is_dir():
             raise OutputError(f"cannot write {path}: it is a folder", "Choose another name")
-        with TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
             pass
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -146,11 +123,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path in the same folder, and rename it to `path` at the end.
 
     A process killed at any moment leaves the old file or the new one, never a part. Every OSError in the block is
-    reported as one of `path`, so the block should only write and check the file.
-
-    Raises OutputError if the folder cannot be created or written, or the disk is full.
+    reported as an OutputError of `path`, so the block should only write and check the file.
     """
-    temporary = _temporary_name(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -165,10 +140,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, names: Sequence[str]) -> None:
-    """Remove temporary files that a killed `written_whole` left of files whose names match one of these patterns.
-
-    The caller must be the only writer of these files.
-    """
+    """Remove what a killed `written_whole` left of files of these names (patterns), which nobody else is writing."""
     for name in names:
         for path in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
             path.unlink(missing_ok=True)
@@ -181,13 +153,11 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     Raises OutputError if `path` exists and is not empty, or cannot be written.
     """
     check_new_folder(path)
-    temporary = _temporary_name(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if path.exists():
-            path.rmdir()
-        temporary.replace(path)
+        temporary.replace(path)  # also an empty folder
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -196,19 +166,12 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a temporary folder that is removed at the end; an OSError in the block is reported as one of this folder.
-
-    Raises OutputError if the folder cannot be created or written, or the disk is full.
-    """
+    """Yield a temporary folder that is removed at the end; an OSError in the block is reported as OutputError."""
     try:
-        with TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     except OSError as error:
-        place = f" in {tempfile.tempdir}" if tempfile.tempdir else ""
-        raise OutputError(
-            f"cannot write temporary files{place}: {error.strerror or error}",
-            "Set TMPDIR to a folder that is writable and has space left",
-        ) from error
+        raise OutputError(f"cannot write temporary files: {error}", "Set TMPDIR to a folder with space left") from error
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,5 @@
 """Decode, resize and normalize person crops. Training and every runtime share this code."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,12 +57,10 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, first: int = 0) -> Pixels:
-    """Check crops and resize them to the input size of the network.
+    """Check crops, (H, W, 3) uint8 RGB arrays of any size or one (N, H, W, 3) array, and resize them to the input size.
 
-    `crops` are (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array; at least one. `first` is the index of
-    the first crop, for messages. Returns (N, height, width, 3) uint8 RGB.
-
-    Raises DataError if a crop is empty, gray, not uint8, or has an alpha channel.
+    `first` is the index of the first crop, for messages. Returns (N, height, width, 3) uint8 RGB. Raises DataError if a
+    crop is empty, gray, not uint8, or has an alpha channel.
     """
     for number, crop in enumerate(crops, start=first):
         _check_crop(crop, number)
@@ -74,10 +70,7 @@ def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, fir
 
 
 def network_input(images: Pixels, spec: InputSpec) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Convert crops (N, height, width, 3) uint8 RGB of network size to the input form of the network.
-
-    Returns (N, height, width, 3) uint8 for the form `uint8`, otherwise (N, 3, height, width) float32.
-    """
+    """Convert (N, height, width, 3) uint8 RGB of network size to the input form of the network; see `InputSpec`."""
     if spec.form == "uint8":
         return images
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
@@ -92,18 +85,15 @@ def normalize(planes: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float3
 
 def _check_crop(crop: object, number: int) -> None:
     if not isinstance(crop, np.ndarray):
-        raise DataError(
-            f"crop {number} is a {type(crop).__name__}, not an array",
-            "Pass (height, width, 3) uint8 RGB arrays; use pmm_edge.embed_files for files",
-        )
-    shape = tuple(crop.shape)
-    if crop.ndim == 2 or (crop.ndim == 3 and shape[2] == 1):
-        raise DataError(f"crop {number} is gray, of shape {shape}", "Repeat its channel three times")
-    if crop.ndim == 3 and shape[2] == 4:
-        raise DataError(f"crop {number} has an alpha channel, shape {shape}", "Pass crop[:, :, :3]")
-    if crop.ndim != 3 or shape[2] != 3:
-        raise DataError(f"crop {number} has shape {shape}", "Pass a list of (height, width, 3) arrays")
-    if 0 in shape:
-        raise DataError(f"crop {number} has no pixels, shape {shape}", "Leave out boxes outside the frame")
-    if crop.dtype != np.uint8:
-        raise DataError(f"crop {number} holds {crop.dtype}", "Pass uint8 RGB values of 0 to 255; pmm-edge normalizes")
+        remedy = "Pass (height, width, 3) uint8 RGB arrays; use pmm_edge.embed_files for files"
+        raise DataError(f"crop {number} is a {type(crop).__name__}, not an array", remedy)
+    channels = crop.shape[2:]
+    for wrong, problem, remedy in (
+        (crop.ndim == 2 or channels == (1,), "is gray", "Repeat its channel three times"),
+        (channels == (4,), "has an alpha channel", "Pass crop[:, :, :3]"),
+        (channels != (3,), "is no RGB image", "Pass a list of (height, width, 3) arrays"),
+        (0 in crop.shape, "has no pixels", "Leave out boxes outside the frame"),
+        (crop.dtype != np.uint8, "is not uint8", "Pass uint8 RGB values of 0 to 255; pmm-edge normalizes"),
+    ):
+        if wrong:
+            raise DataError(f"crop {number} of shape {crop.shape} and type {crop.dtype} {problem}", remedy)

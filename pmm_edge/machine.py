@@ -1,12 +1,11 @@
 """The processor and its settings, as the kernel shows them. `root` is the root of the file system, for tests."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path
 
 CPUFREQ = "sys/devices/system/cpu/cpu[0-9]*/cpufreq"
+_INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx", "i8mm", "asimddp", "asimd")
 
 
 def processor(root: Path = Path("/")) -> str:
@@ -21,29 +20,29 @@ def cpuinfo(root: Path = Path("/")) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs if value}
 
 
-_INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx", "i8mm", "asimddp", "asimd")
-
-
 def instruction_set(root: Path = Path("/")) -> str:
-    """The widest vector instructions that matter for INT8 and FP32, by their flag in /proc/cpuinfo: `avx512_vnni`.
-
-    The machine type, such as `x86_64`, if it lists none of these.
-    """
+    """The widest vector instructions that matter for INT8 and FP32, such as `avx512_vnni`; else the machine type."""
     info = cpuinfo(root)
     flags = {*info.get("flags", "").split(), *info.get("Features", "").split()}
     return next((name for name in _INSTRUCTION_SETS if name in flags), platform.machine())
 
 
-def cores(root: Path = Path("/")) -> str:
-    """Number of cores, and how many of them this process may use: `8, 6 of them usable`."""
-    all_, usable = os.cpu_count() or 1, usable_cores(root)
-    return str(all_) if usable == all_ else f"{all_}, {usable:g} of them usable"
-
-
 def usable_cores(root: Path = Path("/")) -> float:
-    """Number of cores that this process may use, by its affinity and control group."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([float(affinity), *_quotas(root)])
+    """Number of cores that this process may use, by its affinity and the quotas of its control groups (1 or 2)."""
+    found = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    for line in text_of(root / "proc/self/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / controllers
+        # In a container the name is often that of the host, while the container sees its own group at the top.
+        folder = base / name.strip("/")
+        for group in {base, *(parent for parent in (folder, *folder.parents) if parent.is_relative_to(base))}:
+            version1 = [text_of(group / f"cpu.cfs_{value}_us") for value in ("quota", "period")]
+            both = text_of(group / "cpu.max").split() or version1
+            if len(both) == 2 and both[0].isdecimal() and both[1].isdecimal():
+                found.append(int(both[0]) / int(both[1]))
+    return min(found)
 
 
 def threads(processes: int = 1) -> int:
@@ -66,24 +65,6 @@ def clocks_are_locked(root: Path = Path("/")) -> bool:
 def is_jetson(root: Path = Path("/")) -> bool:
     """Whether this is a Jetson board."""
     return (root / "etc/nv_tegra_release").is_file() or "Jetson" in text_of(root / "proc/device-tree/model")
-
-
-def _quotas(root: Path) -> list[float]:
-    """CPU quotas, in cores, of the control groups (version 1 or 2) that contain this process."""
-    quotas = []
-    for line in text_of(root / "proc/self/cgroup").splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = root / "sys/fs/cgroup" / controllers
-        # In a container the name is often that of the host, while the container sees its own group at the top.
-        folder = base / name.strip("/")
-        for group in {base, *(parent for parent in (folder, *folder.parents) if parent.is_relative_to(base))}:
-            version1 = [text_of(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-            both = text_of(group / "cpu.max").split() or version1
-            if len(both) == 2 and both[0].isdecimal() and both[1].isdecimal():
-                quotas.append(int(both[0]) / int(both[1]))
-    return quotas
 
 
 def text_of(path: Path) -> str:

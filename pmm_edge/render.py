@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from pmm_edge.console import err, note, out, percent, print_table
+from pmm_edge.console import note, out, percent, print_line, print_table
 from pmm_edge.spec import describe_precision
 
 if TYPE_CHECKING:
@@ -17,15 +16,12 @@ if TYPE_CHECKING:
     from pmm_edge.bench.certification import Verification
     from pmm_edge.bench.evaluation import Evaluation
     from pmm_edge.bench.regression import Comparison
-    from pmm_edge.bench.tables import Table
     from pmm_edge.data.checks import Analysis, BadImage
     from pmm_edge.data.dataset import ReidDataset
     from pmm_edge.doctor import Diagnosis
     from pmm_edge.export import ExportResult
-    from pmm_edge.export.tensorrt import BuiltEngine
     from pmm_edge.pictures.album import Album
     from pmm_edge.retrieval import RetrievalResult
-    from pmm_edge.runtime.certificate import Certificate
     from pmm_edge.runtime.embed_files import EmbeddedFiles
     from pmm_edge.trainer.train import TrainResult
 
@@ -33,15 +29,14 @@ LISTED = 20
 """Number of unreadable images that are listed; `--json` names all of them."""
 
 
-def show_line(text: str) -> None:
-    """Print one line of a result; rich markup applies."""
-    out().print(text, soft_wrap=True)
-
-
 def show_written(*files: Path | None) -> None:
     """Name the files that a command wrote."""
     if written := [escape(str(file)) for file in files if file]:
         note(f"[dim]wrote {', '.join(written)}[/]")
+
+
+def _fields(result: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in names}
 
 
 # train, export
@@ -54,65 +49,39 @@ def show_training(result: TrainResult) -> None:
         for name, figures in (("before training", result.before), ("best epoch", result.best))
         if figures
     ]
+    title = f"retrieval in %, unseen identities · {result.folder}"
+    print_table(title, ["", "Rank-1", "mAP", "mINP", "mAP@50"], rows)
     folder = escape(str(result.folder))
-    print_table(f"retrieval in %, unseen identities · {folder}", ["", "Rank-1", "mAP", "mINP", "mAP@50"], rows)
     if result.finished:
         note(f"next: [bold]pmm export {folder}[/] writes an ONNX file")
     else:
         note(f"interrupted after {result.epochs_done} epochs; resume: [bold]pmm train --resume {folder}[/]")
 
 
-def export_facts(result: ExportResult) -> dict[str, Any]:
-    """The JSON form of `pmm export`."""
-    engines = {
-        name: {"path": engine.path, **vars(engine.manifest)}
-        for name, engine in (("engine", result.engine), ("served_engine", result.served_engine))
-        if engine
-    }
-    bundles = {bundle.kind: bundle.folder for bundle in result.bundles}
-    failures = [str(failure) for failure in result.failures]
-    files = {"checkpoint": result.checkpoint, "exported": result.files, **engines}
-    return {**files, "bundles": bundles, "failures": failures}
-
-
 def show_export(result: ExportResult) -> None:
     """Print the exported files, the sensitivity of layers, engines and bundles."""
-    rows = [
-        (
-            escape(file.path.name),
-            f"{file.size / 1e6:.1f}",
-            escape(describe_precision(file.spec)),
-            file.spec.input.form,
-            f"{file.departure:.1e}",
-            f"{file.cosine_mean:.6f}",
-        )
-        for file in result.files
-    ]
-    if rows:
+    if result.files:
+        rows = []
+        for file in result.files:
+            form, closeness = file.spec.input.form, (f"{file.departure:.1e}", f"{file.cosine_mean:.6f}")
+            rows.append((file.path.name, f"{file.size / 1e6:.1f}", describe_precision(file.spec), form, *closeness))
         columns = ("file", "MB", "precision", "input", "max difference", "mean cosine")
-        print_table(f"exported to {escape(str(result.files[0].path.parent))}", columns, rows)
-    search = result.files[0].search if result.files else None
-    if search and search.layers:
-        layers = [
-            (escape(layer.layer), f"{layer.loss:.1e}", percent(layer.work), "float32" if layer.float32 else "int8")
-            for layer in search.layers
-        ]
-        print_table("sensitivity of each layer to INT8", ("layer", "cosine loss", "% of work", "type"), layers)
+        print_table(f"exported to {result.files[0].path.parent}", columns, rows)
+        if (search := result.files[0].search) and search.layers:
+            layers = [
+                (layer.layer, f"{layer.loss:.1e}", percent(layer.work), "float32" if layer.float32 else "int8")
+                for layer in search.layers
+            ]
+            print_table("sensitivity of each layer to INT8", ("layer", "cosine loss", "% of work", "type"), layers)
     for engine in filter(None, (result.engine, result.served_engine)):
-        _show_engine(engine)
+        manifest = engine.manifest
+        layers_ = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
+        size, seconds = f"{manifest.engine_size / 1e6:.1f}", f"{manifest.build_seconds:.1f}"
+        title = f"built for {manifest.machine.gpu} with TensorRT {manifest.machine.tensorrt}"
+        row = (engine.path.name, size, str(manifest.settings.batch), layers_, seconds)
+        print_table(title, ("file", "MB", "batch", "layers", "seconds"), [row])
     for bundle in result.bundles:
         note(f"{bundle.kind}: {escape(str(bundle.folder))} [dim](see its README.md)[/]")
-
-
-def _show_engine(engine: BuiltEngine) -> None:
-    manifest = engine.manifest
-    layers = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
-    size, seconds = f"{manifest.engine_size / 1e6:.1f}", f"{manifest.build_seconds:.1f}"
-    print_table(
-        f"built for {escape(manifest.machine.gpu)} with TensorRT {manifest.machine.tensorrt}",
-        ("file", "MB", "batch", "layers", "seconds"),
-        [(escape(engine.path.name), size, str(manifest.settings.batch), layers, seconds)],
-    )
 
 
 # bench, verify
@@ -124,17 +93,13 @@ def show_bench(report: BenchReport) -> None:
     from pmm_edge.bench.tables import terminal_tables
 
     for table in terminal_tables(report):
-        _show_table(table)
+        print_table(*table)
     for warning in report.warnings:
         note(f"[yellow]warning:[/] {escape(describe_warning(warning))}")
 
 
-def _show_table(table: Table) -> None:
-    print_table(escape(table.title), table.columns, [tuple(map(escape, row)) for row in table.rows])
-
-
 def show_bench_files(result: BenchResult) -> None:
-    """Name the files of a bench, and why models have no certificate."""
+    """Name the files of a bench, and why models failed or have no certificate."""
     from pmm_edge.bench.sentences import describe_cause, describe_departure
 
     for path in result.certificates.removed:
@@ -160,54 +125,35 @@ def show_comparison(found: Comparison) -> None:
     """Print what got better or worse between two bench reports."""
     from pmm_edge.bench.regression import comparison_table
 
-    _show_table(comparison_table(found))
+    print_table(*comparison_table(found))
     for entry in found.notes:
         note(f"[yellow]note:[/] {escape(entry.sentence)}")
 
 
 def verification_facts(found: Sequence[Verification]) -> dict[str, Any]:
     """The JSON form of `pmm verify`."""
-    models = [
-        {
-            "model": item.model,
-            "passed": item.passed,
-            "failures": item.failures,
-            "certificate": item.certificate and {**asdict(item.certificate), "digest": item.certificate.digest},
-        }
-        for item in found
-    ]
-    return {"passed": all(item.passed for item in found), "models": models}
+    digests = [item.certificate and item.certificate.digest for item in found]
+    models = [{**vars(one), "passed": one.passed, "digest": digest} for one, digest in zip(found, digests, strict=True)]
+    return {"passed": all(one.passed for one in found), "models": models}
 
 
 def show_verification(found: Sequence[Verification]) -> None:
     """Print what was certified of each model, and under which conditions."""
-    certified = [(item.model.name, item.certificate) for item in found if item.certificate]
-    columns = ("model", "certified", "cosine min", "mAP", "ms, batch")
-    if certified:
-        rows = [tuple(map(escape, (name, *_certified_figures(certificate)))) for name, certificate in certified]
-        print_table("certified by pmm bench", columns, rows)
-    for name, certificate in certified:
-        gates = certificate.report["gates"]
-        show_line(
-            f"{escape(name)}: {certificate.spec.precision}, cosine ≥ {gates['min_cosine']:g},"
-            f" mAP drop ≤ {gates['max_map_drop']:g} points against {escape(certificate.reference)}"
-            f" on {certificate.images:,} images of {escape(certificate.data)};"
-            f" {escape(str(certificate.environment.get('cpu', 'unknown processor')))}\n  digest {certificate.digest}"
-        )
-
-
-def _certified_figures(certificate: Certificate) -> tuple[str, ...]:
     from pmm_edge.bench.certification import report_of
 
-    report = report_of(certificate)
-    assert report.parity and report.retrieval and report.retrieval_change
-    smallest = min(report.latency, key=lambda row: (row.scope != "model", row.batch), default=None)
-    return (
-        certificate.created[:10],
-        f"{report.parity.whole.cosine_min:.6f}",
-        f"{percent(report.retrieval.mAP)} {100 * report.retrieval_change.mAP.difference:+.2f}",
-        f"{smallest.median_ms:.1f}, {smallest.batch}" if smallest else "–",
-    )
+    for item in found:
+        if certificate := item.certificate:
+            report = report_of(certificate)
+            assert report.parity and report.retrieval and report.retrieval_change
+            change = 100 * report.retrieval_change.mAP.difference
+            text = (
+                f"{item.model.name}: {certificate.spec.precision}, certified {certificate.created[:10]} against"
+                f" {certificate.reference} on {certificate.images:,} images of {certificate.data}\n"
+                f"  cosine {report.parity.whole.cosine_min:.6f} (minimum {report.gates.min_cosine:g}), mAP"
+                f" {percent(report.retrieval.mAP)} {change:+.2f} (maximum drop {report.gates.max_map_drop:g} points)\n"
+                f"  digest {certificate.digest}"
+            )
+            print_line(escape(text))
 
 
 # eval, embed, visualize
@@ -215,13 +161,10 @@ def _certified_figures(certificate: Certificate) -> tuple[str, ...]:
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
     """The JSON form of `pmm eval`; figures in 0..1."""
-    rows = [
-        {"name": row.name, "flip": row.flip, "rerank": row.rerank, "figures": _figures(row.result)}
-        for row in found.rows
-    ]
-    counts = {"queries": found.rows[0].result.valid_queries, "gallery": found.gallery}
-    facts = {"model": found.model, "data": found.data, "backend": found.backend, "device": found.device}
-    return {**facts, **counts, "figures": rows[0]["figures"], "rows": rows}
+    rows = [{**_fields(row, "name", "flip", "rerank"), "figures": _figures(row.result)} for row in found.rows]
+    facts = _fields(found, "model", "data", "backend", "device", "gallery")
+    queries = found.rows[0].result.valid_queries
+    return {**facts, "queries": queries, "figures": rows[0]["figures"], "rows": rows}
 
 
 def _figures(result: RetrievalResult) -> dict[str, float]:
@@ -231,11 +174,10 @@ def _figures(result: RetrievalResult) -> dict[str, float]:
 
 def show_evaluation(found: Evaluation) -> None:
     """Print retrieval figures, one row for each way to use the model."""
-    model, queries = escape(found.model.name), found.rows[0].result.valid_queries
-    names = [model, *(f"{model} + {row.name}" for row in found.rows[1:])]
-    figures = [_figures(row.result) for row in found.rows]
+    queries, figures = found.rows[0].result.valid_queries, [_figures(row.result) for row in found.rows]
+    names = [found.model.name, *(f"{found.model.name} + {row.name}" for row in found.rows[1:])]
     rows = [(name, *map(percent, values.values())) for name, values in zip(names, figures, strict=True)]
-    title = f"{escape(found.dataset)}: {queries:,} queries, {found.gallery:,} gallery images"
+    title = f"{found.dataset}: {queries:,} queries, {found.gallery:,} gallery images"
     print_table(title, ("model", *figures[0]), rows)
     note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
 
@@ -243,19 +185,9 @@ def show_evaluation(found: Evaluation) -> None:
 def embedding_facts(found: EmbeddedFiles, model: Path, written: Path) -> dict[str, Any]:
     """The JSON form of `pmm embed`."""
     rows, size = found.embeddings.shape
-    return {
-        "model": model,
-        "backend": found.backend,
-        "device": found.device,
-        "source": found.images.source,
-        "rows": rows,
-        "embedding_size": size,
-        "skipped": [image._asdict() for image in found.skipped],
-        "written": written,
-        "seconds": found.seconds,
-        "images_per_second": rows / found.seconds,
-        "model_share": found.model_seconds / found.seconds,
-    }
+    facts = {"model": model, "source": found.images.source, "rows": rows, "embedding_size": size, "written": written}
+    facts["skipped"] = [image._asdict() for image in found.skipped]
+    return {**facts, **_fields(found, "backend", "device", "seconds", "model_seconds")}
 
 
 def show_embedded(found: EmbeddedFiles, written: Path) -> None:
@@ -263,22 +195,23 @@ def show_embedded(found: EmbeddedFiles, written: Path) -> None:
     _show_unreadable("skipped", found.skipped)
     rows, size = found.embeddings.shape
     skipped = f", {len(found.skipped):,} skipped" if found.skipped else ""
-    show_line(f"{escape(str(written))}: {rows:,} × {size:,} float32 of {found.images.source}{skipped}")
+    print_line(f"{escape(str(written))}: {rows:,} × {size:,} float32 of {found.images.source}{skipped}")
     rate, share = rows / found.seconds, found.model_seconds / found.seconds
     note(f"[dim]{rate:,.1f} images/s in {found.backend} on {found.device}; the network took {share:.0%} of the time[/]")
 
 
 def _show_unreadable(label: str, bad: Sequence[tuple[Path, str]]) -> None:
     for path, reason in bad[:LISTED]:
-        err().print(f"[red]{label}:[/] {escape(f'{path}: {reason}')}", soft_wrap=True)
+        note(f"[red]{label}:[/] {escape(f'{path}: {reason}')}")
     if len(bad) > LISTED:
-        err().print(f"[red]{label}:[/] and {len(bad) - LISTED:,} more; --json lists all of them", soft_wrap=True)
+        note(f"[red]{label}:[/] and {len(bad) - LISTED:,} more; --json lists all of them")
 
 
 def show_album(album: Album) -> None:
     """Print the pictures that `pmm visualize` wrote, and the overlap of attention maps."""
-    rows = [(kind, escape(path.name)) for kind, path in album.files.items()]
-    print_table(f"pictures in {escape(str(album.folder))}", ("shows", "file"), rows)
+    print_table(
+        f"pictures in {album.folder}", ("shows", "file"), [(kind, path.name) for kind, path in album.files.items()]
+    )
     if (overlap := album.overlap) and overlap.pairs:
         values = [*overlap.pairs.values(), overlap.mean, overlap.chance]
         row = [f"{overlap.images:,}", *("–" if value is None else f"{value:.3f}" for value in values)]
@@ -293,7 +226,7 @@ def show_album(album: Album) -> None:
 
 def show_synthetic(folder: Path, counts: Mapping[str, int]) -> None:
     """Print the number of images in each folder of a data set."""
-    print_table(escape(str(folder)), ("folder", "images"), [(name, f"{count:,}") for name, count in counts.items()])
+    print_table(str(folder), ("folder", "images"), [(name, f"{count:,}") for name, count in counts.items()])
 
 
 def dataset_facts(dataset: ReidDataset, analysis: Analysis, bad: Sequence[BadImage] | None) -> dict[str, Any]:
@@ -304,29 +237,24 @@ def dataset_facts(dataset: ReidDataset, analysis: Analysis, bad: Sequence[BadIma
 
 def show_dataset(dataset: ReidDataset, analysis: Analysis, bad: Sequence[BadImage] | None) -> None:
     """Print the counts of a data set, warnings and, if they were decoded, unreadable images."""
-    rows = [
-        (name, *(f"{value:,}" for value in (c.identities, c.cameras, c.images, c.distractors, c.junk)))
-        for name, c in analysis.splits.items()
-    ]
-    columns = ("", "identities", "cameras", "images", "distractors", "junk")
-    print_table(f"{escape(str(dataset.root))} · {dataset.layout}", columns, rows)
+    kinds = ("identities", "cameras", "images", "distractors", "junk")
+    rows = [(name, *(f"{getattr(counts, kind):,}" for kind in kinds)) for name, counts in analysis.splits.items()]
+    print_table(f"{dataset.root} · {dataset.layout}", ("", *kinds), rows)
     for warning in analysis.warnings:
-        show_line(f"[yellow]warning:[/] {escape(warning.text)}")
+        print_line(f"[yellow]warning:[/] {escape(warning.text)}")
     _show_unreadable("unreadable", [(image.path, image.reason) for image in bad or []])
     if not analysis.warnings and not bad:
-        show_line("[green]ok:[/] no problem found" + ("" if bad is None else "; every image can be read"))
+        print_line("[green]ok:[/] no problem found" + ("" if bad is None else "; every image can be read"))
 
 
 def show_diagnosis(diagnosis: Diagnosis) -> None:
-    """Print what `pmm doctor` found, as tables for a terminal."""
+    """Print what `pmm doctor` found."""
     from rich.table import Table
 
-    colors = {True: "green", False: "red", None: "default"}
-    for title, findings in diagnosis.items():
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(overflow="fold")
-        for found in findings:
-            remedy = f"\n[dim]{escape(found.remedy)}[/]" if found.remedy else ""
-            table.add_row(escape(found.name), f"[{colors[found.good]}]{escape(found.value)}[/]{remedy}")
-        out().print(table, "")
+    colors = {"ok": "green", "limited": "yellow", "problem": "red", "info": "default"}
+    table = Table(show_header=False, box=None)
+    for name, found in (*diagnosis.checks.items(), *diagnosis.commands.items()):
+        color = colors[found.status.value]
+        remedy = f"\n[dim]{escape(found.remedy)}[/]" if found.remedy else ""
+        table.add_row(f"[{color}]{found.status.value}[/]", name, f"{escape(found.detail)}{remedy}")
+    out().print(table)

@@ -1,13 +1,8 @@
 """Run folders: what one training wrote and what was exported from it, found again without naming it.
 
 runs/20261122-174200-quick/
-run.json  run.lock  config.toml  log.txt  metrics.jsonl  tensorboard/
-last.pt  best.pt
-export/model.onnx
-bench.json
+run.json  run.lock  config.toml  log.txt  metrics.jsonl  tensorboard/  last.pt  best.pt  export/model.onnx  bench.json
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,12 +11,8 @@ from pathlib import Path
 from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
 from pmm_edge.files import decode_json, encode_json, written_whole
 
-RUNS = Path("runs")
-CONFIG = "config.toml"
-BEST = "best.pt"
-LAST = "last.pt"
-EXPORT_FOLDER = "export"
-ABOUT = "run.json"
+RUNS, EXPORT_FOLDER = Path("runs"), "export"
+ABOUT, CONFIG, BEST, LAST = "run.json", "config.toml", "best.pt", "last.pt"
 
 
 @dataclass(frozen=True)
@@ -48,9 +39,8 @@ def new_run_folder(about: AboutRun, folder: Path) -> Path:
     Raises OutputError if the folder cannot be created or belongs to another run.
     """
     if folder.is_file() or ((folder / ABOUT).exists() and not never_began(folder)):
-        raise OutputError(
-            f"{folder} already holds a run or a file", "Continue that run with --resume, or choose another --out"
-        )
+        problem = f"{folder} already holds a run or a file"
+        raise OutputError(problem, "Continue that run with --resume, or choose another --out")
     write_about_run(folder, about)
     return folder
 
@@ -74,21 +64,16 @@ def about_run(folder: Path) -> AboutRun | None:
         return None
 
 
-def newest_run() -> Path:
-    """The run whose best checkpoint is newest; raise ModelError if no run has one."""
-    found = sorted(RUNS.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ModelError(f"no run with a {BEST} in {RUNS.resolve()}", "Run pmm train first, or name a checkpoint")
-    return found[-1].parent
-
-
 def resolve_checkpoint(path: Path | None) -> Path:
     """The checkpoint that a user means: a file as given, `best.pt` of a run folder, or of the newest run for None.
 
     Raises ModelError if there is no such file, run or checkpoint.
     """
     if path is None:
-        return newest_run() / BEST
+        found = sorted(RUNS.glob(f"*/{BEST}"), key=lambda best: best.stat().st_mtime)
+        if not found:
+            raise ModelError(f"no run with a {BEST} in {RUNS.resolve()}", "Run pmm train first, or name a checkpoint")
+        return found[-1]
     file = path / BEST if path.is_dir() else path
     if not file.is_file():
         problem = f"{path} is a folder without {BEST}" if path.is_dir() else f"{path} does not exist"
@@ -108,11 +93,11 @@ def data_of(model: Path, data: Path | None = None, layout: str | None = None) ->
     """
     run = run_of(model)
     about = about_run(run) if run else None
+    if about is None and data is not None:
+        return data, layout
+    if about is None and not model.exists():
+        raise ModelError(f"{model} does not exist", "Name a checkpoint or a model that pmm export wrote")
     if about is None:
-        if data is not None:
-            return data, layout
-        if not model.exists():
-            raise ModelError(f"{model} does not exist", "Name a checkpoint or a model that pmm export wrote")
         raise DataError(f"{model} is not in a run folder, so its data set is unknown", "Name one with --data")
     of_run = Path(about.data)
     another = data is not None and data.resolve() != of_run.resolve()

@@ -1,9 +1,4 @@
-"""ModelSpec: everything that a consumer of a network must know, carried by every artifact of it.
-
-It is written at training and travels inside the checkpoint, in the metadata of ONNX files and next to engines.
-"""
-
-from __future__ import annotations
+"""ModelSpec: what a consumer of a network must know, in the checkpoint, in ONNX metadata and next to engines."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,10 +8,8 @@ from pmm_edge.errors import ModelError
 from pmm_edge.files import decode_json, encode_json
 
 METADATA_KEY = "pmm_edge.spec"
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FLOAT16_MAX = 65504.0
-"""The largest finite value of float16."""
 
 InputForm = Literal["uint8", "raw", "normalized"]
 Method = Literal["pmm", "bdb", "baseline"]
@@ -82,7 +75,6 @@ class Quantization:
     target: QuantizationTarget
     """The engine whose Q/DQ layout the graph follows."""
     method: CalibrationMethod
-    """How activation ranges were chosen."""
     calibration_images: int
     calibration_data: str | None = None
     """Name of the data set whose training images they are."""
@@ -108,7 +100,6 @@ class ModelSpec:
     mix: Mix = "a-hard-mix"
     distance: Literal["euclidean"] = "euclidean"
     dataset: str | None = None
-    """Name of the training data set."""
     retrieval: RetrievalFigures | None = None
     checkpoint_sha256: str | None = None
     """SHA-256 of the checkpoint that an export was made from; None in the checkpoint itself."""
@@ -116,23 +107,18 @@ class ModelSpec:
     """Embeddings have unit L2 length."""
     precision: Precision = "fp32"
     quantization: Quantization | None = None
-    """None for fp32 and fp16."""
     gflops: float | None = None
     """Billions of floating-point operations per image, a multiply-add counted as two; written at export."""
     parameters: int | None = None
-    """Number of parameters of the inference graph; written at export."""
+    """Of the inference graph; written at export."""
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that wrote it."""
     schema: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        for name, value, largest in (
-            ("num_classes", self.num_classes, 10_000_000),
-            ("embedding_size", self.embedding_size, 1_000_000),
-            ("block height", self.block_size[0], 10_000),
-            ("block width", self.block_size[1], 10_000),
-        ):
-            if not 1 <= value <= largest:
+        sizes = {"num_classes": self.num_classes, "embedding_size": self.embedding_size}
+        for name, value in {**sizes, "block height": self.block_size[0], "block width": self.block_size[1]}.items():
+            if not 1 <= value <= 10_000_000:
                 raise ValueError(f"{name} {value} is out of range")
 
     def to_json(self) -> str:
@@ -140,7 +126,7 @@ class ModelSpec:
         return encode_json(self, indent=0)
 
     @staticmethod
-    def from_json(text: str | bytes, source: str = "the model") -> ModelSpec:
+    def from_json(text: str | bytes, source: str = "the model") -> "ModelSpec":
         """Read what `to_json` wrote; raise ModelError, which names `source`, if it is not a spec of this version."""
         remedy = "Export the model again with this version of pmm-edge"
         return decode_json(ModelSpec, text, f"the spec of {source}", ModelError, remedy)

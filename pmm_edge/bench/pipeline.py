@@ -41,7 +41,7 @@ from pmm_edge.files import check_output, sha256, written_whole
 from pmm_edge.images import Pixels, evenly, read_crops
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.distances import unit_length
-from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, newest_run, resolve_checkpoint, run_of
+from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, resolve_checkpoint, run_of
 from pmm_edge.runtime import Embedder, embed_files, load
 from pmm_edge.runtime.cuda import GpuError
 from pmm_edge.runtime.embed_files import EmbeddedDataset, find_images
@@ -160,10 +160,8 @@ def _find_models(
 ) -> tuple[Path, list[Path]]:
     """Return the reference and the models to compare with it."""
     paths = [Path(models)] if isinstance(models, str | Path) else [Path(model) for model in models or ()]
-    if reference is None:
-        base = ((run_of(paths[0]) if paths else None) or newest_run()) / BEST
-    else:
-        base = resolve_checkpoint(Path(reference))
+    own = run_of(paths[0]) if paths and reference is None else None
+    base = own / BEST if own else resolve_checkpoint(Path(reference) if reference else None)
     if not paths:
         folder = base.parent if base.parent.name == EXPORT_FOLDER else base.parent / EXPORT_FOLDER
         paths = sorted(path for path in folder.glob("*") if path.suffix in MODEL_SUFFIXES and path != base)

@@ -33,7 +33,7 @@ class OnnxEmbedder(Embedder):
     def __init__(self, path: Path, device: str | int | None = None, content: bytes | None = None) -> None:
         if not path.is_file():
             raise ModelError(f"{path} does not exist", "Create it with pmm export")
-        self._session, used = _open_session(path, content, device)
+        self._session, used = open_session(path, content, device)
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if text is None:
             raise ModelError(
@@ -76,7 +76,7 @@ class OnnxEmbedder(Embedder):
         return np.asarray(embeddings, dtype=np.float32)
 
 
-def _open_session(
+def open_session(
     path: Path, content: bytes | None, device: str | int | None
 ) -> tuple[onnxruntime.InferenceSession, str]:
     """Open a session and return it with its device. ONNX Runtime lists providers that do not load: ask the session."""

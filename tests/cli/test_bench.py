@@ -131,7 +131,7 @@ def test_verify(pmm: Callable, certified: Path, tmp_path: Path) -> None:
     ended = pmm("verify", certified)
     assert ended.exit_code == 0, ended.stderr
     digest = read_certificate(certified).digest
-    for shown in ("model [a].onnx", "2026-11-22", "0.999950", "46.2 -0.04", "7.9, 1", "0.9999", digest):
+    for shown in ("model [a].onnx", "2026-11-22", "0.999950", "46.2 -0.04", "0.9999", digest):
         assert shown in ended.stdout
     bare = Path(shutil.copy(certified, tmp_path / "bare.onnx"))
     ended = pmm("verify", certified, bare, "--json")
@@ -139,7 +139,7 @@ def test_verify(pmm: Callable, certified: Path, tmp_path: Path) -> None:
     printed = json.loads(ended.stdout)
     assert printed["passed"] is False
     assert [item["passed"] for item in printed["models"]] == [True, False]
-    assert printed["models"][0]["certificate"]["digest"] == digest
+    assert printed["models"][0]["digest"] == digest
     assert printed["models"][1]["certificate"] is None
     assert str(bare) in ended.stderr
     assert "pmm bench" in ended.stderr

@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import pmm_edge
 from pmm_edge import cli
-from pmm_edge.console import note, print_json, print_plain, print_table, progress
+from pmm_edge.console import note, print_json, print_table, progress
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import PmmError, PmmWarning
+from pmm_edge.files import decode_toml
 from pmm_edge.trainer.config import TrainConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 COMMANDS = ("train", "export", "bench", "verify", "eval", "embed", "visualize", "synth", "data", "doctor")
 PATH = "/data/" + "a long name " * 15 + "/:smile:/[bold]x"
@@ -31,16 +28,11 @@ PATH = "/data/" + "a long name " * 15 + "/:smile:/[bold]x"
 
 def parameters(command: str) -> dict[str, Any]:
     """The arguments and options of a command by the name of their parameter."""
-    (found,) = [item for item in cli.app.registered_commands if (item.name or item.callback.__name__) == command]
-    return {name: entry.default for name, entry in inspect.signature(found.callback).parameters.items()}
+    return {parameter.name: parameter for parameter in typer.main.get_command(cli.app).commands[command].params}
 
 
 def flags(command: str) -> set[str]:
-    return {
-        flag
-        for name, option in parameters(command).items()
-        for flag in getattr(option, "param_decls", None) or [f"--{name.replace('_', '-')}"]
-    }
+    return {flag for parameter in parameters(command).values() for flag in parameter.opts}
 
 
 def test_help(pmm: Callable) -> None:
@@ -64,7 +56,6 @@ def test_help_and_settings_need_no_torch() -> None:
 @pytest.mark.parametrize(("command", "config"), [("train", TrainConfig), ("synth", SyntheticConfig)])
 def test_settings_are_declared_once(command: str, config: type) -> None:
     options = parameters(command)
-    assert {setting.name for setting in fields(config)} <= set(options)
     for setting in fields(config):
         if "help" in setting.metadata:
             assert options[setting.name].help.startswith(setting.metadata["help"])
@@ -91,7 +82,6 @@ def test_options_have_the_same_name_everywhere() -> None:
         (["export", "--format", "engine"], "--trt"),
         (["export", "--input", "raw"], "--input-form"),
         (["bench", "--batch-size", "8"], "--batch-sizes"),
-        (["data", "x", "--verify"], "--decode"),
         (["train", "--lr0", "0.1"], "--lr"),
         (["train", "--nonsense"], "-h"),
         (["nonsense"], "-h"),
@@ -116,7 +106,7 @@ def test_shell_completion() -> None:
 
 
 def test_two_names_of_the_program() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = decode_toml(dict, (Path(__file__).parents[2] / "pyproject.toml").read_text(), "it")["project"]
     assert project["scripts"] == {"pmm": "pmm_edge.cli:main", "pmm-edge": "pmm_edge.cli:main"}
 
 
@@ -181,15 +171,12 @@ def test_output_arrives_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     """No path is wrapped, and nothing in it is markup or an emoji."""
     print_json({"folder": PATH})
     assert json.loads(capsys.readouterr().out) == {"folder": PATH}
-    print_plain(f"{PATH}\t{PATH}\n")
-    assert capsys.readouterr().out == f"{PATH}\t{PATH}\n"
     note("in /:smile:/x")
-    title = f"in {PATH.replace('[bold]', '')}"
-    print_table(title, (":smile:", "y"), [(":bug:", ":car:")])
+    print_table(PATH, ("x", "y"), [("[bold]:bug:", ":car:")])
     printed = capsys.readouterr()
     assert ":smile:" in printed.err
-    assert printed.out.splitlines()[0] == title
-    assert [printed.out.count(code) for code in (":smile:", ":bug:", ":car:")] == [2, 1, 1]
+    assert printed.out.splitlines()[0] == PATH
+    assert [printed.out.count(code) for code in ("[bold]:bug:", ":car:")] == [1, 1]
     with progress() as report:
         report("exporting :smile:[bold].onnx", 1, 1, "[red]:bug:")
     shown = capsys.readouterr().err

@@ -27,10 +27,10 @@ def test_the_newest_run_is_exported_into_its_folder(
     assert ended.exit_code == 0, ended.stderr
     printed = json.loads(ended.stdout)
     assert printed["checkpoint"] == "runs/new/best.pt"
-    paths = [item["path"] for item in printed["exported"]]
+    paths = [item["path"] for item in printed["files"]]
     assert paths == ["runs/new/export/model-raw.onnx", "runs/new/export/model-raw.safetensors"]
     assert [pmm_edge.load(path, "cpu").spec.input.form for path in paths] == ["raw", "normalized"]
-    assert printed["bundles"] == {"deepstream": "tracker"}
+    assert [(item["kind"], item["folder"]) for item in printed["bundles"]] == [("deepstream", "tracker")]
     assert "arning" not in ended.stderr
     shown = pmm("export", paths[0], "--deepstream", "other")
     assert shown.exit_code == 0, shown.stderr

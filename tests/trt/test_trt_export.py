@@ -11,7 +11,7 @@ from color_network import color_network
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from pmm_edge.doctor import Probe, probe_tensorrt, readiness
+from pmm_edge.doctor import Probe, Status, probe_tensorrt, readiness
 from pmm_edge.export.exporter import export
 from pmm_edge.runtime.cuda import NotOnThisMachineError
 from pmm_edge.runtime.manifest import BatchProfile
@@ -86,15 +86,17 @@ print(pmm_edge.load({str(onnx.with_suffix(".engine"))!r}).embed(np.zeros((2, 30,
 
 
 def test_the_doctor_probes_tensorrt_and_the_gpu(gpu: double.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnxruntime, found = Probe(providers={"CPUExecutionProvider": None}), probe_tensorrt()
+    onnxruntime, found = Probe(devices={"cpu": None}), probe_tensorrt()
     assert (found.version, found.error, found.gpus) == ("10.3.0", None, ["Orin with CUDA 12.6"])
-    assert readiness("trt", onnxruntime, found).good is True
-    assert readiness("trt", Probe(error="ImportError: broken"), found).good is False  # exports are checked with it
+    assert readiness("trt", onnxruntime, found).status is Status.OK
+    assert (
+        readiness("trt", Probe(error="ImportError: broken"), found).status is Status.PROBLEM
+    )  # exports are checked with it
     assert gpu.calls["cudaStreamDestroy"] == 1
     gpu.fails["cudaGetDeviceCount"] = 2
     found = probe_tensorrt()
     ready = readiness("trt", onnxruntime, found)
-    assert (found.version, found.gpus, ready.good, ready.remedy) == ("10.3.0", [], False, found.remedy)
+    assert (found.version, found.gpus, ready.status, ready.remedy) == ("10.3.0", [], Status.PROBLEM, found.remedy)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(NotOnThisMachineError):
         probe_tensorrt()
