@@ -34,8 +34,7 @@ from pmm_edge.bench.resources import measure_energy
 from pmm_edge.bench.tables import markdown
 from pmm_edge.bench.timing import measure_cold_start, measure_end_to_end, measure_latency, without_cuda_graphs
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match, read
-from pmm_edge.data.layouts import is_dataset
+from pmm_edge.data.dataset import ReidDataset, data_sha256, is_dataset, queries_with_match, read
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.files import check_output, sha256, written_whole
 from pmm_edge.images import Pixels, evenly, read_crops

@@ -4,8 +4,6 @@ A GPU processes the whole batch in each operation. A CPU processes one image at 
 cache. Both compute the same operations on the same numbers and give identical bits.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch
@@ -46,9 +44,7 @@ def augment(
     """
     draws = torch.rand(4, len(crops), device=crops.device, generator=generator)
     flipped, erased = draws[0] < FLIP_PROBABILITY, draws[1] < erase_probability
-    height, width = crops.shape[1:3]
-    rows = (draws[2] * (height - erase_size + 1)).long()
-    columns = (draws[3] * (width - erase_size + 1)).long()
+    rows, columns = ((draws[2 + axis] * (crops.shape[1 + axis] - erase_size + 1)).long() for axis in (0, 1))
     apply = augment_each if crops.device.type == "cpu" else augment_batch
     return apply(crops, flipped, erased, rows, columns, erase_size)
 
@@ -84,10 +80,9 @@ def _normalize_batch(crops: Tensor) -> Tensor:
 
 def _normalize_into(image: Tensor, crop: Tensor) -> None:
     """Write the normalized `crop`, (H, W, 3) uint8, into `image`, (H, W, 3) float32 and contiguous."""
-    height, width, _ = image.shape
-    scale, shift = _scale_and_shift(crop.device, width)
+    scale, shift = _scale_and_shift(crop.device, image.shape[1])
     image.copy_(crop)
-    image.view(height, 3 * width).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
+    image.view(len(image), -1).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
 
 
 @cache  # once for each device: copying a constant to a GPU synchronizes

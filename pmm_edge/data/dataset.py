@@ -1,10 +1,16 @@
-"""A reID data set on disk: three splits of image files with identities and cameras."""
+"""A reID data set on disk: recognize its layout, and read identities and cameras from names and lists of files.
+
+Market-1501, DukeMTMC-reID and CUHK03-NP share one form of folder, MSMT17 has its own; docs/datasets.md shows each.
+No image is opened.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +18,57 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.layouts import ANY_MARKET, list_images
-from pmm_edge.errors import DataError
+from pmm_edge.errors import DataError, did_you_mean
 from pmm_edge.files import sha256
-from pmm_edge.retrieval.metrics import JUNK_PID, check_labels
+from pmm_edge.images import IMAGE_SUFFIXES
+from pmm_edge.retrieval.metrics import JUNK_PID
 
 DISTRACTOR_PID = 0
 """Identity of gallery images that show nobody in the query set; they count as wrong answers."""
+TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
+"""The folders of Market-1501."""
+ANY_MARKET = "market-layout"
+"""The layout of a folder in Market-1501's form that is not a known data set."""
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """Size of a split as papers count it: identities without distractors, images with distractors and without junk."""
+
+    identities: int
+    images: int
+
+
+_MSMT17_SIZES = (1_041, 32_621), (3_060, 11_659), (3_060, 82_161)
+# The readme of Market-1501 counts 19,732 gallery images, of which 3,819 are junk.
+_PUBLISHED = {
+    "market1501": ((751, 12_936), (750, 3_368), (750, 15_913)),
+    "dukemtmc-reid": ((702, 16_522), (702, 2_228), (1_110, 17_661)),
+    "cuhk03-np-detected": ((767, 7_365), (700, 1_400), (700, 5_332)),
+    "cuhk03-np-labeled": ((767, 7_368), (700, 1_400), (700, 5_328)),
+    "msmt17-v1": _MSMT17_SIZES,
+    "msmt17-v2": _MSMT17_SIZES,
+}
+KNOWN_SETS = {
+    layout: {name: SplitSize(*size) for name, size in zip(("train", "query", "gallery"), sizes, strict=True)}
+    for layout, sizes in _PUBLISHED.items()
+}
+"""Published sizes of the splits of known data sets, by layout; docs/datasets.md names the sources."""
+LAYOUTS = (*KNOWN_SETS, ANY_MARKET)
+
+# How the name of the folder (in lower case, without punctuation) and those of the training images start.
+_MARKET_SETS = {
+    "market1501": (r"market1501|market$", r"\d{4}_c\ds\d_\d{6}_\d\d"),
+    "dukemtmc-reid": (r"duke(mtmc)?(reid)?$", r"\d{4}_c\d_f\d{7}"),
+    "cuhk03-np-detected": (r"(cuhk03(np)?)?detected$", r"\d{4}_c[12]_\d+\."),
+    "cuhk03-np-labeled": (r"(cuhk03(np)?)?labell?ed$", r"\d{4}_c[12]_\d+\."),
+}
+# Up to nine digits: longer numbers are not labels and would overflow.
+_MARKET_NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})(?!\d)", re.ASCII)
+# Training and test folder. The published 32,621 training images are those of both lists.
+_MSMT17_FOLDERS = {"msmt17-v1": ("train", "test"), "msmt17-v2": ("mask_train_v2", "mask_test_v2")}
+_MSMT17_LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")
+_MSMT17_LINE = re.compile(r"((?:[^/]*/)*\d+_\d+_(\d{1,9})_[^/]*)\s+(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -67,8 +117,9 @@ class ReidDataset:
 def scan(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set and require that it can be trained and evaluated on. No image is opened.
 
-    `layout` is one of `pmm_edge.data.layouts.LAYOUTS`; it is recognized automatically if None. Raises DataError if a
-    folder is missing or empty, a file name has no labels, or `problems` finds something.
+    `layout`, one of `LAYOUTS`, is recognized automatically if None. It selects one of the two kinds of CUHK03-NP, and
+    tells which data set a folder in Market-1501's form is. Raises DataError if `root` is not a data set, has another
+    layout or is incomplete, if a file name has no labels, or if `problems` finds something.
     """
     dataset = read(root, layout)
     for problem in problems(dataset):
@@ -78,26 +129,151 @@ def scan(root: Path, layout: str | None = None) -> ReidDataset:
 
 def read(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set like `scan`, but accept splits that cannot be trained or evaluated on."""
+    if layout not in (None, *LAYOUTS):
+        remedy = f"{did_you_mean(layout, LAYOUTS)}Choose one of {', '.join(LAYOUTS)}"
+        raise DataError(f"unknown layout {layout}", remedy)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder", f"Pass the folder that contains {TRAIN}/, or run pmm synth")
+    if root.name in ("", ".."):  # folder names matter below, and "." has none
+        root = root.resolve()
+    kinds = _cuhk03_kinds(root)
+    if layout in kinds:
+        root = kinds[layout]
+    elif len(kinds) > 1:
+        problem = f"{root} contains CUHK03-NP with detected and with labeled boxes"
+        raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
     try:
-        listing = list_images(root, layout)
+        if _is_msmt17(root):
+            found, (train, query, gallery) = _read_msmt17(root)
+        elif _is_market(root):
+            found, (train, query, gallery) = _read_market(root, layout)
+        else:
+            raise _not_recognized(root)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or root}: {error.strerror}", "Check its permissions") from error
-    name = listing.root.name if listing.layout == ANY_MARKET else listing.layout
-    train, query, gallery = (
-        Split([r.path for r in records], *(np.array([r[column] for r in records], np.int64) for column in (1, 2)))
-        for records in (listing.train, listing.query, listing.gallery)
-    )
-    return ReidDataset(name, listing.root, train, query, gallery, listing.layout)
+    if layout not in (None, found):
+        raise DataError(f"{root} has the layout {found}, not {layout}", "Pass another folder or --layout")
+    return ReidDataset(root.name if found == ANY_MARKET else found, root, train, query, gallery, found)
+
+
+def is_dataset(root: Path) -> bool:
+    """Whether a folder has one of the known layouts, complete or not."""
+    return _is_msmt17(root) or _is_market(root) or bool(_cuhk03_kinds(root))
+
+
+def _is_market(root: Path) -> bool:
+    return (root / TRAIN).is_dir() or (root / GALLERY).is_dir()
+
+
+def _is_msmt17(root: Path) -> bool:
+    if any((root / name).is_file() for name in _MSMT17_LISTS) or (root / "mask_train_v2").is_dir():
+        return True
+    return root.name.lower().startswith("msmt17") and (root / "train").is_dir()
+
+
+def _cuhk03_kinds(root: Path) -> dict[str | None, Path]:
+    """The folders of the two kinds in `root`, by layout."""
+    return {f"cuhk03-np-{kind}": root / kind for kind in ("detected", "labeled") if _is_market(root / kind)}
+
+
+def _not_recognized(root: Path) -> DataError:
+    """The error for a folder that is not a data set; names data sets one level below it or up to two above it."""
+    children = [child for child in sorted(root.iterdir()) if child.is_dir() and is_dataset(child)]
+    below = [kind for child in children for kind in _cuhk03_kinds(child).values() or [child]]
+    remedy = f"It must contain {TRAIN}, {QUERY} and {GALLERY}; docs/datasets.md shows other layouts"
+    if nearby := below or [parent for parent in list(root.resolve().parents)[:2] if is_dataset(parent)]:
+        remedy = f"Did you mean {' or '.join(map(str, nearby[:3]))}?"
+    return DataError(f"{root} is not a data set with a known layout", remedy)
+
+
+def _read_market(root: Path, layout: str | None) -> tuple[str, list[Split]]:
+    if missing := [name for name in (TRAIN, QUERY, GALLERY) if not (root / name).is_dir()]:
+        problem = f"{root} has no folder {', '.join(missing)}"
+        raise DataError(problem, f"It must contain {TRAIN}, {QUERY} and {GALLERY}")
+    splits = [_read_market_folder(root / name) for name in (TRAIN, QUERY, GALLERY)]
+    if layout in (*_MARKET_SETS, ANY_MARKET):
+        return layout, splits
+    # File names alone do not tell: other data sets, including the synthetic one, copy those of Market-1501.
+    train, folder = splits[0], re.sub(r"[^a-z0-9]", "", root.name.lower())
+    size = SplitSize(train.identities, len(train))
+    for known, (folder_name, file_name) in _MARKET_SETS.items():
+        if all(re.match(file_name, path.name) for path in train.paths) and (
+            re.match(folder_name, folder) or size == KNOWN_SETS[known]["train"]
+        ):
+            return known, splits
+    return ANY_MARKET, splits
+
+
+def _read_market_folder(folder: Path) -> Split:
+    images = []
+    for path in folder.iterdir():
+        # Market-1501 contains Thumbs.db files, and macOS leaves ._NAME.jpg.
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        match = _MARKET_NAME.match(path.name)
+        if match is None:
+            remedy = "Rename it to IDENTITY_cCAMERA..., such as 0002_c1s1_000451_03.jpg, or remove it"
+            raise DataError(f"the name of {path} has no identity and camera", remedy)
+        images.append((path, int(match[1]), int(match[2])))
+    if not images:
+        raise DataError(f"{folder} contains no images", "Download or unpack the data set again")
+    return _split(images)
+
+
+def _read_msmt17(root: Path) -> tuple[str, list[Split]]:
+    """Read the four lists.
+
+    MSMT17 numbers training and test identities from 0 each, and 0 elsewhere means a distractor. Therefore training
+    identities are shifted by one, and test identities follow the last training identity.
+    """
+    version = "msmt17-v2" if (root / "mask_train_v2").is_dir() else "msmt17-v1"
+    train_folder, test_folder = (root / name for name in _MSMT17_FOLDERS[version])
+    train = [image for name in _MSMT17_LISTS[:2] for image in _read_msmt17_list(root / name, train_folder, 1)]
+    first_pid = 1 + max(pid for _, pid, _ in train)
+    tests = [_read_msmt17_list(root / name, test_folder, first_pid) for name in _MSMT17_LISTS[2:]]
+    return version, [_split(images) for images in (train, *tests)]
+
+
+def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Path, int, int]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist", "docs/datasets.md shows which files a data set needs") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text file", "Download it again") from error
+    images = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        match = _MSMT17_LINE.fullmatch(line.strip())
+        # A downloaded name, joined to a folder, must stay inside of it on any operating system.
+        if match is None or not {"..", ".", ""}.isdisjoint(match[1].split("/")) or set(match[1]) & set("\\:\0"):
+            raise DataError(
+                f"line {number} of {path} is not an image of the data set and an identity: {line[:80]!r}",
+                "It must read like 0000/0000_000_01_0303morning_0015_0.jpg 0; download the list again",
+            )
+        image = folder / match[1]
+        if not image.is_file():
+            raise DataError(f"{path} lists {image}, which does not exist", "Unpack the data set again")
+        images.append((image, first_pid + int(match[3]), int(match[2])))
+    if not images:
+        raise DataError(f"{path} lists no images", "Download it again")
+    return images
+
+
+def _split(images: Iterable[tuple[Path, int, int]]) -> Split:
+    """A split of (path, identity, camera) of each image."""
+    paths, pids, camids = zip(*sorted(images), strict=True)
+    return Split(list(paths), np.array(pids, np.int64), np.array(camids, np.int64))
 
 
 def problems(dataset: ReidDataset) -> list[DataError]:
     """Return the reasons why a network cannot be trained or evaluated on a data set."""
-    root, train = dataset.root, dataset.train
+    root, identities = dataset.root, dataset.train.identities
     found = []
-    if train.identities < 2:
-        problem = f"the training set of {root} has {train.identities} identities"
-        found.append(DataError(problem, "Training needs at least two"))
-    if len(np.unique(np.concatenate([dataset.query.camids, dataset.gallery.camids]))) < 2:
+    if identities < 2:
+        found.append(DataError(f"the training set of {root} has {identities} identities", "It needs at least two"))
+    if len({*dataset.query.camids.tolist(), *dataset.gallery.camids.tolist()}) < 2:
         problem = f"all query and gallery images of {root} come from one camera"
         found.append(DataError(problem, "Evaluation needs at least two cameras"))
     elif not len(queries_with_match(dataset)):
@@ -109,10 +285,12 @@ def problems(dataset: ReidDataset) -> list[DataError]:
 def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
     """Indices of the queries that count in an evaluation: another camera's gallery image shows the same identity."""
     query, gallery = dataset.query, dataset.gallery
-    if (gallery.pids == JUNK_PID).all():
-        return np.empty(0, np.intp)
-    labels = check_labels(query.pids, gallery.pids, query.camids, gallery.camids, (len(query), len(gallery)))
-    return np.flatnonzero([len(labels.matches(number)[0]) > 0 for number in range(len(query))])
+    cameras = defaultdict[int, set[int]](set)
+    for pid, camid in zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True):
+        cameras[pid].add(camid)
+    cameras.pop(JUNK_PID, None)
+    queries = zip(query.pids.tolist(), query.camids.tolist(), strict=True)
+    return np.flatnonzero([bool(cameras[pid] - {camid}) for pid, camid in queries])
 
 
 def data_sha256(paths: Sequence[Path], root: Path, report: Report = silent) -> str:

@@ -1,7 +1,5 @@
 """Load training batches: decoded crops with a cache, replacements for unreadable images, the P x K sampler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,8 @@ from pmm_edge.machine import threads
 
 CACHE_BYTES = 8 << 30
 """The training set of Market-1501 at 384x128 takes 1.9 GB."""
+Unreadable = tuple[int, str]
+"""The index of an unreadable image and what is wrong with it."""
 
 
 class Crops:
@@ -42,13 +42,14 @@ class Crops:
         instead_of: Callable[[int, DataError], int] | None = None,
         workers: int | None = None,
     ) -> None:
-        self.paths = paths
-        self.height, self.width = height, width
-        cached = min(len(paths), max(0, cache_bytes) // (height * width * 3))
+        self.paths, self.height, self.width = paths, height, width
+        image_bytes = height * width * 3
+        cached = min(len(paths), max(0, cache_bytes) // image_bytes)
+        self.cached_bytes, self.all_bytes = cached * image_bytes, len(paths) * image_bytes  # size when full, and needed
         try:
             self._cache = np.empty((cached, height, width, 3), dtype=np.uint8)
         except MemoryError as error:
-            size = f"{cached * height * width * 3 / 2**30:.1f} GiB"
+            size = f"{self.cached_bytes / 2**30:.1f} GiB"
             raise PmmError(f"not enough memory to cache {size} of decoded images", "Lower --cache-gib") from error
         self._decoded = np.zeros(cached, dtype=bool)
         self._instead_of = instead_of
@@ -57,16 +58,6 @@ class Crops:
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    @property
-    def cached_bytes(self) -> int:
-        """Size of the cache when it is full."""
-        return self._cache.nbytes
-
-    @property
-    def all_bytes(self) -> int:
-        """Size of a cache for all images."""
-        return len(self.paths) * self.height * self.width * 3
 
     def batch(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images at `indices`, (N, height, width, 3) uint8 RGB; raise DataError if one cannot be read."""
@@ -104,10 +95,6 @@ class Crops:
         return crop
 
 
-Unreadable = tuple[int, str]
-"""The index of an unreadable image and what is wrong with it."""
-
-
 class Replacements:
     """Replace each unreadable training image by the next readable one of its identity, the same in every run.
 
@@ -126,11 +113,11 @@ class Replacements:
         with self._lock:
             self._bad.setdefault(index, error.problem)
             same = np.flatnonzero(self._pids == self._pids[index])
-            following = np.roll(same, -int(np.searchsorted(same, index)))
-            replacement = next((int(other) for other in following if int(other) not in self._bad), None)
-        if replacement is None:
-            raise DataError(f"no image of identity {self._pids[index]} can be read", error.remedy) from error
-        return replacement
+            following = np.roll(same, -int(np.searchsorted(same, index))).tolist()
+            for replacement in following:
+                if replacement not in self._bad:
+                    return int(replacement)
+        raise DataError(f"no image of identity {self._pids[index]} can be read", error.remedy) from error
 
     def take_new(self) -> list[Unreadable]:
         """Return the unreadable images that this process has met since the last call."""
@@ -166,22 +153,18 @@ def identity_batches(
     Args:
         pids: (N,) identity of each training image.
         identities: identities in a batch (P).
-        images: images of each identity (K).
 
     Returns:
         Index vectors into `pids`; the images of an identity are adjacent.
     """
-
-    def draw(members: NDArray[np.int64]) -> NDArray[np.int64]:
+    order = np.argsort(pids, kind="stable")
+    people = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)
+    drawn = []
+    for person in generator.permutation(len(people)):
+        members = people[person]
         chosen = generator.permutation(len(members))[:images]
         if len(members) < images:
             chosen = np.concatenate([chosen, generator.integers(len(members), size=images - len(members))])
-        return members[chosen]
-
-    order = np.argsort(pids, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)
-    drawn = [draw(members[identity]) for identity in generator.permutation(len(members))]
+        drawn.append(members[chosen])
     batches = [np.concatenate(drawn[start : start + identities]) for start in range(0, len(drawn), identities)]
-    if len(drawn) % identities == 1:
-        batches.pop()
-    return batches
+    return batches[:-1] if len(drawn) % identities == 1 else batches

@@ -1,7 +1,5 @@
 """Euclidean distances and cosines between embeddings, in numpy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,17 +29,13 @@ def euclidean_distances(query_features: ArrayLike, gallery_features: ArrayLike) 
     return distances
 
 
-def distance_blocks(query: NDArray[Any], gallery: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield `(first query, (rows, G) float32 Euclidean distances)` of checked features, block after block.
+def distance_blocks(
+    query: NDArray[Any], gallery: NDArray[Any], square: bool = False
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield `(first query, (rows, G) Euclidean distances)` of checked features, block after block.
 
-    So the 3,368 x 15,913 distances of Market-1501 are never in memory at once.
-    """
-    for start, squared in squared_distance_blocks(query, gallery):
-        yield start, np.sqrt(squared, out=squared).astype(np.float32)
-
-
-def squared_distance_blocks(query: NDArray[Any], gallery: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield `(first query, (rows, G) float64 squared Euclidean distances)` of checked features, block after block.
+    Distances are float32, those that are squared float64. The 3,368 x 15,913 of Market-1501 are never in memory at
+    once.
 
     ||q - g||² = ||q||² + ||g||² - 2 q·g suffers from cancellation: in float32, the distance of identical embeddings
     of norm 5,000 would be several units. In float64 the error stays below one float32 step of the embeddings, and
@@ -59,24 +53,24 @@ def squared_distance_blocks(query: NDArray[Any], gallery: NDArray[Any]) -> Itera
         squared += gallery_norms
         # At such a small distance both norms are nearly equal. This also removes negative values.
         squared[squared < _ROUNDING * norms] = 0.0
-        yield start, squared
+        yield start, squared if square else np.sqrt(squared, out=squared).astype(np.float32)
 
 
 def rows_per_block(columns: int) -> int:
     """Number of rows of `columns` float64 values that fit into `BLOCK_BYTES`, at least one."""
-    return max(1, BLOCK_BYTES // (8 * max(1, columns)))
+    return max(1, BLOCK_BYTES // (8 * columns))
 
 
 def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return finite embeddings as (Q, D) and (G, D) floating arrays; raise DataError for anything else."""
-    query, gallery = (
-        check_matrix(features, name, "Pass a (number of images, embedding size) array")
-        for features, name in ((query_features, "query features"), (gallery_features, "gallery features"))
-    )
-    for array, name in ((query, "query features"), (gallery, "gallery features")):
+    pair = []
+    for features, name in ((query_features, "query features"), (gallery_features, "gallery features")):
+        array = check_matrix(features, name, "Pass a (number of images, embedding size) array")
         if (row := first_not_finite(array)) is not None:
             remedy = "Check the images and the model's precision (FP16 overflows above 65,504)"
             raise DataError(f"{name} contain NaN or infinity, first in row {row}", remedy)
+        pair.append(array)
+    query, gallery = pair
     if query.shape[1] != gallery.shape[1]:
         problem = f"query embeddings have {query.shape[1]} values, gallery embeddings {gallery.shape[1]}"
         raise DataError(problem, "Compute both with the same model")

@@ -4,11 +4,9 @@ For each query, gallery images of its own identity and camera are excluded, junk
 by distance. The metrics depend on the ranks of the matches: the remaining images of the query's identity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,12 +21,6 @@ JUNK_PID = -1
 """Market-1501's label of images that are neither a person nor a distractor. They are dropped from the gallery."""
 PAPER_CUTOFF = 50
 """The evaluation code that the paper's authors released cuts rankings here before the average precision."""
-
-_SORT_FROM = 64
-"""With more matches than this, sorting the row is faster than two passes over the row for each match."""
-
-Blocks = Iterable[tuple[int, NDArray[Any]]]
-"""`(first query, (rows, G) distances)`, block after block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +37,8 @@ class RetrievalResult:
     """(max_rank,): `cmc[k - 1]` is the fraction of queries with a match among the first k."""
     valid_queries: int
     average_precision: NDArray[np.float64]
-    """(Q,), NaN for a query without a match."""
+    """(Q,), NaN for a query without a match; so is `inverse_penalty`."""
     inverse_penalty: NDArray[np.float64]
-    """(Q,), NaN for a query without a match."""
     first_match_rank: NDArray[np.int64]
     """(Q,): the rank of each query's first match, starting at 1; 0 without a match."""
     top1: NDArray[np.int64]
@@ -120,32 +111,25 @@ def evaluate_distances(
     array = check_matrix(distances, "distances", "Pass a (queries, gallery images) array")
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # the same values; numpy compares them much faster
-    queries, gallery = array.shape
-    labels = check_labels(query_pids, gallery_pids, query_camids, gallery_camids, (queries, gallery))
-    step = rows_per_block(gallery)
-    blocks = ((start, array[start : start + step]) for start in range(0, queries, step))
-    if len(labels.kept) < gallery:
-        blocks = ((start, np.take(block, labels.kept, axis=1)) for start, block in blocks)
+    labels = check_labels(query_pids, gallery_pids, query_camids, gallery_camids, array.shape)
+    step = rows_per_block(array.shape[1])
+    blocks = ((start, array[start : start + step].take(labels.kept, axis=1)) for start in range(0, len(array), step))
     return _figures(blocks, labels, max_rank, ap_cutoff)
 
 
-@dataclass(frozen=True)
-class ProtocolLabels:
-    """Which gallery images match a query; the gallery is grouped by identity."""
+class ProtocolLabels(NamedTuple):
+    """Checked labels of (Q,) queries and of the gallery images that are not junk."""
 
     kept: NDArray[np.intp]
-    """Indices of the gallery images that are not junk, ascending. Positions below are positions in this array."""
+    """Indices of these gallery images, ascending. Positions below are positions in this array."""
+    query_pids: NDArray[np.int64]
+    gallery_pids: NDArray[np.int64]
     query_camids: NDArray[np.int64]
-    gallery_camids: NDArray[np.int64]  # without junk
-    by_pid: NDArray[np.intp]
-    """Positions grouped by identity, ascending within each."""
-    group: NDArray[np.intp]
-    """(Q, 2): start and stop of the query's identity in `by_pid`."""
+    gallery_camids: NDArray[np.int64]
 
     def matches(self, query: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Positions of the query's identity: the matches, from other cameras, and the images that are excluded."""
-        start, stop = self.group[query]
-        own = self.by_pid[start:stop]
+        own = np.flatnonzero(self.gallery_pids == self.query_pids[query])
         same_camera = self.gallery_camids[own] == self.query_camids[query]
         return own[~same_camera], own[same_camera]
 
@@ -155,126 +139,93 @@ def check_labels(
     gallery_pids: ArrayLike,
     query_camids: ArrayLike,
     gallery_camids: ArrayLike,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
 ) -> ProtocolLabels:
-    """Check the labels of `shape` = (Q, G) images and group the gallery by identity.
-
-    Raises DataError unless there is an integer for each image, and a gallery image that is not junk.
-    """
-    queries, gallery = shape
-    all_pids = _checked_labels(gallery_pids, "gallery pids", gallery)
-    pids = _checked_labels(query_pids, "query pids", queries)
-    kept = np.flatnonzero(all_pids != JUNK_PID)
+    """Check that `shape` = (Q, G) images have integer labels, and find the junk; raise DataError otherwise."""
+    checked = []
+    labels = {"query pids": query_pids, "gallery pids": gallery_pids}
+    labels |= {"query camids": query_camids, "gallery camids": gallery_camids}
+    for (name, values), count in zip(labels.items(), 2 * shape, strict=True):
+        array = np.asarray(values)
+        if array.shape != (count,):
+            raise DataError(f"{name} have shape {array.shape}, expected ({count},)", "Pass one for each image")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise DataError(f"{name} have dtype {array.dtype}", "Pass integers")
+        checked.append(array.astype(np.int64))
+    kept = np.flatnonzero(checked[1] != JUNK_PID)
     if len(kept) == 0:
-        raise DataError(f"all {gallery:,} gallery images are junk (pid {JUNK_PID})", "Check the labels")
-    by_pid = np.argsort(all_pids[kept], kind="stable")
-    in_order = all_pids[kept][by_pid]
-    return ProtocolLabels(
-        kept=kept,
-        query_camids=_checked_labels(query_camids, "query camids", queries),
-        gallery_camids=_checked_labels(gallery_camids, "gallery camids", gallery)[kept],
-        by_pid=by_pid,
-        group=np.stack([np.searchsorted(in_order, pids, side) for side in ("left", "right")], axis=1),
-    )
-
-
-def _checked_labels(values: ArrayLike, name: str, count: int) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.shape != (count,):
-        raise DataError(f"{name} have shape {array.shape}, expected ({count},)", "Pass one for each image")
-    if not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"{name} have dtype {array.dtype}", "Pass integers")
-    return array.astype(np.int64)
+        raise DataError(f"all {shape[1]:,} gallery images are junk (pid {JUNK_PID})", "Check the labels")
+    return ProtocolLabels(kept, checked[0], checked[1][kept], checked[2], checked[3][kept])
 
 
 def _figures(
-    blocks: Blocks, labels: ProtocolLabels, max_rank: int, ap_cutoff: int | None, report: Report = silent
+    blocks: Iterable[tuple[int, NDArray[Any]]],
+    labels: ProtocolLabels,
+    max_rank: int,
+    ap_cutoff: int | None,
+    report: Report = silent,
 ) -> RetrievalResult:
-    """Rank the queries of all blocks and average. The blocks have the columns `labels.kept`."""
-    for name, value in (("max_rank", max_rank), ("ap_cutoff", ap_cutoff)):
-        if value is not None and value < 1:
-            raise DataError(f"{name} is {value}", f"Pass a {name} of 1 or more")
-    ranks, top1 = _rank(blocks, labels, report)
-    counts = np.array([len(matches) for matches in ranks])
-    valid = np.flatnonzero(counts)
-    if len(valid) == 0:
-        problem = f"none of {len(counts):,} queries has a match in the gallery from another camera"
-        raise DataError(problem, "Check that query and gallery share identities and that their camera ids differ")
-    positions = np.concatenate([ranks[query] for query in valid])
-    ends = np.cumsum(counts[valid])
-    starts = ends - counts[valid]
-    precision = (np.arange(len(positions)) - np.repeat(starts, counts[valid]) + 1) / positions
-
-    def per_query(values: NDArray[Any]) -> NDArray[np.float64]:
-        result = np.full(len(counts), np.nan)
-        result[valid] = values
-        return result
-
-    def average_precision(cutoff: int | None) -> NDArray[np.float64]:
-        # Divided by ALL matches even with a cutoff: matches beyond it are lost, as in the released code.
-        counted = precision if cutoff is None else precision * (positions <= cutoff)
-        return np.asarray(np.add.reduceat(counted, starts) / counts[valid])
-
-    first = np.zeros(len(counts), np.int64)
-    first[valid] = positions[starts]
-    hits = np.bincount(first[valid], minlength=max_rank + 1)[1 : max_rank + 1]
-    precisions, inverse_penalties = average_precision(ap_cutoff), counts[valid] / positions[ends - 1]
-    return RetrievalResult(
-        mAP=float(precisions.mean()),
-        mAP_at_50=float(average_precision(PAPER_CUTOFF).mean()),
-        mINP=float(inverse_penalties.mean()),
-        cmc=np.cumsum(hits) / len(valid),
-        valid_queries=len(valid),
-        average_precision=per_query(precisions),
-        inverse_penalty=per_query(inverse_penalties),
-        first_match_rank=first,
-        top1=top1,
-    )
-
-
-def _rank(blocks: Blocks, labels: ProtocolLabels, report: Report) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """Return the ranks of each query's matches, ascending from 1, and the gallery index of its nearest image.
+    """Rank all queries and average. A block is `(first query, (rows, len(labels.kept)) distances)`, and is changed.
 
     Equal distances rank by gallery index, as in a stable sort: a model that maps all images to one point gets no
     credit. One thread, because the steps are short and hold the GIL: two threads were often slower.
     """
+    for name, value in (("max_rank", max_rank), ("ap_cutoff", ap_cutoff)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}", f"Pass a {name} of 1 or more")
     queries = len(labels.query_camids)
-    ranks: list[NDArray[np.int64]] = []
+    ranks: list[NDArray[np.int64]] = []  # of each query's matches, ascending from 1
     top1 = np.full(queries, -1, np.int64)
     for start, block in blocks:
         if (row := first_not_finite(block)) is not None:
             problem = f"the distances of query {start + row} contain NaN or infinity"
             raise DataError(problem, "Check the embeddings that they were computed from")
-        ranked = np.empty(len(labels.kept), block.dtype)
         for query, distances in enumerate(block, start):
             matches, excluded = labels.matches(query)
-            np.copyto(ranked, distances)
-            ranked[excluded] = np.inf
-            nearest = ranked.argmin()
-            if ranked[nearest] < np.inf:
+            distances[excluded] = np.inf
+            nearest = distances.argmin()
+            if distances[nearest] < np.inf:
                 top1[query] = labels.kept[nearest]
-            ranks.append(np.sort(_positions(ranked, matches)) + 1 if len(matches) else np.empty(0, np.int64))
+            ranks.append(_ranks(distances, matches) if len(matches) else np.empty(0, np.int64))
         report("ranking", start + len(block), queries)
-    return ranks, top1
+
+    counts = np.array([len(matches) for matches in ranks])
+    valid = np.flatnonzero(counts)
+    if len(valid) == 0:
+        problem = f"none of {queries:,} queries has a match in the gallery from another camera"
+        raise DataError(problem, "Check that query and gallery share identities and that their camera ids differ")
+    matches, counts = np.concatenate(ranks), counts[valid]
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    precision = (np.arange(len(matches)) - np.repeat(starts, counts) + 1) / matches
+
+    def average_precision(cutoff: float) -> NDArray[np.float64]:
+        # Divided by ALL matches even with a cutoff: matches beyond it are lost, as in the released code.
+        return np.asarray(np.add.reduceat(precision * (matches <= cutoff), starts) / counts)
+
+    first = np.zeros(queries, np.int64)
+    first[valid] = matches[starts]
+    precisions, penalties = np.full((2, queries), np.nan)
+    precisions[valid], penalties[valid] = average_precision(ap_cutoff or np.inf), counts / matches[ends - 1]
+    return RetrievalResult(
+        mAP=float(precisions[valid].mean()),
+        mAP_at_50=float(average_precision(PAPER_CUTOFF).mean()),
+        mINP=float(penalties[valid].mean()),
+        cmc=np.cumsum(np.bincount(first[valid], minlength=max_rank + 1)[1 : max_rank + 1]) / len(valid),
+        valid_queries=len(valid),
+        average_precision=precisions,
+        inverse_penalty=penalties,
+        first_match_rank=first,
+        top1=top1,
+    )
 
 
-def _positions(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64]:
-    """Find the positions of the matches, starting at 0, in a stable sort of the row."""
+def _ranks(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Find the ranks of the matches, ascending from 1, in a stable sort of the row."""
     values = row[matches]
-    up_to_last = row <= values.max()
-    # Images beyond the last match do not change a position, and a trained model leaves few before it.
-    near = row[np.flatnonzero(up_to_last)] if np.count_nonzero(up_to_last) * 4 < len(row) else row
-    tied = np.empty(0, np.intp)
-    if len(matches) > _SORT_FROM:
-        in_order = np.sort(near)
-        positions = np.searchsorted(in_order, values, "left")
-        tied = np.flatnonzero(np.searchsorted(in_order, values, "right") - positions > 1)
-    else:
-        mask = near <= values[:, None]
-        positions = np.array([np.count_nonzero(up_to) for up_to in mask]) - 1
-        np.less(near, values[:, None], out=mask)
-        if np.count_nonzero(mask) != positions.sum():
-            positions, tied = mask.sum(axis=1), np.arange(len(matches))
-    for slot in tied:  # equal distances rank by gallery index
-        positions[slot] += np.count_nonzero(row[: matches[slot]] == values[slot])
-    return positions
+    # Images beyond the last match do not change a rank, and a trained model leaves few before it.
+    near = np.sort(row[row <= values.max()])
+    before = np.searchsorted(near, values, "left")
+    for slot in np.flatnonzero(np.searchsorted(near, values, "right") - before > 1):
+        before[slot] += np.count_nonzero(row[: matches[slot]] == values[slot])
+    return np.sort(before) + 1

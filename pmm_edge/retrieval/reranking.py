@@ -6,31 +6,36 @@ distances keeps the nearest neighbors and the largest distance of each image, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import check_pair, squared_distance_blocks
+from pmm_edge.retrieval.distances import check_pair, distance_blocks
 
-_IMAGES_PER_PART = 256
-_PAIRS_PER_PART = 2048
+K1 = 20
+"""Number of neighbors for the k-reciprocal sets."""
+K2 = 6
+"""Number of neighbors whose encodings are averaged (local query expansion)."""
+LAMBDA = 0.3
+"""Weight of the original distance."""
+_IMAGES_PER_PART = 64
 
 
-@dataclass(frozen=True)
-class SparseRows:
+class SparseRows(NamedTuple):
     """A sparse (N, N) float32 matrix; row r has the ascending `columns[starts[r]:starts[r + 1]]` and their weights."""
 
     starts: NDArray[np.int64]
     columns: NDArray[np.int32]
     weights: NDArray[np.float32]
 
-    def rows(self) -> NDArray[np.int32]:
-        """Row of each entry."""
-        return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), np.diff(self.starts))
+    @classmethod
+    def join(cls, parts: Sequence[tuple[NDArray[np.intp], NDArray[np.int32], NDArray[np.float32]]]) -> SparseRows:
+        """Join consecutive rows, given as the number of entries of each row, the columns and the weights."""
+        sizes, columns, weights = map(np.concatenate, zip(*parts, strict=True))
+        return cls(np.append(0, np.cumsum(sizes)), columns, weights)
 
     def entries(self, rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Indices of the entries of `rows`, row after row, and the number of entries of each."""
@@ -40,38 +45,23 @@ class SparseRows:
 
 
 def rerank_distances(
-    query_features: ArrayLike,
-    gallery_features: ArrayLike,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
-    report: Report = silent,
+    query_features: ArrayLike, gallery_features: ArrayLike, report: Report = silent
 ) -> NDArray[np.float32]:
-    """Compute the re-ranked distance of every query to every gallery embedding.
+    """Compute the re-ranked distances between (Q, D) and (G, D) embeddings: (Q, G) float32.
 
     `(1 - lambda) * Jaccard distance of the k-reciprocal neighbors + lambda * squared Euclidean distance`, where the
-    latter is divided by the largest squared distance of the query (equation 12, and the authors' code).
-
-    Args:
-        query_features, gallery_features: (Q, D) and (G, D) real numbers.
-        k1: number of neighbors for the k-reciprocal sets.
-        k2: number of neighbors whose encodings are averaged (local query expansion), at most k1; 1 disables it.
-        lambda_value: weight of the original distance, in 0..1.
-        report: called with the number of images whose neighbors are known, which takes most of the time.
-
-    Returns:
-        (Q, G) float32.
+    latter is divided by the largest squared distance of the query (equation 12, and the authors' code). `report` is
+    called with the number of images whose neighbors are known, which takes most of the time.
     """
     query, gallery = check_pair(query_features, gallery_features)
-    if not 1 <= k2 <= k1 or not 0.0 <= lambda_value <= 1.0:
-        problem = f"re-ranking parameters k1={k1}, k2={k2}, lambda={lambda_value} are out of range"
-        raise DataError(problem, "Pass 1 <= k2 <= k1 and lambda in 0..1")
     # float16 would overflow in the squares of `_encode`.
     images = np.concatenate([query, gallery], dtype=np.result_type(query, gallery, np.float32))
     original = np.empty((len(query), len(gallery)), np.float32)
-    neighbors, farthest = _neighbors(images, min(k1 + 1, len(images)), original, report)
-    encoding = _expand(_encode(images, neighbors, farthest, k1), neighbors[:, :k2])
-    return _blend(original, encoding, lambda_value)
+    neighbors, farthest = _neighbors(images, min(K1 + 1, len(images)), original, report)
+    # Half of K1, rounded half to even as in the authors' code, and the image itself.
+    encoding = _encode(images, neighbors, neighbors[:, : round(K1 / 2) + 1], farthest)
+    _blend(original, _expand(encoding, neighbors[:, :K2]))
+    return original
 
 
 def _neighbors(
@@ -85,14 +75,13 @@ def _neighbors(
     neighbors = np.empty((len(images), count), np.int32)
     farthest = np.empty(len(images))
     queries = len(original)
-    for start, squared in squared_distance_blocks(images, images):
+    for start, squared in distance_blocks(images, images, square=True):
         stop = start + len(squared)
         largest = squared.max(axis=1)
         farthest[start:stop] = np.where(largest > 0, largest, 1.0)  # all images are identical: their distances stay 0
         if start < queries:
-            to_gallery = squared[: queries - start, queries:]
-            rows = slice(start, start + len(to_gallery))
-            original[rows] = to_gallery / farthest[rows, None]
+            part = slice(start, min(stop, queries))
+            original[part] = squared[: queries - start, queries:] / farthest[part, None]
         own = np.arange(len(squared))
         squared[own, start + own] = -1.0  # an image is its own nearest neighbor even if it has duplicates
         for row, nearest in zip(squared.astype(np.float32), neighbors[start:stop], strict=True):
@@ -102,44 +91,30 @@ def _neighbors(
     return neighbors, farthest
 
 
-def _mutual(neighbors: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Whether each image is among the k neighbors of its neighbors (equation 5): (N, k) bool."""
-    mutual = np.empty(neighbors.shape, bool)
+def _reciprocal(neighbors: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Set each neighbor that does not have the image among its own k neighbors to -1 (equation 5): (N, k)."""
+    reciprocal = np.full_like(neighbors, -1)
     for start in range(0, len(neighbors), _IMAGES_PER_PART):
         part = neighbors[start : start + _IMAGES_PER_PART]
         own = np.arange(start, start + len(part), dtype=np.int32)[:, None, None]
-        mutual[start : start + len(part)] = (neighbors[part] == own).any(axis=2)
-    return mutual
+        mutual = (neighbors[part] == own).any(axis=2)
+        reciprocal[start : start + len(part)][mutual] = part[mutual]
+    return reciprocal
 
 
-def _encode(images: NDArray[Any], neighbors: NDArray[np.int32], farthest: NDArray[np.float64], k1: int) -> SparseRows:
-    """Encode each image by its expanded k-reciprocal set (equation 7): weights exp(-distance), summing to 1."""
-    # Half of k1, rounded half to even as in the authors' code, and the image itself.
-    half = neighbors[:, : round(k1 / 2) + 1]
-    sets = _expanded_sets(neighbors, _mutual(neighbors), half, _mutual(half))
-    rows = sets.rows()
-    for start in range(0, len(rows), _PAIRS_PER_PART):
-        part = slice(start, start + _PAIRS_PER_PART)
-        # For these few pairs, subtract: the product form would suffer from cancellation.
-        difference = images[rows[part]] - images[sets.columns[part]]
-        squared = np.einsum("ij,ij->i", difference, difference)
-        sets.weights[part] = np.exp(-squared / farthest[rows[part]])
-    sets.weights[:] /= np.add.reduceat(sets.weights, sets.starts[:-1])[rows]
-    return sets
-
-
-def _expanded_sets(
-    neighbors: NDArray[np.int32], mutual: NDArray[np.bool_], half: NDArray[np.int32], half_mutual: NDArray[np.bool_]
+def _encode(
+    images: NDArray[Any], neighbors: NDArray[np.int32], half: NDArray[np.int32], farthest: NDArray[np.float64]
 ) -> SparseRows:
-    """Build the k-reciprocal sets, and join those of members that overlap by two thirds (equation 6). Weights are 1."""
+    """Encode each image by its k-reciprocal set (equation 7): weights exp(-distance), summing to 1.
+
+    The `half` sets of members that overlap with it by two thirds are joined to a set (equation 6).
+    """
     none = np.int32(-1)
-    reciprocal = np.where(mutual, neighbors, none)
-    half_reciprocal = np.where(half_mutual, half, none)
-    half_size = half_mutual.sum(axis=1)
-    columns, sizes = [], []
+    reciprocal, half_reciprocal = _reciprocal(neighbors), _reciprocal(half)
+    half_size = (half_reciprocal >= 0).sum(axis=1)
+    parts = []
     for start in range(0, len(neighbors), _IMAGES_PER_PART):
-        part = slice(start, start + _IMAGES_PER_PART)
-        own = reciprocal[part]  # (n, k), -1 where not reciprocal
+        own = reciprocal[start : start + _IMAGES_PER_PART]  # (n, k), -1 where not reciprocal
         theirs = np.where(own[:, :, None] >= 0, half_reciprocal[own], none)  # (n, k, h)
         flat = theirs.reshape(len(own), -1, 1)
         is_own = (flat == own[:, None, :]).any(axis=2) & (flat[:, :, 0] >= 0)
@@ -149,34 +124,32 @@ def _expanded_sets(
         members = np.sort(np.concatenate([own, joined], axis=1), axis=1)
         keep = members >= 0
         keep[:, 1:] &= members[:, 1:] != members[:, :-1]
-        columns.append(members[keep])
-        sizes.append(keep.sum(axis=1))
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return SparseRows(starts, np.concatenate(columns), np.ones(starts[-1], np.float32))
+        sizes, columns = keep.sum(axis=1), members[keep]
+        rows = np.repeat(np.arange(start, start + len(own)), sizes)
+        # For these few pairs, subtract: the product form would suffer from cancellation.
+        difference = images[rows] - images[columns]
+        weights = np.exp(-np.einsum("ij,ij->i", difference, difference) / farthest[rows])
+        weights /= np.repeat(np.add.reduceat(weights, np.cumsum(sizes) - sizes), sizes)
+        parts.append((sizes, columns, weights.astype(np.float32)))
+    return SparseRows.join(parts)
 
 
 def _expand(matrix: SparseRows, nearest: NDArray[np.int32]) -> SparseRows:
     """Average the rows of each image's `nearest`, (N, k2): local query expansion (equation 11)."""
     total, k2 = nearest.shape
-    if k2 == 1:
-        return matrix
-    columns, weights, sizes = [], [], []
+    parts = []
     for start in range(0, total, _IMAGES_PER_PART):
         part = nearest[start : start + _IMAGES_PER_PART]
         entries, entry_counts = matrix.entries(part.ravel())
         target = np.repeat(np.repeat(np.arange(len(part)), k2), entry_counts)
-        key = target * total + matrix.columns[entries]
-        order = np.argsort(key, kind="stable")
-        key = key[order]
-        firsts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-        weights.append(np.add.reduceat(matrix.weights[entries][order], firsts) / np.float32(k2))
-        columns.append((key[firsts] % total).astype(np.int32))
-        sizes.append(np.bincount(key[firsts] // total, minlength=len(part)))
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return SparseRows(starts, np.concatenate(columns), np.concatenate(weights))
+        keys, place = np.unique(target * total + matrix.columns[entries], return_inverse=True)
+        weights = np.bincount(place, matrix.weights[entries]) / k2
+        sizes = np.bincount(keys // total, minlength=len(part))
+        parts.append((sizes, (keys % total).astype(np.int32), weights.astype(np.float32)))
+    return SparseRows.join(parts)
 
 
-def _blend(original: NDArray[np.float32], encoding: SparseRows, lambda_value: float) -> NDArray[np.float32]:
+def _blend(original: NDArray[np.float32], encoding: SparseRows) -> None:
     """Blend the original distances with the Jaccard distances of the encodings (equation 10), in place.
 
     Rows sum to 1. If m is the sum of the minima of two rows, which only columns of both contribute to, the sum of the
@@ -187,15 +160,14 @@ def _blend(original: NDArray[np.float32], encoding: SparseRows, lambda_value: fl
     begin = encoding.starts[queries]
     columns = encoding.columns[begin:]
     order = np.argsort(columns, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=queries + gallery))])
-    images = encoding.rows()[begin:] - np.int32(queries)
+    starts = np.append(0, np.cumsum(np.bincount(columns, minlength=queries + gallery)))
+    images = np.repeat(np.arange(gallery, dtype=np.int32), np.diff(encoding.starts[queries:]))
     by_column = SparseRows(starts, images[order], encoding.weights[begin:][order])
     for query, distances in enumerate(original):
         own = slice(encoding.starts[query], encoding.starts[query + 1])
         entries, sizes = by_column.entries(encoding.columns[own])
         minima = np.minimum(by_column.weights[entries], np.repeat(encoding.weights[own], sizes))
-        shared = np.bincount(by_column.columns[entries], minima, minlength=gallery)
-        np.minimum(shared, 1.0, out=shared)  # float32 weights sum to 1 up to rounding
+        # float32 weights sum to 1 up to rounding
+        shared = np.minimum(np.bincount(by_column.columns[entries], minima, minlength=gallery), 1.0)
         jaccard = 1.0 - shared / (2.0 - shared)
-        distances[:] = (1.0 - lambda_value) * jaccard + lambda_value * distances
-    return original
+        distances[:] = (1.0 - LAMBDA) * jaccard + LAMBDA * distances

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, read
-from pmm_edge.data.layouts import is_dataset
+from pmm_edge.data.dataset import ReidDataset, is_dataset, read
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
 from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, Pixels, read_crop

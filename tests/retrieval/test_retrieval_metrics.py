@@ -10,7 +10,7 @@ import pytest
 
 import pmm_edge as pmm
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval import distances, evaluate, evaluate_distances, metrics
+from pmm_edge.retrieval import distances, evaluate, evaluate_distances
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "retrieval_metrics.npz"
 
@@ -82,10 +82,8 @@ def test_golden_reranked_figures(golden):
 
 
 @pytest.mark.parametrize("levels", [None, 200, 7, 1], ids=lambda levels: f"{levels} levels")
-@pytest.mark.parametrize("sort_from", [0, 1000], ids=["by sort", "by count"])
 @pytest.mark.parametrize("ap_cutoff", [None, 20])
-def test_figures_are_those_of_the_slow_reference(monkeypatch, levels, sort_from, ap_cutoff):
-    monkeypatch.setattr(metrics, "_SORT_FROM", sort_from)
+def test_figures_are_those_of_the_slow_reference(monkeypatch, levels, ap_cutoff):
     monkeypatch.setattr(distances, "BLOCK_BYTES", 8 * 300 * 7)  # blocks of seven queries
     for seed in range(4):
         case = random_case(seed, levels=levels)

@@ -1,17 +1,14 @@
 """Plan, render and write a synthetic data set in the layout of Market-1501."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 import signal
 from collections import Counter
-from collections.abc import Generator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -20,11 +17,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.layouts import GALLERY, QUERY, TRAIN
-from pmm_edge.data.synthetic.canvas import Pose, View
-from pmm_edge.data.synthetic.figure import draw_person
+from pmm_edge.data.dataset import GALLERY, QUERY, TRAIN
+from pmm_edge.data.synthetic.figure import Pose, View, draw_person
 from pmm_edge.data.synthetic.person import MAX_GROUP, make_person
-from pmm_edge.data.synthetic.scene import Camera, background, make_camera, occlude, photograph, shadow
+from pmm_edge.data.synthetic.scene import Camera, background, make_camera, occlude, photograph
 from pmm_edge.errors import OutputError, PmmError
 from pmm_edge.files import cache_folder, check_output, folder_written_whole, written_whole
 from pmm_edge.machine import threads
@@ -35,10 +31,7 @@ SEQUENCES, FRAMES_APART = 6, 12
 CHUNK, SHEET_GAP = 64, 4
 SHEET_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 Number = TypeVar("Number", int, float)
-
 Kind = Literal["detected", "drawn", "junk", "stranger", "clutter"]
-Figure = tuple[int, float, float, float, Pose]
-"""A person in an image: pid; x, ground and size as fractions of the image; pose."""
 
 
 def _setting(default: Number, low: Number, high: Number, text: str) -> Number:
@@ -85,6 +78,17 @@ def plan(config: SyntheticConfig) -> list[Shot]:
     As in Market-1501, one hand-drawn box of a test identity in each camera is a query.
     """
     shots: list[Shot] = []
+
+    def add(folder: str, pid: int, camera: int, number: int, kind: Kind) -> None:
+        """Name an image `<pid>_c<camera>s<sequence>_<frame>_<box>.jpg`; people pass a camera one after the other."""
+        rng = np.random.default_rng((config.seed, 7, pid, camera, number))
+        passage, sequence = divmod(pid - 1, SEQUENCES)
+        frame = 1 + (passage * config.images + number) * FRAMES_APART + int(rng.integers(FRAMES_APART))
+        box = {"drawn": 0, "junk": int(rng.integers(6, 10))}.get(kind, int(rng.integers(1, 6)))
+        label = {"junk": "-1", "stranger": "0000", "clutter": "0000"}.get(kind, f"{pid:04d}")
+        name = f"{label}_c{camera}s{sequence + 1}_{frame:06d}_{box:02d}.jpg"
+        shots.append(Shot(folder, name, pid, camera, number, kind))
+
     people = config.train_identities + config.test_identities
     for pid in range(1, people + 1):
         rng = np.random.default_rng((config.seed, 6, pid))
@@ -93,29 +97,15 @@ def plan(config: SyntheticConfig) -> list[Shot]:
         for camera in sorted(int(c) + 1 for c in rng.permutation(config.cameras)[:count]):
             for number in range(config.images):
                 folder = folders[min(number, 1)]
-                shots.append(_shot(config, folder, pid, camera, number, "drawn" if folder == QUERY else "detected"))
+                add(folder, pid, camera, number, "drawn" if folder == QUERY else "detected")
     gallery = [shot for shot in shots if shot.folder == GALLERY]
     rng = np.random.default_rng((config.seed, 5))
     for index in sorted(rng.permutation(len(gallery))[: round(config.junk * len(gallery))]):
-        shot = gallery[index]
-        shots.append(_shot(config, GALLERY, shot.pid, shot.camera, shot.number, "junk"))
+        add(GALLERY, gallery[index].pid, gallery[index].camera, gallery[index].number, "junk")
     for extra in range(round(config.distractors * len(gallery))):
         kind: Kind = "clutter" if rng.random() < 0.3 else "stranger"
-        camera = int(rng.integers(1, config.cameras + 1))
-        shots.append(_shot(config, GALLERY, people + 1 + extra, camera, 0, kind))
+        add(GALLERY, people + 1 + extra, int(rng.integers(1, config.cameras + 1)), 0, kind)
     return shots
-
-
-def _shot(config: SyntheticConfig, folder: str, pid: int, camera: int, number: int, kind: Kind) -> Shot:
-    """Name an image `<pid>_c<camera>s<sequence>_<frame>_<box>.jpg`; people pass a camera one after the other."""
-    rng = np.random.default_rng((config.seed, 7, pid, camera, number))
-    passage, sequence = divmod(pid - 1, SEQUENCES)
-    first = 1 + passage * config.images * FRAMES_APART
-    frame = first + number * FRAMES_APART + int(rng.integers(FRAMES_APART))
-    box = {"drawn": 0, "junk": int(rng.integers(6, 10))}.get(kind, int(rng.integers(1, 6)))
-    label = {"junk": "-1", "stranger": "0000", "clutter": "0000"}.get(kind, f"{pid:04d}")
-    name = f"{label}_c{camera}s{sequence + 1}_{frame:06d}_{box:02d}.jpg"
-    return Shot(folder, name, pid, camera, number, kind)
 
 
 def render(config: SyntheticConfig, shot: Shot) -> bytes:
@@ -131,16 +121,23 @@ def render(config: SyntheticConfig, shot: Shot) -> bytes:
     draw = ImageDraw.Draw(scene, "RGBA")
     for pid, x, ground, size, pose in _figures(config, shot, camera, rng) if shot.kind != "clutter" else ():
         person = make_person(config.seed, pid, config.group_size)
-        place = x * width, ground * height, size * height * person.body.height
-        shadow(draw, *place, camera.light)
-        draw_person(View(draw, *place, pose, camera.light), person)
+        view = View(draw, (x * width, ground * height, size * height * person.height), pose, camera.light)
+        for k in (1.0, 0.7, 0.45):  # a soft shadow under the feet, away from the light
+            center = view.x - camera.light * 0.07 * view.size, view.ground
+            view.disc(center, 0.2 * view.size * k, 0.035 * view.size * k, (0, 0, 0, 46))
+        draw_person(view, person)
     if shot.kind != "drawn" and rng.random() < 0.2:
         occlude(draw, width, height, rng)
     return photograph(camera, scene.reduce(scale), rng)
 
 
-def _figures(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Generator) -> list[Figure]:
-    """The person of the shot and, in some images, a passer-by behind or in front of it; in the order of painting."""
+def _figures(
+    config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Generator
+) -> list[tuple[int, float, float, float, Pose]]:
+    """The person of the shot and, in some images, a passer-by behind or in front of it; in the order of painting.
+
+    Each is a pid; x, ground and size as fractions of the image; and the pose.
+    """
     # Tight boxes for the query, a detector's jitter for the gallery, a bad overlap for junk.
     spread = {"drawn": 0.4, "junk": 3.2}.get(shot.kind, 1.0)
     x, ground, size = (rng.normal(0, 1, 3) * spread * (0.06, 0.025, 0.065)).tolist()
@@ -153,13 +150,13 @@ def _figures(config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random
     heading += float(rng.normal(0, 14))
     phase, stride = rng.uniform((0, 0.15), (2 * np.pi, 1.0)).tolist()
     pose = Pose(heading, camera.pitch, phase, stride)
-    person = shot.pid, x, ground, size, pose
     stranger = 20000 + int(rng.integers(10000))
     aside, lower, larger = rng.uniform((0.3, -0.03, 0.85), (0.55, 0.03, 1.1)).tolist()
     aside *= float(rng.choice((-1, 1)))
     passing = pose._replace(heading=float(rng.uniform(0, 360)), phase=phase + 2)
     passer_by = stranger, x + aside, ground + lower, size * larger, passing
     crowded = 0.5 if shot.kind == "drawn" else float(rng.random())
+    person = shot.pid, x, ground, size, pose
     return [passer_by] * (crowded < 0.12) + [person] + [passer_by] * (crowded > 0.95)
 
 
@@ -185,14 +182,13 @@ def make_synthetic(
     sheet: Path | None = None,
     report: Report = silent,
 ) -> dict[str, int]:
-    """Write a synthetic data set in the layout of Market-1501.
+    """Write a synthetic data set in the layout of Market-1501, and its configuration in `synthetic.json`.
 
-    `synthetic.json` records the configuration. The bytes depend on the configuration alone, not on `workers`, the
-    number of processes (one for each usable core by default). If drawing is interrupted or fails, nothing remains.
+    The bytes depend on `config` alone, not on `workers`, the number of processes (one for each usable core by
+    default). If drawing is interrupted or fails, nothing remains.
 
     Args:
         folder: folder to create; it may exist if it is empty.
-        config: what to draw; the defaults if None.
         sheet: .jpg or .png file for a contact sheet.
         report: called with the number of images drawn.
 
@@ -209,18 +205,30 @@ def make_synthetic(
     with folder_written_whole(Path(folder)) as temporary:
         for name in (TRAIN, QUERY, GALLERY):
             (temporary / name).mkdir()
-        done = 0
-        # On an error, end the processes before the folder is removed: none may still write into it.
-        with closing(_write_all(config, shots, temporary, workers or threads())) as chunks:
-            for written in chunks:
-                done += written
-                report("drawing", done, len(shots))
+        write, workers = partial(_write, config, temporary), workers or threads()
+        # Spawned, not forked: the caller may have threads (torch, CUDA) that do not survive a fork.
+        # Ctrl-C is handled by the parent.
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        try:
+            alone = workers == 1 or len(shots) <= CHUNK
+            for done, _ in enumerate(map(write, shots) if alone else pool.map(write, shots, chunksize=CHUNK), 1):
+                if done % CHUNK == 0 or done == len(shots):
+                    report("drawing", done, len(shots))
+        except BrokenProcessPool as error:
+            remedy = "In a script, call make_synthetic under `if __name__ == '__main__':` or with workers=1"
+            raise PmmError("a process that draws images ended early", remedy) from error
+        finally:  # no process may still write into the folder when it is removed
+            pool.shutdown(wait=True, cancel_futures=True)
         facts = {"generator": VERSION, "config": asdict(config), "images": counts}
         (temporary / "synthetic.json").write_text(json.dumps(facts, indent=2) + "\n")
     if sheet:
         with written_whole(sheet) as unfinished:
             contact_sheet(config).save(unfinished, SHEET_FORMATS[sheet.suffix.lower()], quality=88)
     return counts
+
+
+def _write(config: SyntheticConfig, folder: Path, shot: Shot) -> None:
+    (folder / shot.folder / shot.name).write_bytes(render(config, shot))
 
 
 def cached_synthetic(config: SyntheticConfig | None = None, *, report: Report = silent) -> Path:
@@ -235,31 +243,3 @@ def cached_synthetic(config: SyntheticConfig | None = None, *, report: Report = 
             if not folder.exists():  # otherwise another process was faster, with the same bytes
                 raise
     return folder
-
-
-def _write_all(config: SyntheticConfig, shots: list[Shot], folder: Path, workers: int) -> Generator[int, None, None]:
-    """Write all shots; yield the number of images in each finished chunk."""
-    chunks = [shots[start : start + CHUNK] for start in range(0, len(shots), CHUNK)]
-    if workers == 1 or len(chunks) == 1:
-        for chunk in chunks:
-            yield _write_chunk(config, folder, chunk)
-        return
-    # Spawned, not forked: the caller may have threads (torch, CUDA) that do not survive a fork. Ctrl-C is handled
-    # by the parent.
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
-    try:
-        for future in as_completed([pool.submit(_write_chunk, config, folder, chunk) for chunk in chunks]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        remedy = "In a script, call make_synthetic under `if __name__ == '__main__':` or with workers=1"
-        raise PmmError("a process that draws images ended early", remedy) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write_chunk(config: SyntheticConfig, folder: Path, shots: list[Shot]) -> int:
-    for shot in shots:
-        (folder / shot.folder / shot.name).write_bytes(render(config, shot))
-    return len(shots)

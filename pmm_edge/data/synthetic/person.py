@@ -5,8 +5,6 @@ and bag often do: the most salient region does not identify a person, which is t
 (section 1).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -36,54 +34,41 @@ SKIN = palette("f6d6bc e6bc9a ca9870 966646 62402e")
 
 # Repeated values are drawn more often.
 UPPER_CUTS = ("t-shirt", "shirt", "tank top", "jacket", "hoodie", "coat")
-UPPER_PATTERNS = ("plain", "plain", "plain", "plain", "stripes", "columns", "checks", "block")
+UPPER_PATTERNS = (*["plain"] * 4, "stripes", "columns", "checks", "block")
 LOWER_CUTS = ("trousers", "trousers", "slim", "wide", "shorts", "skirt", "long skirt")
-LOWER_PATTERNS = ("plain", "plain", "plain", "plain", "plain", "side stripe", "checks")
+LOWER_PATTERNS = (*["plain"] * 5, "side stripe", "checks")
 HAIR_STYLES = ("short", "bald", "bob", "long", "ponytail", "bun", "afro", "short")
 LOGOS = ("none", "square", "disc", "bar", "cross", "triangle", "disc", "square", "bar", "cross")
-BAGS = ("none", "none", "none", "none", "backpack", "shoulder bag", "handbag", "backpack")
-HATS = ("none", "none", "none", "none", "none", "none", "cap", "beanie", "sun hat")
+BAGS = (*["none"] * 4, "backpack", "shoulder bag", "handbag", "backpack")
+HATS = (*["none"] * 6, "cap", "beanie", "sun hat")
 SHOES = ("trainers", "boots", "low", "low")
 MAX_GROUP = len(HAIR)
 
 
-class Garment(NamedTuple):
-    """A piece of clothing; `second` is the color of its pattern, or of what an open jacket shows."""
-
-    cut: str
-    pattern: str
-    color: Color
-    second: Color
-
-
-class Detail(NamedTuple):
-    """Hair, hat, shoes, logo or bag; the kind `none` is not drawn."""
+class Item(NamedTuple):
+    """A garment, hair, hat, shoes, logo or bag; the kind `none` is not drawn."""
 
     kind: str
     color: Color
+    pattern: str = "plain"
+    second: Color = (0, 0, 0)  # of the pattern, or what an open jacket shows
 
 
-class Body(NamedTuple):
-    """Proportions relative to an average body, and the color of the skin."""
+class Person(NamedTuple):
+    """What is the same in all images of a person. Proportions are relative to an average body."""
 
     height: float
     bulk: float
     shoulders: float
     legs: float
     skin: Color
-
-
-class Person(NamedTuple):
-    """What is the same in all images of a person."""
-
-    body: Body
-    upper: Garment
-    lower: Garment
-    hair: Detail
-    hat: Detail
-    shoes: Detail
-    logo: Detail
-    bag: Detail
+    upper: Item
+    lower: Item
+    hair: Item
+    hat: Item
+    shoes: Item
+    logo: Item
+    bag: Item
     left_handed: bool  # the side that carries the bag
 
 
@@ -93,40 +78,32 @@ def make_person(seed: int, pid: int, group_size: int) -> Person:
     group, member = divmod(pid - 1, group_size)
     shared, own = np.random.default_rng((seed, 1, group)), np.random.default_rng((seed, 2, pid))
 
+    def garment(cuts: Sequence[str], patterns: Sequence[str], colors: Sequence[Color]) -> Item:
+        color = one_of(colors, shared)
+        second, cut = one_of(_unlike(colors, color), shared), one_of(cuts, shared)
+        return Item(cut, color, "plain" if cut == "jacket" else one_of(patterns, shared), second)
+
     def deal(options: Sequence[T]) -> T:
         """Shuffle `options` for the whole group and return those of this member."""
         return options[int(shared.permutation(len(options))[member % len(options)])]
 
-    def detail(kinds: Sequence[str], colors: Sequence[Color]) -> Detail:
+    def item(kinds: Sequence[str], colors: Sequence[Color]) -> Item:
         kind, color = deal(kinds), deal(colors)
-        return Detail(kind, color if kind != "none" else (0, 0, 0))
+        return Item(kind, color if kind != "none" else (0, 0, 0))
 
-    color, second = _two_colors(shared, CLOTH)
-    cut = _one(shared, UPPER_CUTS)
-    upper = Garment(cut, "plain" if cut == "jacket" else _one(shared, UPPER_PATTERNS), color, second)
-    color, second = _two_colors(shared, DENIM)
-    lower = Garment(_one(shared, LOWER_CUTS), _one(shared, LOWER_PATTERNS), color, second)
+    upper = garment(UPPER_CUTS, UPPER_PATTERNS, CLOTH)
+    lower = garment(LOWER_CUTS, LOWER_PATTERNS, DENIM)
     height, bulk, shoulders, legs = (1 + own.uniform(-1, 1, 4) * (0.06, 0.16, 0.1, 0.06)).tolist()
-    return Person(
-        body=Body(height, bulk, shoulders, legs, _one(own, SKIN)),
-        upper=upper,
-        lower=lower,
-        hair=detail(HAIR_STYLES, HAIR),
-        hat=detail(HATS, VIVID),
-        shoes=Detail(_one(own, SHOES), deal(_unlike(SHOE_COLORS, lower.color))),
-        logo=detail(LOGOS, _unlike(_unlike(VIVID, upper.color), upper.second)),
-        bag=detail(BAGS, BAG_COLORS),
-        left_handed=bool(own.random() < 0.5),
-    )
+    skin, hair, hat = one_of(SKIN, own), item(HAIR_STYLES, HAIR), item(HATS, VIVID)
+    shoes = Item(one_of(SHOES, own), deal(_unlike(SHOE_COLORS, lower.color)))
+    logo, bag = item(LOGOS, _unlike(_unlike(VIVID, upper.color), upper.second)), item(BAGS, BAG_COLORS)
+    left_handed = bool(own.random() < 0.5)
+    return Person(height, bulk, shoulders, legs, skin, upper, lower, hair, hat, shoes, logo, bag, left_handed)
 
 
-def _one(rng: np.random.Generator, options: Sequence[T]) -> T:
+def one_of(options: Sequence[T], rng: np.random.Generator) -> T:
+    """Draw one of `options`."""
     return options[int(rng.integers(len(options)))]
-
-
-def _two_colors(rng: np.random.Generator, colors: Sequence[Color]) -> tuple[Color, Color]:
-    first = _one(rng, colors)
-    return first, _one(rng, _unlike(colors, first))
 
 
 def _unlike(colors: Sequence[Color], other: Color) -> list[Color]:

@@ -1,7 +1,5 @@
 """Cameras and what they see around a person: backgrounds, occluders, colors, noise and compression."""
 
-from __future__ import annotations
-
 import functools
 import io
 import math
@@ -10,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from pmm_edge.data.synthetic.person import CLOTH, VIVID, palette
+from pmm_edge.data.synthetic.person import CLOTH, VIVID, one_of, palette
 
 HEADINGS = (0.0, 180.0, 90.0, 270.0, 35.0, 215.0, 140.0, 320.0, 65.0)
 """Mean walking direction in front of each camera, in degrees; 0 walks towards it."""
@@ -36,11 +34,7 @@ class Camera(NamedTuple):
     light: float
     cast: list[float]  # factors on red, green and blue
     exposure: float
-    contrast: float
-    saturation: float
-    haze: float
-    blur: float  # pixels at an image height of 128
-    noise: float
+    sensor: list[float]  # contrast, saturation, haze, blur in pixels at an image height of 128, noise
     quality: int
 
 
@@ -53,11 +47,8 @@ def make_camera(seed: int, number: int) -> Camera:
     light = float(rng.choice((-1.0, 1.0)))
     cast = [1 + strength * math.cos(hue - k * 2 * math.pi / 3) for k in range(3)]
     exposure = (0.72, 1.15, 0.88, 1.02, 0.8, 1.25)[(number * 5 + seed) % 6]
-    contrast, saturation, haze, blur, noise = rng.uniform((0.8, 0.65, 0, 0, 1.5), (1.15, 1.15, 0.12, 0.8, 5)).tolist()
-    return Camera(
-        *(HEADINGS[number - 1], pitch, horizon, light, cast, exposure),
-        *(contrast, saturation, haze, blur, noise, int(rng.integers(60, 92))),
-    )
+    sensor = rng.uniform((0.8, 0.65, 0, 0, 1.5), (1.15, 1.15, 0.12, 0.8, 5)).tolist()
+    return Camera(HEADINGS[number - 1], pitch, horizon, light, cast, exposure, sensor, int(rng.integers(60, 92)))
 
 
 def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> bytes:
@@ -65,7 +56,8 @@ def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> 
 
     Exposure and cast drift from image to image, like daylight and automatic white balance.
     """
-    radius = camera.blur * float(rng.uniform(0.6, 1.4)) * scene.height / 128
+    contrast, saturation, haze, blur, noise = camera.sensor
+    radius = blur * float(rng.uniform(0.6, 1.4)) * scene.height / 128
     if radius > 0.15:
         scene = scene.filter(ImageFilter.GaussianBlur(radius))
     drift, brighter, sideways = rng.normal(0, 0.05, 3), rng.normal(0, 0.14), rng.normal(0, 0.12)
@@ -73,12 +65,12 @@ def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> 
     pixels = np.array(scene, np.float32)
     pixels /= 255
     gray = pixels.mean(axis=2, keepdims=True)
-    pixels += (camera.saturation - 1) * (pixels - gray)
+    pixels += (saturation - 1) * (pixels - gray)
     pixels *= gain.astype(np.float32)
-    pixels += (camera.contrast - 1) * (pixels - 0.5)
-    pixels += camera.haze * (1 - pixels)
+    pixels += (contrast - 1) * (pixels - 0.5)
+    pixels += haze * (1 - pixels)
     pixels *= np.linspace(1 - sideways, 1 + sideways, scene.width, dtype=np.float32)[None, :, None]
-    pixels += rng.normal(0, camera.noise / 255, (*pixels.shape[:2], 1)).astype(np.float32)
+    pixels += rng.normal(0, noise / 255, (*pixels.shape[:2], 1)).astype(np.float32)
     buffer = io.BytesIO()
     Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8)).save(buffer, "JPEG", quality=camera.quality)
     return buffer.getvalue()
@@ -86,16 +78,16 @@ def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> 
 
 def background(seed: int, camera: int, horizon: float, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """Cut a random part of the camera's panorama, resized to `size` (width, height)."""
-    whole = panorama(seed, camera, horizon)
     height = HEIGHT * float(rng.uniform(0.72, 1.0))
     width = min(height * size[0] / size[1], WIDTH)
     x, y = float(rng.uniform(0, WIDTH - width)), float(rng.uniform(0, HEIGHT - height))
     # The nearest pixel is good enough: the panorama is blurred, and the scene is averaged down later.
-    return whole.resize(size, Image.Resampling.NEAREST, box=(x, y, x + width, y + height))
+    box = x, y, x + width, y + height
+    return _panorama(seed, camera, horizon).resize(size, Image.Resampling.NEAREST, box=box)
 
 
 @functools.lru_cache(maxsize=16)
-def panorama(seed: int, camera: int, horizon: float) -> Image.Image:
+def _panorama(seed: int, camera: int, horizon: float) -> Image.Image:
     """Paint the background of a camera."""
     rng = np.random.default_rng((seed, 3, camera))
     kind = list(PLACES)[(camera - 1 + seed) % len(PLACES)]
@@ -138,13 +130,13 @@ def _ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, line
             draw.polygon(mark, fill=(232, 228, 200, 220))
     else:
         for _ in range(60):
-            x, y, r = (float(value) for value in rng.uniform((0, line, 20), (WIDTH, HEIGHT, 120)))
+            x, y, r = rng.uniform((0, line, 20), (WIDTH, HEIGHT, 120)).tolist()
             draw.ellipse((x - r, y - r / 5, x + r, y + r / 5), fill=(50, 80, 30, 60))
 
 
 def _fixture(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, x: float, width: float, line: int) -> None:
     """One object along the wall: a tree, a stall, a parked car, a window, or a door or poster."""
-    tint = CLOTH[int(rng.integers(len(CLOTH)))]
+    tint = one_of(CLOTH, rng)
     end, top = x + width, line * float(rng.uniform(0.05, 0.35))
     choice = float(rng.random())
     if kind == "park":
@@ -159,7 +151,7 @@ def _fixture(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, x: 
         draw.rectangle((x - 8, top, end + 8, top + line * 0.2), fill=tint)
         for _ in range(8):
             bx, by = rng.uniform(x, end - 20), rng.uniform(top + line * 0.3, line - 12)
-            draw.rectangle((bx, by, bx + rng.uniform(12, 40), by + 24), fill=VIVID[int(rng.integers(len(VIVID)))])
+            draw.rectangle((bx, by, bx + rng.uniform(12, 40), by + 24), fill=one_of(VIVID, rng))
     elif kind in ("car park", "street") and choice < 0.45:
         base = line + 36
         draw.rounded_rectangle((x, base - 60, x + 230, base), radius=20, fill=tint)
@@ -173,17 +165,9 @@ def _fixture(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: str, x: 
         draw.rectangle((x, top, x + width * 0.7, line), fill=tint)
 
 
-def shadow(draw: ImageDraw.ImageDraw, x: float, ground: float, size: float, light: float) -> None:
-    """Paint the soft shadow under a person's feet, away from the light."""
-    for k in (1.0, 0.7, 0.45):
-        cx, rx, ry = x - light * 0.07 * size, 0.2 * size * k, 0.035 * size * k
-        draw.ellipse((cx - rx, ground - ry, cx + rx, ground + ry), fill=(0, 0, 0, 46))
-
-
 def occlude(draw: ImageDraw.ImageDraw, width: int, height: int, rng: np.random.Generator) -> None:
     """Paint a post, a railing or a box in front of the person; at least a third of the body stays visible."""
-    color = CLOTH[int(rng.integers(len(CLOTH)))]
-    kind = int(rng.integers(3))
+    color, kind = one_of(CLOTH, rng), int(rng.integers(3))
     if kind == 0:
         x, half = rng.uniform(0.1, 0.9) * width, rng.uniform(0.03, 0.08) * width
         draw.rectangle((x - half, 0, x + half, height), fill=color)
