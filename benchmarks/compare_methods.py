@@ -33,7 +33,6 @@ from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.files import decode_toml, written_whole
 from pmm_edge.runs import CONFIG
 from pmm_edge.trainer.config import DEFAULT_PRESET, TrainConfig, choose_config
-from pmm_edge.trainer.state import fingerprint
 from pmm_edge.trainer.train import TrainResult, train
 
 RESULT = "result.json"
@@ -91,7 +90,7 @@ def planned() -> Comparison:
     with progress() as report:
         data = options.data or cached_synthetic(report=report)
     dataset = scan(data, options.layout)
-    key = sha256((base.to_toml() + fingerprint(dataset)).encode()).hexdigest()[:8]
+    key = sha256((base.to_toml() + dataset.fingerprint()).encode()).hexdigest()[:8]
     folder = options.out / f"{dataset.root.name}-{base.preset}-{key}"
     return Comparison(base, dataset.root, folder, rows, seeds, options.layout)
 

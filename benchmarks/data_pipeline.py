@@ -37,8 +37,7 @@ from pmm_edge.data.loader import Crops, identity_batches
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.spec import IMAGENET_MEAN, IMAGENET_STD
 from pmm_edge.trainer.config import TrainConfig, choose_config
-from pmm_edge.trainer.device import choose_machine
-from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.device import World, choose_machine
 from pmm_edge.trainer.logging import Meter
 from pmm_edge.trainer.step import Feed, prepare, train_step
 from pmm_edge.trainer.train import new_network
@@ -204,8 +203,8 @@ def _real_step(train: Split, config: TrainConfig, steps: int) -> tuple[float, fl
     for step, shards in enumerate(feed.shards(batches, 1, 1, meter)):
         loss, parts = train_step(trainee, shards, config)
         meter.add(loss, parts, step, config.batch)
-    meter.means()  # waits for the device
-    return (time.perf_counter() - start) / (len(batches) - 1), meter.data_wait()
+    wait = meter.means()["data_wait"]  # waits for the device
+    return (time.perf_counter() - start) / (len(batches) - 1), wait
 
 
 def _share(share: float) -> str:

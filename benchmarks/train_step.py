@@ -27,8 +27,8 @@ from pmm_edge.model import PMM, StageOutput
 from pmm_edge.model.backbone import map_size
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, top_blocks
 from pmm_edge.model.network import average_pool, max_pool
+from pmm_edge.runtime.torch_backend import torch_device
 from pmm_edge.trainer.config import PRESETS
-from pmm_edge.trainer.device import choose_device
 from pmm_edge.trainer.step import PAPER_EPOCHS, Shard, prepare, train_step
 
 PRODUCT_SIDES = {"cpu": 2048, "cuda": 8192}
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
 
-    device = choose_device(options.device)
+    device = torch_device(options.device)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     operations = _operations(options)
     steps = {

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pmm_edge.runtime import embed_files as embed_files
     from pmm_edge.runtime import load as load
     from pmm_edge.spec import ModelSpec as ModelSpec
-    from pmm_edge.trainer.losses import pmm_loss as pmm_loss
+    from pmm_edge.trainer.step import pmm_loss as pmm_loss
     from pmm_edge.trainer.train import train as train
 
 _MODULES = {
@@ -42,7 +42,7 @@ _MODULES = {
     "evaluate": "retrieval",
     "load": "runtime",
     "load_released_checkpoint": "model",
-    "pmm_loss": "trainer.losses",
+    "pmm_loss": "trainer.step",
     "train": "trainer.train",
 }
 """The module of each public name. The packages `export` and `bench` can be called themselves."""

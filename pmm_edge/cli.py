@@ -506,7 +506,7 @@ def _reports_first(text: str) -> bool:
     """Whether this process prints an error: of torchrun's processes, only the first that meets it does."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         with suppress(ModuleNotFoundError):  # the error may be about torch
-            from pmm_edge.trainer.distributed import first_to_report
+            from pmm_edge.trainer.device import first_to_report
 
             return first_to_report(text)
     return True

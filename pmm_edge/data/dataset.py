@@ -113,6 +113,18 @@ class ReidDataset:
     def splits(self) -> dict[str, Split]:
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and labels of all images and the file sizes of the training images.
+
+        A query or gallery image may be replaced by a readable copy: no weight depends on it.
+        """
+        digest = hashlib.sha256()
+        for split in self.splits.values():
+            for path, pid, camid in zip(split.paths, split.pids, split.camids, strict=True):
+                size = path.stat().st_size if split is self.train and path.exists() else ""
+                digest.update(f"{path.name} {pid} {camid} {size}\n".encode())
+        return digest.hexdigest()
+
 
 def scan(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set and require that it can be trained and evaluated on. No image is opened.

@@ -1,23 +1,19 @@
 """Torchvision ResNet with stride 1 in the last stage, so that 384x128 gives a 24x8 map (paper section 2.1)."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pmm_edge.errors import ModelError, PmmError, did_you_mean
+from pmm_edge.errors import PmmError, did_you_mean
 
 RESNETS: dict[str, Callable[..., ResNet]] = {
     "resnet10": partial(ResNet, BasicBlock, [1, 1, 1, 1]),
     **{name: getattr(torchvision.models, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
 }
-STRIDE = 16
-"""Input pixels per position of the map, in each direction."""
+STRIDE = 16  # input pixels per position of the map, in each direction
 
 
 class Backbone(nn.Module):
@@ -50,19 +46,6 @@ def map_size(height: int, width: int) -> tuple[int, int]:
     return -(-height // STRIDE), -(-width // STRIDE)
 
 
-def load_backbone_weights(backbone: Backbone, state_dict: object) -> None:
-    """Load a torchvision state dict, without its classifier `fc`. Raises ModelError if a tensor does not fit."""
-    remedy = "Use weights of the torchvision ResNet of the same name"
-    if not isinstance(state_dict, Mapping):
-        raise ModelError("the file of backbone weights does not contain a state dict", remedy)
-    weights = {name: tensor for name, tensor in state_dict.items() if not str(name).startswith("fc.")}
-    try:
-        backbone.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).splitlines()[:2])
-        raise ModelError(f"the weights do not fit the backbone: {reason}", remedy) from error
-
-
 def zero_init_residuals(backbone: Backbone) -> None:
     """Initialize each bottleneck block as the identity: the weight of its last batch norm is 0.
 
@@ -72,22 +55,3 @@ def zero_init_residuals(backbone: Backbone) -> None:
     for module in backbone.modules():
         if isinstance(module, Bottleneck):
             nn.init.zeros_(module.bn3.weight)
-
-
-def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """ImageNet weights of torchvision (version 1, that of the paper's time), downloaded once into torch's hub cache.
-
-    Raises PmmError if there are none for this backbone, or they cannot be downloaded.
-    """
-    if name not in torchvision.models.list_models():
-        raise PmmError(f"{name} has no ImageNet weights", "Choose --backbone-weights none, or name a file of weights")
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    # No network, a truncated file, a wrong hash: these errors have no common type.
-    except Exception as error:
-        raise PmmError(
-            f"the ImageNet weights of {name} cannot be downloaded ({error})",
-            f"Put {weights.url} into {torch.hub.get_dir()}/checkpoints/, or name a file with --backbone-weights FILE,"
-            " or train from scratch with --backbone-weights none",
-        ) from error

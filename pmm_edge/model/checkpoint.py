@@ -1,7 +1,5 @@
 """Build networks; read and write checkpoints: ours, those of the paper's authors, and torchvision weights."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,20 +8,17 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor
 
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.files import written_whole
-from pmm_edge.model.backbone import imagenet_weights, load_backbone_weights
-from pmm_edge.model.baselines import BDB, Baseline
 from pmm_edge.model.mixing import check_block_grid, scaled_mix_blocks
-from pmm_edge.model.network import PMM, ReidNetwork
+from pmm_edge.model.network import BDB, PMM, ReidNetwork
 from pmm_edge.spec import Method, Mix, ModelSpec
 
-BLOCK_MIXES = ("a-hard-mix", "a-cutmix", "dropblock")
-"""Mixes that select blocks of the map."""
-PAPER_K = 3
-"""K for Market-1501, on a map of 32 blocks (paper section 3.1)."""
+PAPER_K = 3  # for Market-1501, on a map of 32 blocks (paper section 3.1)
+_FORMAT = "pmm-edge checkpoint 1"
 
 
 def build_model(
@@ -44,8 +39,7 @@ def build_model(
         method: `pmm`, `bdb` or `baseline`.
         num_classes: number of training identities.
         backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
-        height: input height in pixels.
-        width: input width in pixels.
+        height, width: input size in pixels.
         mix: what stages II and III of PMM are trained on; ignored by the other methods.
         mix_blocks: K; None scales the 3 of 32 blocks that the paper uses for Market-1501 to the map.
         block_size: (height, width) of a block on the map, which the blocks must divide.
@@ -57,11 +51,9 @@ def build_model(
         if name not in known:
             raise PmmError(f"unknown {what} '{name}'", f"{did_you_mean(name, known)}Choose {', '.join(known)}")
     network: ReidNetwork
-    if method == "baseline":
-        network = Baseline(num_classes, backbone)
-    elif method == "bdb":
-        network = BDB(num_classes, backbone)
-    elif mix not in BLOCK_MIXES:
+    if method != "pmm":
+        network = (ReidNetwork if method == "baseline" else BDB)(num_classes, backbone)
+    elif mix not in ("a-hard-mix", "a-cutmix", "dropblock"):  # those that select blocks of the map
         network = PMM(num_classes, backbone, mix=mix)
     else:
         blocks = check_block_grid(height, width, block_size)
@@ -74,38 +66,51 @@ def build_model(
     return network
 
 
-def load_pretrained(network: ReidNetwork, backbone: str, pretrained: str | Path) -> None:
-    """Load the weights of the backbone in place; arguments and errors as in `build_model`."""
-    weights = imagenet_weights(backbone) if pretrained == "imagenet" else _read_torch_file(Path(pretrained))
-    load_backbone_weights(network.backbone, weights)
-
-
 def network_of(spec: ModelSpec) -> ReidNetwork:
     """Build the network that a spec describes, without its weights."""
-    return build_model(
-        spec.architecture,
-        num_classes=spec.num_classes,
-        backbone=spec.backbone,
-        height=spec.input.height,
-        width=spec.input.width,
-        mix=spec.mix,
-        mix_blocks=spec.mix_blocks,
-        block_size=spec.block_size,
-    )
+    same = {name: getattr(spec, name) for name in ("num_classes", "backbone", "mix", "mix_blocks", "block_size")}
+    return build_model(spec.architecture, height=spec.input.height, width=spec.input.width, **same)
 
 
-# pmm-edge checkpoints
+def load_pretrained(network: ReidNetwork, backbone: str, pretrained: str | Path) -> None:
+    """Load the weights of the backbone in place; arguments and errors as in `build_model`."""
+    content = imagenet_weights(backbone) if pretrained == "imagenet" else _read_torch_file(Path(pretrained))
+    remedy = "Use weights of the torchvision ResNet of the same name"
+    if not isinstance(content, Mapping):
+        raise ModelError("the file of backbone weights does not contain a state dict", remedy)
+    weights = {name: tensor for name, tensor in content.items() if not str(name).startswith("fc.")}
+    try:
+        network.backbone.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).splitlines()[:2])
+        raise ModelError(f"the weights do not fit the backbone: {reason}", remedy) from error
 
-_FORMAT = "pmm-edge checkpoint 1"
+
+def imagenet_weights(backbone: str) -> Mapping[str, Any]:
+    """ImageNet weights of torchvision (version 1, that of the paper's time), downloaded once into torch's hub cache.
+
+    Raises PmmError if there are none for this backbone, or they cannot be downloaded.
+    """
+    if backbone not in torchvision.models.list_models():
+        raise PmmError(f"{backbone} has no ImageNet weights", "Choose --backbone-weights none or a file of weights")
+    weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # no network, a truncated file, a wrong hash: these have no common type
+        raise PmmError(
+            f"the ImageNet weights of {backbone} cannot be downloaded ({error})",
+            f"Put {weights.url} into {torch.hub.get_dir()}/checkpoints/, or choose --backbone-weights none or FILE",
+        ) from error
 
 
 @dataclass
 class Checkpoint:
-    """A trained network; `training` contains what `pmm train --resume` needs."""
+    """A trained network."""
 
     spec: ModelSpec
     weights: dict[str, Tensor]
     training: dict[str, Any] = field(default_factory=dict)
+    """What `pmm train --resume` needs."""
 
     def network(self) -> ReidNetwork:
         """Build the network in evaluation mode. Raises ModelError if the weights do not fit the spec."""
@@ -122,8 +127,7 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically. Raises OutputError if the file cannot be written."""
-    weights, training = checkpoint.weights, checkpoint.training
-    content = {"format": _FORMAT, "spec": checkpoint.spec.to_json(), "weights": weights, "training": training}
+    content = {"format": _FORMAT, **vars(checkpoint), "spec": checkpoint.spec.to_json()}
     with written_whole(path) as temporary:
         try:
             torch.save(content, temporary)
@@ -135,11 +139,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. Raises ModelError if the file is missing, truncated or of another format."""
     content = _read_torch_file(path)
     if not _is_ours(content):
-        raise ModelError(
-            f"{path} is not a '{_FORMAT}'",
-            "Use best.pt or last.pt of a run folder of this version of pmm-edge; a file of the paper's authors loads"
-            " with pmm_edge.load_released_checkpoint",
-        )
+        remedy = "Use best.pt or last.pt of a run; pmm_edge.load_released_checkpoint reads files of the paper's authors"
+        raise ModelError(f"{path} is not a '{_FORMAT}'", remedy)
     return Checkpoint(ModelSpec.from_json(content["spec"], str(path)), content["weights"], content["training"])
 
 
@@ -152,8 +153,6 @@ def load_any_weights(path: Path) -> dict[str, Tensor]:
 def _is_ours(content: Any) -> bool:
     return isinstance(content, dict) and content.get("format") == _FORMAT
 
-
-# Checkpoints of the paper's authors
 
 _OUR_NAMES = {
     "backbone.0.": "backbone.conv1.",
@@ -181,18 +180,14 @@ def load_released_checkpoint(model: PMM, path_or_state_dict: str | Path | Mappin
     They are given as a file, its content (`{"state_dict": ...}`) or the state dict itself. Names may have the prefix
     `module.` of DataParallel. Raises ModelError if the file cannot be read, or its tensors are not those of `model`.
     """
-    if isinstance(path_or_state_dict, Mapping):
-        weights = _our_weights(path_or_state_dict, "the argument")
-    else:
-        weights = _our_weights(_read_torch_file(Path(path_or_state_dict)), str(path_or_state_dict))
+    given = path_or_state_dict
+    content = given if isinstance(given, Mapping) else _read_torch_file(Path(given))
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(_our_weights(content, "the argument" if content is given else str(given)))
     except RuntimeError as error:
-        classifier = weights.get("stage1.classifier.weight")
-        classes = "that of the checkpoint" if classifier is None else classifier.shape[0]
         raise ModelError(
             f"the released checkpoint does not fit this network: {str(error).splitlines()[1].strip()}",
-            f"Build it with backbone resnet50 and num_classes={classes}",
+            "Build it with backbone resnet50 and the checkpoint's num_classes",
         ) from error
     return model
 
@@ -203,43 +198,31 @@ def our_name(released_name: str) -> str:
     for theirs, ours in _OUR_NAMES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    raise ModelError(
-        f"'{released_name}' is not a tensor of a released PMM checkpoint", "Use a .pth.tar file of the authors"
-    )
+    raise ModelError(f"{released_name} is no tensor of a released checkpoint", "Use a .pth.tar file of the authors")
 
 
 def _our_weights(content: Any, source: str) -> dict[str, Tensor]:
     """The tensors of a released checkpoint or its state dict under our names."""
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ModelError(
-            f"{source} does not contain a state dict", "Use a pmm-edge checkpoint or a .pth.tar file of the authors"
-        )
+        raise ModelError(f"{source} does not contain a state dict", "Use a checkpoint of pmm train or of the authors")
     weights = {our_name(str(name)): tensor for name, tensor in tensors.items()}
     if (convolution := weights.get("stage1.linear.weight")) is not None:
         weights["stage1.linear.weight"] = convolution.flatten(1)  # a 1x1 convolution is a linear layer
     return weights
 
 
-# Numpy scalars, in which research code often saves figures, are plain data but not on torch's list of safe types.
-_SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY_SCALARS: list[Any] = [
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    (_SCALAR, "numpy.core.multiarray.scalar"),  # as numpy 1 wrote it
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64")),
-]
-
-
 def _read_torch_file(path: Path) -> Any:
     """Read a file of `torch.save` as data (tensors and plain values); no code is executed."""
     if not path.is_file():
         raise ModelError(f"{path} does not exist", "Name a checkpoint; pmm train writes them to runs/*/best.pt")
+    # Numpy scalars, in which research code often saves figures, are plain data but not on torch's list of safe types.
+    scalar, kinds = np.float64(0).__reduce__()[0], (np.float32, np.float64, np.int32, np.int64)
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]  # as numpy 2 and 1 write it
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals([*names, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    # The errors of torch's reader have no common type.
-    except Exception as error:
+    except Exception as error:  # those of torch's reader have no common type
         raise ModelError(
             f"{path} cannot be read as a checkpoint: it is truncated, not a file of torch, or contains more than data",
             "Train again, or copy the file again",

@@ -1,14 +1,8 @@
 """Attentive feature Hard-Mix (A-Hard-Mix, paper section 2.2) and the mixes that table 3 compares it with.
 
-A-Hard-Mix replaces salient blocks of the feature map; `PMM.train_stages` puts `grad_cam`, `top_blocks` and `mix`
-together. DropBlock sets random blocks to 0. CutMix and A-CutMix change the images and labels instead. CutOut
-(DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017) is the random erasing
-of the augmentation, applied to every image.
-
-All functions process a whole batch at once.
+A-Hard-Mix replaces salient blocks of the feature map, DropBlock sets random ones to 0, CutMix and A-CutMix change
+images and labels. CutOut (DeVries and Taylor, 2017) is the augmentation's erasing, of every image.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -19,8 +13,8 @@ from torch import Tensor
 from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import STRIDE, map_size
 
-PAPER_BLOCKS = 32
-"""Blocks of 3x2 on the 24x8 map of the paper: the grid that its K = 3, 6, 8 refer to."""
+PAPER_BLOCKS = 32  # of 3x2 on the 24x8 map of the paper: the grid that its K = 3, 6, 8 refer to
+Generator = torch.Generator | None
 
 
 def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,7 +34,7 @@ def grad_cam(features: Tensor, pooled: Tensor, logits: Tensor, targets: Tensor) 
     return F.relu(torch.einsum("nc,nchw->nhw", weights, features.detach()))
 
 
-def draw_negatives(pids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_negatives(pids: Tensor, generator: Generator = None) -> Tensor:
     """For each sample, draw the index of a sample of another identity, uniformly: (N,) int64.
 
     Raises PmmError if the batch contains a single identity. On a GPU this is not checked: it would wait for the device.
@@ -61,14 +55,11 @@ def top_blocks(cam: Tensor, block_size: tuple[int, int], count: int) -> Tensor:
     return _highest_blocks(sums, block_size, count)
 
 
-def random_blocks(
-    features: Tensor, block_size: tuple[int, int], count: int, generator: torch.Generator | None = None
-) -> Tensor:
+def random_blocks(features: Tensor, block_size: tuple[int, int], count: int, generator: Generator = None) -> Tensor:
     """Select `count` random blocks of each sample (DropBlock, Ghiasi et al., 2018).
 
-    DropBlock drops squares at any position. Here the blocks have the grid and number of A-Hard-Mix, so that the two
-    differ only in what is compared: the guidance by attention, and features of another identity instead of zeros.
-    Returns (N, 1, H, W) bool, True where the map (N, C, H, W) is to be dropped.
+    DropBlock drops squares at any position. Here the blocks have the grid and number of A-Hard-Mix, which differs in
+    the guidance by attention and the features of another identity only. Returns (N, 1, H, W) bool, True in the blocks.
     """
     samples, _, height, width = features.shape
     grid = (samples, 1, height // block_size[0], width // block_size[1])
@@ -107,16 +98,16 @@ class MixedLabels(NamedTuple):
 def cutmix(images: Tensor, pids: Tensor, generator: torch.Generator) -> tuple[Tensor, MixedLabels]:
     """Paste a random box of another identity's image (CutMix, Yun et al., 2019).
 
-    The box has the proportions of the image. Its share of the area is drawn uniformly for each sample, the Beta(1, 1)
-    of the source. Clipped at the border it fills less, and the labels follow the area that it really fills.
-    `images` are (N, 3, H, W), `pids` are (N,) class indices.
+    The box has the proportions of the image. Its share of the area is drawn uniformly, the Beta(1, 1) of the source;
+    clipped at the border it is smaller, and the labels follow. `images` are (N, 3, H, W), `pids` (N,) class indices.
     """
-    height, width = images.shape[-2:]
-    negatives = draw_negatives(pids, generator)
-    side, row, column = torch.rand(3, len(images), device=images.device, generator=generator).unbind()
-    side = side.sqrt()
-    pasted = _interval(row, side, height)[:, :, None] & _interval(column, side, width)[:, None, :]
-    return _paste(images, pids, negatives, pasted[:, None])
+    negatives, inside = draw_negatives(pids, generator), []
+    side, *centers = torch.rand(3, len(images), device=images.device, generator=generator).unbind()
+    for center, length in zip(centers, images.shape[-2:], strict=True):
+        middle, half = (center * length)[:, None], (side.sqrt() * length / 2)[:, None]
+        position = torch.arange(length, device=images.device)[None] + 0.5
+        inside.append((position - middle).abs() <= half)
+    return _paste(images, pids, negatives, (inside[0][:, :, None] & inside[1][:, None, :])[:, None])
 
 
 def attentive_cutmix(
@@ -124,9 +115,8 @@ def attentive_cutmix(
 ) -> tuple[Tensor, MixedLabels]:
     """Paste the most salient blocks of another identity's image (A-CutMix, Walawalkar et al., 2020).
 
-    The source takes the attention from a second network, pretrained on ImageNet. Here it is the Grad-CAM of stage I of
-    the network in training, so that attention means the same as in A-Hard-Mix: (N, h, w) of the unmixed images
-    (N, 3, H, W).
+    The source takes the attention from a second network, pretrained on ImageNet. Here it is the Grad-CAM (N, h, w) of
+    stage I for the unmixed images (N, 3, H, W), so that attention means the same as in A-Hard-Mix.
     """
     negatives = draw_negatives(pids, generator)
     salient = top_blocks(attention, block_size, count)[negatives]
@@ -139,23 +129,15 @@ def _paste(images: Tensor, pids: Tensor, negatives: Tensor, pasted: Tensor) -> t
     return torch.where(pasted, images[negatives], images), MixedLabels(pids[negatives], share)
 
 
-def _interval(center: Tensor, side: Tensor, length: int) -> Tensor:
-    """(N,) centers and sides as fractions of `length` -> (N, length) bool, True inside the side."""
-    middle, half = (center * length)[:, None], (side * length / 2)[:, None]
-    position = torch.arange(length, device=center.device)[None] + 0.5
-    return (position - middle).abs() <= half
-
-
 def check_block_grid(height: int, width: int, block_size: tuple[int, int]) -> int:
     """Number of blocks on the map of an input of `height` x `width`. Raises PmmError if they do not divide the map."""
     (rows, columns), (block_height, block_width) = map_size(height, width), block_size
     if rows % block_height or columns % block_width:
         step_h, step_w = block_height * STRIDE, block_width * STRIDE
-        near_h, near_w = max(1, round(height / step_h)) * step_h, max(1, round(width / step_w)) * step_w
+        near = f"{max(1, round(height / step_h)) * step_h}x{max(1, round(width / step_w)) * step_w}"
         raise PmmError(
-            f"an input of {height}x{width} gives a {rows}x{columns} map, which blocks of {block_height}x{block_width}"
-            " do not divide",
-            f"Choose multiples of {step_h} and {step_w}, such as {near_h}x{near_w}",
+            f"blocks of {block_height}x{block_width} do not divide the {rows}x{columns} map of {height}x{width} pixels",
+            f"Choose multiples of {step_h} and {step_w}, such as {near}",
         )
     return rows * columns // (block_height * block_width)
 

@@ -1,8 +1,5 @@
-"""The PMM network: a backbone, three stages, and progressive mixing in training (paper section 2)."""
+"""PMM: a backbone, three stages, and progressive mixing in training (paper section 2); and what it is compared with."""
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,12 +9,11 @@ from torchvision.models.resnet import Bottleneck
 
 from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import Backbone
-from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, random_blocks, top_blocks
+from pmm_edge.model.mixing import Generator, draw_negatives, grad_cam, mix, random_blocks, top_blocks
 
 Negatives = tuple[Tensor, Tensor] | None
-Generator = torch.Generator | None
-STAGE_SIZE = 512
-"""Size of the embedding of one stage."""
+InitMode = Literal["fan_in", "fan_out"]
+STAGE_SIZE = 512  # of the embedding of one stage
 
 
 def average_pool(features: Tensor) -> Tensor:
@@ -35,26 +31,20 @@ def max_pool(features: Tensor) -> Tensor:
 class StageOutput(NamedTuple):
     """Output of one stage in training mode."""
 
-    embedding: Tensor
-    """(N, 512) after ReLU, for the triplet loss."""
-    logits: Tensor
-    """(N, classes), for the identity loss."""
-    cam: Tensor | None = None
-    """(N, H, W) Grad-CAM that guides the mixing for the next stage; None in the last stage."""
-    negatives: Tensor | None = None
-    """(N,) int64 indices of the samples mixed in for the next stage; None in the last stage."""
+    embedding: Tensor  # (N, 512) after ReLU, for the triplet loss
+    logits: Tensor  # (N, classes), for the identity loss
+    cam: Tensor | None = None  # (N, H, W) Grad-CAM that guides the mixing for the next stage; None in the last stage
+    negatives: Tensor | None = None  # (N,) int64 indices of the samples mixed in for the next stage
 
 
 class Head(nn.Module):
     """Linear layer, batch norm and ReLU from a pooled vector to an embedding, followed by a linear classifier.
 
     The released code has a 1x1 convolution in stage I (on a map of one position) and linear layers in the others: the
-    same product with another initialization. `init_mode` is that of the linear layer's Kaiming normal initialization.
+    same product with another Kaiming normal initialization, `fan_in` instead of `fan_out`.
     """
 
-    def __init__(
-        self, channels: int, num_classes: int, init_mode: Literal["fan_in", "fan_out"], size: int = STAGE_SIZE
-    ) -> None:
+    def __init__(self, channels: int, num_classes: int, init_mode: InitMode, size: int = STAGE_SIZE) -> None:
         super().__init__()
         self.size = size
         self.linear = nn.Linear(channels, size)
@@ -77,29 +67,30 @@ class Head(nn.Module):
         return embedding, self.classifier(embedding)
 
 
-class ReidNetwork(nn.Module, ABC):
-    """A backbone, heads on its average-pooled map, and heads on the max-pooled map of an extra bottleneck.
+class ReidNetwork(nn.Module):
+    """A backbone, a head on its average-pooled map, and heads on the max-pooled map of an extra bottleneck.
 
     The embedding is the concatenation of the heads' embeddings. It is not normalized, and its distance is Euclidean.
-    Methods differ in their heads and in `train_stages`.
+    Without max heads, this is the ResNet + global average pooling that the paper compares PMM with. The paper does not
+    say what follows the pooling; here it is PMM's stage I, so that the additional stages are the only difference.
     """
 
     bottleneck: nn.Module
-    average_heads: list[Head]
-    """Heads on the average-pooled map of the backbone, in the order of the embedding."""
-    max_heads: list[Head]
-    """Heads on the max-pooled map of `bottleneck`; they follow the average heads in the embedding."""
+    average_heads: list[Head]  # on the average-pooled map of the backbone; first in the embedding
+    max_heads: list[Head]  # on the max-pooled map of `bottleneck`
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, num_classes: int, backbone: str = "resnet50", **sizes: int) -> None:
+        """Build stage I, and a bottleneck with one head for each name and size in `sizes`, if there are any."""
         super().__init__()
         self.backbone = Backbone(backbone)
-        self.max_heads = []
-
-    @abstractmethod
-    def train_stages(
-        self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
-    ) -> tuple[StageOutput, ...]:
-        """Outputs of all stages in training mode, from the backbone's map (N, C, H, W); other arguments: `forward`."""
+        channels = self.backbone.channels
+        if sizes:
+            self.bottleneck = Bottleneck(channels, channels // 4)
+        self.stage1 = Head(channels, num_classes, "fan_in")
+        self.average_heads, self.max_heads = [self.stage1], []
+        for name, size in sizes.items():
+            self.max_heads.append(Head(channels, num_classes, "fan_out", size))
+            self.add_module(name, self.max_heads[-1])
 
     def forward(
         self, images: Tensor, pids: Tensor | None = None, negatives: Negatives = None, generator: Generator = None
@@ -118,6 +109,19 @@ class ReidNetwork(nn.Module, ABC):
         if pids is None:
             raise PmmError("training mode needs the identities of the images", "Pass pids, or call model.eval()")
         return self.train_stages(features, pids, negatives, generator)
+
+    def train_stages(
+        self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
+    ) -> tuple[StageOutput, ...]:
+        """Outputs of all stages in training mode, from the backbone's map (N, C, H, W); other arguments: `forward`."""
+        maps = self.max_maps(self.bottleneck(features), generator) if self.max_heads else []
+        pooled = average_pool(features), *map(max_pool, maps)
+        heads = (*self.average_heads, *self.max_heads)
+        return tuple(StageOutput(*head(vector)) for head, vector in zip(heads, pooled, strict=True))
+
+    def max_maps(self, features: Tensor, generator: Generator) -> list[Tensor]:
+        """What each of `max_heads` pools in training, made from the bottleneck's map (N, C, H, W)."""
+        return [features for _ in self.max_heads]
 
     def embed(self, features: Tensor) -> Tensor:
         """Map of the backbone (N, C, H, W) -> embeddings (N, D) float32."""
@@ -147,6 +151,9 @@ class PMM(ReidNetwork):
     any other `mix` leaves the map unchanged. `mix_blocks` is K, `block_size` the (height, width) of a block on the map.
     """
 
+    stage2: Head
+    stage3: Head
+
     def __init__(
         self,
         num_classes: int,
@@ -155,46 +162,36 @@ class PMM(ReidNetwork):
         block_size: tuple[int, int] = (3, 2),
         mix: str = "a-hard-mix",
     ) -> None:
-        super().__init__(backbone)
-        channels = self.backbone.channels
-        self.bottleneck = Bottleneck(channels, channels // 4)
-        self.stage1 = Head(channels, num_classes, init_mode="fan_in")
-        self.stage2 = Head(channels, num_classes, init_mode="fan_out")
-        self.stage3 = Head(channels, num_classes, init_mode="fan_out")
-        self.average_heads, self.max_heads = [self.stage1], [self.stage2, self.stage3]
+        super().__init__(num_classes, backbone, stage2=STAGE_SIZE, stage3=STAGE_SIZE)
         self.mix_blocks, self.block_size, self.mix = mix_blocks, block_size, mix
 
     def train_stages(
         self, features: Tensor, pids: Tensor, negatives: Negatives, generator: Generator
-    ) -> tuple[StageOutput, StageOutput, StageOutput]:
-        unmixed = self.bottleneck(features)
+    ) -> tuple[StageOutput, ...]:
         if self.mix != "a-hard-mix":
-            maps = [unmixed, unmixed]
-            if self.mix == "dropblock":
-                drops = [random_blocks(unmixed, self.block_size, self.mix_blocks, generator) for _ in maps]
-                maps = [unmixed.masked_fill(drop, 0.0) for drop in drops]
-            return (
-                StageOutput(*self.stage1(average_pool(features))),
-                StageOutput(*self.stage2(max_pool(maps[0]))),
-                StageOutput(*self.stage3(max_pool(maps[1]))),
-            )
+            return super().train_stages(features, pids, negatives, generator)
+        unmixed = self.bottleneck(features)
         first, second = negatives or (draw_negatives(pids, generator), draw_negatives(pids, generator))
 
         pooled = average_pool(features)
         embedding, logits = self.stage1(pooled)
         cam = grad_cam(features, pooled, logits, pids)
         stage1 = StageOutput(embedding, logits, cam, first)
-
         mixed = mix(unmixed, first, top_blocks(cam, self.block_size, self.mix_blocks))
         pooled = max_pool(mixed)
         embedding, logits = self.stage2(pooled)
         cam = grad_cam(mixed, pooled, logits, pids)
         stage2 = StageOutput(embedding, logits, cam, second)
-
         # Stage III starts from the unmixed map again: K of its blocks are replaced, not 2 K.
         mixed = mix(unmixed, second, top_blocks(cam, self.block_size, self.mix_blocks))
         stage3 = StageOutput(*self.stage3(max_pool(mixed)))
         return stage1, stage2, stage3
+
+    def max_maps(self, features: Tensor, generator: Generator) -> list[Tensor]:
+        if self.mix != "dropblock":
+            return super().max_maps(features, generator)
+        drops = [random_blocks(features, self.block_size, self.mix_blocks, generator) for _ in self.max_heads]
+        return [features.masked_fill(drop, 0.0) for drop in drops]
 
     def attention(self, images: Tensor, pids: Tensor) -> Tensor:
         """Grad-CAM of stage I, (N, h, w) detached, on unmixed images (N, 3, H, W) of classes (N,), for A-CutMix.
@@ -210,3 +207,27 @@ class PMM(ReidNetwork):
             cam = grad_cam(features, pooled, self.stage1(pooled)[1], pids)
         self.train(was_training)
         return cam
+
+
+class BDB(ReidNetwork):
+    """Batch DropBlock network (Dai et al., ICCV 2019): a global branch of size 512 and a part branch of size 1024.
+
+    The part branch reads the bottleneck's map without one full-width stripe, the same for the whole batch. PMM splits
+    this branch into its stages II and III, so both networks have the same layers except for one classifier's bias.
+    """
+
+    def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
+        super().__init__(num_classes, backbone, part=2 * STAGE_SIZE)
+
+    def max_maps(self, features: Tensor, generator: Generator) -> list[Tensor]:
+        return [drop_stripe(features, generator)]
+
+
+def drop_stripe(features: Tensor, generator: Generator = None) -> Tensor:
+    """Set one full-width stripe of a third of the height of (N, C, H, W) to 0, at one random position for all."""
+    height = features.shape[2]
+    stripe = round(height / 3)
+    start = torch.rand(1, device=features.device, generator=generator) * (height - stripe + 1)
+    row = torch.arange(height, device=features.device)
+    inside = (row >= start.floor()) & (row < start.floor() + stripe)
+    return features.masked_fill(inside[None, None, :, None], 0.0)

@@ -4,14 +4,12 @@
 The command line builds its flags from `TrainConfig`, so importing this module does not import torch.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -39,11 +37,7 @@ class TrainConfig:
 
     preset: str = "market1501"
     method: Method = _setting("pmm", METHOD, "Network: pmm, or bdb and baseline, which the paper compares it with.")
-    mix: Mix = _setting(
-        "a-hard-mix",
-        METHOD,
-        "What stages II and III of PMM are trained on: a-hard-mix, dropblock, cutout, cutmix, a-cutmix or none.",
-    )
+    mix: Mix = _setting("a-hard-mix", METHOD, "What stages II and III of PMM are trained on.")
     mix_blocks: int = _setting(3, METHOD, "Number of blocks of the feature map that mixing replaces (K).", 1)
     mix_block_size: str = _setting("3x2", METHOD, "Height and width of a block on the feature map, such as 3x2.")
     backbone: str = _setting("resnet50", METHOD, "resnet10, resnet18, resnet34, resnet50 or resnet101.")
@@ -53,74 +47,44 @@ class TrainConfig:
     width: int = _setting(128, METHOD, "Input width in pixels.", 1)
     epochs: int = _setting(400, TRAINING, "Number of epochs; the learning rate schedule is scaled to it.", 1)
     lr: float = _setting(1e-3, TRAINING, "Peak learning rate.", 0)
-    schedule: Schedule = _setting(
-        "paper", TRAINING, "Learning rate schedule: paper (steps), or cosine (linear warm-up, cosine decay to 0)."
-    )
+    schedule: Schedule = _setting("paper", TRAINING, "Learning rate: paper (steps), or cosine (warm-up, decay to 0).")
     batch: int = _setting(64, TRAINING, "Images per optimizer step, over all processes.", 1)
     images_per_identity: int = _setting(4, TRAINING, "Images of each identity in a batch.", 2)
-    accumulate: int = _setting(
-        1, TRAINING, "Gradient accumulation steps. Triplet loss and batch norm see one micro-batch at a time.", 1
-    )
+    accumulate: int = _setting(1, TRAINING, "Gradient accumulation steps; losses and batch norm see a micro-batch.", 1)
     erase_size: int = _setting(64, TRAINING, "Side in pixels of the randomly erased square; 0 disables erasing.", 0)
     weight_decay: float = _setting(5e-4, TRAINING, "Adam weight decay (coupled).", 0)
     clip_norm: float = _setting(0.0, TRAINING, "Maximum gradient norm; 0 disables clipping.", 0)
-    ema: float = _setting(
-        0.0,
-        TRAINING,
-        "Decay of an exponential moving average of the weights, such as 0.999. The average is evaluated and saved as"
-        " best.pt. 0 disables it.",
-        0,
-    )
+    ema: float = _setting(0.0, TRAINING, "Decay of an average of the weights, which best.pt holds; 0 disables it.", 0)
     patience: int = _setting(0, TRAINING, "Stop after this many evaluations without a better mAP; 0 never stops.", 0)
     seed: int = _setting(0, TRAINING, "Random seed of weights, batches, augmentation and mixing.", 0)
     deterministic: bool = _setting(False, MACHINE, "Use deterministic algorithms only, also on a GPU (slower).")
     evaluate_every: int = _setting(20, TRAINING, "Epochs between evaluations; the last epoch is always evaluated.", 1)
-    keep: int = _setting(1, MACHINE, "Number of epoch checkpoints to keep; last.pt is the newest.", 1)
     max_bad_images: int = _setting(10, MACHINE, "Maximum number of unreadable training images to skip.", 0)
-    cache_gib: float = _setting(
-        8.0, MACHINE, "Memory for decoded images in GiB, over all processes of a machine; the rest is decoded again.", 0
-    )
+    cache_gib: float = _setting(8.0, MACHINE, "GiB of decoded images to cache, over all processes of a machine.", 0)
     device: str = _setting("auto", MACHINE, "auto, cpu, cuda, or the number of a GPU.")
-    precision: AutocastType = _setting(
-        "auto", MACHINE, "Autocast type: fp32, bf16 or fp16. auto is bf16 if the hardware computes in it, else fp32."
-    )
+    precision: AutocastType = _setting("auto", MACHINE, "Autocast type; auto is bf16 if the hardware computes in it.")
     compile: bool = _setting(False, MACHINE, "Compile the backbone with torch.compile: slow start, faster on a GPU.")
     sync_batch_norm: bool = _setting(False, MACHINE, "Synchronize batch norm over all GPUs of torchrun.")
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            value, least = getattr(self, setting.name), setting.metadata.get("least")
-            if least is not None:
-                _require(least <= value < 2**63, f"{setting.name} is {value}", f"The smallest value is {least}")
-            elif choices := get_args(_KINDS[setting.name]):
-                remedy = f"{did_you_mean(value, choices)}Choose {', '.join(choices)}"
-                _require(value in choices, f"{setting.name} is '{value}'", remedy)
-        size = re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size)
-        _require(size is not None, f"mix_block_size is '{self.mix_block_size}'", "Write HEIGHTxWIDTH, such as 3x2")
-        unit = self.images_per_identity * self.accumulate
-        _require(
-            self.batch % unit == 0 and self.batch >= 2 * unit,
-            f"a batch of {self.batch} cannot be split into {self.accumulate} micro-batches of two or more identities"
-            f" with {self.images_per_identity} images each",
-            f"Choose a multiple of {unit}, {2 * unit} or more",
-        )
-        _require(
-            self.erase_size <= min(self.height, self.width),
-            f"erase_size is {self.erase_size}",
-            f"The square must fit into {self.height}x{self.width}",
-        )
-        _require(
-            self.mix != "cutout" or self.erase_size > 0,
-            "mix is 'cutout' and erase_size is 0",
-            "CutOut erases a square of every image: set --erase-size, or choose --mix none",
-        )
-        _require(self.lr > 0, f"lr is {self.lr}", "Choose a positive learning rate, such as 1e-3")
-        _require(self.ema < 1, f"ema is {self.ema}", "Choose a decay below 1, such as 0.999")
-        _require(
-            self.mix == "a-hard-mix" or self.method == "pmm",
-            f"mix is '{self.mix}' and method is '{self.method}'",
-            "Only PMM has stages to mix for: leave --mix out, or choose --method pmm",
-        )
+            name, value, least = setting.name, getattr(self, setting.name), setting.metadata.get("least")
+            if least is not None and not least <= value < 2**63:
+                raise PmmError(f"{name} is {value}", f"The smallest value is {least}")
+            if (choices := get_args(setting.type)) and value not in choices:
+                raise PmmError(f"{name} is '{value}'", f"{did_you_mean(value, choices)}Choose {', '.join(choices)}")
+        batch, unit = self.batch, self.images_per_identity * self.accumulate
+        for name, wrong, remedy in (
+            ("mix_block_size", not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size), "Write for example 3x2"),
+            ("batch", batch % unit or batch < 2 * unit, f"Choose a multiple of {unit}, {2 * unit} or more"),
+            ("erase_size", self.erase_size > min(self.height, self.width), f"Fit it into {self.height}x{self.width}"),
+            ("erase_size", self.mix == "cutout" and not self.erase_size, "Set --erase-size, or choose --mix none"),
+            ("lr", self.lr == 0, "Choose a positive learning rate, such as 1e-3"),
+            ("ema", self.ema >= 1, "Choose a decay below 1, such as 0.999"),
+            ("mix", self.mix != "a-hard-mix" and self.method != "pmm", "Leave --mix out, or choose --method pmm"),
+        ):
+            if wrong:
+                raise PmmError(f"{name} is {getattr(self, name)!r}", remedy)
 
     @property
     def block_size(self) -> tuple[int, int]:
@@ -132,14 +96,6 @@ class TrainConfig:
         import tomli_w
 
         return tomli_w.dumps(asdict(self))
-
-
-_KINDS = get_type_hints(TrainConfig)
-
-
-def _require(holds: bool, problem: str, remedy: str) -> None:
-    if not holds:
-        raise PmmError(problem, remedy)
 
 
 _PAPER = TrainConfig()
@@ -185,40 +141,31 @@ def choose_config(
     """
     if preset is not None and config is not None:
         raise PmmError("a preset and a configuration are both given", "The configuration can name its preset; give one")
+    values: Mapping[str, Any] = {}
     if isinstance(config, Path):
         try:
-            text = config.read_text(encoding="utf-8")
+            values = decode_toml(dict[str, Any], config.read_text(encoding="utf-8"), str(config))
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise PmmError(
-                f"cannot read {config}: {reason}", "Name a TOML file, such as config.toml of a run"
-            ) from error
-        values = decode_toml(dict[str, Any], text, str(config))
-        config = _override(_preset(str(values.get("preset", DEFAULT_PRESET))), values)
-    return _override(config or _preset(preset or DEFAULT_PRESET), settings or {})
-
-
-def read_run_config(folder: Path) -> TrainConfig:
-    """Read the settings of a run folder. Raises ModelError if it is not one, or has no settings yet."""
-    if never_began(folder):
-        raise ModelError(f"the run {folder} never started", f"Train into it: pmm train --out {folder}")
-    if about_run(folder) is None or not (folder / CONFIG).exists():
-        raise ModelError(f"{folder} is not a run folder", "Name a folder of pmm train, such as runs/<time>-quick")
-    return choose_config(config=folder / CONFIG)
+            raise PmmError(f"cannot read {config}: {error}", "Name a TOML file, as config.toml of a run") from error
+        preset, config = str(values.get("preset", DEFAULT_PRESET)), None
+    if config is None and (preset := preset or DEFAULT_PRESET) not in PRESETS:
+        raise PmmError(f"unknown preset '{preset}'", f"{did_you_mean(preset, PRESETS)}Choose {', '.join(PRESETS)}")
+    return _override(_override(config or PRESETS[str(preset)], values), settings or {})
 
 
 def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    kinds = {setting.name: setting.type for setting in fields(base)}
     checked: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in _KINDS:
-            raise PmmError(f"unknown setting '{name}'", f"{did_you_mean(name, _KINDS)}Settings: {', '.join(_KINDS)}")
-        kind = str if get_origin(_KINDS[name]) is Literal else _KINDS[name]
+        if name not in kinds:
+            raise PmmError(f"unknown setting '{name}'", f"{did_you_mean(name, kinds)}Settings: {', '.join(kinds)}")
+        kind = str if get_origin(kinds[name]) is Literal else kinds[name]
         if name == "device" and type(value) is int:
             value = str(value)
         try:
             checked[name] = msgspec.convert(value, kind)  # strict, except that an integer is accepted for a float
         except msgspec.ValidationError as error:
-            raise PmmError(f"{name} is {value!r}", f"It must be of type {kind.__name__}") from error
+            raise PmmError(f"{name} is {value!r}", str(error)) from error
     config = replace(base, **checked)
     geometry = ("height", "width", "block_size")
     if "mix_blocks" in values or all(getattr(config, name) == getattr(base, name) for name in geometry):
@@ -232,7 +179,10 @@ def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     return replace(config, mix_blocks=scaled_mix_blocks(base.mix_blocks, blocks, base_blocks))
 
 
-def _preset(name: str) -> TrainConfig:
-    if name not in PRESETS:
-        raise PmmError(f"unknown preset '{name}'", f"{did_you_mean(name, PRESETS)}Choose {', '.join(PRESETS)}")
-    return PRESETS[name]
+def read_run_config(folder: Path) -> TrainConfig:
+    """Read the settings of a run folder. Raises ModelError if it is not one, or has no settings yet."""
+    if never_began(folder):
+        raise ModelError(f"the run {folder} never started", f"Train into it: pmm train --out {folder}")
+    if about_run(folder) is None or not (folder / CONFIG).exists():
+        raise ModelError(f"{folder} is not a run folder", "Name a folder of pmm train, such as runs/<time>-quick")
+    return choose_config(config=folder / CONFIG)

@@ -1,38 +1,139 @@
-"""Device and precision of a training, and plain messages for what torch reports about them."""
+"""Device and processes of a training, and one-line errors for what torch reports about them."""
 
-from __future__ import annotations
-
+import gc
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in the stubs
 
 from pmm_edge.errors import PmmError
 from pmm_edge.runtime.torch_backend import is_out_of_memory, torch_device
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.distributed import World
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Find a device; `auto` is the GPU of this process or the CPU. Raises PmmError if there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch_device(local_rank if name == "cuda" else name)
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, seen from one of them; a single one by default."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # rank on this machine, and the number of the GPU that this process uses
+    local_size: int = 1  # processes on this machine, which share its memory and cores
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process evaluates, writes files and reports."""
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set in any process."""
+        if self.size == 1:
+            return list(flags)
+        maximum = torch.tensor([int(flag) for flag in flags])  # on the CPU, so that nothing waits for a GPU
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in maximum]
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Concatenate the lists of all processes in the order of their ranks."""
+        if self.size == 1:
+            return values
+        of_each: list[Any] = [None] * self.size
+        dist.all_gather_object(of_each, values)
+        return [value for of_one in of_each for value in of_one]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def _from_environment() -> World:
+    found = os.environ
+    if found.get("WORLD_SIZE") in (None, "", "1"):
+        return World()
+    try:
+        size, rank, local_rank, _ = (int(found[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
+        return World(rank, size, local_rank, int(found.get("LOCAL_WORLD_SIZE", size)))
+    except (KeyError, ValueError) as error:
+        raise PmmError(
+            "WORLD_SIZE, RANK, LOCAL_RANK and MASTER_PORT are not all set to numbers, as torchrun does",
+            "Start several processes with torchrun, or unset WORLD_SIZE",
+        ) from error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Join the processes that `torchrun` started with this one; without `torchrun`, a world of one.
+
+    Raises PmmError if the processes would share a GPU, or if another one has stopped or cannot be joined.
+    """
+    world = _from_environment()
+    if world.size == 1:
+        yield world
+        return
+    gpus, on_gpus = torch.cuda.device_count(), device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if device not in ("auto", "cpu", "cuda") or (on_gpus and world.local_rank >= gpus):
+        raise PmmError(
+            f"{world.local_size} processes on this machine need as many GPUs; device is {device}, torch finds {gpus}",
+            "Use --device cuda and --nproc-per-node with the number of GPUs, or train with --device cpu",
+        )
+    if on_gpus:
+        torch.cuda.set_device(world.local_rank)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    except (RuntimeError, ValueError) as error:
+        reason, address = str(error).partition("\n")[0].rstrip("."), os.environ.get("MASTER_ADDR")
+        raise PmmError(
+            f"cannot join {world.size} processes at {address}:{os.environ['MASTER_PORT']}: {reason}",
+            "Start them with torchrun --standalone, which finds a free port; if one has stopped, its error says why",
+        ) from error
+    try:
+        yield world
+    except RuntimeError as error:
+        # Gloo's errors have no type of their own.
+        if not isinstance(error, dist.DistError) and not re.search(r"Connection (closed|reset) by peer", str(error)):
+            raise
+        raise PmmError(
+            "another process of this training has stopped",
+            "Its own error says why; --resume continues the run from its last checkpoint",
+        ) from error
+    finally:
+        dist.destroy_process_group()
+        gc.collect()  # the group's threads end with it; one that released a tensor at exit would abort the process
+
+
+def first_to_report(text: str) -> bool:
+    """Whether no other process of `torchrun` has reported this error yet; True if that cannot be determined.
+
+    A process that stops makes the others stop too, so an error that all meet is printed by the first one only.
+    """
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"pmm-edge/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{text}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 def choose_machine(config: TrainConfig, world: World) -> tuple[torch.device, torch.dtype]:
-    """The device and autocast type of this process. `auto` precision is bfloat16 if the hardware computes in it.
+    """The device and autocast type of this process; `auto` is its GPU or the CPU, and bfloat16 if it computes in it.
 
     Raises PmmError if there is no such device, or it cannot do what the configuration requires.
     """
-    device = choose_device(config.device, world.local_rank)
-    if config.sync_batch_norm and world.size > 1 and device.type == "cpu":
-        raise PmmError(
-            "batch norm cannot be synchronized on the CPU: torch supports it on GPUs only",
-            "Choose --no-sync-batch-norm, or train on GPUs",
-        )
-    if config.precision == "fp16" and device.type == "cpu":  # computed in software: seconds instead of milliseconds
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device(world.local_rank if name == "cuda" else name)
+    if device.type == "cpu" and config.sync_batch_norm and world.size > 1:
+        raise PmmError("torch synchronizes batch norm on GPUs only", "Choose --no-sync-batch-norm, or train on GPUs")
+    if device.type == "cpu" and config.precision == "fp16":  # computed in software: seconds instead of milliseconds
         raise PmmError("precision fp16 trains on a GPU only", "Choose --precision bf16 or fp32 on a CPU")
     if config.precision != "auto":
         return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
@@ -44,32 +145,18 @@ def choose_machine(config: TrainConfig, world: World) -> tuple[torch.device, tor
 
 
 @contextmanager
-def deterministic(enabled: bool) -> Iterator[None]:
-    """Use deterministic algorithms only; an operation that has none raises."""
-    if not enabled:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
 def torch_errors_explained(device: torch.device, config: TrainConfig, world: World) -> Iterator[None]:
     """Raise PmmError with a remedy in place of torch's errors for too little memory and a failed compilation."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            owner = "this machine" if device.type == "cpu" else str(device)
-            raise PmmError(
-                f"training with a batch of {config.batch} does not fit into the memory of {owner}",
-                memory_remedy(config, world),
-            ) from error
+            unit = config.images_per_identity * config.accumulate * world.size
+            half = config.batch // 2 // unit * unit
+            smaller = f"Try --batch {half}, or --accumulate {2 * config.accumulate}"
+            remedy = smaller if half >= 2 * unit else "Choose a smaller backbone or input, or --precision bf16"
+            problem = f"training with a batch of {config.batch} does not fit into the memory of {device}"
+            raise PmmError(problem, remedy) from error
         from torch._dynamo.exc import BackendCompilerFailed
 
         if not isinstance(error, BackendCompilerFailed):
@@ -78,12 +165,3 @@ def torch_errors_explained(device: torch.device, config: TrainConfig, world: Wor
             f"--compile failed: {str(error).strip().splitlines()[0]}",
             "Leave --compile out; it needs a C and C++ compiler (such as the Debian package g++)",
         ) from error
-
-
-def memory_remedy(config: TrainConfig, world: World) -> str:
-    """What to try after running out of memory: half of the batch, if it can still be split."""
-    unit = config.images_per_identity * config.accumulate * world.size
-    half = config.batch // 2 // unit * unit
-    if half < 2 * unit:
-        return "Choose a smaller backbone or input, or --precision bf16"
-    return f"Try --batch {half}, or --accumulate {2 * config.accumulate}"

@@ -1,7 +1,5 @@
 """What a run records: running means of an epoch, and the log, metrics and TensorBoard files of its folder."""
 
-from __future__ import annotations
-
 import json
 import time
 from contextlib import suppress
@@ -24,7 +22,7 @@ class Meter:
         self._sums, self._bad_step = torch.zeros(0), torch.tensor(-1)
         self._names: list[str] = []
         self._steps = self._images = 0
-        self._waited = 0.0
+        self.waited = 0.0  # seconds that steps waited for their data
         self._start = self._read = time.perf_counter()
 
     def add(self, loss: Tensor, parts: dict[str, Tensor], step: int, images: int) -> None:
@@ -40,12 +38,8 @@ class Meter:
         self._steps += 1
         self._images += images
 
-    def waited(self, seconds: float) -> None:
-        """Add time that a step waited for its data."""
-        self._waited += seconds
-
     def due(self) -> bool:
-        """Whether the last means were read more than `REPORT_SECONDS` ago."""
+        """Whether the means were last read more than `REPORT_SECONDS` ago."""
         return time.perf_counter() - self._read > REPORT_SECONDS
 
     def bad_step(self) -> int | None:
@@ -53,25 +47,11 @@ class Meter:
         return None if self._bad_step < 0 else int(self._bad_step)
 
     def means(self) -> dict[str, float]:
-        """Mean loss and parts; empty before the first step."""
+        """Mean loss and parts, images per second, and the fraction of the time that steps waited for their data."""
+        losses = dict(zip(self._names, (self._sums / self._steps).tolist(), strict=True))
         self._read = time.perf_counter()
-        return dict(zip(self._names, (self._sums / self._steps).tolist(), strict=True)) if self._steps else {}
-
-    def images_per_second(self) -> float:
-        return self._images / (time.perf_counter() - self._start)
-
-    def data_wait(self) -> float:
-        """Fraction of the time that steps waited for their data."""
-        return self._waited / (time.perf_counter() - self._start)
-
-    def text(self) -> str:
-        """One line for a progress bar."""
-        means = self.means()
-        stages = range(1, len(means) // 2 + 1)
-        triplets = "/".join(f"{means[f'triplet_{stage}']:.2f}" for stage in stages)
-        identities = "/".join(f"{means[f'identity_{stage}']:.2f}" for stage in stages)
-        speed = f"{self.images_per_second():.0f} images/s"
-        return f"loss {means['loss']:.2f} (triplet {triplets}, id {identities}) · {speed}"
+        seconds = self._read - self._start
+        return {**losses, "images_per_second": self._images / seconds, "data_wait": self.waited / seconds}
 
 
 class Journal:
@@ -82,23 +62,27 @@ class Journal:
     write files.
     """
 
-    def __init__(self, folder: Path, epoch: int = 0, evaluated: int | None = None, active: bool = True) -> None:
+    def __init__(self, folder: Path, epoch: int, evaluated: int | None, active: bool) -> None:
         self._folder, self._active = folder, active
-        self._board: SummaryWriter | None = None
-        if active:
-            self._remove_after({"train": epoch, "evaluate": -1 if evaluated is None else evaluated})
-            self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=0 if evaluated is None else epoch + 1)
+        if not active:
+            return
+        path, last, kept = folder / METRICS, {"train": epoch, "evaluate": -1 if evaluated is None else evaluated}, ""
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with suppress(ValueError):  # a killed run may leave an incomplete line
+                values = json.loads(line)
+                kept += line + "\n" if values["epoch"] <= last[values["kind"]] else ""
+        with written_whole(path) as temporary:
+            temporary.write_text(kept, encoding="utf-8")
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=0 if evaluated is None else epoch + 1)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is not None:
-                self.write(f"stopped by {type(error).__name__}: {error}")
-        finally:
-            if self._board:
-                self._board.close()
+        if error is not None:
+            self.write(f"stopped by {type(error).__name__}: {error}")
+        if self._active:
+            self._board.close()
 
     def write(self, text: str) -> None:
         """Add a line to log.txt."""
@@ -107,23 +91,11 @@ class Journal:
     def record(self, kind: str, epoch: int, values: dict[str, float]) -> None:
         """Record the figures of an epoch in all files; `kind` is `train` or `evaluate`."""
         self._append(METRICS, json.dumps({"kind": kind, "epoch": epoch, **values}))
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, epoch)
+        for name, value in values.items() if self._active else ():
+            self._board.add_scalar(f"{kind}/{name}", value, epoch)
         self.write(f"epoch {epoch} {kind}: " + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
     def _append(self, name: str, line: str) -> None:
         if self._active:
             with (self._folder / name).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-
-    def _remove_after(self, last: dict[str, int]) -> None:
-        """Keep the lines of each kind up to its last epoch."""
-        path, kept = self._folder / METRICS, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with suppress(ValueError):  # a killed run may leave an incomplete line
-                values = json.loads(line)
-                if values["epoch"] <= last[values["kind"]]:
-                    kept.append(line + "\n")
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,16 +1,16 @@
-"""One training step: the shards of its batch, the learning rate, augmentation, forward, backward, update."""
-
-from __future__ import annotations
+"""One training step: the shards of its batch, the learning rate, augmentation, forward, losses, backward, update."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,15 +22,15 @@ from pmm_edge.data.loader import Crops, Replacements, identity_batches
 from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
-from pmm_edge.model.mixing import attentive_cutmix, cutmix
+from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.device import World
 from pmm_edge.trainer.logging import Meter
-from pmm_edge.trainer.losses import pmm_loss
 
+Indices = NDArray[np.int64]
 PAPER_EPOCHS = 400
-WARM_UP = 0.15
-"""Fraction of a training over which the cosine schedule warms up."""
+LABEL_SMOOTHING = 0.1
+WARM_UP = 0.15  # fraction of a training over which the cosine schedule warms up
 
 
 def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
@@ -54,17 +54,14 @@ def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
 
 
 class Shard(NamedTuple):
-    """The part of a batch that passes through the network at once, on the training device.
+    """The part of a batch that passes through the network at once, on the training device."""
 
-    `crops` are (N, H, W, 3) uint8 RGB, `pids` (N,) int64 class indices; `seed` is that of augmentation and mixing.
-    """
-
-    crops: Tensor
-    pids: Tensor
-    seed: int
+    crops: Tensor  # (N, H, W, 3) uint8 RGB
+    pids: Tensor  # (N,) int64 class indices
+    seed: int  # of augmentation and mixing
 
 
-def class_indices(train: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def class_indices(train: Split) -> tuple[Indices, Indices]:
     """Indices of the training images that show a person, and their identities numbered from 0."""
     used = np.flatnonzero(train.pids > DISTRACTOR_PID)
     return used, np.unique(train.pids[used], return_inverse=True)[1].astype(np.int64)
@@ -80,28 +77,23 @@ class Feed:
     """
 
     def __init__(self, train: Split, config: TrainConfig, world: World, device: torch.device) -> None:
+        used, self.classes = class_indices(train)
+        self.num_classes, self.paths = train.identities, [train.paths[index] for index in used]
         self.count = world.size * config.accumulate
         unit = self.count * config.images_per_identity
-        if config.batch % unit or config.batch < 2 * unit:
+        if config.batch % unit or config.batch < 2 * unit or self.num_classes < 2 * self.count:
             raise PmmError(
-                f"a batch of {config.batch} cannot be split among {world.size} processes with {config.accumulate}"
-                f" micro-batches of two or more identities each",
-                f"Choose a --batch that is a multiple of {unit}, {2 * unit} or more",
+                f"a batch of {config.batch} images of {self.num_classes} identities cannot be split into {self.count}"
+                " micro-batches of two or more identities",
+                f"Choose a --batch that is a multiple of {unit}, {2 * unit} or more, or split it less",
             )
-        if train.identities < 2 * self.count:
-            raise PmmError(
-                f"{train.identities} identities are too few for {self.count} micro-batches of two or more",
-                "Use fewer processes or a smaller --accumulate",
-            )
-        used, self.classes = class_indices(train)
-        self.paths = [train.paths[index] for index in used]
         self._config, self._device = config, device
         self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
         self.replacements = Replacements(self.paths, self.classes, config.max_bad_images)
         cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
         self.crops = Crops(self.paths, config.height, config.width, cache, self.replacements, workers)
 
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+    def batches(self, epoch: int) -> list[Indices]:
         """The batches of an epoch: indices into `paths`. The last one is cut to equal shards of whole identities."""
         config = self._config
         each, random = config.images_per_identity, np.random.default_rng([config.seed, epoch])
@@ -109,30 +101,20 @@ class Feed:
         unit = self.count * each
         return [batch[: len(batch) // unit * unit] for batch in batches if len(batch) >= 2 * unit]
 
-    def seeds(self, epoch: int, step: int) -> list[int]:
-        """The seeds of all shards of a step."""
-        sequences = (np.random.SeedSequence([self._config.seed, epoch, step, shard]) for shard in range(self.count))
-        return [int(sequence.generate_state(1, np.uint64)[0] >> 1) for sequence in sequences]
-
-    def shards(
-        self, batches: list[NDArray[np.int64]], epoch: int, first_step: int, meter: Meter
-    ) -> Iterator[list[Shard]]:
+    def shards(self, batches: list[Indices], epoch: int, first_step: int, meter: Meter) -> Iterator[list[Shard]]:
         """Yield the shards of this process for each step from `first_step`, decoded ahead; `meter` gets the waits."""
         parts = [np.split(batch, self.count)[number] for batch in batches[first_step:] for number in self._own]
-        ahead = self.crops.prefetched(parts, ahead=2 * len(self._own))
-        try:
+        with closing(self.crops.prefetched(parts, ahead=2 * len(self._own))) as ahead:
             for step in range(first_step, len(batches)):
                 start = time.perf_counter()
                 crops = [next(ahead) for _ in self._own]
-                meter.waited(time.perf_counter() - start)
+                meter.waited += time.perf_counter() - start
                 indices = parts[(step - first_step) * len(self._own) :]
-                seeds = [self.seeds(epoch, step)[number] for number in self._own]
-                yield [
-                    Shard(self._to_device(images), self._to_device(self.classes[own]), seed)
-                    for images, own, seed in zip(crops, indices, seeds, strict=False)
-                ]
-        finally:
-            ahead.close()
+                shards = []
+                for number, images, own in zip(self._own, crops, indices, strict=False):
+                    seed = np.random.SeedSequence([self._config.seed, epoch, step, number]).generate_state(1, np.uint64)
+                    shards.append(Shard(self._to_device(images), self._to_device(self.classes[own]), int(seed[0] >> 1)))
+                yield shards
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -141,21 +123,68 @@ class Feed:
         return tensor.to(self._device, non_blocking=True)
 
 
+def batch_hard_triplet_loss(embeddings: Tensor, pids: Tensor) -> Tensor:
+    """Mean over anchors of softplus(d_ap - d_an), with the farthest positive and the nearest negative.
+
+    Hermans et al., "In Defense of the Triplet Loss", 2017, equation 5 with the soft margin. d is the Euclidean distance
+    of the embeddings (N, D), in float32; `pids` are (N,).
+    """
+    embeddings = embeddings.float()
+    squares = embeddings.square().sum(dim=1)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        squared = squares[:, None] + squares[None, :] - 2 * embeddings @ embeddings.T
+    distances = squared.clamp_min(1e-12).sqrt()  # the lower bound keeps the gradient finite at 0
+    same = pids[:, None] == pids[None, :]
+    hardest_positive = distances.masked_fill(~same, 0.0).amax(dim=1)
+    hardest_negative = distances.masked_fill(same, torch.inf).amin(dim=1)
+    return F.softplus(hardest_positive - hardest_negative).mean()
+
+
+def identity_loss(logits: Tensor, pids: Tensor, mixed: MixedLabels | None = None) -> Tensor:
+    """Cross-entropy of (N, classes) with label smoothing 0.1; `pids` are (N,) int64 class indices.
+
+    With mixed labels, the loss of a sample is (1 - share) CE(own identity) + share CE(other identity) (CutMix, 2019).
+    """
+    entropy = partial(F.cross_entropy, logits.float(), label_smoothing=LABEL_SMOOTHING)
+    if mixed is None:
+        return entropy(pids)
+    return torch.lerp(entropy(pids, reduction="none"), entropy(mixed.other, reduction="none"), mixed.share).mean()
+
+
+def pmm_loss(
+    outputs: Sequence[StageOutput], pids: Tensor, mixed: MixedLabels | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the triplet loss and the identity loss over all stages (paper section 2.1).
+
+    `pids` are (N,) int64 class indices; `mixed` are the labels that CutMix or A-CutMix mixed in. The triplet loss has
+    no fractional labels: there an image counts as the identity that fills most of it.
+    Returns the loss, and its parts by name (`triplet_1`, `identity_1`, `triplet_2`, ...), detached.
+    """
+    parts: dict[str, Tensor] = {}
+    largest = pids if mixed is None else torch.where(mixed.share > 0.5, mixed.other, pids)
+    for number, stage in enumerate(outputs, start=1):
+        parts[f"triplet_{number}"] = batch_hard_triplet_loss(stage.embedding, largest)
+        parts[f"identity_{number}"] = identity_loss(stage.logits, pids, mixed)
+    return torch.stack(list(parts.values())).sum(), {name: part.detach() for name, part in parts.items()}
+
+
 @dataclass
 class Trainee:
-    """A network in training, with everything that changes with it.
-
-    `forward` is the network, wrapped in DistributedDataParallel if there are several processes; `average` the moving
-    average of its weights; `dtype` the autocast type.
-    """
+    """A network in training, with everything that changes with it."""
 
     network: ReidNetwork
-    forward: Callable[..., tuple[StageOutput, ...]]
+    forward: Callable[..., tuple[StageOutput, ...]]  # wrapped in DistributedDataParallel in several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: AveragedModel | None
+    average: AveragedModel | None  # moving average of the weights
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # autocast type
+
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """What changes besides the weights, by its name in checkpoints."""
+        average = {"average": self.average} if self.average else {}
+        return {"optimizer": self.optimizer, "scaler": self.scaler, **average}
 
     @property
     def evaluated(self) -> nn.Module:
@@ -164,23 +193,18 @@ class Trainee:
 
 
 def prepare(
-    network: ReidNetwork, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World | None = None
+    network: ReidNetwork, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World = World()
 ) -> Trainee:
     """Move a network to its device, in channels-last memory, and create its optimizer (Adam, coupled weight decay)."""
-    world = world or World()
     if config.sync_batch_norm and world.size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device).to(memory_format=torch.channels_last).train()
     if config.compile:
-        # Only the backbone, which takes the time: a compiler cannot follow Grad-CAM, which asks autograd for a gradient
-        # in the middle of the forward pass.
-        network.backbone.compile()
-    forward: nn.Module = network
-    if world.size > 1:
-        forward = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    average = None
-    if config.ema:
-        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        network.backbone.compile()  # no compiler can follow Grad-CAM, which asks autograd for a gradient in the middle
+    device_ids = [device] if device.type == "cuda" else None
+    forward = DistributedDataParallel(network, device_ids) if world.size > 1 else network
+    update = get_ema_multi_avg_fn(config.ema)
+    average = AveragedModel(network, multi_avg_fn=update, use_buffers=True) if config.ema else None
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Trainee(network, forward, optimizer, scaler, average, device, dtype)

@@ -4,9 +4,8 @@
 loop over epochs, evaluations and checkpoints; the functions after it are its parts.
 """
 
-from __future__ import annotations
-
 import math
+import os
 import signal
 import threading
 import time
@@ -21,7 +20,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import pmm_edge
 from pmm_edge.console import Report, silent
@@ -37,22 +35,16 @@ from pmm_edge.model.backbone import zero_init_residuals
 from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
 from pmm_edge.retrieval import evaluate
 from pmm_edge.runs import ABOUT, BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
-from pmm_edge.spec import RetrievalFigures
+from pmm_edge.spec import ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
-from pmm_edge.trainer.device import choose_machine, deterministic, torch_errors_explained
-from pmm_edge.trainer.distributed import World, joined
+from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
 from pmm_edge.trainer.logging import METRICS, Journal, Meter
-from pmm_edge.trainer.state import Position, fingerprint, load_state, model_spec, restore_state, run_lock, save_state
+from pmm_edge.trainer.state import Position, load_state, model_spec, restore_state, run_lock, save_state
 from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, train_step
 
-BAD_BATCH = "bad_batch.pt"
 EVALUATION_BATCH = 64
-SAVE_SECONDS = 30
-"""Between two saves of last.pt without an evaluation: on a GPU, saving may take longer than an epoch."""
-SYNC_STEPS = 10
-"""Steps between two exchanges of stop requests and bad losses among GPU processes."""
-_WRITTEN = (ABOUT, CONFIG, METRICS, LAST, BEST, BAD_BATCH, "epoch-*.pt")
-"""Files of a run folder that only training writes."""
+SAVE_SECONDS = 30  # between two saves of last.pt without an evaluation: on a GPU, saving may take longer than an epoch
+SYNC_STEPS = 10  # between two exchanges of stop requests and bad losses among GPU processes
 
 
 @dataclass(frozen=True)
@@ -61,34 +53,36 @@ class TrainResult:
 
     folder: Path
     epochs_done: int
-    finished: bool
-    """False if it was interrupted and can be resumed."""
+    finished: bool  # False if it was interrupted and can be resumed
     best: RetrievalFigures | None
-    before: RetrievalFigures | None
-    """Figures before the first step."""
-    stop_requested: bool = False
-    """Whether Ctrl-C or SIGTERM came; a run that was about to end has finished nevertheless."""
+    before: RetrievalFigures | None  # figures before the first step
+    stop_requested: bool = False  # by Ctrl-C or SIGTERM; a run that was about to end has finished nevertheless
 
 
 @dataclass
 class Run:
-    """A training in progress. `data` is the fingerprint of the data set; `stop()` whether Ctrl-C or SIGTERM came."""
+    """A training in progress."""
 
     config: TrainConfig
     dataset: ReidDataset
+    fingerprint: str  # of the data set
     folder: Path
     world: World
-    trainee: Trainee
     feed: Feed
-    query: Crops
-    gallery: Crops
-    journal: Journal
+    crops: Crops  # query images, then gallery images
+    spec: ModelSpec
+    trainee: Trainee
     position: Position
-    data: str
-    stop: Callable[[], bool]
+    journal: Journal
+    stop: Callable[[], bool]  # whether Ctrl-C or SIGTERM came
     report: Report
-    saved: float = 0.0
-    """When last.pt was written."""
+    saved: float = 0.0  # when last.pt was written
+
+    def save(self) -> None:
+        """Write last.pt."""
+        self.saved = time.monotonic()
+        if self.world.leads:
+            save_state(self.folder, self.position, self.trainee, self.config, self.spec, self.fingerprint)
 
     def warn(self, text: str) -> None:
         if self.world.leads:
@@ -131,88 +125,74 @@ def train(
     resumed), OutputError (a folder that cannot be written or is in use) and CheckFailedError (the loss is not finite).
     """
     if resume is None:
-        chosen = choose_config(preset, config, settings)
-        data = Path(data) if data else cached_synthetic(report=report)
+        chosen, folder = choose_config(preset, config, settings), out
+        data, moved = data or cached_synthetic(report=report), ""
+    elif settings or any(given is not None for given in (preset, config, layout, out)):
+        raise PmmError("a run is resumed with its own settings", "Leave out all but the new place of a moved data set")
     else:
-        if settings or any(given is not None for given in (preset, config, layout, out)):
-            raise PmmError(
-                "a run is resumed with its own settings",
-                "Leave out the other settings; only the new place of a moved data set may be given",
-            )
-        chosen = read_run_config(resume)
-    with joined(chosen.device) as world, ExitStack() as lock:
+        chosen, folder, about = read_run_config(resume), resume, about_run(resume)
+        assert about  # or `read_run_config` had refused the folder
+        moved = "" if data else f"Put it back, or name its new place: pmm train NEWPLACE --resume {resume}"
+        data, layout = data or about.data, about.layout
+    with joined(chosen.device) as world, ExitStack() as stack:
         # Everything that can be refused is checked before a folder is created.
-        dataset = _open_dataset(data, layout, resume)
+        try:
+            dataset = scan(Path(data), layout)
+        except DataError as error:
+            raise DataError(error.problem, moved or error.remedy) from error
         device, dtype = choose_machine(chosen, world)
         feed = Feed(dataset.train, chosen, world, device)
-        if resume is None:
-            folder, checkpoint = out or new_run_path(chosen.preset), None
-            network = new_network(chosen, dataset.train.identities, world)
-            if world.leads:
-                lock.enter_context(run_lock(folder))
-                about = AboutRun(chosen.preset, str(dataset.root.resolve()), pmm_edge.__version__, layout)
-                new_run_folder(about, folder)
+        # Evaluation has the memory that the training images leave.
+        cache = int(chosen.cache_gib * 2**30) - world.local_size * feed.crops.cached_bytes if world.leads else 0
+        crops = Crops([*dataset.query.paths, *dataset.gallery.paths], chosen.height, chosen.width, cache)
+        fingerprint, root = dataset.fingerprint(), str(dataset.root.resolve())
+
+        checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
+        folder = world.gather([folder or new_run_path(chosen.preset)])[0]
+        if world.leads:
+            stack.enter_context(run_lock(folder))
+            if resume is None:
+                new_run_folder(AboutRun(chosen.preset, root, pmm_edge.__version__, layout), folder)
                 with written_whole(folder / CONFIG) as temporary:
                     temporary.write_text(chosen.to_toml(), encoding="utf-8")
                 for finding in untrained_images(dataset.train):
                     warnings.warn(finding.text, PmmWarning, stacklevel=2)
-            folder = world.gather([folder])[0]
-        else:
-            folder = resume
-            if world.leads:
-                lock.enter_context(run_lock(folder))
-            world.barrier()  # the other processes stop here if the first one is refused
-            checkpoint = load_state(folder, chosen, dataset)
-            network = checkpoint.network() if checkpoint else new_network(chosen, dataset.train.identities, world)
-            if checkpoint:  # a moved data set keeps the name that the run knows it by
-                dataset = replace(dataset, name=str(checkpoint.spec.dataset))
-            known, place = about_run(folder), str(dataset.root.resolve())
-            if world.leads and known and place != known.data:
-                write_about_run(folder, replace(known, data=place))  # for later commands
-        if world.leads:
-            remove_unfinished(folder, _WRITTEN)
-
+        world.barrier()  # the other processes stop here if the first one is refused
+        if resume:
+            checkpoint = load_state(folder, chosen, fingerprint)
+            if world.leads and about:
+                write_about_run(folder, replace(about, data=root))  # for later commands
+        network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
+        spec = checkpoint.spec if checkpoint else model_spec(chosen, network, feed.num_classes, dataset.name)
         position = msgspec.convert(checkpoint.training["position"], Position) if checkpoint else Position()
-        evaluated = None if position.before is None else position.evaluated
-        with (
-            Journal(folder, position.epoch, evaluated, active=world.leads) as journal,
-            stop_on_signal() as stop,
-            torch_errors_explained(device, chosen, world),
-            deterministic(chosen.deterministic),
-        ):
+        if world.leads:
+            remove_unfinished(folder, (ABOUT, CONFIG, METRICS, LAST, BEST))
+
+        if chosen.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
+        evaluation = position.evaluated if position.before else None
+        journal = stack.enter_context(Journal(folder, position.epoch, evaluation, world.leads))
+        stop = stack.enter_context(stop_on_signal())
+        report = report if world.leads else silent
+        with torch_errors_explained(device, chosen, world):
             trainee = prepare(network, chosen, device, dtype, world)
             if checkpoint:
                 restore_state(trainee, checkpoint)
-            crops = _evaluation_crops(chosen, dataset, feed, world)
-            seen, report = (fingerprint(dataset), report) if world.leads else ("", silent)
-            run = Run(chosen, dataset, folder, world, trainee, feed, *crops, journal, position, seen, stop, report)
+            run = Run(
+                chosen, dataset, fingerprint, folder, world, feed, crops, spec, trainee, position, journal, stop, report
+            )
             finished = fit(run)
         return TrainResult(folder, position.epoch, finished, position.best, position.before, stop())
 
 
-# Before the first step
-
-
-def _open_dataset(data: str | Path | None, layout: str | None, resume: Path | None) -> ReidDataset:
-    about = about_run(resume) if resume else None
-    if about is None:
-        assert data is not None  # `train` sets a default
-        return scan(Path(data), layout)
-    try:
-        return scan(Path(data or about.data), about.layout)
-    except DataError as error:
-        if data is not None:
-            raise
-        remedy = f"Put it back, or name its new place: pmm train NEWPLACE --resume {resume}"
-        raise DataError(error.problem, remedy) from error
-
-
-def new_network(config: TrainConfig, num_classes: int, world: World | None = None) -> ReidNetwork:
+def new_network(config: TrainConfig, num_classes: int, world: World = World()) -> ReidNetwork:
     """Build the network of a run; weights that are not loaded are drawn from the seed of the run.
 
     Raises PmmError if the configuration does not describe a network, ModelError if weights are missing or do not fit.
     """
-    world, weights = world or World(), config.backbone_weights
+    weights = config.backbone_weights
     if weights not in ("imagenet", "none") and not Path(weights).exists():
         remedy = f"{did_you_mean(weights, ('imagenet', 'none'))}Choose imagenet, none, or a file of torchvision weights"
         raise ModelError(f"the backbone weights {weights} do not exist", remedy)
@@ -223,11 +203,9 @@ def new_network(config: TrainConfig, num_classes: int, world: World | None = Non
         network = build_model(num_classes=num_classes, **{name: getattr(config, name) for name in settings})
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-    # Old versions of torch did not save num_batches_tracked.
-    needed = {name for name in own if name.startswith("backbone.") and not name.endswith("num_batches_tracked")}
     if weights == "none":
         zero_init_residuals(network.backbone)
-    elif not needed <= fitting.keys():
+    elif not {name for name in own if name.startswith("backbone.")} <= fitting.keys():
         if not world.leads:
             world.barrier()
         load_pretrained(network, config.backbone, weights)  # the first process downloads, the others read its cache
@@ -235,21 +213,12 @@ def new_network(config: TrainConfig, num_classes: int, world: World | None = Non
             world.barrier()
     if config.init_from:
         if not fitting:
-            remedy = "Choose the backbone and the method that it was trained with"
-            raise ModelError(f"no tensor of {config.init_from} fits the network", remedy)
+            raise ModelError(f"no tensor of {config.init_from} fits the network", "Choose its backbone and method")
         network.load_state_dict(fitting, strict=False)
+        counts = f"{len(fitting)} of {len(given)} tensors fit the network, which has {len(own)}"
         if world.leads:
-            counts = f"{len(fitting)} tensors loaded, {len(own) - len(fitting)} of the network's not found"
-            unused = f"{len(given.keys() - fitting)} of the file's not used"
-            warnings.warn(f"{config.init_from}: {counts}, {unused}", PmmWarning, stacklevel=2)
+            warnings.warn(f"{config.init_from}: {counts}", PmmWarning, stacklevel=2)
     return network
-
-
-def _evaluation_crops(config: TrainConfig, dataset: ReidDataset, feed: Feed, world: World) -> tuple[Crops, Crops]:
-    """Query and gallery, cached in the memory that the training images leave of `cache_gib`."""
-    left = int(config.cache_gib * 2**30) - world.local_size * feed.crops.cached_bytes if world.leads else 0
-    query = Crops(dataset.query.paths, config.height, config.width, left)
-    return query, Crops(dataset.gallery.paths, config.height, config.width, left - query.cached_bytes)
 
 
 @contextmanager
@@ -266,10 +235,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         requested.set()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield requested.is_set
     finally:
@@ -277,32 +244,25 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-# The loop
-
-
 def fit(run: Run) -> bool:
     """Train all epochs that are left; False if interrupted."""
     config, position, world = run.config, run.position, run.world
-    run.journal.write(
-        f"{run.trainee.device}, {run.trainee.dtype}, {run.dataset.root}, starting with epoch {position.epoch + 1}"
-    )
-    crops = [*[run.feed.crops] * world.local_size, run.query, run.gallery]
-    cached, needed = (sum(sizes) / 2**30 for sizes in zip(*((c.cached_bytes, c.all_bytes) for c in crops), strict=True))
+    run.journal.write(f"{run.trainee.device}, {run.trainee.dtype}, {run.dataset.root}, from epoch {position.epoch + 1}")
+    crops = [*[run.feed.crops] * world.local_size, run.crops]
+    cached, needed = sum(each.cached_bytes for each in crops) / 2**30, sum(each.all_bytes for each in crops) / 2**30
     if cached < needed:
-        run.warn(
-            f"{cached:.2g} of {needed:.2g} GiB of decoded images fit into the cache, the others are decoded each time;"
-            f" --cache-gib {math.ceil(needed * 10) / 10:g} holds all"
-        )
+        size = f"--cache-gib {math.ceil(needed * 10) / 10:g}"
+        run.warn(f"{cached:.2g} of {needed:.2g} GiB of decoded images fit into the cache; {size} holds all")
     if position.before is None and world.leads:
         position.before = evaluate_network(run)
     while True:
         due = position.epoch == config.epochs or position.epoch % config.evaluate_every == 0
         if due and position.step == 0 and position.epoch != position.evaluated:
-            save_last(run)  # so that an unreadable gallery image does not cost the epoch
+            run.save()  # so that an unreadable gallery image does not cost the epoch
             if not evaluate_epoch(run):
                 run.journal.write(f"interrupted in the evaluation of epoch {position.epoch}; the epoch is saved")
                 return False
-            save_last(run)
+            run.save()
         if position.epoch == config.epochs:
             return True
         out_of_patience, stop = world.any(0 < config.patience <= position.stale, run.stop())
@@ -310,13 +270,13 @@ def fit(run: Run) -> bool:
             run.journal.write(f"stopped: no better mAP in {position.stale} evaluations")
             return True
         if stop:
-            save_last(run)
+            run.save()
             run.journal.write(f"interrupted in epoch {position.epoch + 1}, step {position.step}; it is saved")
             return False
         if train_epoch(run):
             position.epoch, position.step = position.epoch + 1, 0
-            if config.keep > 1 or time.monotonic() - run.saved > SAVE_SECONDS:
-                save_last(run)
+            if time.monotonic() - run.saved > SAVE_SECONDS:
+                run.save()
 
 
 def train_epoch(run: Run) -> bool:
@@ -343,29 +303,18 @@ def train_epoch(run: Run) -> bool:
                 for text in feed.replacements.register(world.gather(unreadable)):
                     run.warn(text)
             if any_bad:
-                raise _not_finite(run, epoch, min(world.gather([] if bad is None else [bad])))
-            done, total = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches)
-            run.report("train", done, total, f"epoch {epoch}/{config.epochs} · {meter.text()}")
+                step = 1 + min(world.gather([] if bad is None else [bad]))
+                remedy = (
+                    f"{LAST}, if there is one, is from before; try a new run with --precision fp32 or --clip-norm 10"
+                )
+                raise CheckFailedError(f"the loss of epoch {epoch}, step {step} is not finite in {run.folder}", remedy)
+            done, total, means = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches), meter.means()
+            speed = f"loss {means['loss']:.2f} · {means['images_per_second']:.0f} images/s"
+            run.report("train", done, total, f"epoch {epoch}/{config.epochs} · {speed}")
             if stop and not last:
                 return False
-    extra = {"images_per_second": meter.images_per_second(), "data_wait": meter.data_wait(), "lr": rate}
-    run.journal.record("train", epoch, {**meter.means(), **extra})
+    run.journal.record("train", epoch, {**meter.means(), "lr": rate})
     return True
-
-
-def _not_finite(run: Run, epoch: int, step: int) -> CheckFailedError:
-    """Save the batch of a step whose loss is not finite, and return the error that names it."""
-    path, feed = run.folder / BAD_BATCH, run.feed
-    if run.world.leads:
-        indices = feed.batches(epoch)[step]
-        images, crops = [str(feed.paths[index]) for index in indices], torch.from_numpy(feed.crops.batch(indices))
-        content = {"epoch": epoch, "step": step, "images": images, "crops": crops, "seeds": feed.seeds(epoch, step)}
-        with written_whole(path) as temporary:
-            torch.save(content, temporary)
-    return CheckFailedError(
-        f"the loss of epoch {epoch}, step {step + 1} is not finite; its batch is in {path}",
-        f"{run.folder / LAST}, if there is one, is from before; try a new run with --precision fp32 or --clip-norm 10",
-    )
 
 
 def evaluate_epoch(run: Run) -> bool:
@@ -378,48 +327,31 @@ def evaluate_epoch(run: Run) -> bool:
         position.stale += 1
         if position.best is None or figures.mAP > position.best.mAP:
             position.best, position.stale = figures, 0
-            spec = model_spec(run.config, run.dataset, run.trainee.network, figures)
-            save_checkpoint(run.folder / BEST, Checkpoint(spec, run.trainee.evaluated.state_dict()))
+            best = Checkpoint(replace(run.spec, retrieval=figures), run.trainee.evaluated.state_dict())
+            save_checkpoint(run.folder / BEST, best)
     position.evaluated = position.epoch
     return True
 
 
 def evaluate_network(run: Run) -> RetrievalFigures | None:
     """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted."""
-    query = _embed(run, run.query, "embed query")
-    gallery = None if query is None else _embed(run, run.gallery, "embed gallery")
-    if query is None or gallery is None:
-        return None
-    labels, others = run.dataset.query, run.dataset.gallery
-    result = evaluate(query, gallery, labels.pids, others.pids, labels.camids, others.camids)
-    figures = result.figures()
-    run.journal.record("evaluate", run.position.epoch, {**asdict(figures), "rank5": result.rank(5)})
-    return figures
-
-
-def _embed(run: Run, crops: Crops, what: str) -> NDArray[np.float32] | None:
-    """(N, D) float32; None if interrupted. A batch is never larger than one of training, so memory suffices."""
-    batch = min(EVALUATION_BATCH, run.config.batch // run.feed.count)
+    crops, model, device = run.crops, run.trainee.evaluated, run.trainee.device
+    batch = min(EVALUATION_BATCH, run.config.batch // run.feed.count)  # the memory of a training step suffices
     batches = np.array_split(np.arange(len(crops)), -(-len(crops) // batch))
-    model, device = run.trainee.evaluated, run.trainee.device
-    embedded: list[NDArray[np.float32]] = []
-    done, was_training = 0, model.training
+    parts, was_training = [], model.training
     model.eval()
     try:
         with torch.inference_mode(), closing(crops.prefetched(batches)) as ahead:
-            for images in ahead:
+            for number, images in enumerate(ahead, start=1):
                 if run.stop():
                     return None
-                embedded.append(model(normalize(torch.from_numpy(images).to(device))).cpu().numpy())
-                done += len(images)
-                run.report(what, done, len(crops))
+                parts.append(model(normalize(torch.from_numpy(images).to(device))).cpu().numpy())
+                run.report("embed", number, len(batches))
     finally:
         model.train(was_training)
-    return np.concatenate(embedded)
-
-
-def save_last(run: Run) -> None:
-    """Write last.pt."""
-    run.saved = time.monotonic()
-    if run.world.leads:
-        save_state(run.folder, run.position, run.trainee, run.config, run.dataset, run.data)
+    query, gallery = run.dataset.query, run.dataset.gallery
+    of_query, of_gallery = np.split(np.concatenate(parts), [len(query)])
+    result = evaluate(of_query, of_gallery, query.pids, gallery.pids, query.camids, gallery.camids)
+    figures = result.figures()
+    run.journal.record("evaluate", run.position.epoch, {**asdict(figures), "rank5": result.rank(5)})
+    return figures

@@ -10,8 +10,7 @@ import torchvision
 import pmm_edge as pmm
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.model import load_checkpoint, save_checkpoint
-from pmm_edge.model.backbone import Backbone, imagenet_weights, load_backbone_weights
-from pmm_edge.model.checkpoint import _OUR_NAMES, load_any_weights
+from pmm_edge.model.checkpoint import _OUR_NAMES, imagenet_weights, load_any_weights, load_pretrained
 
 
 def network(seed=0):
@@ -23,17 +22,16 @@ def assert_same(one, other):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_torchvision_weights_load_completely():
-    source = torchvision.models.resnet18().state_dict()
-    backbone = Backbone("resnet18")
-    load_backbone_weights(backbone, source)
-    assert_same(backbone.state_dict(), {name: source[name] for name in source if not name.startswith("fc.")})
-
-
-@pytest.mark.parametrize("weights", [torchvision.models.resnet18().state_dict(), [1, 2], {"conv1.weight": 3}])
-def test_weights_that_do_not_fit_the_backbone_are_refused(weights):
-    with pytest.raises(ModelError):
-        load_backbone_weights(Backbone("resnet34"), weights)
+def test_torchvision_weights_load_completely_or_are_refused(tmp_path):
+    source, model = torchvision.models.resnet18().state_dict(), network()
+    for weights in (source, [1, 2], {"conv1.weight": 3}):
+        torch.save(weights, tmp_path / "weights.pth")
+        if weights is source:
+            load_pretrained(model, "resnet18", tmp_path / "weights.pth")
+        else:
+            with pytest.raises(ModelError):
+                load_pretrained(model, "resnet18", tmp_path / "weights.pth")
+    assert_same(model.backbone.state_dict(), {name: source[name] for name in source if not name.startswith("fc.")})
 
 
 def test_imagenet_weights_without_a_network_name_the_place_for_the_file(monkeypatch):

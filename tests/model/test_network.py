@@ -6,7 +6,7 @@ import torch
 import pmm_edge as pmm
 from pmm_edge.errors import PmmError
 from pmm_edge.model.backbone import Backbone, zero_init_residuals
-from pmm_edge.model.baselines import drop_stripe
+from pmm_edge.model.network import drop_stripe
 
 PIDS = torch.tensor([0, 0, 1, 1])
 

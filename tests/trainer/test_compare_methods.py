@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -66,22 +65,6 @@ def test_a_row_of_both_tables_is_trained_once_and_reused(compare, trainings, tmp
     assert shown[0][1:] in [["1", *texts] for texts in figures]
 
 
-def test_every_setting_and_the_images_choose_the_folder(compare, monkeypatch, tiny_dataset, tmp_path):
-    import compare_methods
-
-    def folder(data, *arguments):
-        command = ["compare_methods.py", data, "--set", "erase_size=8", *arguments]
-        monkeypatch.setattr(sys, "argv", [*map(str, command)])
-        return compare_methods.planned().folder
-
-    fewer = shutil.copytree(tiny_dataset, tmp_path / tiny_dataset.name)
-    next((fewer / "bounding_box_train").iterdir()).unlink()
-    plain = folder(tiny_dataset)
-    assert folder(tiny_dataset, "--methods", "PMM", "--seeds", 5) == plain, "these are subfolders"
-    others = [["--set", "weight_decay=0"], ["--dtype", "bf16"], ["--epochs", 3], ["--set", "mix_blocks=2"]]
-    assert len({plain, folder(fewer), *(folder(tiny_dataset, *arguments) for arguments in others)}) == 6
-
-
 def test_an_interruption_in_the_last_evaluation_stops_the_comparison(compare, monkeypatch, trainings):
     evaluate = train_file.evaluate_epoch
 
@@ -103,7 +86,6 @@ def test_an_interruption_in_the_last_evaluation_stops_the_comparison(compare, mo
     [
         (["--methods", "PMN"], "Did you mean 'pmm'"),
         (["--set", "epoch=3"], "Did you mean 'epochs'"),
-        (["--set", "epochs=many"], "int"),
         (["--set", "method=bdb"], "--methods"),
         (["--set", "erase_size=0", "--methods", "PMM,CutOut"], "--erase-size"),
         (["--seeds", "a"], "0,1,2"),

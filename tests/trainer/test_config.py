@@ -2,18 +2,12 @@
 
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
 import pytest
 
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.trainer.config import DEFAULT_PRESET, PRESETS, TrainConfig, choose_config, read_run_config
-
-
-def test_every_setting_has_a_help_text_and_a_panel():
-    for setting in fields(TrainConfig):
-        if setting.name != "preset":
-            assert {"help", "panel", "least"} == setting.metadata.keys() and setting.metadata["help"].endswith(".")
 
 
 def test_the_settings_can_be_listed_without_torch():
@@ -54,12 +48,9 @@ def test_a_file_overrides_its_preset_and_settings_override_the_file(tmp_path):
         ("epoch = 3", "Did you mean 'epochs'"),
         ('epochs = "3"', "int"),
         ("epochs = 1.5", "int"),
-        ("epochs = true", "int"),
         ("epochs = 0", "1"),
         ("lr = 0.0", "positive"),
-        ("ema = 1.0", "below 1"),
         ("batch = 15", "multiple of 2"),
-        ("accumulate = 5", "multiple of 10"),
         ("erase_size = 100", "80x32"),
         ('mix_block_size = "3"', "3x2"),
         ('preset = "quik"', "Did you mean 'quick'"),
@@ -102,12 +93,8 @@ def test_k_follows_the_number_of_blocks_on_the_map(name, settings, k):
     assert choose_config(name, settings=settings).mix_blocks == k
 
 
-def test_the_settings_of_a_run(whole, tmp_path):
-    assert asdict(read_run_config(whole.folder))["backbone"] == "tiny"
-    with pytest.raises(ModelError):
-        read_run_config(tmp_path)
-
-
-def test_a_preset_together_with_a_configuration_is_refused():
+def test_a_preset_and_a_configuration_or_a_folder_without_a_run_are_refused(tmp_path):
     with pytest.raises(PmmError, match="both given"):
         choose_config("quick", TrainConfig())
+    with pytest.raises(ModelError):
+        read_run_config(tmp_path)

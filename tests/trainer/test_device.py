@@ -8,13 +8,7 @@ import torch
 
 from pmm_edge.errors import PmmError
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.device import (
-    choose_device,
-    choose_machine,
-    memory_remedy,
-    torch_errors_explained,
-)
-from pmm_edge.trainer.distributed import World
+from pmm_edge.trainer.device import World, choose_machine, torch_errors_explained
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(batch=32, device="cpu", precision="fp32")
@@ -23,7 +17,7 @@ CONFIG = TrainConfig(batch=32, device="cpu", precision="fp32")
 @pytest.mark.parametrize("name", ["cuda:63", "63", "mps", "meta", "tpu9"])
 def test_a_device_that_does_not_exist_is_refused(name):
     with pytest.raises(PmmError):
-        choose_device(name)
+        choose_machine(replace(CONFIG, device=name), World())
 
 
 @pytest.mark.parametrize(
@@ -36,7 +30,7 @@ def test_a_device_that_does_not_exist_is_refused(name):
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch, name, rank, gpus, device):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert choose_device(name, rank) == torch.device(device)
+    assert choose_machine(replace(CONFIG, device=name), World(local_rank=rank))[0] == torch.device(device)
 
 
 def test_precision_and_batch_norm_must_suit_the_device():
@@ -49,24 +43,23 @@ def test_precision_and_batch_norm_must_suit_the_device():
         choose_machine(replace(CONFIG, sync_batch_norm=True), World(0, 2, 0))
 
 
-@pytest.mark.parametrize(
-    ("batch", "accumulate", "processes", "remedy"),
-    [(64, 1, 1, "--batch 32, or --accumulate 2"), (40, 2, 1, "--batch 16, or --accumulate 4"), (8, 1, 1, "backbone")],
-)
-def test_the_remedy_for_too_little_memory_can_be_split(batch, accumulate, processes, remedy):
-    config = replace(CONFIG, batch=batch, accumulate=accumulate)
-    assert remedy in memory_remedy(config, World(size=processes))
-
-
 def gpu_memory():
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("allocate", [gpu_memory, lambda: torch.empty(1 << 60), lambda: np.empty(1 << 60, np.uint8)])
-def test_too_little_memory_is_one_line(allocate):
-    with pytest.raises(PmmError) as caught, torch_errors_explained(CPU, CONFIG, World()):
+@pytest.mark.parametrize(
+    ("allocate", "batch", "accumulate", "remedy"),
+    [
+        (gpu_memory, 64, 1, "--batch 32, or --accumulate 2"),
+        (lambda: torch.empty(1 << 60), 40, 2, "--batch 16, or --accumulate 4"),
+        (lambda: np.empty(1 << 60, np.uint8), 8, 1, "backbone"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_a_remedy_that_can_be_split(allocate, batch, accumulate, remedy):
+    config = replace(CONFIG, batch=batch, accumulate=accumulate)
+    with pytest.raises(PmmError) as caught, torch_errors_explained(CPU, config, World()):
         allocate()
-    assert "32" in caught.value.problem and "--batch 16" in caught.value.remedy
+    assert str(batch) in caught.value.problem and remedy in caught.value.remedy
 
 
 def test_a_failed_compilation_is_one_line():

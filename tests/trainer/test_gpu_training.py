@@ -1,26 +1,22 @@
 """Training on a real GPU: `pytest -m gpu tests/trainer`. The other tests take the same steps on a CPU."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from pmm_edge.model import build_model
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.step import Shard, Trainee, prepare, train_step
+from pmm_edge.trainer.step import Shard, prepare, train_step
 from pmm_edge.trainer.train import train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")]
 CONFIG = TrainConfig(
     backbone="resnet18", backbone_weights="none", height=96, width=64, mix_blocks=1, batch=8, erase_size=16
 )
 
 
-def trainee_of(config: TrainConfig, dtype: torch.dtype) -> tuple[Trainee, list[Shard]]:
+def trainee_of(config, dtype):
     device = torch.device("cuda")
     torch.manual_seed(0)
     network = build_model(config.method, num_classes=2, backbone="resnet18", height=96, width=64, mix=config.mix)
@@ -31,7 +27,7 @@ def trainee_of(config: TrainConfig, dtype: torch.dtype) -> tuple[Trainee, list[S
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mix", ["a-hard-mix", "cutout", "cutmix", "a-cutmix", "dropblock", "none"])
-def test_a_step_in_each_type_is_finite_and_moves_the_weights(mix: str, dtype: torch.dtype) -> None:
+def test_a_step_in_each_type_is_finite_and_moves_the_weights(mix, dtype):
     config = replace(CONFIG, mix=mix)
     trainee, shards = trainee_of(config, dtype)
     before = trainee.network.stage1.classifier.weight.clone()
@@ -41,7 +37,7 @@ def test_a_step_in_each_type_is_finite_and_moves_the_weights(mix: str, dtype: to
     assert not torch.equal(before, trainee.network.stage1.classifier.weight)
 
 
-def test_a_step_never_waits_for_the_gpu() -> None:
+def test_a_step_never_waits_for_the_gpu():
     trainee, shards = trainee_of(CONFIG, torch.bfloat16)
     for _ in range(2):
         train_step(trainee, shards, CONFIG)
@@ -52,7 +48,7 @@ def test_a_step_never_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_compiled_backbone_gives_the_same_loss() -> None:
+def test_a_compiled_backbone_gives_the_same_loss():
     losses = []
     for config in (CONFIG, replace(CONFIG, compile=True)):
         trainee, shards = trainee_of(config, torch.float32)
@@ -61,7 +57,7 @@ def test_a_compiled_backbone_gives_the_same_loss() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", 0])
-def test_a_whole_run(tiny_dataset: Path, tmp_path: Path, device: str | int) -> None:
+def test_a_whole_run(tiny_dataset, tmp_path, device):
     config = replace(CONFIG, epochs=2, evaluate_every=1)
     assert train(tiny_dataset, config=config, out=tmp_path / "run", device=device).finished
     assert (tmp_path / "run" / "best.pt").is_file()

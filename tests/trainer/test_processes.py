@@ -18,12 +18,12 @@ from pmm_edge.cli import main
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.model import load_checkpoint
 from pmm_edge.trainer import train as train_file
-from pmm_edge.trainer.distributed import first_to_report, joined
+from pmm_edge.trainer.device import first_to_report, joined
 from pmm_edge.trainer.state import run_lock
 from pmm_edge.trainer.step import Feed
 from pmm_edge.trainer.train import train
 
-SHORT = replace(CONFIG, epochs=2, batch=16, evaluate_every=2, ema=0.0, keep=1)
+SHORT = replace(CONFIG, epochs=2, batch=16, evaluate_every=2, ema=0.0)
 """Each of two processes takes two of the four identities."""
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

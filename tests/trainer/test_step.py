@@ -1,5 +1,6 @@
-"""A training step: its batches, its learning rate, and which images, labels and maps each mix really gives."""
+"""A training step: batches, learning rate, losses, and which images, labels and maps each mix really gives."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,22 @@ from tiny_training import CONFIG as TINY
 from pmm_edge.data.augment import ERASE_PROBABILITY, augment
 from pmm_edge.data.dataset import Split
 from pmm_edge.errors import PmmError
-from pmm_edge.model.mixing import attentive_cutmix, cutmix, top_blocks
+from pmm_edge.model import StageOutput
+from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix, top_blocks
 from pmm_edge.model.network import max_pool
 from pmm_edge.trainer import step
 from pmm_edge.trainer.config import TrainConfig
-from pmm_edge.trainer.distributed import World
-from pmm_edge.trainer.step import Feed, Shard, learning_rate, prepare, train_step
+from pmm_edge.trainer.device import World
+from pmm_edge.trainer.step import (
+    Feed,
+    Shard,
+    batch_hard_triplet_loss,
+    identity_loss,
+    learning_rate,
+    pmm_loss,
+    prepare,
+    train_step,
+)
 from pmm_edge.trainer.train import new_network
 
 PAPER_RATES = {1: 1e-4, 4: 1e-4, 5: 2e-4, 49: 1e-3, 50: 1e-3, 199: 1e-3, 200: 1e-4, 299: 1e-4, 300: 1e-5, 400: 1e-5}
@@ -70,6 +81,43 @@ def test_the_processes_of_a_machine_share_its_memory_and_cores(monkeypatch):
     monkeypatch.setattr("pmm_edge.machine.usable_cores", lambda root=None: 8.0)
     crops = feed_of(30, 2, local_size=2).crops
     assert crops.cached_bytes == 10 * 48 * 32 * 3 and crops.workers == 4
+
+
+def test_triplet_loss_takes_the_farthest_positive_and_the_nearest_negative():
+    embeddings = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0], [10.0, 0.0]])
+    pids = torch.tensor([0, 0, 0, 1])
+    d = torch.cdist(embeddings, embeddings).tolist()
+    hardest = [(4.0, 10.0), (d[1][2], 7.0), (d[2][1], d[2][3]), (0.0, 7.0)]
+    expected = sum(math.log1p(math.exp(ap - an)) for ap, an in hardest) / 4
+    assert batch_hard_triplet_loss(embeddings, pids).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_triplet_loss_of_equal_embeddings_has_a_finite_gradient():
+    embeddings = torch.ones(4, 8, requires_grad=True)
+    batch_hard_triplet_loss(embeddings, torch.tensor([0, 0, 1, 1])).backward()
+    assert torch.isfinite(embeddings.grad).all()
+
+
+def test_identity_loss_smooths_labels_by_a_tenth():
+    logits = torch.tensor([[2.0, 0.0, -1.0]])
+    log_probabilities = torch.log_softmax(logits, dim=1)[0]
+    target = torch.tensor([0.1 / 3 + 0.9, 0.1 / 3, 0.1 / 3])
+    assert identity_loss(logits, torch.tensor([0])).item() == pytest.approx(-(target * log_probabilities).sum().item())
+
+
+def test_mixed_labels_share_the_identity_loss_by_area_and_count_whole_in_triplets():
+    torch.manual_seed(0)
+    logits, embeddings = torch.randn(4, 3), torch.randn(4, 8)
+    pids, other = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 1, 0, 0])
+    mixed = MixedLabels(other, torch.tensor([0.25, 0.75, 0.0, 1.0]))
+    expected = sum(
+        (1 - share) * identity_loss(logits[i : i + 1], pids[i : i + 1])
+        + share * identity_loss(logits[i : i + 1], other[i : i + 1])
+        for i, share in enumerate(mixed.share)
+    )
+    _, parts = pmm_loss([StageOutput(embeddings, logits)], pids, mixed)
+    assert parts["identity_1"].item() == pytest.approx(expected.item() / 4)
+    assert parts["triplet_1"].item() == batch_hard_triplet_loss(embeddings, torch.tensor([0, 1, 1, 0])).item()
 
 
 CONFIG = replace(TINY, height=96, width=64, batch=16, mix_blocks=1, mix_block_size="3x2", erase_size=16, ema=0.0)

@@ -21,20 +21,14 @@ from pmm_edge.trainer.config import TrainConfig
 
 
 class TinyResNet(nn.Module):
-    """A ResNet of 8 to 64 channels, one block in each stage."""
-
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-        self.layer1, self.layer2 = nn.Sequential(BasicBlock(8, 8)), _halving(8, 16)
-        self.layer3, self.layer4 = _halving(16, 32), _halving(32, 64)
-        self.fc = nn.Linear(64, 10)
-
-
-def _halving(channels: int, out: int) -> nn.Sequential:
-    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, 2, bias=False), nn.BatchNorm2d(out))
-    return nn.Sequential(BasicBlock(channels, out, 2, shortcut))
+        self.layer1, self.fc = BasicBlock(8, 8), nn.Linear(64, 10)
+        for number, channels in ((2, 8), (3, 16), (4, 32)):
+            shortcut = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), nn.BatchNorm2d(2 * channels))
+            setattr(self, f"layer{number}", BasicBlock(channels, 2 * channels, 2, shortcut))
 
 
 RESNETS["tiny"] = TinyResNet
@@ -53,11 +47,8 @@ CONFIG = TrainConfig(
     device="cpu",
     precision="fp32",
     ema=0.9,
-    keep=2,
 )
 """Two steps in an epoch; evaluations before training and after epochs 2 and 4, with last.pt before and after them."""
-
-
 _CLEAN = multiprocessing.get_context("forkserver")
 """Forks from a process that has torch loaded and has never run a backward pass: autograd's threads do not survive a
 fork of the process that runs the tests."""
