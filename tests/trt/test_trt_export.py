@@ -1,20 +1,226 @@
-"""Engines in `pmm export` and the doctor: with a GPU, without one, and without torch."""
+"""Building engines: what is requested from TensorRT and written, errors, `pmm export --trt`, and the doctor."""
 
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import double
 import pytest
 from color_network import color_network
+from double import FP16, FP32, INT8
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from pmm_edge.doctor import Probe, Status, probe_tensorrt, readiness
+from pmm_edge.errors import CheckFailedError, ModelError, OutputError, PmmError
 from pmm_edge.export.exporter import export
+from pmm_edge.export.tensorrt import BuiltEngine, build_engine, count_layers, layer_type
+from pmm_edge.files import sha256
 from pmm_edge.runtime.cuda import NotOnThisMachineError
-from pmm_edge.runtime.manifest import BatchProfile
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, PrecisionCount, read_manifest
+from pmm_edge.spec import Quantization
+
+
+def build(onnx: Path, settings: BuildSettings = BuildSettings()) -> BuiltEngine:
+    return build_engine(onnx, onnx.with_suffix(".engine"), settings)
+
+
+def files_beside(onnx: Path) -> list[str]:
+    return sorted(path.name for path in onnx.parent.iterdir() if path != onnx)
+
+
+def test_the_manifest_describes_the_engine(built: BuiltEngine, gpu: double.FakeGpu, onnx: Path) -> None:
+    manifest = read_manifest(built.path)
+    assert manifest == built.manifest
+    assert (manifest.onnx, manifest.onnx_sha256) == ("model.onnx", sha256(onnx))
+    assert (manifest.engine_size, manifest.engine_sha256) == (built.path.stat().st_size, sha256(built.path))
+    machine = manifest.machine
+    assert (machine.gpu, machine.compute_capability, machine.tensorrt) == ("Orin", "8.7", "10.3.0")
+    assert (machine.cuda, machine.driver[:4]) == ("12.6", "12.8")
+    assert manifest.settings.batch == BatchProfile(2, 3, 4)
+    assert manifest.precision == PrecisionCount({"FP32": 1}, {"FP32": 1})
+    assert files_beside(onnx) == ["model.engine", "model.manifest.json"]
+    assert not gpu.memory
+    assert gpu.calls["cudaStreamDestroy"] == gpu.calls["cudaStreamCreateWithFlags"] == 1
+
+
+def test_settings_reach_tensorrt(gpu: double.FakeGpu, onnx: Path) -> None:
+    build(onnx, BuildSettings(BatchProfile(1, 2, 8), 1.5, 5, True, True, timing_cache=False))
+    build(onnx)
+    config, default = gpu.built
+    trt = sys.modules["tensorrt"]
+    assert config._profile == {"name": "images", "min": (1, 96, 64, 3), "opt": (2, 96, 64, 3), "max": (8, 96, 64, 3)}
+    assert config._pools == {trt.MemoryPoolType.WORKSPACE: 3 << 29}
+    assert config.builder_optimization_level == 5
+    assert config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert config._flags == {trt.BuilderFlag.VERSION_COMPATIBLE}
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+    assert config._cache is None
+    assert (default._pools, default._flags, default.builder_optimization_level) == ({}, set(), 3)
+
+
+KEPT_IN_FLOAT = Quantization("tensorrt", "minmax", 512, float_layers=("conv1", "layer1.0.conv1"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantization", "layers", "products"),
+    [
+        ("fp16", None, [FP16, FP16, FP32], {"FP16": 2, "FP32": 1}),
+        ("fp16", None, [FP32], None),
+        ("fp16", None, [FP32] * 52 + [FP16], None),
+        ("int8", None, ["a name without details"], None),
+        ("int8", None, [FP32, {"LayerType": "PointWiseV2", "Inputs": [{"DataType": "Int8"}]}], None),
+        ("int8", None, [FP32] * 3 + [INT8] * 2, None),
+        ("int8", KEPT_IN_FLOAT, [FP32] * 3 + [INT8] * 2, {"FP32": 3, "INT8": 2}),
+    ],
+)
+def test_an_engine_that_is_mostly_in_another_precision_is_not_written(
+    precision: str, quantization: Quantization | None, layers: list, products: dict, gpu: double.FakeGpu, onnx: Path
+) -> None:
+    color_network(onnx, precision=precision, quantization=quantization)
+    gpu.layers = layers
+    if products:
+        assert build(onnx).manifest.precision.products == products
+    else:
+        with pytest.raises(CheckFailedError):
+            build(onnx)
+        assert files_beside(onnx) == []
+
+
+def test_parser_errors_name_the_node(gpu: double.FakeGpu, onnx: Path) -> None:
+    gpu.parser_errors = [("node_7", "GridSample", "no importer\n registered"), ("", "", "and more")]
+    with pytest.raises(ModelError, match="node GridSample node_7: no importer registered; and more"):
+        build(onnx)
+
+
+def test_a_failed_build_reports_the_error_and_keeps_the_old_engine(built: BuiltEngine, gpu: double.FakeGpu) -> None:
+    before = built.path.read_bytes()
+    gpu.error = "could not find any\nimplementation"
+    with pytest.raises(ModelError, match="could not find any implementation"):
+        build(built.path.with_suffix(".onnx"))
+    assert built.path.read_bytes() == before
+    assert read_manifest(built.path) == built.manifest
+
+
+def test_what_is_refused(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    static = color_network(tmp_path / "static.onnx", batch=4)
+    for_cpus = Quantization("cpu", "minmax", 512)
+    int8_cpu = color_network(tmp_path / "int8_cpu.onnx", precision="int8", quantization=for_cpus)
+    for source, out, error, named in (
+        (onnx, "model.trt", PmmError, "model.trt"),
+        (onnx, "file/model.engine", OutputError, "file"),
+        (tmp_path / "missing.onnx", "model.engine", ModelError, "missing.onnx"),
+        (int8_cpu, "model.engine", ModelError, "int8_cpu.onnx"),
+        (static, "model.engine", PmmError, "--batch-profile 4,4,4"),
+    ):
+        with pytest.raises(error, match=named):
+            build_engine(source, tmp_path / out)
+
+
+def test_progress_shows_the_outermost_phase_with_the_inner_one(gpu: double.FakeGpu, onnx: Path) -> None:
+    heard: list[tuple[str, int, int, str]] = []
+    build_engine(onnx, onnx.with_suffix(".engine"), report=lambda *reported: heard.append((*reported, "")[:4]))
+    assert heard == [
+        ("model.engine: Building", 0, 2, ""),
+        *(("model.engine: Building", 0, 2, f"Timing {step}/4") for step in (0, 1, 2, 3, 4)),
+        ("model.engine: Building", 1, 2, ""),
+        ("model.engine: Building", 2, 2, ""),
+    ]
+
+
+def test_ctrl_c_cancels_the_build(gpu: double.FakeGpu, onnx: Path) -> None:
+    def report(what: str, done: int, total: int, detail: str = "") -> None:
+        if "2/4" in detail:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(onnx, onnx.with_suffix(".engine"), report=report)
+    assert files_beside(onnx) == []
+
+
+def test_the_timing_cache(gpu: double.FakeGpu, onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    def after_the_build() -> bytes:
+        build(onnx)
+        return gpu.built[-1]._cache
+
+    assert after_the_build() == b"timings"
+    (file,) = (tmp_path / "home" / "tensorrt").iterdir()
+    assert file.name == "10.3.0-Orin.timing"
+    assert after_the_build() == b"timings" * 2
+    for content in (b"damaged", b"of another device"):
+        file.write_bytes(content)
+        assert after_the_build() == b"timings"
+    request.getfixturevalue("homeless")
+    assert after_the_build() is None
+
+
+@pytest.mark.parametrize("missing", ["status", "count", "driver", "cuda-python", "old", "tensorrt"])
+def test_a_missing_requirement_gives_the_command_for_the_target(
+    missing: str, install: Callable[..., double.FakeGpu], onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = install(tensorrt="8.6.1" if missing == "old" else "10.3.0")
+    gpu.fails["cudaGetDeviceCount"] = 2 if missing == "status" else 0
+    gpu.count = 0 if missing == "count" else 1
+    if missing == "driver":
+        failing = Mock(side_effect=RuntimeError("Failed to dlopen libcuda.so.1"))
+        monkeypatch.setattr(sys.modules["cuda.bindings.runtime"], "cudaGetDeviceCount", failing)
+    absent = {"cuda-python": ("cuda.bindings.runtime", "cuda.cudart"), "tensorrt": ("tensorrt",)}
+    for name in absent.get(missing, ()):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(NotOnThisMachineError) as caught:
+        build(onnx, BuildSettings(BatchProfile(1, 8, 32), workspace_gib=2))
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+    assert "pmm export model.onnx --trt --batch-profile 1,8,32 --workspace 2 " in caught.value.remedy
+    assert (
+        "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32"
+        " --minShapes=images:1x96x64x3 --optShapes=images:8x96x64x3 --maxShapes=images:32x96x64x3"
+        " --builderOptimizationLevel=3 --profilingVerbosity=detailed --memPoolSize=workspace:2048"
+    ) in caught.value.remedy
+
+
+DYNAMIC = {"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}
+
+
+def ten(*formats: str) -> list[dict[str, str]]:
+    """Tensors as TensorRT 10 describes them."""
+    return [{"Name": "x", "Format/Datatype": text} for text in formats]
+
+
+def test_layer_type() -> None:
+    for layer, expected in (
+        ({"Inputs": ten("Half"), "Outputs": ten("Float")}, "FP16"),
+        ({"Inputs": ten("Row major linear FP32"), "Outputs": ten("Half")}, "FP32"),
+        ({"Inputs": ten("Channel major FP16 format where channel % 8 == 0.")}, "FP16"),
+        ({"Inputs": ten("Thirty-two wide channel vectorized row major Int8 format.", "Half")}, "INT8"),
+        ({"Inputs": ten("Row major linear BFloat16 format")}, "BF16"),
+        ({"Inputs": [{"Format": "Row major linear FP16 format (kLINEAR)", "DataType": "Half"}]}, "FP16"),
+        ({"Inputs": [{"Format": "kLINEAR", "Datatype": "FP8"}]}, "FP8"),
+        ({"Inputs": ten("Int32", "Bool")}, "unknown"),
+        ({"Inputs": [DYNAMIC], "Outputs": [DYNAMIC], "Weights": {"Type": "Half"}}, "FP16"),
+        ({"Inputs": [DYNAMIC], "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8f32_i8i32_f32_n"}, "INT8"),
+        ({"Inputs": [DYNAMIC], "TacticName": "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc"}, "FP16"),
+        ({"Inputs": [DYNAMIC], "TacticName": "ampere_h16816gemm_128x64_ldg8_stages_64x3_tn"}, "FP16"),
+        ({"Inputs": [DYNAMIC], "TacticName": "cudnn_something"}, "unknown"),
+    ):
+        assert layer_type(layer) == expected, layer
+
+
+def test_count_layers_skips_copies_and_recognizes_products() -> None:
+    layers = [
+        {"LayerType": "Reformat", "Inputs": ten("Half")},
+        {"LayerType": "NoOp", "Inputs": ten("Half")},
+        {"LayerType": "CaskConvolution", "Inputs": [DYNAMIC], "Weights": {"Type": "Half"}},
+        {"LayerType": "gemm", "Inputs": ten("Half")},
+        {"LayerType": "kgen", "Name": "__myl_ConvAddRelu_myl0_3", "Inputs": ten("Half")},
+        {"LayerType": "kgen", "Name": "__myl_Convert_myl0_1", "Inputs": ten("Float"), "Outputs": ten("Half")},
+        {"LayerType": "kgen", "Name": "conv1_DequantizeLinear", "Inputs": ten("Int8"), "Outputs": ten("Float")},
+        "a name alone",
+    ]
+    assert count_layers(layers) == PrecisionCount({"FP16": 3, "FP32": 1, "INT8": 1, "unknown": 1}, {"FP16": 3})
 
 
 def test_a_checkpoint_to_an_engine_that_triton_serves(

@@ -1,6 +1,8 @@
-"""An engine gives the embeddings of its ONNX file, for any number of crops and threads."""
+"""Running engines: they give the embeddings of their ONNX file, and those that do not fit are refused."""
 
+import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +10,19 @@ from pathlib import Path
 import double
 import numpy as np
 import pytest
+from certify import model_report
 from color_network import color_network
 
 import pmm_edge
-from pmm_edge.errors import ModelError
+from pmm_edge.bench.certification import write_certificates
+from pmm_edge.bench.report import BenchReport
+from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
+from pmm_edge.files import decode_json, sha256
 from pmm_edge.runtime import tensorrt_backend
+from pmm_edge.runtime.certificate import check_certificate
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
-from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, manifest_path
+from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, EngineManifest, Machine, manifest_path
 from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
 from pmm_edge.spec import InputForm, InputSpec
 
@@ -153,3 +160,147 @@ def test_a_manifest_that_promises_too_much(built: BuiltEngine) -> None:
     manifest_path(built.path).write_text(replace(built.manifest, settings=settings).to_json())
     with pytest.raises(ModelError, match="batch of 8"):
         pmm_edge.load(built.path).embed(CROPS[:8])
+
+
+def refused(engine: Path, command: str, named: Path | None = None) -> None:
+    with pytest.raises(ModelError) as caught:
+        pmm_edge.load(engine)
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy.endswith(command)
+    assert str(named or engine) in caught.value.problem
+
+
+def test_damaged_and_changed_files(built: BuiltEngine, onnx: Path) -> None:
+    content, command = built.path.read_bytes(), f"pmm export {onnx} --trt --batch-profile 2,3,4"
+    for changed in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        built.path.write_bytes(changed)
+        refused(built.path, command)
+    built.path.write_bytes(content)
+    onnx.write_bytes(onnx.read_bytes() + b" ")
+    refused(built.path, command, onnx)
+    onnx.unlink()
+    assert pmm_edge.load(built.path).backend == "tensorrt"  # the engine does not need its ONNX file
+
+
+def test_an_engine_in_another_folder_finds_its_onnx_file(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    content = onnx.read_bytes()
+    for folder in ("elsewhere", "link"):
+        onnx.write_bytes(content)
+        engine = build_engine(onnx, tmp_path / folder / "x.engine").path
+        assert pmm_edge.load(engine).backend == "tensorrt"
+        onnx.write_bytes(b"another")
+        refused(engine, f"pmm export {onnx} --trt --batch-profile 1,16,64 --out {engine}", onnx)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("onnx", "/etc/passwd"),
+        ("onnx", "a\0b"),
+        ("machine.tensorrt", 10.3),
+        ("settings.batch.minimum", 99),
+        ("precision.layers", {"FP32": "all"}),
+        ("spec.embedding_size", 0),
+        ("schema", 9),
+    ],
+)
+def test_invalid_entries_of_a_manifest(entry: str, value: object, built: BuiltEngine) -> None:
+    path = manifest_path(built.path)
+    *groups, name = entry.split(".")
+    content = group = json.loads(path.read_text())
+    for inner in groups:
+        group = group[inner]
+    group[name] = value
+    path.write_text(json.dumps(content))
+    refused(built.path, "--batch-profile 1,16,64", path)
+
+
+def test_missing_and_unreadable_files(built: BuiltEngine, onnx: Path) -> None:
+    path, command = manifest_path(built.path), f"pmm export {onnx} --trt --batch-profile 1,16,64"
+    text = path.read_text()
+    deep = text.replace('"schema": 1', f'"schema": {"[" * 100_000}')
+    for garbled in ("", "[]", text[:-10], deep):
+        path.write_text(garbled)
+        refused(built.path, command, path)
+    path.unlink()
+    refused(built.path, command)
+    built.path.unlink()
+    refused(built.path, command)
+
+
+@pytest.mark.parametrize(
+    ("compatible", "built_on", "here", "loads"),
+    [
+        ("", ("Orin", "8.7", "10.3.0"), ("Orin", "8.7", "10.13.0.35"), False),
+        ("", ("Orin", "8.7", "10.3.0"), ("NVIDIA L4", "8.9", "10.3.0"), False),
+        ("hardware", ("NVIDIA A10", "8.6", "10.3.0"), ("NVIDIA H100", "9.0", "10.3.0"), True),
+        ("hardware", ("NVIDIA A10", "8.6", "10.3.0"), ("NVIDIA T4", "7.5", "10.3.0"), False),
+        ("version", ("Orin", "8.7", "10.3.0"), ("Orin", "8.7", "10.13.0.35"), True),
+        ("version", ("Orin", "8.7", "10.3.0"), ("Orin", "8.7", "11.4.0.106"), True),
+        ("version", ("Orin", "8.7", "10.13.0.35"), ("Orin", "8.7", "10.3.0"), False),
+        ("version", ("Orin", "8.7", "11.4.0.106"), ("Orin", "8.7", "10.13.0.35"), False),
+        ("version", ("Orin", "8.7", "10.3.0"), ("Orin", "8.7", "12.0.0"), False),
+        *(("version", ("Orin", "8.7", number), ("Orin", "8.7", "10.3.0"), False) for number in ("", "one", "9" * 5000)),
+    ],
+)
+def test_other_machines(
+    compatible: str,
+    built_on: tuple,
+    here: tuple,
+    loads: bool,
+    install: Callable[..., double.FakeGpu],
+    built: BuiltEngine,
+) -> None:
+    settings = replace(built.manifest.settings, **({f"{compatible}_compatible": True} if compatible else {}))
+    manifest = replace(built.manifest, settings=settings, machine=Machine(*built_on, "12.6", "12.8"))
+    manifest_path(built.path).write_text(manifest.to_json())
+    install(*here)
+    if loads:
+        assert pmm_edge.load(built.path).device == "cuda:0"
+    else:
+        refused(built.path, "--trt --batch-profile 2,3,4" + (f" --{compatible}-compatible" if compatible else ""))
+
+
+def test_settings_survive_the_file_and_the_command(built: BuiltEngine) -> None:
+    settings = BuildSettings(BatchProfile(1, 2, 3), 0.5, 5, True, True, False)
+    manifest = replace(built.manifest, settings=settings)
+    assert decode_json(EngineManifest, manifest.to_json(), "test") == manifest
+    assert settings.command(Path("a b.onnx")) == (
+        "pmm export 'a b.onnx' --trt --batch-profile 1,2,3 --workspace 0.5 --optimization-level 5"
+        " --hardware-compatible --version-compatible --no-timing-cache"
+    )
+
+
+def test_batch_profiles() -> None:
+    for text in ("64,16,1", "0,1,2", "1,16", "1,16,x", "", "-1,2,3", "1.5,2,3"):
+        with pytest.raises(PmmError) as caught:
+            BatchProfile.parse(text)
+        assert text in caught.value.problem
+    assert BatchProfile.chosen(None, None) == BatchProfile(1, 16, 64)
+    assert BatchProfile.chosen("1,2,3", None) == BatchProfile.chosen(BatchProfile(1, 2, 3), None)
+    assert BatchProfile.chosen(None, 4) == BatchProfile.chosen("4,4,4", 4) == BatchProfile(4, 4, 4)
+    with pytest.raises(PmmError):
+        BatchProfile.chosen("1,2,4", 4)
+
+
+def test_invalid_settings() -> None:
+    for invalid in (*({"workspace_gib": size} for size in (0, -1, float("nan"), 1e300)), {"optimization_level": 6}):
+        with pytest.raises(PmmError):
+            BuildSettings(**invalid)
+
+
+def test_an_engine_is_certified_with_its_manifest(built: BuiltEngine, onnx: Path) -> None:
+    reports = [replace(model_report(path), path=str(path)) for path in (onnx, built.path)]
+    write_certificates(BenchReport(reports[0], reports[1:], "tiny", "0" * 64, 24, {}, "2026-11-22T20:00:00+00:00"))
+    manifest = manifest_path(built.path)
+    assert check_certificate(built.path).engine_manifest_sha256 == sha256(manifest)
+    assert pmm_edge.load(built.path, require_certificate=True).backend == "tensorrt"
+    changed = replace(built.manifest, build_seconds=99.0).to_json()  # which loading alone does not notice
+    for path, content in ((manifest, changed.encode()), (onnx, b"another"), (built.path, b"another")):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=path.name):
+            check_certificate(built.path)
+        path.write_bytes(before)
