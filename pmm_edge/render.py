@@ -89,10 +89,9 @@ def show_export(result: ExportResult) -> None:
 
 def show_bench(report: BenchReport) -> None:
     """Print parity, retrieval and speed of each model, and warnings."""
-    from pmm_edge.bench.sentences import describe_warning
-    from pmm_edge.bench.tables import terminal_tables
+    from pmm_edge.bench.tables import all_tables, describe_warning
 
-    for table in terminal_tables(report):
+    for table in all_tables(report):
         print_table(*table)
     for warning in report.warnings:
         note(f"[yellow]warning:[/] {escape(describe_warning(warning))}")
@@ -100,7 +99,7 @@ def show_bench(report: BenchReport) -> None:
 
 def show_bench_files(result: BenchResult) -> None:
     """Name the files of a bench, and why models failed or have no certificate."""
-    from pmm_edge.bench.sentences import describe_cause, describe_departure
+    from pmm_edge.bench.tables import explanations
 
     for path in result.certificates.removed:
         note(f"[dim]removed {escape(str(path))}, because the model fails[/]")
@@ -108,15 +107,13 @@ def show_bench_files(result: BenchResult) -> None:
         note(f"[dim]no certificate for {escape(name)}: {escape(reason)}[/]")
     show_written(*result.files, *result.certificates.written)
     for model in result.report.models:
-        if model.likely_cause:
-            note(f"[bold]likely cause[/] for {escape(model.path)}: {escape(describe_cause(model.likely_cause))}")
-        if model.departure:
-            note(f"[bold]layer[/] of {escape(model.path)}: {escape(describe_departure(model.departure))}")
+        for sentence in explanations(model):
+            note(f"[bold]{escape(model.path)}[/] {escape(sentence)}")
 
 
 def describe_failures(report: BenchReport) -> str:
     """Each failure of each model, in one line."""
-    from pmm_edge.bench.sentences import describe_failure
+    from pmm_edge.bench.tables import describe_failure
 
     return "; ".join(f"{model.path} {describe_failure(failure)}" for model, failure in report.failures)
 

@@ -26,7 +26,7 @@ def model_report(path: Path) -> ModelReport:
         backend="onnxruntime",
         device="cpu",
         gates=Gates(),
-        parity=Parity(24, Closeness(0.99995, 1.0, 1.0, 1e-6, ""), {}, [1.0] * 101, 1.0, 1.0, ""),
+        parity=Parity(Closeness(0.99995, 1.0, 1.0, 1e-6, ""), {}, [1.0] * 101, 1.0, 1.0, ""),
         retrieval=figures,
         retrieval_change=RetrievalChange(change, change, change, 12),
         latency=[Latency(1, "model", False, 50, 7.94, 8.5, 9.0, 0.03, 126.6, 0.3, 0.29, 0.31)],

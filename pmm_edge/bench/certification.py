@@ -10,7 +10,7 @@ import msgspec
 
 from pmm_edge import __version__
 from pmm_edge.bench.report import BenchReport, ModelReport
-from pmm_edge.bench.sentences import describe_warning
+from pmm_edge.bench.tables import describe_warning
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import data_sha256, read
 from pmm_edge.errors import ModelError, OutputError, PmmError

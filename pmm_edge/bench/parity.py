@@ -74,7 +74,6 @@ def compare(
     quantiles = np.quantile(cosines(reference, candidate), np.linspace(0, 1, QUANTILES))
     slices = stages if stages and len(stages) > 1 else {}
     return Parity(
-        images=len(paths),
         whole=_closeness(reference, candidate, paths),
         stages={
             name: _closeness(reference[:, start:stop], candidate[:, start:stop], paths)

@@ -18,7 +18,6 @@ from pmm_edge.bench.certification import Certification, write_certificates
 from pmm_edge.bench.environment import MachineState, environment, machine_state, noise_warnings
 from pmm_edge.bench.html import write_html
 from pmm_edge.bench.invariants import PROBES, broken, check_batches, check_embeddings, precision_failure
-from pmm_edge.bench.network_pictures import network_pictures
 from pmm_edge.bench.parity import GateOverrides
 from pmm_edge.bench.report import (
     BenchReport,
@@ -148,7 +147,7 @@ def bench(
         pass  # what was measured is the result
     latencies = [latency for subject in subjects for latency in subject.figures.latency]
     found.environment = environment([subject.embedder for subject in subjects], before, latencies)
-    return _write(found, subjects[0], images, out, report)
+    return _write(found, out)
 
 
 # Models and images
@@ -406,13 +405,11 @@ def _measure_latencies(
 # Files
 
 
-def _write(found: BenchReport, base: Subject, images: BenchImages, out: Path, report: Report) -> BenchResult:
+def _write(found: BenchReport, out: Path) -> BenchResult:
     found.save(out)  # first: it holds the work of minutes, and what follows may fail
-    shown = base.embedder.path, images.paths, images.dataset, base.embeddings
-    pictures = network_pictures(*shown, device=base.figures.device, report=report) if found.complete else []
     summary = out.with_suffix(".md")
     with written_whole(summary) as temporary:
         temporary.write_bytes(markdown(found).encode("utf-8", "replace"))  # file names may not be valid UTF-8
     page = out.with_name("report.html") if out.name == "bench.json" else out.with_suffix(".html")
-    write_html(found, page, pictures)
+    write_html(found, page)
     return BenchResult(found, [out, summary, page], write_certificates(found))

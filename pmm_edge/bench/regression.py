@@ -9,8 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from pmm_edge.bench.report import BenchReport, Environment, Gates, Latency, ModelReport, Scope, read_report
-from pmm_edge.bench.sentences import describe_failure
-from pmm_edge.bench.tables import Table, milliseconds
+from pmm_edge.bench.tables import Table, describe_failure, milliseconds
 
 
 class Metric(Enum):

@@ -1,11 +1,4 @@
-"""The data model of `bench.json`: everything that a bench measures, as plain dataclasses.
-
-docs/bench-json.md describes every entry. Fractions (Rank-1, mAP, mINP, cosine) are in 0..1; times and sizes carry their
-unit in the name; None means that a figure was not measured or is not finite. `pmm_edge.bench.sentences` makes text for
-people from these fields.
-"""
-
-from __future__ import annotations
+"""The data model of `bench.json`; docs/bench-json.md describes every entry, its units and what null means."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,7 +16,6 @@ QUANTILES = 101
 
 Scope = Literal["model", "end to end"]
 Neighbors = Literal["black images", "white images", "noise", "other images"]
-Count = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -60,10 +52,52 @@ class Invariant:
     tolerance: float | None = None
     image: str = ""
     other_image: str = ""
-    images: Count = 0
+    images: int = 0
     batch: int | None = None
     row: int | None = None
     neighbors: Neighbors | None = None
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Distance between a slice of a model's embeddings and the same slice of the reference, over all images."""
+
+    cosine_min: float
+    cosine_p1: float
+    cosine_mean: float
+    largest_relative: float | None
+    worst_image: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Comparison of a model's embeddings with the reference."""
+
+    whole: Closeness
+    stages: dict[str, Closeness]
+    cosine_quantiles: Annotated[list[float], Meta(min_length=QUANTILES, max_length=QUANTILES)]
+    shortest: float
+    longest: float
+    stretched_image: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of the model minus that of the reference, with the 95 % interval of a paired bootstrap over queries."""
+
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RetrievalChange:
+    """Effect of a model's differences on retrieval."""
+
+    rank1: Change
+    mAP: Change  # noqa: N815  the field's own spelling
+    mINP: Change  # noqa: N815
+    queries: int
 
 
 class FailureKind(Enum):
@@ -92,70 +126,27 @@ class Failure:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Closeness:
-    """Distance between a slice of a model's embeddings and the same slice of the reference, over all images."""
-
-    cosine_min: float
-    cosine_p1: float
-    cosine_mean: float
-    largest_relative: float | None
-    worst_image: str
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Comparison of a model's embeddings with the reference."""
-
-    images: int
-    whole: Closeness
-    stages: dict[str, Closeness]
-    cosine_quantiles: Annotated[list[float], Meta(min_length=QUANTILES, max_length=QUANTILES)]
-    shortest: float
-    longest: float
-    stretched_image: str
-
-
-@dataclass(frozen=True)
-class Change:
-    """A figure of the model minus that of the reference, with the 95 % interval of a paired bootstrap over queries."""
-
-    difference: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class RetrievalChange:
-    """Effect of a model's differences on retrieval."""
-
-    rank1: Change
-    mAP: Change  # noqa: N815  the field's own spelling
-    mINP: Change  # noqa: N815
-    queries: int
-
-
 class Cause(Enum):
     """Known mistakes that explain a difference from the reference."""
 
-    BGR = "bgr"
-    BGR_AFTER_NORMALIZATION = "bgr after normalization"
+    BGR = "BGR instead of RGB"
+    BGR_AFTER_NORMALIZATION = "BGR instead of RGB after normalization"
     NORMALIZED_TWICE = "normalized twice"
     NORMALIZED_AND_SCALED_TWICE = "normalized and scaled twice"
-    NOT_NORMALIZED_UNIT = "not normalized, 0..1"
-    NOT_NORMALIZED_RAW = "not normalized, 0..255"
+    NOT_NORMALIZED_UNIT = "not normalized, values in 0..1"
+    NOT_NORMALIZED_RAW = "not normalized, values in 0..255"
     NORMALIZED_SYMMETRICALLY = "normalized to -1..1"
     MEAN_MISSING = "mean not subtracted"
-    STD_MISSING = "not divided by std"
+    STD_MISSING = "not divided by the standard deviation"
     SCALING_MISSING = "not scaled to 0..1"
     SCALED_TWICE = "scaled to 0..1 twice"
-    MIRRORED = "mirrored"
-    UPSIDE_DOWN = "upside down"
+    MIRRORED = "images mirrored"
+    UPSIDE_DOWN = "images upside down"
     NHWC_AS_NCHW = "NHWC read as NCHW"
     STAGES_SWAPPED = "stages swapped"
-    STAGES_NORMALIZED = "stages normalized separately"
-    FLOAT16_OVERFLOW = "float16 overflow"
-    OTHER_CHECKPOINT = "other checkpoint"
+    STAGES_NORMALIZED = "each stage normalized to unit length"
+    FLOAT16_OVERFLOW = "values exceed the range of float16"
+    OTHER_CHECKPOINT = "exported from a different checkpoint"
 
 
 @dataclass(frozen=True)
@@ -181,11 +172,6 @@ class Departure:
     value_range: tuple[float, float] | None
     reference_range: tuple[float, float] | None
     weights_cosine: float | None = None
-
-    @property
-    def weights_changed(self) -> bool:
-        """Whether the weights differ by more than quantization to INT8 explains."""
-        return self.weights_cosine is not None and self.weights_cosine < 0.99
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,19 @@
-"""Everything that people read of a bench: verdict, sentences, tables for terminal and HTML, and Markdown."""
-
-from __future__ import annotations
+"""Everything that people read of a bench: sentences made from its fields, tables, and Markdown."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from pmm_edge.bench.report import BenchReport, Environment, Latency, ModelReport, Scope
-from pmm_edge.bench.sentences import describe_cause, describe_departure, describe_failure, describe_warning
+from pmm_edge.bench import report as bench
+from pmm_edge.bench.report import FailureKind, InvariantName, WarningKind
+from pmm_edge.errors import install
 from pmm_edge.files import with_tilde
+from pmm_edge.spec import FLOAT16_MAX
 
 NOT_MEASURED = "–"
-
-
-class Verdict(NamedTuple):
-    """The result in one word and one sentence."""
-
-    state: Literal["passes", "fails", "partial"]
-    sentence: str
 
 
 class Table(NamedTuple):
@@ -31,26 +24,124 @@ class Table(NamedTuple):
     rows: Sequence[tuple[str, ...]]
 
 
-def verdict(report: BenchReport) -> Verdict:
-    """Say whether all models passed; if not, the first failure and how many more there are."""
+# Sentences
+
+_FAILURES = {
+    FailureKind.COSINE: "has cosine {value:.6f} on {image}, below the minimum of {limit:g}",
+    FailureKind.MEAN_COSINE: "has mean cosine {value:.6f}, below the minimum of {limit:g}",
+    FailureKind.LENGTH: "changes the length of the embedding of {image} by a factor of {value:.4g}, and at most"
+    " {limit:.4g} or its inverse is allowed; this changes distances and every threshold on them",
+    FailureKind.MAP_DROP: "loses {value:.2f} points of mAP{interval}; the maximum is {limit:g}",
+    FailureKind.PRECISION: "declares another precision than it has: {percent:.0f} % of its weights are of the declared"
+    " type, most are {detail}",
+    FailureKind.EMBEDDING_SIZE: "outputs {value:.0f} values per embedding, the reference {limit:.0f}",
+    FailureKind.CANNOT_RUN: "cannot be run: {detail}",
+    FailureKind.INVARIANT: "breaks the invariant '{invariant.name.value}': {broken}",
+}
+_BROKEN = dict.fromkeys(
+    InvariantName, "{found} in row {row} of a batch of {batch}{where} ({image}); tolerance {tolerance}"
+) | {
+    InvariantName.FINITE: "NaN or infinity for {images:,} images, first for {image}",
+    InvariantName.DISTINCT: "the embeddings of {images:,} images are equal or all zeros, first that of {image}",
+    InvariantName.UNIT_LENGTH: "length {value:.4g} instead of 1 on {image}, tolerance {tolerance}",
+}
+_WARNINGS = {
+    WarningKind.NO_IDENTITIES: "retrieval is not evaluated: the images have no identities",
+    WarningKind.LIMITED: "retrieval is not evaluated: it needs all {total:,} images, and {count:,} were used",
+    WarningKind.PRECISION_NOT_CHECKED: "the declared precisions were not checked, because the onnx package"
+    f" is missing. {install('train')}",
+    WarningKind.REFERENCE_BROKEN: "the reference {name} fails its own checks, so that no model was compared with it",
+    WarningKind.SAME_FILE: "{name} is the same file as the reference, so that the comparison shows nothing",
+    WarningKind.NOT_MEASURED: "{about}{detail}",
+    WarningKind.BUSY: "the machine was busy before the measurement: load {value:.1f}, at most {limit:.1f} is quiet;"
+    " stop other processes (see top) and measure again",
+    WarningKind.NOISY: "{count} of {total} timings are noisy: the standard deviation reaches {percent:.0f} % of the"
+    " mean (quiet machines stay below {limit_percent:.0f} %); stop other processes and lock the clocks (jetson_clocks,"
+    " or cpupower frequency-set -g performance). On a VM, other tenants add noise",
+    WarningKind.THROTTLED: "the machine slowed down during the measurement ({reasons}); cool it or lock lower clocks",
+}
+
+
+def describe_failure(failure: bench.Failure) -> str:
+    """Describe a failed gate; the sentence follows the model's name."""
+    value, change, invariant, broken = failure.value or 0.0, failure.change, failure.invariant, ""
+    interval = f" (95 % interval {-100 * change.high:.2f} to {-100 * change.low:.2f})" if change else ""
+    if invariant:
+        found = "NaN or infinity" if invariant.value is None else f"a difference of {invariant.value:.2g}"
+        where = f" next to {invariant.neighbors}" if invariant.neighbors else ""
+        broken = _BROKEN[invariant.name].format(**vars(invariant), found=found, where=where)
+    fields = vars(failure) | {"value": value, "percent": 100 * value, "interval": interval, "broken": broken}
+    return _FAILURES[failure.kind].format(**fields)
+
+
+def describe_warning(warning: bench.BenchWarning) -> str:
+    """Describe a warning and what to do about it."""
+    name, value, limit = Path(warning.model).name, warning.value or 0.0, warning.limit or 0.0
+    reasons = [f"the processor {warning.count} times"] if warning.count else []
+    reasons += [f"the GPU because of its {reason.value}" for reason in warning.slowed_by]
+    fields = vars(warning) | {"value": value, "limit": limit, "percent": 100 * value, "limit_percent": 100 * limit}
+    fields |= {"name": name, "about": f"{name}: " if name else "", "reasons": ", ".join(reasons)}
+    return _WARNINGS[warning.kind].format(**fields)
+
+
+def explanations(model: bench.ModelReport) -> list[str]:
+    """Why a model fails, as far as it is known: the likely mistake, and the node where the difference starts."""
+    found, likely = [], model.likely_cause
+    if likely:
+        order = f" ({', '.join(likely.stages)})" if likely.stages else ""
+        found.append(f"likely cause: {likely.cause.value}{order}")
+    return [*found, _describe_departure(model.departure)] if model.departure else found
+
+
+def _describe_departure(departure: bench.Departure) -> str:
+    what = f"{departure.operator} '{departure.layer or departure.node}'"
+    figures = f"output cosine {departure.cosine:.4f}, inputs {departure.before:.4f}"
+    why, own, reference = "", departure.value_range, departure.reference_range
+    if own is None:
+        largest = max(map(abs, reference or (0.0,)))
+        why = ": the output holds NaN or infinity"
+        if departure.dtype == "float16" and largest > FLOAT16_MAX:
+            why = f": the reference reaches {largest:.4g}, which exceeds the range of float16 ({FLOAT16_MAX:.0f})"
+    elif departure.operator == "DequantizeLinear" and reference:
+        why = f": INT8 represents {own[0]:.3g} to {own[1]:.3g}, the reference has {reference[0]:.3g} to"
+        why += f" {reference[1]:.3g}; calibrate on real crops"
+    elif departure.weights_cosine is not None and departure.weights_cosine < 0.99:  # INT8 explains a smaller difference
+        why = f": its weights differ from the reference (cosine {departure.weights_cosine:.4f})"
+    if departure.gradual:
+        return f"no single node is at fault, the difference accumulates; {what} loses most ({figures}){why}"
+    return f"departs at {what} ({figures}){why}"
+
+
+def failure_lines(model: bench.ModelReport) -> list[str]:
+    """One sentence for each failure of a model, then what explains them."""
+    return [*map(describe_failure, model.failures), *explanations(model)]
+
+
+def verdict(report: bench.BenchReport) -> tuple[str, str]:
+    """Return `passes`, `fails` or `partial`, and a sentence with the first failure and how many more there are."""
     failures = [f"{name} {describe_failure(failure)}" for name, model in named(report) for failure in model.failures]
     failed = f"{failures[0]} (and {len(failures) - 1} more)" if len(failures) > 1 else "".join(failures)
     if not report.complete:
-        return Verdict("partial", f"The bench was interrupted: {failed or 'no failure so far'}.")
+        return "partial", f"The bench was interrupted: {failed or 'no failure so far'}."
     if failures:
-        return Verdict("fails", f"{failed}.")
+        return "fails", f"{failed}."
     found = f"All {len(report.models)} models pass" if len(report.models) > 1 else "The model passes"
-    changes = [model.retrieval_change for model in report.models if model.retrieval_change]
-    cosines = [model.parity.whole.cosine_min for model in report.models if model.parity]
-    if changes:
-        moved = max(abs(one.mAP.difference) for one in changes)
+    if changes := [model.retrieval_change for model in report.models if model.retrieval_change]:
+        moved = max(abs(change.mAP.difference) for change in changes)
         found += f": mAP changes by at most {100 * moved:.2f} points on {changes[0].queries:,} queries"
-    elif cosines:
+    elif cosines := [model.parity.whole.cosine_min for model in report.models if model.parity]:
         found += f": the minimum cosine is {min(cosines):.6f}"
-    return Verdict("passes", f"{found}.")
+    return "passes", f"{found}."
 
 
-def named(report: BenchReport) -> list[tuple[str, ModelReport]]:
+def result(report: bench.BenchReport, model: bench.ModelReport) -> str:
+    """`fails`, `reference`, `passes`, or `not judged` if nothing was compared with the reference."""
+    if model.failures:
+        return "fails"
+    return "reference" if model is report.reference else "passes" if model.parity else "not judged"
+
+
+def named(report: bench.BenchReport) -> list[tuple[str, bench.ModelReport]]:
     """Return reference and models with their display names: the file name, or the path where names are equal."""
     models = (report.reference, *report.models)
     shared = Counter(Path(model.path).name for model in models)
@@ -59,86 +150,30 @@ def named(report: BenchReport) -> list[tuple[str, ModelReport]]:
     return list(zip(unique, models, strict=True))
 
 
-def failure_lines(model: ModelReport) -> list[str]:
-    """One sentence for each failure of a model, then its likely cause and the layer where it starts."""
-    lines = [describe_failure(failure) for failure in model.failures]
-    if model.likely_cause:
-        lines.append(f"likely cause: {describe_cause(model.likely_cause)}")
-    if model.departure:
-        lines.append(describe_departure(model.departure))
-    return lines
+# Tables of at most 80 columns
 
 
-def terminal_tables(report: BenchReport) -> list[Table]:
-    """Return the tables for a terminal of 80 columns; invariants only if one is broken."""
-    broken = any(not invariant.held for _, model in named(report) for invariant in model.invariants)
-    found = [
-        parity_table(report),
-        invariant_table(report) if broken else None,
-        retrieval_table(report),
-        latency_table(report, "model"),
-        latency_table(report, "end to end"),
-        cost_table(report),
-    ]
-    return [table for table in found if table]
+def all_tables(report: bench.BenchReport) -> list[Table]:
+    """Return the tables of what was measured."""
+    latencies = (latency_table(report, scope) for scope in ("model", "end to end"))
+    return [table for table in (parity_table(report), retrieval_table(report), *latencies, cost_table(report)) if table]
 
 
-def model_table(report: BenchReport) -> Table:
-    """What each model is and where it runs."""
-    rows = [
-        (
-            name,
-            model.precision,
-            f"{model.backend} {model.device}",
-            mebibytes(model.file_bytes),
-            f"{model.embedding_size:,}",
-            _cell(model.gflops, ".2f"),
-            _cell(model.parameters and model.parameters / 1e6, ".2f"),
-            result(report, model),
-        )
-        for name, model in named(report)
-    ]
-    sizes = ("file\nMiB", "embedding\nsize", "GFLOPs\nper image", "parameters\nmillion")
-    return Table("Models", ("model", "precision", "runs on", *sizes, "result"), rows)
-
-
-def parity_table(report: BenchReport) -> Table:
+def parity_table(report: bench.BenchReport) -> Table:
     """Cosine similarity of each model's embeddings to the reference's, and the largest difference."""
     rows = []
     for name, model in named(report):
-        whole = model.parity.whole if model.parity else None
-        cosines = (_cell(getattr(whole, f"cosine_{which}", None), ".6f") for which in ("min", "p1", "mean"))
-        relative = _cell(whole.largest_relative if whole else None, ".1e")
-        rows.append((name, *cosines, relative, result(report, model)))
-    columns = ("model", "cosine\nmin", "cosine\n1 %", "cosine\nmean", "largest\nrelative", "result")
+        parity = model.parity
+        stage = min((one.cosine_min for one in parity.stages.values()), default=None) if parity else None
+        cosines = (parity.whole.cosine_min, stage, parity.whole.cosine_mean) if parity else (None, None, None)
+        relative = _cell(parity.whole.largest_relative if parity else None, ".1e")
+        rows.append((name, *(_cell(one, ".6f") for one in cosines), relative, result(report, model)))
+    columns = ("model", "cosine\nmin", "min of\nany stage", "cosine\nmean", "largest\nrelative", "result")
     return Table(f"Parity on {report.images:,} images of {with_tilde(report.data)}", columns, rows)
 
 
-def stage_table(report: BenchReport) -> Table | None:
-    """Cosine, minimum and mean, of each stage's slice of the embedding; None if no embedding has stages."""
-    found = {name: model.parity.stages if model.parity else {} for name, model in named(report)[1:]}
-    stages = list(dict.fromkeys(stage for own in found.values() for stage in own))
-    rows = []
-    for name, own in found.items():
-        pairs = [(own[stage].cosine_min, own[stage].cosine_mean) if stage in own else None for stage in stages]
-        rows.append((name, *("\n".join(_cell(one, ".6f") for one in pair or (None,)) for pair in pairs)))
-    return Table("Cosine of each stage, minimum and mean", ("model", *stages), rows) if stages else None
-
-
-def invariant_table(report: BenchReport) -> Table | None:
-    """Which invariants hold; None if none was checked."""
-    found = {name: {one.name: one.held for one in model.invariants} for name, model in named(report)}
-    checked = list(dict.fromkeys(invariant for held in found.values() for invariant in held))
-    words = {True: "holds", False: "broken", None: NOT_MEASURED}
-    rows = [(name, *(words[held.get(invariant)] for invariant in checked)) for name, held in found.items()]
-    columns = ("model", *(invariant.value.replace(" ", "\n") for invariant in checked))
-    return Table("Invariants", columns, rows) if checked else None
-
-
-def retrieval_table(report: BenchReport) -> Table | None:
+def retrieval_table(report: bench.BenchReport) -> Table | None:
     """mAP, Rank-1 and mINP, each with the change and its interval; None if retrieval was not evaluated."""
-    if not any(model.retrieval for _, model in named(report)):
-        return None
     rows, title = [], "Retrieval in %, with the change in points and its 95 % interval"
     for name, model in named(report):
         cells = []
@@ -148,34 +183,29 @@ def retrieval_table(report: BenchReport) -> Table | None:
             if change:
                 cells[-1] += f" {points(change.difference)}\n({points(change.low)}…{points(change.high)})"
         rows.append((name, *cells))
-    if changes := [model.retrieval_change for model in report.models if model.retrieval_change]:
-        title += f", {changes[0].queries:,} queries"
-    return Table(title, ("model", "mAP", "Rank-1", "mINP"), rows)
+        if model.retrieval_change and model is report.models[0]:
+            title += f", {model.retrieval_change.queries:,} queries"
+    measured = any(model.retrieval for _, model in named(report))
+    return Table(title, ("model", "mAP", "Rank-1", "mINP"), rows) if measured else None
 
 
-def latency_table(report: BenchReport, scope: Scope, full: bool = False) -> Table | None:
-    """Time per batch and its ratio to the reference, by batch size; None if not measured.
-
-    `full` adds p99, GPU time, variation and the number of runs, which do not fit a terminal.
-    """
+def latency_table(report: bench.BenchReport, scope: bench.Scope) -> Table | None:
+    """Time per batch and its ratio to the reference, by batch size; None if not measured."""
     timed = [(name, latency) for name, model in named(report) for latency in model.latency if latency.scope == scope]
     rows = []
     for name, one in sorted(timed, key=lambda entry: (entry[1].batch, entry[1].cuda_graph)):
         ratio = f"{one.ratio:.2f}"
         if one.ratio_low != one.ratio_high:  # the reference's ratio to itself has no interval
             ratio += f" {one.ratio_low:.2f}–{one.ratio_high:.2f}"
-        gpu = NOT_MEASURED if one.gpu_ms is None else milliseconds(one.gpu_ms)
-        extra = (milliseconds(one.p99_ms), gpu, f"{100 * one.variation:.0f}", f"{one.runs:,}") if full else ()
-        times = milliseconds(one.median_ms), milliseconds(one.p90_ms)
         label = f"{name}, CUDA graph" if one.cuda_graph else name
-        rows.append((label, str(one.batch), *times, *extra, f"{one.images_per_second:,.0f}", ratio))
-    extra = ("p99\nms", "GPU\nms", "variation\n%", "runs") if full else ()
-    columns = ("model", "batch\nsize", "median\nms", "p90\nms", *extra, "images\nper s", "ratio")
+        times = milliseconds(one.median_ms), milliseconds(one.p90_ms)
+        rows.append((label, str(one.batch), *times, f"{one.images_per_second:,.0f}", ratio))
+    columns = ("model", "batch\nsize", "median\nms", "p90\nms", "images\nper s", "ratio")
     what = "model only" if scope == "model" else "from image files"
     return Table(f"Latency per batch, {what}; ratio to the reference, 95 % interval", columns, rows) if rows else None
 
 
-def cost_table(report: BenchReport) -> Table | None:
+def cost_table(report: bench.BenchReport) -> Table | None:
     """File size, cold start, memory and energy; None if neither cold start nor energy was measured."""
     rows = []
     for name, model in named(report):
@@ -183,39 +213,33 @@ def cost_table(report: BenchReport) -> Table | None:
         first = milliseconds(start.first_embedding_ms) if start else NOT_MEASURED
         memory = [_cell(getattr(start, name, None), ",.0f") for name in ("peak_memory_mib", "gpu_memory_mib")]
         joules = _cell(energy.joules_per_embedding if energy else None, ".3g")
-        rows.append((name, mebibytes(model.file_bytes), first, *memory, joules))
+        rows.append((name, f"{model.file_bytes / 2**20:,.1f}", first, *memory, joules))
     columns = ("model", "file\nMiB", "first\nembed. ms", "memory\nMiB", "GPU mem.\nMiB", "J per\nembed.")
     measured = any(model.cold_start or model.energy for _, model in named(report))
     return Table("Size, cold start, memory, energy (–: not measured)", columns, rows) if measured else None
 
 
-def environment_table(report: BenchReport) -> Table:
-    """The machine, the data and the time."""
-    rows = [*environment_rows(report.environment), ("data", with_tilde(report.data))]
-    rows += [("data SHA-256", report.data_sha256), ("measured", report.created)]
-    return Table("Environment", ("", "value"), rows)
-
-
-def environment_rows(environment: Environment) -> list[tuple[str, str]]:
+def environment_rows(report: bench.BenchReport) -> list[tuple[str, str]]:
     """Name and value of each part of the environment that is known."""
-    e = environment
+    e = report.environment
     clocks = [f"{e.cpu_clocks.min_mhz} to {e.cpu_clocks.max_mhz} MHz"] if e.cpu_clocks else []
     clocks += [f"governor {', '.join(e.governors)}"] if e.governors else []
-    gpu_clocks = f"{e.gpu_clocks.min_mhz} to {e.gpu_clocks.max_mhz} MHz" if e.gpu_clocks else ""
+    gpu_clocks = [f"{e.gpu_clocks.min_mhz} to {e.gpu_clocks.max_mhz} MHz"] if e.gpu_clocks else []
+    gpu_clocks += [f"maximum {e.gpu_max_mhz} MHz"] if e.gpu_max_mhz else []
     threads = [f"{name}={value}" for name, value in e.thread_settings.items()]
     threads += [f"{backend} {count or 'default'}" for backend, count in e.threads.items()]
     rows = {
         "processor": e.cpu,
         "instruction set": e.instruction_set,
         "board": e.board,
-        "cores": f"{e.cores}" if e.usable_cores == e.cores else f"{e.usable_cores:g} of {e.cores}",
+        "cores": f"{e.usable_cores:g} of {e.cores}",
         "threads": ", ".join(threads),
         "load before": None if e.load is None else f"{e.load:.2f}",
         "CPU clocks": ", ".join([*clocks, *(["locked"] if e.clocks_locked else [])]),
         "Jetson Linux": e.l4t,
         "power mode": e.power_mode,
         "GPU": e.gpu and (f"{e.gpu}, driver {e.driver}" if e.driver else e.gpu),
-        "GPU clocks": f"{gpu_clocks or 'not measured'}, maximum {e.gpu_max_mhz} MHz" if e.gpu_max_mhz else gpu_clocks,
+        "GPU clocks": ", ".join(gpu_clocks),
         "system": e.os,
         "Python": e.python,
         **e.versions,
@@ -223,32 +247,16 @@ def environment_rows(environment: Environment) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows.items() if value]
 
 
-def result(report: BenchReport, model: ModelReport) -> str:
-    """`fails`, `reference`, `passes`, or `not judged` if nothing was compared with the reference."""
-    if model.failures:
-        return "fails"
-    if model is report.reference:
-        return "reference"
-    return "passes" if model.parity else "not judged"
-
-
-def fastest(model: ModelReport, scope: Scope) -> list[Latency]:
+def fastest(model: bench.ModelReport, scope: bench.Scope) -> list[bench.Latency]:
     """Return the timings of a scope by batch size; of those with and without CUDA graph, the faster one."""
-    best: dict[int, Latency] = {}
-    for latency in sorted(model.latency, key=lambda one: -one.median_ms):
-        if latency.scope == scope:
-            best[latency.batch] = latency
+    timed = [latency for latency in model.latency if latency.scope == scope]
+    best = {latency.batch: latency for latency in sorted(timed, key=lambda one: -one.median_ms)}
     return [best[batch] for batch in sorted(best)]
 
 
 def milliseconds(value: float) -> str:
     """Format with three significant digits or more: `7.47`, `51.1`, `1,204`."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def mebibytes(count: int) -> str:
-    """Format a number of bytes in MiB."""
-    return f"{count / 2**20:,.1f}"
 
 
 def points(value: float) -> str:
@@ -260,25 +268,23 @@ def _cell(value: float | None, form: str) -> str:
     return NOT_MEASURED if value is None else format(value, form) if math.isfinite(value) else "not finite"
 
 
+# Markdown
+
 _MARKS = {"passes": "✅", "fails": "❌", "partial": "⚠️"}
 
 
-def markdown(report: BenchReport) -> str:
+def markdown(report: bench.BenchReport) -> str:
     """Render verdict, failures, warnings and tables for a GitHub comment; text from files and paths is escaped."""
-    found = verdict(report)
+    state, sentence = verdict(report)
     lines = [f"- **{escaped(name)}** {escaped(line)}" for name, model in named(report) for line in failure_lines(model)]
     lines += [f"- ⚠️ {escaped(describe_warning(warning))}" for warning in report.warnings]
-    parts = [f"### {_MARKS[found.state]} pmm bench: {found.state}", escaped(found.sentence), "\n".join(lines)]
-    parts += [f"**{escaped(table.title)}**\n\n{_markdown_rows(table)}" for table in terminal_tables(report)]
-    parts.append(f"<details><summary>Models</summary>\n\n{_markdown_rows(model_table(report))}\n\n</details>")
-    about = [*environment_rows(report.environment), ("measured", report.created)]
+    parts = [f"### {_MARKS[state]} pmm bench: {state}", escaped(sentence), "\n".join(lines)]
+    for title, columns, rows in all_tables(report):
+        head, *body = ["| " + " | ".join(map(escaped, row)) + " |" for row in (columns, *rows)]
+        parts.append("\n".join([f"**{escaped(title)}**\n", head, "| :--- |" + " ---: |" * (len(columns) - 1), *body]))
+    about = [*environment_rows(report), ("measured", report.created)]
     parts.append(f"<sub>{escaped('; '.join(f'{name} {value}' for name, value in about))}</sub>")
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _markdown_rows(table: Table) -> str:
-    head, *rows = ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in (table.columns, *table.rows)]
-    return "\n".join([head, "| :--- |" + " ---: |" * (len(table.columns) - 1), *rows])
 
 
 def escaped(text: str) -> str:

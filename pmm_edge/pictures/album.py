@@ -62,8 +62,7 @@ def visualize(
         layout: layout of the data set; None detects it.
         images: number of images, queries or anchors to draw; `top` is the number of hits per query.
         seed: selects the images and the negatives.
-        out: folder to write; default: `pictures` in the run folder.
-        device: as in `pmm_edge.load`.
+        out: folder to write; default: `pictures` in the run folder. `device` is as in `pmm_edge.load`.
 
     Raises UnsuitableError if the requested kind, or every kind, cannot be drawn; DataError if there are no images, or
     one cannot be read; ModelError if a file is not a model; OutputError if the folder cannot be written.
@@ -82,10 +81,8 @@ def visualize(
 
     def dataset() -> ReidDataset:
         if found.labels is None:
-            raise UnsuitableError(
-                f"{source} is not a data set, and these pictures need identities",
-                "Name a data set with --data; --what cams accepts any images",
-            )
+            problem = f"{source} is not a data set, and these pictures need identities"
+            raise UnsuitableError(problem, "Name a data set with --data; --what cams accepts any images")
         return read(source, layout)
 
     def cams() -> Image.Image:
@@ -101,10 +98,8 @@ def visualize(
     def galleries() -> Image.Image:
         valid = queries_with_match(labeled := dataset())
         if not len(valid):
-            raise UnsuitableError(
-                f"no query of {source} has a match from another camera in the gallery",
-                f"Inspect it with pmm data {source}",
-            )
+            problem = f"no query of {source} has a match from another camera in the gallery"
+            raise UnsuitableError(problem, f"Inspect it with pmm data {source}")
         return gallery_grid(load(path, device), labeled, valid[drawn(len(valid))], top=top, report=report)
 
     def mixing() -> Image.Image:

@@ -139,18 +139,19 @@ def cam_grid(found: Attention, rows: Sequence[int] | NDArray[np.intp]) -> Image.
 
 @dataclass(frozen=True)
 class Overlap:
-    """Overlap of the stages' attention on N images, in 0..1."""
+    """Overlap of the stages' attention on N images, in 0..1.
+
+    `pairs` is the mean over the images for each pair of stages, such as I-II; None if every map of the pair is empty.
+    `mean` is the mean over the pairs; None for fewer than two stages or if a pair is None. `chance` takes the second
+    map from another image: the overlap to expect, because people stand in the middle of their crops. `empty` counts the
+    images with a map that is zero everywhere, that is, without evidence for the class.
+    """
 
     images: int
     pairs: dict[str, float | None]
-    """Mean over the images for each pair of stages, such as I-II; None if every map of the pair is empty."""
     mean: float | None
-    """Mean over the pairs; None for fewer than two stages or if a pair is None."""
     chance: float | None
-    """Mean over the same pairs with the second map taken from another image: the overlap to expect, because people
-    stand in the middle of their crops. None for a single image."""
     empty: int
-    """Images with a map that is zero everywhere, that is, without evidence for the class."""
 
 
 def overlap(maps: ArrayLike, stages: tuple[str, ...]) -> Overlap:

@@ -59,10 +59,8 @@ def mixing_grid(path: Path, train: Split, *, count: int = 6, seed: int = 0, devi
     checkpoint = checkpoint_with_heads(path)
     size, (used, classes) = checkpoint.spec.input, class_indices(train)
     if (people := len(np.unique(classes))) != checkpoint.spec.num_classes:
-        raise UnsuitableError(
-            f"the network has {checkpoint.spec.num_classes:,} classes, the training set {people:,} identities",
-            "Name the data set it was trained on with --data",
-        )
+        problem = f"the network has {checkpoint.spec.num_classes:,} classes, the training set {people:,} identities"
+        raise UnsuitableError(problem, "Name the data set it was trained on with --data")
     batch = identity_batches(classes, max(PEOPLE, count), IMAGES_EACH, np.random.default_rng(seed))[0]
     crops = read_crops([train.paths[row] for row in used[batch]], size.height, size.width)
     found = mixed_batch(checkpoint.network(), crops, classes[batch], size, seed, device)

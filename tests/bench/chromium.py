@@ -1,19 +1,15 @@
 """A headless Chromium, controlled through a pipe with the DevTools protocol."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars"
     " --disable-background-networking --disable-component-update --remote-debugging-pipe"
 )
@@ -25,12 +21,21 @@ def find_chromium() -> str | None:
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
-class Page:
-    """One tab."""
+class Browser:
+    """A browser with one tab."""
 
-    def __init__(self, send: int, receive: int) -> None:
-        self._send, self._receive = os.fdopen(send, "wb"), receive
-        self._numbers, self._left = itertools.count(1), b""
+    def __init__(self, binary: str, profile: Path) -> None:
+        (to_read, send), (self._receive, to_write) = os.pipe(), os.pipe()
+
+        def pipes_as_three_and_four() -> None:  # --remote-debugging-pipe expects them there
+            for source, target in ((to_read, 60), (to_write, 61), (60, 3), (61, 4)):
+                os.dup2(source, target)
+
+        command = [binary, *ARGUMENTS.split(), f"--user-data-dir={profile}"]
+        options: dict[str, Any] = {"close_fds": False, "start_new_session": True, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, preexec_fn=pipes_as_three_and_four, **options)
+        os.close(to_read), os.close(to_write)
+        self._send, self._numbers, self._left = os.fdopen(send, "wb"), itertools.count(1), b""
         self._session: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -41,18 +46,18 @@ class Page:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command and return its result; events received before are kept."""
         number = next(self._numbers)
-        message = {"id": number, "method": method, "params": params, **self._session}
-        self._send.write(json.dumps(message).encode() + b"\0")
+        self._send.write(
+            json.dumps({"id": number, "method": method, "params": params, **self._session}).encode() + b"\0"
+        )
         self._send.flush()
         while (answer := self._message()).get("id") != number:
             self.events.append(answer)
-        result: dict[str, Any] = answer["result"]
-        return result
+        return dict(answer["result"])
 
-    def open(self, path: Path, width: int, height: int, dark: bool = False) -> None:
-        """Load a file in a window of this size; `events` then holds the events of loading."""
+    def open(self, path: Path, width: int, dark: bool = False) -> None:
+        """Load a file in a window of this width; `events` then holds the events of loading."""
         self.events.clear()
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -64,35 +69,15 @@ class Page:
         """Return the value of a JavaScript expression, which the page's policy does not block."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
+    def close(self) -> None:
+        """Stop the browser and its children."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._left:
             part = os.read(self._receive, 1 << 20)
             assert part, "the browser stopped"
             self._left += part
         message, _, self._left = self._left.partition(b"\0")
-        parsed: dict[str, Any] = json.loads(message)
-        return parsed
-
-
-@contextmanager
-def chromium(binary: str, profile: Path) -> Iterator[Page]:
-    """Start a browser with one tab; stop it and its children afterwards."""
-    to_read, send = os.pipe()
-    receive, to_write = os.pipe()
-
-    def pipes_as_three_and_four() -> None:  # --remote-debugging-pipe expects them there
-        os.dup2(to_read, 60)
-        os.dup2(to_write, 61)
-        os.dup2(60, 3)
-        os.dup2(61, 4)
-
-    command = [binary, *_ARGUMENTS.split(), f"--user-data-dir={profile}"]
-    options: dict[str, Any] = {"close_fds": False, "start_new_session": True, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, preexec_fn=pipes_as_three_and_four, **options)
-    os.close(to_read)
-    os.close(to_write)
-    try:
-        yield Page(send, receive)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        return dict(json.loads(message))

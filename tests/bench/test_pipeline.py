@@ -24,7 +24,6 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("pmm_edge.bench.invariants.PROBES", 2)
     monkeypatch.setattr("pmm_edge.bench.invariants._ODD_SIZES", (2,))
     monkeypatch.setattr("pmm_edge.bench.timing.MAX_WARM_UP_SECONDS", 0.1)
-    monkeypatch.setattr(pipeline, "network_pictures", lambda *args, **kwargs: [])
     monkeypatch.setattr(pipeline, "write_html", lambda *args: None)
     monkeypatch.setattr(pipeline, "measure_cold_start", lambda path, device, batch: ColdStart(1.0, 1.0, batch))
     for name in ("measure_latency", "measure_end_to_end"):

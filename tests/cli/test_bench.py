@@ -24,7 +24,6 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pipeline, name, partial(getattr(pipeline, name), min_runs=2, min_seconds=0))
     monkeypatch.setattr("pmm_edge.bench.timing.MAX_WARM_UP_SECONDS", 0.1)
     monkeypatch.setattr(pipeline, "measure_cold_start", lambda *_: None)  # it starts processes that import torch
-    monkeypatch.setattr(pipeline, "network_pictures", lambda *_, **__: [])
     monkeypatch.setattr("pmm_edge.bench.html.charts", lambda *_: {})
 
 
