@@ -79,7 +79,9 @@ def _data_of(checkpoint: Path) -> Path:
 
 def _images(source: Path, limit: int | None) -> list[Path]:
     images = find_images(source)
-    queries = np.arange(len(images.paths)) if images.labels is None else np.flatnonzero(images.labels.split == "query")
+    queries = (
+        np.arange(len(images.paths)) if images.labels is None else np.flatnonzero(images.labels["split"] == "query")
+    )
     kept = queries if limit is None else queries[:: max(1, len(queries) // limit)][:limit]
     return [images.paths[row] for row in kept]
 

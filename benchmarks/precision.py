@@ -28,7 +28,7 @@ from pmm_edge.images import evenly, read_crops
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runs import BEST, about_run
 from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import embed_dataset
+from pmm_edge.runtime.embed_files import embed_files, evaluate_dataset
 from pmm_edge.spec import describe_precision
 
 SMALL_SET = SyntheticConfig(train_identities=16, test_identities=8)
@@ -89,17 +89,18 @@ def main() -> None:
             print(f"{name:13}  {item.size / 1e6:6.1f} MB  {describe_precision(item.spec)}")
 
         dataset = subset(scan(data), arguments.images)
-        embedded = {name: embed_dataset(model, dataset, report=progress) for name, model in embedders.items()}
+        paths = [*dataset.query.paths, *dataset.gallery.paths]
+        embedded = {name: embed_files(model, paths, report=progress).embeddings for name, model in embedders.items()}
         base = embedded["PyTorch eager"]
-        base_map = None if arguments.images else base.evaluate().mAP
-        print(f"\ncloseness to PyTorch on {len(base.embeddings)} images of query and gallery", end="")
+        base_map = None if arguments.images else evaluate_dataset(dataset, base).mAP
+        print(f"\ncloseness to PyTorch on {len(base)} images of query and gallery", end="")
         print("" if base_map is None else f"; mAP of PyTorch is {100 * base_map:.2f}")
         print("                 cosine mean    cosine min" + ("" if base_map is None else "    mAP drop, points"))
         for name in exported:
-            cosine = cosines(base.embeddings, embedded[name].embeddings)
+            cosine = cosines(base, embedded[name])
             line = f"{name:13}  {cosine.mean():12.7f}  {cosine.min():12.7f}"
             if base_map is not None:
-                line += f"  {100 * (base_map - embedded[name].evaluate().mAP):10.3f}"
+                line += f"  {100 * (base_map - evaluate_dataset(dataset, embedded[name]).mAP):10.3f}"
             print(line)
 
         crops = read_crops(dataset.query.paths[:8], spec.input.height, spec.input.width)

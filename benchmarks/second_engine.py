@@ -19,7 +19,7 @@ from pmm_edge.data.dataset import scan
 from pmm_edge.images import Pixels, network_input
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime import Embedder, load
-from pmm_edge.runtime.embed_files import embed_dataset
+from pmm_edge.runtime.embed_files import embed_files, evaluate_dataset
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embeddings
 
 
@@ -46,17 +46,18 @@ def main() -> None:
 
     dataset = subset(scan(arguments.data), arguments.images)
     print(machine("onnxruntime-gpu", "onnxruntime", "openvino"))
-    base = embed_dataset(load(arguments.models[0], "cpu"), dataset, report=progress)
-    base_map = None if arguments.images else base.evaluate().mAP
-    print(f"closeness to {arguments.models[0].name} in ONNX Runtime on {len(base.embeddings)} images", end="")
+    paths = [*dataset.query.paths, *dataset.gallery.paths]
+    base = embed_files(load(arguments.models[0], "cpu"), paths, report=progress).embeddings
+    base_map = None if arguments.images else evaluate_dataset(dataset, base).mAP
+    print(f"closeness to {arguments.models[0].name} in ONNX Runtime on {len(base)} images", end="")
     print("" if base_map is None else f"; its mAP is {100 * base_map:.2f}")
     print(f"{'in OpenVINO':28}  cosine mean    cosine min" + ("" if base_map is None else "    mAP, points"))
     for path in arguments.models:
-        embedded = embed_dataset(OpenVinoEmbedder(path, arguments.as_written), dataset, report=progress)
-        cosine = cosines(base.embeddings, embedded.embeddings)
+        embeddings = embed_files(OpenVinoEmbedder(path, arguments.as_written), paths, report=progress).embeddings
+        cosine = cosines(base, embeddings)
         line = f"{path.name:28}  {cosine.mean():11.7f}  {cosine.min():12.7f}"
         if base_map is not None:
-            line += f"  {100 * (embedded.evaluate().mAP - base_map):+12.3f}"
+            line += f"  {100 * (evaluate_dataset(dataset, embeddings).mAP - base_map):+12.3f}"
         print(line, flush=True)
 
 

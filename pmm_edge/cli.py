@@ -339,8 +339,8 @@ def embed(
     Folders are searched recursively. Unreadable images are listed and skipped; if no image can be read, nothing is
     written and the exit code is 1. Rows follow the sorted paths, the list, or query, gallery and train.
 
-    A .npz file holds the arrays embeddings, paths, spec (JSON) and, for a data set, pids, camids and split; a .parquet
-    file the columns path, embedding, pid, camid and split, with the spec in its metadata.
+    A .npz file holds the arrays spec (JSON), paths, embeddings and, for a data set, pids, camids and split. In a
+    .parquet file these are columns, except for spec, which is in its metadata.
 
     - `pmm embed model.onnx crops/ -o embeddings.npz`
     - `pmm embed model.onnx market1501 -o market.parquet`

@@ -188,7 +188,7 @@ def probe_onnxruntime() -> Probe:
     devices: dict[str, str | None] = {}
     for device in ("cpu", "cuda") if driver_is_there() else ("cpu",):
         try:
-            session, *_ = open_session(Path("the test network"), ADDITION, device)
+            session, *_ = open_session(Path("the test network"), device, ADDITION)
             (sums,) = session.run(None, {"x": np.ones(1, np.float32)})
             devices[device] = None if sums.tolist() == [2.0] else f"it computes 1 + 1 = {sums.tolist()}"
         except PmmError as error:

@@ -183,8 +183,7 @@ def embedding_facts(found: EmbeddedFiles, model: Path, written: Path) -> dict[st
     """The JSON form of `pmm embed`."""
     rows, size = found.embeddings.shape
     facts = {"model": model, "source": found.images.source, "rows": rows, "embedding_size": size, "written": written}
-    facts["skipped"] = [image._asdict() for image in found.skipped]
-    return {**facts, **_fields(found, "backend", "device", "seconds", "model_seconds")}
+    return {**facts, **_fields(found, "skipped", "backend", "device", "seconds")}
 
 
 def show_embedded(found: EmbeddedFiles, written: Path) -> None:
@@ -193,13 +192,12 @@ def show_embedded(found: EmbeddedFiles, written: Path) -> None:
     rows, size = found.embeddings.shape
     skipped = f", {len(found.skipped):,} skipped" if found.skipped else ""
     print_line(f"{escape(str(written))}: {rows:,} × {size:,} float32 of {found.images.source}{skipped}")
-    rate, share = rows / found.seconds, found.model_seconds / found.seconds
-    note(f"[dim]{rate:,.1f} images/s in {found.backend} on {found.device}; the network took {share:.0%} of the time[/]")
+    note(f"[dim]{rows / found.seconds:,.1f} images/s in {found.backend} on {found.device}[/]")
 
 
-def _show_unreadable(label: str, bad: Sequence[tuple[Path, str]]) -> None:
-    for path, reason in bad[:LISTED]:
-        note(f"[red]{label}:[/] {escape(f'{path}: {reason}')}")
+def _show_unreadable(label: str, bad: Sequence[BadImage]) -> None:
+    for image in bad[:LISTED]:
+        note(f"[red]{label}:[/] {escape(f'{image.path}: {image.reason}')}")
     if len(bad) > LISTED:
         note(f"[red]{label}:[/] and {len(bad) - LISTED:,} more; --json lists all of them")
 
@@ -239,7 +237,7 @@ def show_dataset(dataset: ReidDataset, analysis: Analysis, bad: Sequence[BadImag
     print_table(f"{dataset.root} · {dataset.layout}", ("", *kinds), rows)
     for warning in analysis.warnings:
         print_line(f"[yellow]warning:[/] {escape(warning.text)}")
-    _show_unreadable("unreadable", [(image.path, image.reason) for image in bad or []])
+    _show_unreadable("unreadable", bad or [])
     if not analysis.warnings and not bad:
         print_line("[green]ok:[/] no problem found" + ("" if bad is None else "; every image can be read"))
 

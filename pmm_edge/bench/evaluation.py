@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
 from pmm_edge.console import Report, about, percent, silent
 from pmm_edge.data.dataset import scan
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
-from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import embed_dataset
+from pmm_edge.retrieval.metrics import JUNK_PID
+from pmm_edge.runtime import embed_files, load
+from pmm_edge.runtime.embed_files import evaluate_dataset, save_npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +64,8 @@ def evaluate_model(
     """Evaluate retrieval under the Market-1501 protocol.
 
     `rerank` adds k-reciprocal re-ranking, `flip` the mean embedding of each image and its mirror image. `cmc` is a .png
-    or .svg file for a plot of the CMC, `features` an .npz file for the embeddings (see `EmbeddedDataset.save`).
+    or .svg file for a plot of the CMC, `features` an .npz file with the arrays `query_features`, `query_pids`,
+    `query_camids` and `query_names`, the same for `gallery_`, and with `flip` `query_features_flip`.
 
     Raises DataError or ModelError if the data set or the model cannot be used, OutputError if a file cannot be written.
     """
@@ -69,19 +74,27 @@ def evaluate_model(
         check_cmc_plot(cmc)
     if features:
         check_output(features, [".npz"])
-    embedded = embed_dataset(embedder, dataset, flip, report)
+    # Without junk, which no metric counts.
+    dataset = replace(dataset, gallery=dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID)))
+    query, gallery = dataset.query, dataset.gallery
+    embedded = embed_files(embedder, [*query.paths, *gallery.paths], flip=flip, report=report)
+    kinds = {False: embedded.embeddings} | ({} if embedded.flipped is None else {True: embedded.flipped})
     if features:
-        embedded.save(features)
+        arrays: dict[str, ArrayLike] = {}
+        for side, split, part in (("query", query, slice(len(query))), ("gallery", gallery, slice(len(query), None))):
+            arrays |= {f"{side}_features{'_flip' * flipped}": found[part] for flipped, found in kinds.items()}
+            arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
+            arrays[f"{side}_names"] = [path.name for path in split.paths]
+        save_npz(features, arrays)
     rows = []
     for reranked in (False, True)[: 1 + rerank]:
-        for flipped in (False, True)[: 1 + flip]:
+        for flipped, embeddings in kinds.items():
             named = about("flip" if flipped else "plain", report)
-            rows.append(EvaluationRow(flipped, reranked, embedded.evaluate(reranked, flip=flipped, report=named)))
+            rows.append(EvaluationRow(flipped, reranked, evaluate_dataset(dataset, embeddings, reranked, named)))
     if cmc:
         curves = {
             f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}": row.result.cmc.tolist()
             for row in rows
         }
         save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)
-    gallery = len(embedded.dataset.gallery)
-    return Evaluation(model, data, dataset.name, gallery, embedder.backend, embedder.device, rows)
+    return Evaluation(model, data, dataset.name, len(gallery), embedder.backend, embedder.device, rows)

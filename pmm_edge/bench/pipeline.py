@@ -42,7 +42,7 @@ from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, resolve_checkpoint, run_of
 from pmm_edge.runtime import Embedder, embed_files, load
 from pmm_edge.runtime.cuda import GpuError
-from pmm_edge.runtime.embed_files import EmbeddedDataset, find_images
+from pmm_edge.runtime.embed_files import evaluate_dataset, find_images
 from pmm_edge.runtime.embedder import Embeddings
 
 MODEL_SUFFIXES = (".onnx", ".engine", ".safetensors")
@@ -249,7 +249,7 @@ def _embed(subjects: Sequence[Subject], images: BenchImages, report: Report) -> 
         with _failure_if_it_cannot_run(subject):
             subject.embeddings = embed_files(subject.embedder, images.paths, report=report).embeddings
             if images.dataset and np.isfinite(subject.embeddings).all():
-                subject.retrieval = EmbeddedDataset(images.dataset, subject.embeddings).evaluate()
+                subject.retrieval = evaluate_dataset(images.dataset, subject.embeddings)
                 subject.figures.retrieval = subject.retrieval.figures()
                 subject.figures.cmc = [float(share) for share in subject.retrieval.cmc]
 
@@ -303,7 +303,7 @@ def _compare(model: Subject, base: Subject, images: BenchImages, found: BenchRep
     if ours.normalized_output and not theirs.normalized_output:
         expected = unit_length(expected)  # such a model ranks by cosine: compare it with the reference's directions
         if images.dataset and expected_result:
-            expected_result = EmbeddedDataset(images.dataset, expected).evaluate()
+            expected_result = evaluate_dataset(images.dataset, expected)
     stages = ours.stages if ours.stages == theirs.stages else None
     figures.parity = parity.compare(expected, actual, images.paths, stages)
     figures.failures += parity.parity_failures(figures.parity, figures.gates)

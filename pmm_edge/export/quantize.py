@@ -26,8 +26,8 @@ from pmm_edge.export.graph import LAYERS, Parts, copy_model, finalize, layer_nam
 from pmm_edge.files import temporary_folder
 from pmm_edge.images import Pixels
 from pmm_edge.retrieval.distances import cosines
-from pmm_edge.runtime import Embedder
-from pmm_edge.runtime.embed_files import embed_dataset
+from pmm_edge.runtime import Embedder, embed_files
+from pmm_edge.runtime.embed_files import evaluate_dataset
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import FLOAT16_MAX, CalibrationMethod, InputSpec, ModelSpec, Quantization, QuantizationTarget
 
@@ -304,7 +304,8 @@ def _fewest(holds: Callable[[int], bool], most: int) -> int:
 
 def mean_average_precision(embedder: Embedder, dataset: ReidDataset, report: Report = silent) -> float:
     """Return mAP, 0..1, on query and gallery."""
-    return embed_dataset(embedder, dataset, report=report).evaluate().mAP
+    paths = [*dataset.query.paths, *dataset.gallery.paths]
+    return evaluate_dataset(dataset, embed_files(embedder, paths, report=report).embeddings).mAP
 
 
 def quantize_network(

@@ -89,7 +89,7 @@ def visualize(
         from pmm_edge.pictures.attention import attention_of, cam_grid, overlap
 
         labels = found.labels
-        rows = np.arange(len(found.paths)) if labels is None else np.flatnonzero(labels.split == "query")
+        rows = np.arange(len(found.paths)) if labels is None else np.flatnonzero(labels["split"] == "query")
         paths = [found.paths[rows[at]] for at in evenly(len(rows), OVERLAP_IMAGES)]
         attention = attention_of(path, paths, device=device, report=report)
         album.overlap = overlap(attention.maps, tuple(attention.spec.stages))

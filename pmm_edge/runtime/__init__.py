@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pmm_edge.errors import ModelError, install
 from pmm_edge.runs import resolve_checkpoint
-from pmm_edge.runtime.certificate import CertificateError, check_certificate, read_certified
+from pmm_edge.runtime.certificate import CertificateError, check_certificate
 from pmm_edge.runtime.embed_files import embed_files
 from pmm_edge.runtime.embedder import Embedder
 
@@ -28,16 +28,16 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
     certificate is missing or does not match, NotOnThisMachineError or GpuError if an `.engine` cannot run here.
     """
     path = resolve_checkpoint(Path(path)) if Path(path).is_dir() else Path(path)
-    certificate, content = read_certified(path) if require_certificate else (None, None)
+    certificate = check_certificate(path) if require_certificate else None
     embedder: Embedder
     if path.suffix == ".onnx":
         from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 
-        embedder = OnnxEmbedder(path, device, content)
+        embedder = OnnxEmbedder(path, device)
     elif path.suffix == ".engine":
         from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
 
-        embedder = TensorRTEmbedder(path, device, content=content)
+        embedder = TensorRTEmbedder(path, device)
     elif path.suffix in (".pt", ".pth", ".safetensors"):
         try:
             from pmm_edge.runtime.torch_backend import load_torch
@@ -47,12 +47,11 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
                 f"{install('train')}, or load the .onnx file that pmm export writes",
             ) from error
         embedder = load_torch(path, device)
-        if certificate:
-            check_certificate(path)  # torch reads the file itself; it holds data, not code, so checking again is enough
     else:
         raise ModelError(
             f"cannot load {path}: unknown suffix", "Name a .onnx, .engine, .pt or .safetensors file made by pmm-edge"
         )
-    if certificate and embedder.spec != certificate.spec:
+    # Again, because the file may have been replaced while it was loaded.
+    if certificate and (check_certificate(path) != certificate or embedder.spec != certificate.spec):
         raise CertificateError(f"the certificate of {path} has another spec than the model", "Run pmm bench again")
     return embedder

@@ -32,26 +32,20 @@ class Certificate:
     model: str
     sha256: str
     file_bytes: int
-    engine_manifest_sha256: str | None
-    """Of the manifest of an engine, which defines its input; None for other models."""
-    engine_onnx_sha256: str | None
-    """Of the ONNX file that an engine was built from."""
+    engine_manifest_sha256: str | None  # of the manifest of an engine, which defines its input; None for other models
+    engine_onnx_sha256: str | None  # of the ONNX file that an engine was built from
     spec: ModelSpec
     reference: str
     reference_sha256: str
     data: str
     data_sha256: str
-    images: int
-    """All queries and gallery images of the data set."""
+    images: int  # all queries and gallery images of the data set
     report: dict[str, Any]
-    """The entry of the model in `bench.json`, without names of images."""
+    """The entry of the model in `bench.json`, without names of images; `environment` is the machine."""
     environment: dict[str, Any]
-    """The machine, as in `bench.json`."""
     warnings: list[str]
-    created: str
-    """When the bench ran; UTC, ISO 8601."""
+    created: str  # when the bench ran; UTC, ISO 8601
     pmm_edge: str
-    """Version that ran it."""
     schema: Literal[1] = 1
 
     @property
@@ -92,19 +86,14 @@ def check_certificate(model: str | Path, digest: str | None = None) -> Certifica
     Raises ModelError if the model does not exist, CertificateError if the certificate is missing, invalid, changed, of
     another model or has another digest than the pinned one, or the model or the manifest of an engine has changed.
     """
-    return read_certified(Path(model), digest)[0]
-
-
-def read_certified(model: Path, digest: str | None = None) -> tuple[Certificate, bytes]:
-    """Check a model as `check_certificate` does, and return the bytes that were checked."""
+    model = Path(model)
     if not model.is_file():
         raise ModelError(f"{model} does not exist", "Name a model that pmm bench has certified")
-    content, certificate, path = model.read_bytes(), read_certificate(model), certificate_path(model)
+    certificate = read_certificate(model)
     if digest is not None and digest.strip().lower() != certificate.digest:
-        raise CertificateError(
-            f"{path} has the digest {certificate.digest}, not {digest}", "Use the certificate that was pinned"
-        )
-    if hashlib.sha256(content).hexdigest() != certificate.sha256:
+        problem = f"{certificate_path(model)} has the digest {certificate.digest}, not {digest}"
+        raise CertificateError(problem, "Use the certificate that was pinned")
+    if sha256(model) != certificate.sha256:
         certified = f"the {certificate.model} that was certified on {certificate.created[:10]}"
         raise CertificateError(f"{model} is not {certified}", _BENCH)
     if model.suffix == ".engine":
@@ -113,7 +102,7 @@ def read_certified(model: Path, digest: str | None = None) -> tuple[Certificate,
         found = sha256(manifest_path(model)), manifest.onnx_sha256
         if found != (certificate.engine_manifest_sha256, certificate.engine_onnx_sha256):
             raise CertificateError(f"{manifest_path(model)} has changed since {model.name} was certified", _BENCH)
-    return certificate, content
+    return certificate
 
 
 def _digest_of(content: dict[str, Any]) -> str:

@@ -32,27 +32,23 @@ class Cuda:
     """
 
     def __init__(self, index: int = 0) -> None:
-        self.index, self._api = index, _import_runtime()
-        self._free: list[Callable[[], object]] = []
-        api = self._api
+        self.index, self._free = index, list[Callable[[], object]]()
+        self._api = api = _import_runtime()
         try:
             status, count = api.cudaGetDeviceCount()
         except RuntimeError as error:  # raised by cuda-python if libcuda.so.1 is missing
             raise NotOnThisMachineError(f"there is no NVIDIA driver ({error})", "Install the driver") from error
         if status != api.cudaError_t.cudaSuccess:
-            reason = self._describe(status)
-            raise NotOnThisMachineError(f"CUDA cannot use a GPU ({reason})", "Install a driver that supports this CUDA")
+            remedy = "Install a driver that supports this CUDA"
+            raise NotOnThisMachineError(f"CUDA cannot use a GPU ({status.name})", remedy)
         if index >= count:
             raise NotOnThisMachineError(f"there is no GPU cuda:{index}; CUDA finds {count}", "Omit the device")
         self.use()
         properties = self._checked(api.cudaGetDeviceProperties(index), "reading GPU properties")
         self.name: str = properties.name.decode().rstrip("\0")
         self.compute_capability = f"{properties.major}.{properties.minor}"
-        versions = (
-            self._checked(api.cudaRuntimeGetVersion(), "reading the CUDA version"),
-            self._checked(api.cudaDriverGetVersion(), "reading the driver version"),
-        )
-        self.runtime_version, self.driver = (f"{one // 1000}.{one % 1000 // 10}" for one in versions)  # 13020 is 13.2
+        version = self._checked(api.cudaRuntimeGetVersion(), "reading the CUDA version")
+        self.runtime_version = f"{version // 1000}.{version % 1000 // 10}"  # 13020 is 13.2
         # Non-blocking: the default stream of other libraries neither waits for this one nor breaks a graph capture.
         self._stream = self._checked(api.cudaStreamCreateWithFlags(api.cudaStreamNonBlocking), "creating a stream")
         self._free.append(lambda: api.cudaStreamDestroy(self._stream))
@@ -140,12 +136,8 @@ class Cuda:
         if status != self._api.cudaError_t.cudaSuccess:
             full = status == self._api.cudaError_t.cudaErrorMemoryAllocation
             remedy = OUT_OF_MEMORY if full else "Start the program again; if it fails again, check nvidia-smi and dmesg"
-            raise GpuError(f"CUDA failed while {doing} ({self._describe(status)})", remedy)
+            raise GpuError(f"CUDA failed while {doing} ({status.name})", remedy)
         return values[0] if values else None
-
-    def _describe(self, status: Any) -> str:
-        (_, name), (_, text) = self._api.cudaGetErrorName(status), self._api.cudaGetErrorString(status)
-        return f"{name.decode()}: {text.decode()}"
 
 
 def native_handle(handle: Any) -> int:

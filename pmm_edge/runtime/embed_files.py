@@ -1,27 +1,25 @@
 """Embed image files: find them, decode them on threads, embed them in a fixed order, save or evaluate the result."""
 
-from __future__ import annotations
-
-import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
+from pmm_edge.data.checks import BadImage
 from pmm_edge.data.dataset import ReidDataset, is_dataset, read
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
 from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, Pixels, read_crop
 from pmm_edge.machine import threads
-from pmm_edge.retrieval.metrics import JUNK_PID, RetrievalResult, evaluate
+from pmm_edge.retrieval.metrics import RetrievalResult, evaluate
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
@@ -29,26 +27,14 @@ _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
-class ImageLabels:
-    """The labels of N images of a data set."""
-
-    pids: NDArray[np.int64]
-    """-1 is junk, 0 a distractor."""
-    camids: NDArray[np.int64]
-    split: NDArray[np.str_]
-    """`query`, `gallery` or `train`."""
-
-
-@dataclass(frozen=True, eq=False)
 class ImageList:
     """N image files to embed."""
 
-    source: str
-    """`image`, `folder`, `list`, `paths`, or the layout of a data set."""
+    source: str  # `image`, `folder`, `list`, `paths`, or the layout of a data set
     paths: list[Path]
-    names: list[str]
-    """The paths as they are stored: relative to the folder or data set, or the lines of a list."""
-    labels: ImageLabels | None = None
+    names: list[str]  # the paths as they are stored: relative to the folder or data set, or the lines of a list
+    labels: dict[str, NDArray[Any]] | None = None
+    """Of a data set, (N,) each: `pids` (-1 is junk, 0 a distractor), `camids`, and `split`: query, gallery or train."""
 
 
 def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
@@ -61,70 +47,33 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
     if not isinstance(source, str | Path):
         return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
     source = Path(source)
-    if source.is_dir():
-        images = _of_dataset(source, layout) if layout or is_dataset(source) else _of_folder(source)
-    elif layout:
-        raise DataError(f"{source} is not a folder", "Name the folder of a data set, or omit the layout")
-    elif _is_image(source.name) and source.is_file():
+    if layout or (source.is_dir() and is_dataset(source)):
+        dataset = read(source, layout)
+        splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
+        paths = [path for split in splits.values() for path in split.paths]
+        labels = {
+            "pids": np.concatenate([split.pids for split in splits.values()]),
+            "camids": np.concatenate([split.camids for split in splits.values()]),
+            "split": np.repeat(list(splits), [len(split) for split in splits.values()]),
+        }
+        images = ImageList(dataset.layout, paths, [path.relative_to(dataset.root).as_posix() for path in paths], labels)
+    elif source.is_dir():
+        files = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        shown = sorted(file for file in files if not any(part.startswith(".") for part in file.parts))
+        images = ImageList("folder", [source / file for file in shown], [file.as_posix() for file in shown])
+    elif source.suffix.lower() in IMAGE_SUFFIXES and source.is_file():
         images = ImageList("image", [source], [source.name])
     else:
-        images = _of_list(source)
+        try:
+            names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            problem = "is not a text file with one path per line" if source.exists() else "does not exist"
+            raise DataError(f"{source} {problem}", "Name an image, a folder, a data set or a list of paths") from error
+        images = ImageList("list", [source.parent / name for name in names], names)
     if not images.paths:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"{source} contains no images", f"Name a folder with {kinds} files, or a list of their paths")
     return images
-
-
-def _of_dataset(root: Path, layout: str | None) -> ImageList:
-    dataset = read(root, layout)
-    splits = {"query": dataset.query, "gallery": dataset.gallery, "train": dataset.train}
-    paths = [path for split in splits.values() for path in split.paths]
-    labels = ImageLabels(
-        np.concatenate([split.pids for split in splits.values()]),
-        np.concatenate([split.camids for split in splits.values()]),
-        np.repeat(np.array(list(splits)), [len(split) for split in splits.values()]),
-    )
-    return ImageList(dataset.layout, paths, _names(paths, dataset.root), labels)
-
-
-def _of_folder(folder: Path) -> ImageList:
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}", "Check its permissions") from error
-
-    paths = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in files if _is_image(name)]
-    paths.sort()
-    return ImageList("folder", paths, _names(paths, folder))
-
-
-def _is_image(name: str) -> bool:
-    # os.path: Path.suffix is slow for folders with a million files.
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
-
-
-def _of_list(path: Path) -> ImageList:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist", "Name an image, a folder, a data set or a list of paths") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a text file with one path per line", "Name a folder or such a list") from error
-    names = [line.strip() for line in lines if line.strip()]
-    return ImageList("list", [path.parent / name for name in names], names)
-
-
-def _names(paths: Sequence[Path], root: Path) -> list[str]:
-    # File names need not be valid Unicode, but .npz and .parquet text is: other bytes are written as \xNN.
-    return [os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace") for path in paths]
-
-
-class SkippedImage(NamedTuple):
-    """An image that cannot be read."""
-
-    path: Path
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,66 +82,48 @@ class EmbeddedFiles:
 
     spec: ModelSpec
     images: ImageList
-    embeddings: Embeddings
-    """(N, D) float32."""
-    skipped: list[SkippedImage]
+    embeddings: Embeddings  # (N, D) float32
+    flipped: Embeddings | None  # same shape: the mean of the embeddings of each image and of its mirror image
+    skipped: list[BadImage]
     backend: str
     device: str
-    seconds: float
-    """From the first file to the last embedding."""
-    model_seconds: float
-    """The part of `seconds` that the network took; the rest was spent waiting for decoded images."""
+    seconds: float  # from the first file to the last embedding
 
     def save(self, path: Path) -> None:
         """Write the embeddings atomically.
 
         `.npz`: arrays `embeddings`, `paths` (text), `spec` (JSON text), and the labels of a data set: `pids`, `camids`
-        and `split`. `numpy.load` opens it without pickle. `.parquet`: columns `path`, `embedding`, `pid`, `camid` and
-        `split`; the schema metadata has the spec under `pmm_edge.spec`.
+        and `split`. `.parquet`: the same columns, `spec` in the schema metadata under `pmm_edge.spec`.
         """
-        check_embedding_file(path)
-        names, labels, spec = self.images.names, self.images.labels, self.spec.to_json()
+        columns: dict[str, ArrayLike] = {"paths": self.images.names, "embeddings": self.embeddings}
+        columns |= self.images.labels or {}
         if path.suffix.lower() != ".parquet":
-            arrays = {"embeddings": self.embeddings, "paths": np.array(names, np.str_), "spec": np.array(spec)}
-            _save_npz(path, arrays | (vars(labels) if labels else {}))
+            save_npz(path, {"spec": self.spec.to_json()} | columns)
             return
         import pyarrow as pa
         import pyarrow.parquet
 
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(self.embeddings.reshape(-1)), self.embeddings.shape[1])
-        columns = {"path": pa.array(names, pa.string()), "embedding": vectors}
-        if labels:
-            columns |= {"pid": pa.array(labels.pids), "camid": pa.array(labels.camids), "split": pa.array(labels.split)}
-        table = pa.table(columns, metadata={METADATA_KEY: spec})
+        table = pa.table(columns | {"embeddings": list(self.embeddings)}, metadata={METADATA_KEY: self.spec.to_json()})
         with written_whole(path) as temporary:
-            # Embeddings hardly repeat: dictionary encoding would cost time and save nothing.
-            pyarrow.parquet.write_table(table, temporary, use_dictionary=["split"] if labels else False)
+            pyarrow.parquet.write_table(table, temporary)
 
 
-def _save_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+def save_npz(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
+    """Write arrays atomically to a file that `numpy.load` opens without pickle."""
     with written_whole(path) as temporary, temporary.open("wb") as file:  # np.savez would append .npz to a name
         np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes any of them for allow_pickle
 
 
-def check_embedding_file(path: Path) -> None:
-    """Check that `EmbeddedFiles.save` can write a file, before embedding anything."""
-    check_output(path, (".npz", ".parquet"))
-    if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
-        raise PmmError(
-            f"writing {path} requires pyarrow, which is not installed",
-            f"{install('parquet')}, or write a .npz file",
-        )
-
-
 def embed_files(
     model: Embedder | str | Path,
-    images: ImageList | str | Path | Sequence[str | Path],
+    images: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
     layout: str | None = None,
     device: str | int | None = None,
     batch: int | None = None,
     skip_bad: bool = False,
+    flip: bool = False,
     report: Report = silent,
 ) -> EmbeddedFiles:
     """Embed image files in order.
@@ -207,6 +138,7 @@ def embed_files(
         out: write the result to this `.npz` or `.parquet` file.
         batch: number of images per call of the network; None for `embedder.chunk`.
         skip_bad: list unreadable images in `skipped` instead of raising DataError; CheckFailedError if all are.
+        flip: also embed the mirror images, for `flipped`.
 
     Raises DataError if there are no images or one is unreadable, ModelError if the model cannot be loaded, OutputError
     if `out` cannot be written.
@@ -214,119 +146,64 @@ def embed_files(
     from pmm_edge.runtime import load
 
     if out is not None:
-        check_embedding_file(Path(out))
-    found = images if isinstance(images, ImageList) else find_images(images, layout)
+        check_output(Path(out), (".npz", ".parquet"))
+        if Path(out).suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
+            problem = f"writing {out} requires pyarrow, which is not installed"
+            raise PmmError(problem, f"{install('parquet')}, or write a .npz file")
+    found = find_images(images, layout)
     embedder = model if isinstance(model, Embedder) else load(model, device)
-    (embeddings, *_), rows, skipped, seconds, model_seconds = _embed(embedder, found.paths, batch, report, skip_bad)
+    batch = embedder.chunk if batch is None else batch
+    if batch < 1:
+        raise PmmError(f"a batch of {batch} images cannot be embedded", "Choose 1 or more")
+    size, total = embedder.spec.input, len(found.paths)
+    embeddings = np.empty((1 + flip, total, embedder.spec.embedding_size), np.float32)
+    rows: list[int] = []
+    skipped: list[BadImage] = []
+    what, done, start = f"embedding with {embedder.path.name}", 0, time.perf_counter()
+    report(what, done, total)
+    for decoded in _decoded(found.paths, batch, size.height, size.width):
+        crops = []
+        for row, image in enumerate(decoded, start=done):
+            if not isinstance(image, DataError):
+                rows.append(row)
+                crops.append(image)
+            elif skip_bad:
+                skipped.append(BadImage(found.paths[row], str(image.__cause__ or image.problem)))
+            else:
+                raise image
+        if crops:
+            pixels, target = np.stack(crops), embeddings[:, len(rows) - len(crops) : len(rows)]
+            target[0] = embedder.embed_prepared(pixels)
+            if flip:  # a mirrored copy: back ends do not take the negative strides of a view
+                target[1] = embedder.embed_prepared(np.ascontiguousarray(pixels[:, :, ::-1]))
+        done += len(decoded)
+        report(what, done, total, f"{done / (time.perf_counter() - start):,.0f} images/s")
+    seconds = time.perf_counter() - start
     if skipped and not rows:
         raise CheckFailedError(
-            f"none of the {len(skipped):,} images can be read: {skipped[0].path}: {skipped[0].reason}",
+            f"none of the {total:,} images can be read: {skipped[0].path}: {skipped[0].reason}",
             "Replace the files, or name other images",
         )
     if skipped:
-        labels = found.labels and ImageLabels(*(values[rows] for values in vars(found.labels).values()))
+        labels = found.labels and {name: values[rows] for name, values in found.labels.items()}
         paths, names = [found.paths[row] for row in rows], [found.names[row] for row in rows]
-        found = replace(found, paths=paths, names=names, labels=labels)
-    embedded = EmbeddedFiles(
-        embedder.spec, found, embeddings, skipped, embedder.backend, embedder.device, seconds, model_seconds
-    )
+        found = ImageList(found.source, paths, names, labels)
+    embeddings = embeddings[:, : len(rows)]
+    flipped = embeddings.mean(axis=0) if flip else None
+    engine = embedder.backend, embedder.device
+    embedded = EmbeddedFiles(embedder.spec, found, embeddings[0], flipped, skipped, *engine, seconds)
     if out is not None:
         embedded.save(Path(out))
     return embedded
 
 
-@dataclass(frozen=True, eq=False)
-class EmbeddedDataset:
-    """Embeddings of the queries of a data set followed by its gallery."""
-
-    dataset: ReidDataset
-    """Without junk, which no metric counts."""
-    embeddings: Embeddings
-    """(queries + gallery images, D) float32."""
-    flipped: Embeddings | None = None
-    """Same shape: the mean of the embeddings of each image and of its mirror image."""
-
-    def evaluate(
-        self,
-        rerank: bool = False,
-        ap_cutoff: int | None = None,
-        max_rank: int = 50,
-        flip: bool = False,
-        report: Report = silent,
-    ) -> RetrievalResult:
-        """Evaluate retrieval as `pmm_edge.evaluate` does; with `flip`, `flipped` instead of `embeddings`."""
-        embeddings = self.flipped if flip else self.embeddings
-        if embeddings is None:
-            raise DataError("there are no embeddings of mirror images", "Embed with flip=True")
-        query, gallery, count = self.dataset.query, self.dataset.gallery, len(self.dataset.query)
-        labels = query.pids, gallery.pids, query.camids, gallery.camids
-        return evaluate(embeddings[:count], embeddings[count:], *labels, max_rank, ap_cutoff, rerank, report=report)
-
-    def save(self, path: Path) -> None:
-        """Write an .npz file that `numpy.load` opens without pickle.
-
-        Arrays: `query_features`, `query_pids`, `query_camids` and `query_names` (file names), the same for `gallery_`,
-        and if mirror images were embedded, `query_features_flip` and `gallery_features_flip`.
-        """
-        arrays: dict[str, NDArray[Any]] = {}
-        count = len(self.dataset.query)
-        for side, rows in (("query", slice(count)), ("gallery", slice(count, None))):
-            split = self.dataset.splits[side]
-            arrays[f"{side}_features"] = self.embeddings[rows]
-            if self.flipped is not None:
-                arrays[f"{side}_features_flip"] = self.flipped[rows]
-            arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
-            arrays[f"{side}_names"] = np.array([file.name for file in split.paths])
-        _save_npz(path, arrays)
-
-
-def embed_dataset(
-    embedder: Embedder, dataset: ReidDataset, flip: bool = False, report: Report = silent
-) -> EmbeddedDataset:
-    """Embed the queries and the gallery of a data set, without junk; with `flip`, also their mirror images."""
-    gallery = dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID))
-    embeddings = _embed(embedder, [*dataset.query.paths, *gallery.paths], report=report, flip=flip)[0]
-    return EmbeddedDataset(replace(dataset, gallery=gallery), embeddings[0], embeddings.mean(axis=0) if flip else None)
-
-
-def _embed(
-    embedder: Embedder,
-    paths: Sequence[Path],
-    batch: int | None = None,
-    report: Report = silent,
-    skip_bad: bool = False,
-    flip: bool = False,
-) -> tuple[NDArray[np.float32], list[int], list[SkippedImage], float, float]:
-    """Return embeddings (views, rows, D), which path each row is of, skipped images, seconds, and the network's."""
-    batch = embedder.chunk if batch is None else batch
-    if batch < 1:
-        raise PmmError(f"a batch of {batch} images cannot be embedded", "Choose 1 or more")
-    embeddings = np.empty((1 + flip, len(paths), embedder.spec.embedding_size), np.float32)
-    rows: list[int] = []
-    skipped: list[SkippedImage] = []
-    what, done, model_seconds = f"embedding with {embedder.path.name}", 0, 0.0
-    report(what, done, len(paths))
-    start = time.perf_counter()
-    for decoded in _decoded(paths, batch, embedder.spec.input.height, embedder.spec.input.width):
-        images = []
-        for row, image in enumerate(decoded, start=done):
-            if not isinstance(image, DataError):
-                rows.append(row)
-                images.append(image)
-            elif skip_bad:
-                skipped.append(SkippedImage(paths[row], str(image.__cause__ or image.problem)))
-            else:
-                raise image
-        if images:
-            pixels, model_start = np.stack(images), time.perf_counter()
-            # A mirrored copy: back ends do not take the negative strides of a view.
-            views = [pixels, np.ascontiguousarray(pixels[:, :, ::-1])] if flip else [pixels]
-            for number, view in enumerate(views):
-                embeddings[number, len(rows) - len(images) : len(rows)] = embedder.embed_prepared(view)
-            model_seconds += time.perf_counter() - model_start
-        done += len(decoded)
-        report(what, done, len(paths), f"{done / (time.perf_counter() - start):,.0f} images/s")
-    return embeddings[:, : len(rows)], rows, skipped, time.perf_counter() - start, model_seconds
+def evaluate_dataset(
+    dataset: ReidDataset, embeddings: Embeddings, rerank: bool = False, report: Report = silent
+) -> RetrievalResult:
+    """Evaluate embeddings of the queries of a data set followed by its gallery, as `pmm_edge.evaluate` does."""
+    query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    return evaluate(embeddings[:count], embeddings[count:], *labels, rerank=rerank, report=report)
 
 
 def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | DataError]]:

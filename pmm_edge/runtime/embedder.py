@@ -29,10 +29,8 @@ class Embedder(ABC):
 
     profile: BatchProfile | None = None
     """Batch sizes that the engine accepts, None for any. Larger batches are split, smaller ones padded."""
-    cuda_graphs = False
-    """Whether each batch size runs as one CUDA graph."""
-    threads: int | None = None
-    """CPU threads set for the engine; None if the engine chooses."""
+    cuda_graphs = False  # whether each batch size runs as one CUDA graph
+    threads: int | None = None  # CPU threads set for the engine; None if the engine chooses
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
         self.spec, self.path, self.backend, self.device = spec, path, backend, device

@@ -14,7 +14,6 @@ from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.spec import ModelSpec
 
-_AMPERE = (8, 0)
 _PROFILE = "Give minimum,optimal,maximum with 1 <= minimum <= optimal <= maximum, for example 1,16,64"
 
 
@@ -46,12 +45,10 @@ class BatchProfile:
     def chosen(given: BatchProfile | str | None, static_batch: int | None) -> BatchProfile:
         """Return the given profile, or that of a graph with a static batch, which it must not contradict."""
         profile = BatchProfile.parse(given) if isinstance(given, str) else given
-        if static_batch is None:
-            return profile or BatchProfile()
-        only = BatchProfile(static_batch, static_batch, static_batch)
-        if profile not in (None, only):
-            raise PmmError(f"the graph has a static batch, which batch profile {profile} contradicts", f"Give {only}")
-        return only
+        static = BatchProfile(static_batch, static_batch, static_batch) if static_batch else None
+        if profile and static and profile != static:
+            raise PmmError(f"batch profile {profile} contradicts the static batch of the graph", f"Give {static}")
+        return static or profile or BatchProfile()
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,11 @@ class BuildSettings:
     """How an engine is built from an ONNX file."""
 
     batch: BatchProfile = BatchProfile()
-    workspace_gib: float | None = None
-    """Limit of the scratch memory of a layer; None for all memory of the GPU."""
-    optimization_level: int = 3
-    """0 builds fastest, 5 searches longest; 3 is the default of TensorRT."""
-    hardware_compatible: bool = False
-    """Run on every GPU from Ampere on, slower. Not supported on Jetson."""
-    version_compatible: bool = False
-    """Run with later versions of TensorRT, slower."""
-    timing_cache: bool = True
-    """Reuse layer timings in the next build with the same GPU and TensorRT."""
+    workspace_gib: float | None = None  # limit of the scratch memory of a layer; None for all memory of the GPU
+    optimization_level: int = 3  # 0 builds fastest, 5 searches longest; 3 is the default of TensorRT
+    hardware_compatible: bool = False  # run on every GPU from Ampere on, slower. Not supported on Jetson
+    version_compatible: bool = False  # run with later versions of TensorRT, slower
+    timing_cache: bool = True  # reuse layer timings in the next build with the same GPU and TensorRT
 
     def __post_init__(self) -> None:
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= 1 << 20:  # also refuses NaN
@@ -90,24 +82,20 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an engine depends on; `driver` is the newest CUDA that it supports."""
+    """What an engine depends on."""
 
     gpu: str
     compute_capability: str
     tensorrt: str
     cuda: str
-    driver: str
 
 
 @dataclass(frozen=True)
 class PrecisionCount:
-    """Number of layers per data type (`FP32`, `FP16`, `INT8`, ..., `unknown`), as the engine reports it.
+    """Number of layers per data type (`FP32`, `FP16`, `INT8`, ..., `unknown`), as the engine reports it."""
 
-    `layers` are all that compute, without copies; `products` are convolutions and matrix products only.
-    """
-
-    layers: dict[str, int]
-    products: dict[str, int]
+    layers: dict[str, int]  # all that compute, without copies
+    products: dict[str, int]  # convolutions and matrix products only
 
 
 @dataclass(frozen=True)
@@ -115,12 +103,10 @@ class EngineManifest:
     """Everything known about an engine."""
 
     spec: ModelSpec
-    onnx: str
-    """Path of the ONNX file relative to the folder of the engine. It is only named and hashed."""
+    onnx: str  # path of the ONNX file relative to the folder of the engine. It is only named and hashed
     onnx_sha256: str
     engine_sha256: str
-    engine_size: int
-    """In bytes."""
+    engine_size: int  # in bytes
     machine: Machine
     settings: BuildSettings
     precision: PrecisionCount
@@ -179,7 +165,7 @@ def check_machine(manifest: EngineManifest, engine: Path, here: Machine) -> None
     built, settings = manifest.machine, manifest.settings
     old, new = _numbers(built.tensorrt), _numbers(here.tensorrt)
     if settings.hardware_compatible:
-        gpu_fits = _numbers(here.compute_capability) >= _AMPERE
+        gpu_fits = _numbers(here.compute_capability) >= (8, 0)  # Ampere
     else:
         gpu_fits = (here.gpu, here.compute_capability) == (built.gpu, built.compute_capability)
     # Version-compatible engines run with later versions, and those of TensorRT 10 also with 11 (NVIDIA's rule).

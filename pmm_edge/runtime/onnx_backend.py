@@ -30,10 +30,10 @@ _LOCATION = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\)( co
 class OnnxEmbedder(Embedder):
     """An ONNX file of `pmm export`, run by ONNX Runtime; see `pmm_edge.load`."""
 
-    def __init__(self, path: Path, device: str | int | None = None, content: bytes | None = None) -> None:
+    def __init__(self, path: Path, device: str | int | None = None) -> None:
         if not path.is_file():
             raise ModelError(f"{path} does not exist", "Create it with pmm export")
-        self._session, used = open_session(path, content, device)
+        self._session, used = open_session(path, device)
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if text is None:
             raise ModelError(
@@ -53,17 +53,12 @@ class OnnxEmbedder(Embedder):
         self.threads = self._session.get_session_options().intra_op_num_threads or None
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        return self._embed(network_input(images, self.spec.input))
-
-    def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings | None:
-        return self._embed(images) if self.spec.input.form == "normalized" else None
-
-    def _embed(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
+        inputs = network_input(images, self.spec.input)
         if self.profile is None:
-            return self._run(images)
-        count, batch = len(images), self.profile.maximum
-        images = np.concatenate([images, np.zeros_like(images, shape=(-count % batch, *images.shape[1:]))])
-        return np.concatenate([self._run(images[start : start + batch]) for start in range(0, count, batch)])[:count]
+            return self._run(inputs)
+        count, batch = len(inputs), self.profile.maximum
+        inputs = np.concatenate([inputs, np.zeros_like(inputs, shape=(-count % batch, *inputs.shape[1:]))])
+        return np.concatenate([self._run(inputs[start : start + batch]) for start in range(0, count, batch)])[:count]
 
     def _run(self, images: NDArray[np.uint8] | NDArray[np.float32]) -> Embeddings:
         try:
@@ -77,30 +72,36 @@ class OnnxEmbedder(Embedder):
 
 
 def open_session(
-    path: Path, content: bytes | None, device: str | int | None
+    path: Path, device: str | int | None, content: bytes | None = None
 ) -> tuple[onnxruntime.InferenceSession, str]:
-    """Open a session and return it with its device. ONNX Runtime lists providers that do not load: ask the session."""
+    """Open a session for a file or its content, and return it with its device.
+
+    ONNX Runtime lists providers whose libraries do not load: only the session tells which one it uses.
+    """
+    model = content or path
     kind, index = ("cuda", 0) if device is None else parse_device(device)
     if kind == "cpu" or (device is None and not driver_is_there()):
-        return _session(path, content, [_CPU]), "cpu"
+        return _session(path, model, [_CPU]), "cpu"
     if _CUDA not in onnxruntime.get_available_providers():
         reason = f"it was built without the {_CUDA}"
     elif not driver_is_there():
         reason = "there is no NVIDIA driver (libcuda.so.1)"
     else:
-        load_cuda_libraries()
+        if hasattr(onnxruntime, "preload_dlls"):  # since 1.21; also finds the CUDA libraries that come with torch
+            with redirect_stdout(io.StringIO()):
+                onnxruntime.preload_dlls()
         # TF32 keeps 10 mantissa bits, so an FP32 network would differ from its reference. An exhaustive search of cuDNN
         # algorithms takes seconds for each new batch size.
         options = {"device_id": str(index), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         reason = "onnxruntime gives no reason"
         try:
-            session = _session(path, content, [(_CUDA, options), _CPU])
+            session = _session(path, model, [(_CUDA, options), _CPU])
             if session.get_providers()[0] == _CUDA:
                 return session, f"cuda:{index}"
         except ModelError as error:
             reason = _message(error.__cause__)
-        reason = load_error(_CUDA) or reason
-    on_cpu = _session(path, content, [_CPU])  # raises if the file is the problem
+        reason = load_error() or reason
+    on_cpu = _session(path, model, [_CPU])  # raises if the file is the problem
     version = onnxruntime.__version__
     if device is not None:
         raise ModelError(
@@ -116,7 +117,7 @@ def open_session(
     return on_cpu, "cpu"
 
 
-def _session(path: Path, content: bytes | None, providers: list[Any]) -> onnxruntime.InferenceSession:
+def _session(path: Path, model: Path | bytes, providers: list[Any]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     # 0 lets ONNX Runtime choose, but it counts all cores. In a container or under taskset, surplus threads only wait.
@@ -125,7 +126,7 @@ def _session(path: Path, content: bytes | None, providers: list[Any]) -> onnxrun
     onnxruntime.set_default_logger_severity(_FATAL)  # its log repeats the exception
     try:
         # Without enable_fallback=0, ONNX Runtime prints the failure of a provider and continues with the next one.
-        return onnxruntime.InferenceSession(content or path, options, providers=providers, enable_fallback=0)
+        return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # its exceptions have no common base class
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} cannot load {path} ({_message(error)})",
@@ -150,17 +151,9 @@ def driver_is_there() -> bool:
     return True
 
 
-def load_cuda_libraries() -> None:
-    """Load the installed CUDA libraries, including those that come with torch."""
-    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
-        with redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()
-
-
-def load_error(provider: str) -> str | None:
-    """Return why the library of a provider does not load, which ONNX Runtime only logs."""
-    name = provider.removesuffix("ExecutionProvider").lower()
-    library = Path(onnxruntime.__file__).with_name("capi") / f"libonnxruntime_providers_{name}.so"
+def load_error() -> str | None:
+    """Return why the library of the CUDA provider does not load, which ONNX Runtime only logs."""
+    library = Path(onnxruntime.__file__).with_name("capi") / "libonnxruntime_providers_cuda.so"
     try:
         if library.is_file():
             ctypes.CDLL(str(library))

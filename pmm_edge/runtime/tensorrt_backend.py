@@ -1,16 +1,13 @@
 """TensorRT engines on the GPU that they were built for."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +18,6 @@ from pmm_edge.runtime.cuda import OUT_OF_MEMORY, Cuda, GpuError, NotOnThisMachin
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
 from pmm_edge.runtime.manifest import Machine, check_files, check_machine, onnx_of, read_manifest
 
-OLDEST = (10, 3)
-
 
 def import_tensorrt() -> Any:
     """Import `tensorrt`; raise NotOnThisMachineError if it is missing or older than 10.3."""
@@ -32,14 +27,14 @@ def import_tensorrt() -> Any:
         version: str = trt.__version__
     except (ImportError, AttributeError, OSError) as error:  # its packages import without their libraries
         raise NotOnThisMachineError("TensorRT is not installed", remedy) from error
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+    if tuple(map(int, version.split(".")[:2])) < (10, 3):
         raise NotOnThisMachineError(f"TensorRT {version} is older than 10.3", remedy)
     return trt
 
 
 def this_machine(trt: Any, cuda: Cuda) -> Machine:
     """Return what an engine built here depends on."""
-    return Machine(cuda.name, cuda.compute_capability, trt.__version__, cuda.runtime_version, cuda.driver)
+    return Machine(cuda.name, cuda.compute_capability, trt.__version__, cuda.runtime_version)
 
 
 def error_logger(trt: Any) -> Any:
@@ -71,15 +66,12 @@ def load_engine(trt: Any, logger: Any, plan: Any, path: Path, version_compatible
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise ModelError(
-            f"TensorRT {trt.__version__} cannot load {path}{last_error(logger)}",
-            "Build it again on this machine with pmm export --trt",
-        )
+        problem = f"TensorRT {trt.__version__} cannot load {path}{last_error(logger)}"
+        raise ModelError(problem, "Build it again on this machine with pmm export --trt")
     return engine
 
 
-@dataclass(frozen=True, eq=False)
-class _Buffer:
+class _Buffer(NamedTuple):
     """Page-locked memory for the largest batch, and the event after the copy of its embeddings."""
 
     images: NDArray[Any]
@@ -97,28 +89,22 @@ class TensorRTEmbedder(Embedder):
     Thread-safe: threads take turns, because they share one stream and its buffers; crops are prepared in parallel.
     """
 
-    def __init__(
-        self, path: Path, device: str | int | None = None, cuda_graphs: bool = True, content: bytes | None = None
-    ) -> None:
+    def __init__(self, path: Path, device: str | int | None = None, cuda_graphs: bool = True) -> None:
         manifest = read_manifest(path)
         check_files(manifest, path)
         kind, index = parse_device("cuda" if device is None else device)
         if kind != "cuda":
-            raise ModelError(
-                f"{path} cannot run on the device {device}",
-                f"TensorRT runs only on GPUs; load {onnx_of(manifest, path)} instead",
-            )
-        trt = import_tensorrt()
-        self._cuda = Cuda(index)
+            remedy = f"TensorRT runs only on GPUs; load {onnx_of(manifest, path)} instead"
+            raise ModelError(f"{path} cannot run on the device {device}", remedy)
+        self._trt, self._cuda = import_tensorrt(), Cuda(index)
         self._release = weakref.finalize(self, self._cuda.release)
-        check_machine(manifest, path, this_machine(trt, self._cuda))
+        check_machine(manifest, path, this_machine(self._trt, self._cuda))
         super().__init__(manifest.spec, path, "tensorrt", f"cuda:{index}")
-        self._trt, self._logger = trt, error_logger(trt)
-        plan = content or path.read_bytes()
-        self._engine = load_engine(trt, self._logger, plan, path, manifest.settings.version_compatible)
-        self._batch, self.cuda_graphs = manifest.settings.batch, cuda_graphs
-        self.profile = self._batch
-        self._lock = threading.Lock()
+        self.profile = self._batch = manifest.settings.batch
+        self.cuda_graphs = cuda_graphs
+        self._logger, self._lock = error_logger(self._trt), threading.Lock()
+        version_compatible = manifest.settings.version_compatible
+        self._engine = load_engine(self._trt, self._logger, path.read_bytes(), path, version_compatible)
         self._contexts: dict[int, Any] = {}
         """By batch size: a CUDA graph is valid only with the context that it was captured from."""
         self._graphs: dict[int, Callable[[], None]] = {}
@@ -131,22 +117,24 @@ class TensorRTEmbedder(Embedder):
         self._images = cuda.device_memory(self._buffers[0].images.nbytes)
         self._embeddings = cuda.device_memory(self._buffers[0].embeddings.nbytes)
         self._scratch_size: int = self._engine.device_memory_size_v2
-        self._scratch = cuda.device_memory(self._scratch_size)  # shared by all contexts
+        self._scratch = cuda.device_memory(self._scratch_size)  # shared by all contexts, which run in turn
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
         embeddings = np.empty((len(images), self.spec.embedding_size), np.float32)
         with self._lock:
             self._cuda.use()
             try:
-                running: tuple[_Buffer, Embeddings] | None = None
+                running: list[tuple[_Buffer, Embeddings]] = []
                 for number, start in enumerate(range(0, len(images), self._batch.maximum)):
-                    chunk = images[start : start + self._batch.maximum]
+                    rows = slice(start, start + self._batch.maximum)
                     # Two buffers suffice: the chunk before the running one is done.
                     buffer = self._buffers[number % len(self._buffers)]
-                    self._enqueue(chunk, buffer)
-                    self._collect(running)
-                    running = buffer, embeddings[start : start + len(chunk)]
-                self._collect(running)
+                    self._enqueue(images[rows], buffer)
+                    running.append((buffer, embeddings[rows]))
+                    if len(running) == len(self._buffers):
+                        self._collect(*running.pop(0))
+                for buffer, target in running:
+                    self._collect(buffer, target)
             except BaseException:
                 with suppress(GpuError):  # the next call must not find work of this one in its buffers
                     self._cuda.synchronize()
@@ -161,8 +149,7 @@ class TensorRTEmbedder(Embedder):
                 chunk = images[start : start + self._batch.maximum]
                 self._enqueue(chunk, buffer)  # copies the images in, so that the timed run computes on them
                 self._cuda.wait(buffer.done)
-                batch = max(len(chunk), self._batch.minimum)
-                total += self._cuda.milliseconds(partial(self._enqueue_layers, batch))
+                total += self._cuda.milliseconds(partial(self._enqueue_layers, max(len(chunk), self._batch.minimum)))
         return total
 
     def _enqueue(self, images: Pixels, buffer: _Buffer) -> None:
@@ -175,16 +162,26 @@ class TensorRTEmbedder(Embedder):
         self._cuda.copy_out(buffer.embeddings[:batch], self._embeddings)
         self._cuda.record(buffer.done)
 
-    def _collect(self, running: tuple[_Buffer, Embeddings] | None) -> None:
+    def _collect(self, buffer: _Buffer, target: Embeddings) -> None:
         """Wait for a chunk and copy its embeddings out of its buffer."""
-        if running:
-            buffer, embeddings = running
-            self._cuda.wait(buffer.done)
-            embeddings[:] = buffer.embeddings[: len(embeddings)]
+        self._cuda.wait(buffer.done)
+        target[:] = buffer.embeddings[: len(target)]
 
     def _enqueue_layers(self, batch: int) -> None:
+        """Enqueue the network; at the first use of a batch size, create its context and capture its graph."""
         if batch not in self._contexts:
-            context = self._context(batch)
+            context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None:
+                raise GpuError(f"TensorRT cannot prepare {self.path}{last_error(self._logger)}", OUT_OF_MEMORY)
+            context.set_device_memory(self._scratch, self._scratch_size)
+            accepted = (
+                context.set_input_shape(INPUT, self.spec.input.shape(batch))
+                and context.set_tensor_address(INPUT, self._images)
+                and context.set_tensor_address(OUTPUT, self._embeddings)
+            )
+            if not accepted:
+                problem = f"{self.path} does not accept a batch of {batch}, contrary to its manifest"
+                raise ModelError(problem + last_error(self._logger), "Build it again with pmm export --trt")
             if self.cuda_graphs:
                 # The first run after a change of shape does extra work, which cannot be captured.
                 self._execute(context, batch)
@@ -199,21 +196,3 @@ class TensorRTEmbedder(Embedder):
     def _execute(self, context: Any, batch: int) -> None:
         if not context.execute_async_v3(self._cuda.stream):
             raise GpuError(f"TensorRT cannot run {self.path} at batch {batch}{last_error(self._logger)}", OUT_OF_MEMORY)
-
-    def _context(self, batch: int) -> Any:
-        """Create the context of a batch size. Contexts share scratch memory, as they run in turn on one stream."""
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise GpuError(f"TensorRT cannot prepare {self.path}{last_error(self._logger)}", OUT_OF_MEMORY)
-        context.set_device_memory(self._scratch, self._scratch_size)
-        accepted = (
-            context.set_input_shape(INPUT, self.spec.input.shape(batch))
-            and context.set_tensor_address(INPUT, self._images)
-            and context.set_tensor_address(OUTPUT, self._embeddings)
-        )
-        if not accepted:
-            raise ModelError(
-                f"{self.path} does not accept a batch of {batch}, contrary to its manifest{last_error(self._logger)}",
-                "Build it again with pmm export --trt",
-            )
-        return context

@@ -1,7 +1,7 @@
 """PyTorch, the reference: networks from a checkpoint or from exported weights."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -57,18 +57,18 @@ class TorchEmbedder(Embedder):
         """Maps normalized images (N, 3, height, width) to embeddings."""
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
-        return self._run(lambda: self.network(self._preprocess(torch.tensor(images, device=self._target))), len(images))
+        return self._run(images, self._preprocess)
 
     def embed_normalized(self, images: NDArray[np.float32]) -> Embeddings:
-        return self._run(lambda: self.network(torch.tensor(images, device=self._target)), len(images))
+        return self._run(images, nn.Identity())
 
-    def _run(self, embed: Callable[[], Tensor], batch: int) -> Embeddings:
+    def _run(self, images: Pixels | NDArray[np.float32], preprocess: nn.Module) -> Embeddings:
         try:
             with torch.inference_mode(), without_tf32() if self._target.type == "cuda" else nullcontext():
-                embeddings: Embeddings = embed().cpu().numpy()
-                return embeddings
+                inputs = preprocess(torch.tensor(images, device=self._target))
+                return np.asarray(self.network(inputs).cpu())
         except (RuntimeError, MemoryError) as error:
-            what = f"{self.path} at batch {batch} on {self.device}"
+            what = f"{self.path} at batch {len(images)} on {self.device}"
             if is_out_of_memory(error):
                 raise ModelError(f"out of memory running {what} in torch", "Choose a smaller batch") from error
             reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -44,6 +44,10 @@ def test_eval(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
     assert printed["figures"]["Rank-5"] == pytest.approx(rows[0].result.rank(5))
     with np.load(features) as saved:
         assert saved["query_features"].shape == (12, 1536)
+        labels = [saved[f"{side}_{what}"] for what in ("pids", "camids") for side in ("query", "gallery")]
+        for suffix, row in (("", rows[0]), ("_flip", rows[1])):
+            both = (saved[f"{side}_features{suffix}"] for side in ("query", "gallery"))
+            assert pmm_edge.evaluate(*both, *labels).mAP == pytest.approx(row.result.mAP)
     shown = pmm(*arguments, "--layout", "market1501").stdout
     assert "market1501: 12 queries" in shown
     for row in rows:
@@ -79,7 +83,7 @@ def test_what_eval_refuses(
     image = next((broken / "query").iterdir())
     image.write_bytes(image.read_bytes()[:400])
     assert str(image) in pmm("eval", tiny_onnx, broken).error
-    monkeypatch.setattr("pmm_edge.bench.evaluation.embed_dataset", None)  # what follows is refused before the work
+    monkeypatch.setattr("pmm_edge.bench.evaluation.embed_files", None)  # what follows is refused before the work
     for option, name, reason in (
         ("--cmc", "cmc.jpg", ".png or .svg"),
         ("--cmc", "file/cmc.png", "file is a file"),
@@ -127,7 +131,7 @@ def test_what_embed_refuses(
     pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "_embed", None)  # refused before the work
+    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "_decoded", None)  # refused before the work
     assert ".npz or .parquet" in pmm("embed", tiny_onnx, tiny_dataset, "-o", "e.csv").error
     assert "market" in pmm("embed", tiny_onnx, tiny_dataset, "--layout", "market").error
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from PIL import Image
 import pmm_edge
 from pmm_edge.data.loader import Crops
 from pmm_edge.errors import DataError, ModelError
-from pmm_edge.images import prepare_crops, read_crop, resize_crop
+from pmm_edge.images import evenly, prepare_crops, read_crop, read_crops, resize_crop
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import CHUNK, parse_device
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
@@ -46,12 +46,8 @@ def test_lists_arrays_and_views_give_the_same(color: Embedder) -> None:
     np.testing.assert_allclose(color.embed([frame[20:70, 30:70]])[0], expected[1], rtol=1e-6)
     bgr = array[..., ::-1].copy()
     np.testing.assert_array_equal(color.embed(bgr[..., ::-1]), expected)
-
-
-def test_no_crops_and_more_than_one_chunk(color: Embedder) -> None:
-    assert color.embed([]).shape == color.embed(np.empty((0, 96, 64, 3), np.uint8)).shape == (0, 8)
-    one = crops((96, 64))
-    np.testing.assert_allclose(color.embed(one * (CHUNK + 2)), np.repeat(color.embed(one), CHUNK + 2, axis=0))
+    assert color.embed([]).shape == color.embed(array[:0]).shape == (0, 8)
+    np.testing.assert_allclose(color.embed([array[0]] * (CHUNK + 2)), np.repeat(expected[:1], CHUNK + 2, axis=0))
 
 
 @pytest.mark.parametrize(
@@ -77,16 +73,11 @@ def test_a_single_crop_is_not_a_list(color: Embedder) -> None:
     assert "[crop]" in caught.value.remedy
 
 
-@pytest.mark.parametrize("form", ["uint8", "raw", "normalized"])
-def test_embed_normalized_is_embed_after_preprocessing(form: str, tmp_path: Path) -> None:
-    embedder = pmm_edge.load(color_network(tmp_path / "model.onnx", form), "cpu")
-    (crop,), size = crops((96, 64)), embedder.spec.input
+def test_embed_normalized_is_embed_after_preprocessing(torch: Embedder, color: Embedder) -> None:
+    (crop,), size = crops((96, 64)), torch.spec.input
     normalized = ((crop / 255 - size.mean) / size.std).transpose(2, 0, 1)[None].astype(np.float32)
-    found = embedder.embed_normalized(normalized)
-    if form != "normalized":
-        assert found is None
-    else:
-        np.testing.assert_allclose(found, embedder.embed([crop]), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(torch.embed_normalized(normalized), torch.embed([crop]), rtol=1e-4, atol=1e-3)
+    assert color.embed_normalized(normalized) is None
 
 
 def test_the_edge_install_needs_neither_torch_nor_onnx(color: Embedder) -> None:
@@ -128,13 +119,21 @@ def test_chunks_are_whole_batches(
     assert ran == 2 * runs
 
 
-def test_training_and_runtime_read_the_same_pixels(color: Embedder, tiny_dataset: Path) -> None:
-    paths = sorted((tiny_dataset / "query").iterdir())
+def test_training_and_runtime_read_the_same_pixels(color: Embedder, tiny_dataset: Path, tmp_path: Path) -> None:
+    paths = sorted((tiny_dataset / "query").iterdir())[::-1]
     trained_on = Crops(paths, 96, 64).batch(np.arange(len(paths)))
     decoded = [np.asarray(Image.open(path)) for path in paths]
     assert decoded[0].shape == (128, 64, 3)
     np.testing.assert_array_equal(prepare_crops(decoded, 96, 64), trained_on)
+    np.testing.assert_array_equal(read_crops(paths, 96, 64), trained_on)
     np.testing.assert_array_equal(embed_files(color, paths).embeddings, color.embed_prepared(trained_on))
+    with pytest.raises(DataError, match=r"cannot read image .*a\.jpg"):
+        read_crops([*paths, tmp_path / "a.jpg", tmp_path / "b.jpg"], 24, 12)
+
+
+def test_a_few_are_spread_over_all() -> None:
+    assert evenly(80, 8) == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert (evenly(5, 3), evenly(3, 8), evenly(0, 8)) == ([0, 1, 3], [0, 1, 2], [])
 
 
 def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ def test_parse_unknown_devices(device: str) -> None:
         parse_device(device)
 
 
-@pytest.mark.parametrize(("usable", "threads"), [(8.0, None), (6.0, 6), (3.5, 3), (1.0, 1), (0.5, 1)])
+@pytest.mark.parametrize(("usable", "threads"), [(8.0, None), (6.0, 6), (3.5, 3), (0.5, 1)])
 def test_onnx_runtime_uses_only_the_usable_cores(
     usable: float, threads: int | None, color: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
         monkeypatch.setattr(onnx_backend, "driver_is_there", lambda: True)
-        monkeypatch.setattr(onnx_backend, "load_error", lambda provider: REASON)
+        monkeypatch.setattr(onnx_backend, "load_error", lambda: REASON)
 
     return put
 

@@ -38,7 +38,7 @@ def test_the_manifest_describes_the_engine(built: BuiltEngine, gpu: double.FakeG
     assert (manifest.engine_size, manifest.engine_sha256) == (built.path.stat().st_size, sha256(built.path))
     machine = manifest.machine
     assert (machine.gpu, machine.compute_capability, machine.tensorrt) == ("Orin", "8.7", "10.3.0")
-    assert (machine.cuda, machine.driver[:4]) == ("12.6", "12.8")
+    assert machine.cuda == "12.6"
     assert manifest.settings.batch == BatchProfile(2, 3, 4)
     assert manifest.precision == PrecisionCount({"FP32": 1}, {"FP32": 1})
     assert files_beside(onnx) == ["model.engine", "model.manifest.json"]
