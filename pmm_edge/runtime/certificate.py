@@ -40,9 +40,8 @@ class Certificate:
     data: str
     data_sha256: str
     images: int  # all queries and gallery images of the data set
-    report: dict[str, Any]
-    """The entry of the model in `bench.json`, without names of images; `environment` is the machine."""
-    environment: dict[str, Any]
+    report: dict[str, Any]  # the entry of the model in `bench.json`, without names of images
+    environment: dict[str, Any]  # the machine, as in `bench.json`
     warnings: list[str]
     created: str  # when the bench ran; UTC, ISO 8601
     pmm_edge: str
@@ -70,8 +69,7 @@ def read_certificate(model: Path) -> Certificate:
     try:
         text = path.read_bytes()
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        problem = f"{model} has no certificate {path.name} next to it" if missing else f"cannot read {path}: {error}"
+        problem = f"cannot read {path}, the certificate of {model}: {error.strerror}"
         raise CertificateError(problem, "Run pmm bench, which certifies models that pass") from error
     content = decode_json(dict[str, Any], text, str(path), CertificateError, _BENCH)
     certificate = decode_json(Certificate, text, str(path), CertificateError, _BENCH)
@@ -94,8 +92,8 @@ def check_certificate(model: str | Path, digest: str | None = None) -> Certifica
         problem = f"{certificate_path(model)} has the digest {certificate.digest}, not {digest}"
         raise CertificateError(problem, "Use the certificate that was pinned")
     if sha256(model) != certificate.sha256:
-        certified = f"the {certificate.model} that was certified on {certificate.created[:10]}"
-        raise CertificateError(f"{model} is not {certified}", _BENCH)
+        problem = f"{model} is not the {certificate.model} that was certified on {certificate.created[:10]}"
+        raise CertificateError(problem, _BENCH)
     if model.suffix == ".engine":
         manifest = read_manifest(model)
         check_files(manifest, model)

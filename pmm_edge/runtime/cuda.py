@@ -52,8 +52,7 @@ class Cuda:
         # Non-blocking: the default stream of other libraries neither waits for this one nor breaks a graph capture.
         self._stream = self._checked(api.cudaStreamCreateWithFlags(api.cudaStreamNonBlocking), "creating a stream")
         self._free.append(lambda: api.cudaStreamDestroy(self._stream))
-        self.stream = native_handle(self._stream)
-        """Address of the stream, as other libraries take it."""
+        self.stream = native_handle(self._stream)  # its address, as other libraries take it
         self._before, self._after = self.event(), self.event()
 
     def use(self) -> None:

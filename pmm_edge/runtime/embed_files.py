@@ -23,8 +23,6 @@ from pmm_edge.retrieval.metrics import RetrievalResult, evaluate
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
-_BATCHES_AHEAD = 2
-
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
@@ -52,10 +50,9 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
         paths = [path for split in splits.values() for path in split.paths]
         labels = {
-            "pids": np.concatenate([split.pids for split in splits.values()]),
-            "camids": np.concatenate([split.camids for split in splits.values()]),
-            "split": np.repeat(list(splits), [len(split) for split in splits.values()]),
+            name: np.concatenate([getattr(split, name) for split in splits.values()]) for name in ("pids", "camids")
         }
+        labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
         images = ImageList(dataset.layout, paths, [path.relative_to(dataset.root).as_posix() for path in paths], labels)
     elif source.is_dir():
         files = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -180,10 +177,8 @@ def embed_files(
         report(what, done, total, f"{done / (time.perf_counter() - start):,.0f} images/s")
     seconds = time.perf_counter() - start
     if skipped and not rows:
-        raise CheckFailedError(
-            f"none of the {total:,} images can be read: {skipped[0].path}: {skipped[0].reason}",
-            "Replace the files, or name other images",
-        )
+        problem = f"none of the {total:,} images can be read: {skipped[0].path}: {skipped[0].reason}"
+        raise CheckFailedError(problem, "Replace the files, or name other images")
     if skipped:
         labels = found.labels and {name: values[rows] for name, values in found.labels.items()}
         paths, names = [found.paths[row] for row in rows], [found.names[row] for row in rows]
@@ -207,7 +202,7 @@ def evaluate_dataset(
 
 
 def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | DataError]]:
-    """Yield batches of (height, width, 3) uint8 images, decoding a bounded number of batches ahead."""
+    """Yield batches of (height, width, 3) uint8 images, decoding two batches ahead."""
 
     def read_one(path: Path) -> Pixels | DataError:
         try:
@@ -216,12 +211,9 @@ def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iter
             return error
 
     pending: deque[Iterator[Pixels | DataError]] = deque()
-    pool = ThreadPoolExecutor(threads(), thread_name_prefix="decode")
-    try:
+    with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
         for start in range(0, len(paths), batch):
             pending.append(pool.map(read_one, paths[start : start + batch]))
-            if len(pending) > _BATCHES_AHEAD:
+            if len(pending) > 2:
                 yield list(pending.popleft())
         yield from map(list, pending)
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -14,10 +14,8 @@ from pmm_edge.spec import ModelSpec
 
 Embeddings = NDArray[np.float32]
 
-INPUT, OUTPUT = "images", "embeddings"
-"""Names of the input and output of an exported graph."""
-CHUNK = 64
-"""Maximum batch for engines without a batch profile, so that memory does not grow with the number of crops."""
+INPUT, OUTPUT = "images", "embeddings"  # of an exported graph
+CHUNK = 64  # maximum batch for engines without a batch profile, so that memory does not grow with the number of crops
 
 
 class Embedder(ABC):
@@ -27,8 +25,7 @@ class Embedder(ABC):
     except PyTorch on a GPU, where a call changes the TF32 setting of the process while it runs.
     """
 
-    profile: BatchProfile | None = None
-    """Batch sizes that the engine accepts, None for any. Larger batches are split, smaller ones padded."""
+    profile: BatchProfile | None = None  # larger batches are split, smaller ones padded; None accepts any batch
     cuda_graphs = False  # whether each batch size runs as one CUDA graph
     threads: int | None = None  # CPU threads set for the engine; None if the engine chooses
 

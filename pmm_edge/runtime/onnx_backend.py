@@ -22,7 +22,6 @@ from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _WARNING, _FATAL = 2, 4
-
 _LOCATION = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\)( const)? )?")
 """`[ONNXRuntimeError] : 1 : FAIL : /path/file.cc:46 void function(types) `, which precedes the actual message."""
 
@@ -74,10 +73,7 @@ class OnnxEmbedder(Embedder):
 def open_session(
     path: Path, device: str | int | None, content: bytes | None = None
 ) -> tuple[onnxruntime.InferenceSession, str]:
-    """Open a session for a file or its content, and return it with its device.
-
-    ONNX Runtime lists providers whose libraries do not load: only the session tells which one it uses.
-    """
+    """Open a session for a file or its content; return it and its device. Providers are listed that do not load."""
     model = content or path
     kind, index = ("cuda", 0) if device is None else parse_device(device)
     if kind == "cpu" or (device is None and not driver_is_there()):

@@ -82,11 +82,9 @@ class _Buffer(NamedTuple):
 class TensorRTEmbedder(Embedder):
     """An engine with its manifest; see `pmm_edge.load`.
 
-    Batches larger than the profile are split, and the next chunk is prepared while the GPU computes the previous one.
-    Batches smaller than the profile are padded. Each batch size runs as one CUDA graph, captured at its first use;
-    `cuda_graphs=False` enqueues layer by layer, for engines whose layers cannot be captured.
-
-    Thread-safe: threads take turns, because they share one stream and its buffers; crops are prepared in parallel.
+    Batches larger than the profile are split, and the next chunk is prepared while the GPU computes the previous one;
+    smaller ones are padded. Each batch size runs as one CUDA graph, captured at its first use; `cuda_graphs=False`
+    enqueues layer by layer. Thread-safe: threads take turns, because they share one stream and its buffers.
     """
 
     def __init__(self, path: Path, device: str | int | None = None, cuda_graphs: bool = True) -> None:
@@ -96,23 +94,22 @@ class TensorRTEmbedder(Embedder):
         if kind != "cuda":
             remedy = f"TensorRT runs only on GPUs; load {onnx_of(manifest, path)} instead"
             raise ModelError(f"{path} cannot run on the device {device}", remedy)
-        self._trt, self._cuda = import_tensorrt(), Cuda(index)
-        self._release = weakref.finalize(self, self._cuda.release)
-        check_machine(manifest, path, this_machine(self._trt, self._cuda))
+        self._trt = trt = import_tensorrt()
+        self._cuda = cuda = Cuda(index)
+        self._release = weakref.finalize(self, cuda.release)
+        check_machine(manifest, path, this_machine(trt, cuda))
         super().__init__(manifest.spec, path, "tensorrt", f"cuda:{index}")
         self.profile = self._batch = manifest.settings.batch
         self.cuda_graphs = cuda_graphs
-        self._logger, self._lock = error_logger(self._trt), threading.Lock()
+        self._logger, self._lock = error_logger(trt), threading.Lock()
         version_compatible = manifest.settings.version_compatible
-        self._engine = load_engine(self._trt, self._logger, path.read_bytes(), path, version_compatible)
-        self._contexts: dict[int, Any] = {}
-        """By batch size: a CUDA graph is valid only with the context that it was captured from."""
+        self._engine = load_engine(trt, self._logger, path.read_bytes(), path, version_compatible)
+        self._contexts: dict[int, Any] = {}  # by batch size; a CUDA graph needs the context it was captured from
         self._graphs: dict[int, Callable[[], None]] = {}
-        cuda, size, batch = self._cuda, self.spec.input, self._batch.maximum
-        outputs = (batch, self.spec.embedding_size)
+        size, batch = self.spec.input, self._batch.maximum
+        inputs, outputs = size.shape(batch), (batch, self.spec.embedding_size)
         self._buffers = [
-            _Buffer(cuda.pinned(size.shape(batch), size.dtype), cuda.pinned(outputs, np.float32), cuda.event())
-            for _ in range(2)
+            _Buffer(cuda.pinned(inputs, size.dtype), cuda.pinned(outputs, np.float32), cuda.event()) for _ in range(2)
         ]
         self._images = cuda.device_memory(self._buffers[0].images.nbytes)
         self._embeddings = cuda.device_memory(self._buffers[0].embeddings.nbytes)

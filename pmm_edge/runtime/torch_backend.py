@@ -19,8 +19,7 @@ from pmm_edge.model.checkpoint import network_of
 from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
 from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
 
-CLASSIFIER = ".classifier."
-"""Part of the name of every tensor that only training needs."""
+CLASSIFIER = ".classifier."  # in the name of every tensor that only training needs
 
 
 class Preprocess(nn.Module):
@@ -53,8 +52,7 @@ class TorchEmbedder(Embedder):
         super().__init__(spec, path, "torch", str(self._target))
         self.threads = torch.get_num_threads()
         self._preprocess = Preprocess(replace(spec.input, form="uint8")).to(self._target)
-        self.network = network.to(self._target).eval()
-        """Maps normalized images (N, 3, height, width) to embeddings."""
+        self.network = network.to(self._target).eval()  # of normalized images (N, 3, height, width)
 
     def embed_prepared(self, images: Pixels) -> Embeddings:
         return self._run(images, self._preprocess)
@@ -68,11 +66,9 @@ class TorchEmbedder(Embedder):
                 inputs = preprocess(torch.tensor(images, device=self._target))
                 return np.asarray(self.network(inputs).cpu())
         except (RuntimeError, MemoryError) as error:
-            what = f"{self.path} at batch {len(images)} on {self.device}"
-            if is_out_of_memory(error):
-                raise ModelError(f"out of memory running {what} in torch", "Choose a smaller batch") from error
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ModelError(f"torch cannot run {what} ({reason})", "Try the device cpu, or train again") from error
+            full, reason = is_out_of_memory(error), str(error).strip().partition("\n")[0] or type(error).__name__
+            problem = f"torch cannot run {self.path} at batch {len(images)} on {self.device} ({reason})"
+            raise ModelError(problem, "Choose a smaller batch" if full else "Try the device cpu") from error
 
 
 @contextmanager
@@ -92,24 +88,16 @@ def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
     if path.suffix != ".safetensors":
         checkpoint = load_checkpoint(path)
         return TorchEmbedder(checkpoint.network(), checkpoint.spec, path, device)
-    remedy = "Create it with pmm export --safetensors"
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist", remedy)
     try:
         with safe_open(path, framework="pt") as file:
-            spec_json = (file.metadata() or {}).get(METADATA_KEY)
+            spec = ModelSpec.from_json((file.metadata() or {})[METADATA_KEY], str(path))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is truncated or not a safetensors file", remedy) from error
-    if spec_json is None:
-        raise ModelError(f"{path} has no pmm-edge spec", remedy)
-    spec = ModelSpec.from_json(spec_json, str(path))
-    network = network_of(spec)
-    classifiers = {name: tensor for name, tensor in network.state_dict().items() if CLASSIFIER in name}
-    try:
+        network = network_of(spec)
+        classifiers = {name: tensor for name, tensor in network.state_dict().items() if CLASSIFIER in name}
         network.load_state_dict(classifiers | weights)
-    except RuntimeError as error:
-        raise ModelError(f"the weights in {path} do not match its spec", remedy) from error
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        problem = f"{path} is no complete file of pmm export --safetensors ({str(error).splitlines()[0]})"
+        raise ModelError(problem, "Create it with pmm export --safetensors") from error
     return TorchEmbedder(network, spec, path, device)
 
 
@@ -121,9 +109,8 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def torch_device(device: str | int | None) -> torch.device:
     """Return a torch device, for None a GPU if there is one; raise ModelError if torch finds no such GPU."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, index = parse_device(device)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, index = parse_device(default if device is None else device)
     if kind == "cpu":
         return torch.device("cpu")
     if index >= (count := torch.cuda.device_count()):

@@ -65,9 +65,6 @@ def test_lists_arrays_and_views_give_the_same(color: Embedder) -> None:
 def test_invalid_crops_are_named(crop: object, color: Embedder) -> None:
     with pytest.raises(DataError, match="crop 1"):
         color.embed([*crops((20, 10)), crop])
-
-
-def test_a_single_crop_is_not_a_list(color: Embedder) -> None:
     with pytest.raises(DataError) as caught:
         color.embed(crops((20, 10))[0])
     assert "[crop]" in caught.value.remedy
@@ -145,18 +142,12 @@ def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
         np.testing.assert_array_equal(resize_crop(Image.fromarray(deep), 96, 64), crop)
 
 
-@pytest.mark.parametrize(
-    ("device", "expected"),
-    [("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:1", ("cuda", 1)), ("2", ("cuda", 2)), (0, ("cuda", 0))],
-)
-def test_parse_device(device: str | int, expected: tuple[str, int]) -> None:
-    assert parse_device(device) == expected
-
-
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:", "cpu:1", "-1", "", "tensorrt"])
-def test_parse_unknown_devices(device: str) -> None:
-    with pytest.raises(ModelError):
-        parse_device(device)
+def test_parse_device() -> None:
+    devices = {"cpu": ("cpu", 0), "cuda": ("cuda", 0), "cuda:1": ("cuda", 1), "2": ("cuda", 2), 0: ("cuda", 0)}
+    assert {device: parse_device(device) for device in devices} == devices
+    for device in ("tpu", "cuda:x", "cuda:", "cpu:1", "-1", "", "tensorrt"):
+        with pytest.raises(ModelError):
+            parse_device(device)
 
 
 @pytest.mark.parametrize(("usable", "threads"), [(8.0, None), (6.0, 6), (3.5, 3), (0.5, 1)])
