@@ -22,10 +22,8 @@ def normalize(crops: Tensor) -> Tensor:
     """
     if crops.device.type != "cpu":
         return _normalize_batch(crops)
-    images = torch.empty(crops.shape)
-    for crop, image in zip(crops, images, strict=True):
-        _normalize_into(image, crop)
-    return images.permute(0, 3, 1, 2)
+    nothing = torch.zeros(len(crops), dtype=torch.long)
+    return augment_each(crops, nothing, nothing, nothing, nothing, 0)
 
 
 def augment(
@@ -55,9 +53,11 @@ def augment_each(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, c
     `flipped` and `erased` are (N,) bool; `rows` and `columns` are (N,) int64, the top left corner of the square.
     """
     images = torch.empty(crops.shape)
+    scale, shift = _scale_and_shift(crops.device, crops.shape[2])
     draws = zip(flipped.tolist(), erased.tolist(), rows.tolist(), columns.tolist(), strict=True)
     for crop, image, (flip, erase, row, column) in zip(crops, images, draws, strict=True):
-        _normalize_into(image, crop.flip(1) if flip else crop)
+        image.copy_(crop.flip(1) if flip else crop)
+        image.view(len(image), -1).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
         if erase:
             image[row : row + size, column : column + size] = 0.0
     return images.permute(0, 3, 1, 2)
@@ -76,13 +76,6 @@ def augment_batch(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, 
 def _normalize_batch(crops: Tensor) -> Tensor:
     scale, shift = _scale_and_shift(crops.device)
     return crops.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
-
-
-def _normalize_into(image: Tensor, crop: Tensor) -> None:
-    """Write the normalized `crop`, (H, W, 3) uint8, into `image`, (H, W, 3) float32 and contiguous."""
-    scale, shift = _scale_and_shift(crop.device, image.shape[1])
-    image.copy_(crop)
-    image.view(len(image), -1).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
 
 
 @cache  # once for each device: copying a constant to a GPU synchronizes

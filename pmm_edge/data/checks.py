@@ -23,16 +23,12 @@ from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import JUNK_PID
 
-_CHUNK = 256
-
 
 @dataclass(frozen=True)
-class SplitCounts:
+class SplitCounts(SplitSize):
     """What a split contains."""
 
-    identities: int  # without junk and distractors
     cameras: int
-    images: int  # as papers count them: with distractors, without junk
     distractors: int
     junk: int
 
@@ -82,12 +78,10 @@ def analyze(dataset: ReidDataset) -> Analysis:
     for name, split in dataset.splits.items():
         junk, distractors = (int((split.pids == pid).sum()) for pid in (JUNK_PID, DISTRACTOR_PID))
         size = SplitSize(split.identities, len(split) - junk)
-        counts[name] = SplitCounts(size.identities, split.cameras, size.images, distractors, junk)
+        counts[name] = SplitCounts(size.identities, size.images, len(np.unique(split.camids)), distractors, junk)
         if known and size != (expected := known[name]):
-            text = (
-                f"{name} has {size.identities:,} identities in {size.images:,} images; the published data set has"
-                f" {expected.identities:,} in {expected.images:,}"
-            )
+            published = f"{expected.images:,} of {expected.identities:,}"
+            text = f"{name} has {size.images:,} images of {size.identities:,} identities, not the published {published}"
             found.append(DatasetWarning(DatasetWarningKind.UNEXPECTED_SIZE, text, name, images=size.images))
     found += untrained_images(dataset.train)
     train, query, gallery = (split.pids[split.pids > DISTRACTOR_PID] for split in dataset.splits.values())
@@ -96,10 +90,8 @@ def analyze(dataset: ReidDataset) -> Analysis:
         found.append(DatasetWarning(DatasetWarningKind.TRAIN_TEST_OVERLAP, text, pids=pids))
     unmatched = np.delete(dataset.query.pids, queries_with_match(dataset))
     if pids := np.unique(unmatched).tolist():
-        text = (
-            f"{len(unmatched):,} of {len(dataset.query):,} queries have no gallery image from another camera and do not"
-            f" count in an evaluation: {_listed(pids)}"
-        )
+        share = f"{len(unmatched):,} of {len(dataset.query):,} queries"
+        text = f"{share} have no gallery image from another camera and do not count in an evaluation: {_listed(pids)}"
         found.append(DatasetWarning(DatasetWarningKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched)))
     return Analysis(counts, known, found)
 
@@ -112,10 +104,7 @@ def untrained_images(train: Split) -> list[DatasetWarning]:
     found = []
     for pid in (DISTRACTOR_PID, JUNK_PID):
         if images := int((train.pids == pid).sum()):
-            text = (
-                f"train: training skips {images:,} images with identity {pid}, which means that they show nobody; if"
-                " they show a person, rename all images of that identity to an unused number above 0"
-            )
+            text = f"train: identity {pid} means nobody, so training skips its {images:,} images; renumber it if not"
             found.append(DatasetWarning(DatasetWarningKind.UNTRAINED_IMAGES, text, "train", [pid], images))
     return found
 
@@ -138,9 +127,8 @@ def unreadable(paths: Sequence[Path], *, report: Report = silent) -> list[BadIma
 
     bad: list[BadImage] = []
     with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:  # Pillow decodes without the GIL
-        # Chunks keep Ctrl-C fast, and avoid a queue of 126,441 futures for MSMT17.
-        for start in range(0, len(paths), _CHUNK):
-            chunk = paths[start : start + _CHUNK]
+        for start in range(0, len(paths), 256):  # chunks keep Ctrl-C fast
+            chunk = paths[start : start + 256]
             bad += [BadImage(path, why) for path, why in zip(chunk, pool.map(reason, chunk), strict=True) if why]
             report("images", start + len(chunk), len(paths), f"{len(bad)} unreadable")
     return bad

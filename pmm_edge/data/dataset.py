@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,36 +39,31 @@ class SplitSize:
     images: int
 
 
-_MSMT17_SIZES = (1_041, 32_621), (3_060, 11_659), (3_060, 82_161)
+# How the name of the folder (in lower case, without punctuation) and those of the training images start, and the
+# published numbers of identities and images in training set, queries and gallery; docs/datasets.md names the sources.
 # The readme of Market-1501 counts 19,732 gallery images, of which 3,819 are junk.
-_PUBLISHED = {
-    "market1501": ((751, 12_936), (750, 3_368), (750, 15_913)),
-    "dukemtmc-reid": ((702, 16_522), (702, 2_228), (1_110, 17_661)),
-    "cuhk03-np-detected": ((767, 7_365), (700, 1_400), (700, 5_332)),
-    "cuhk03-np-labeled": ((767, 7_368), (700, 1_400), (700, 5_328)),
-    "msmt17-v1": _MSMT17_SIZES,
-    "msmt17-v2": _MSMT17_SIZES,
+_MARKET_SETS = {
+    "market1501": (r"market1501|market$", r"\d{4}_c\ds\d_\d{6}_\d\d", (751, 12_936, 750, 3_368, 750, 15_913)),
+    "dukemtmc-reid": (r"duke(mtmc)?(reid)?$", r"\d{4}_c\d_f\d{7}", (702, 16_522, 702, 2_228, 1_110, 17_661)),
+    "cuhk03-np-detected": (r"(cuhk03(np)?)?detected$", r"\d{4}_c[12]_\d+\.", (767, 7_365, 700, 1_400, 700, 5_332)),
+    "cuhk03-np-labeled": (r"(cuhk03(np)?)?labell?ed$", r"\d{4}_c[12]_\d+\.", (767, 7_368, 700, 1_400, 700, 5_328)),
+}
+# Training and test folder, and the same numbers.
+_MSMT17_SETS = {
+    "msmt17-v1": ("train", "test", (1_041, 32_621, 3_060, 11_659, 3_060, 82_161)),
+    "msmt17-v2": ("mask_train_v2", "mask_test_v2", (1_041, 32_621, 3_060, 11_659, 3_060, 82_161)),
 }
 KNOWN_SETS = {
-    layout: {name: SplitSize(*size) for name, size in zip(("train", "query", "gallery"), sizes, strict=True)}
-    for layout, sizes in _PUBLISHED.items()
+    layout: {"train": SplitSize(*size[:2]), "query": SplitSize(*size[2:4]), "gallery": SplitSize(*size[4:])}
+    for layout, (_, _, size) in (_MARKET_SETS | _MSMT17_SETS).items()
 }
-"""Published sizes of the splits of known data sets, by layout; docs/datasets.md names the sources."""
+"""Published sizes of the splits of known data sets, by layout."""
 LAYOUTS = (*KNOWN_SETS, ANY_MARKET)
-
-# How the name of the folder (in lower case, without punctuation) and those of the training images start.
-_MARKET_SETS = {
-    "market1501": (r"market1501|market$", r"\d{4}_c\ds\d_\d{6}_\d\d"),
-    "dukemtmc-reid": (r"duke(mtmc)?(reid)?$", r"\d{4}_c\d_f\d{7}"),
-    "cuhk03-np-detected": (r"(cuhk03(np)?)?detected$", r"\d{4}_c[12]_\d+\."),
-    "cuhk03-np-labeled": (r"(cuhk03(np)?)?labell?ed$", r"\d{4}_c[12]_\d+\."),
-}
 # Up to nine digits: longer numbers are not labels and would overflow.
 _MARKET_NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})(?!\d)", re.ASCII)
-# Training and test folder. The published 32,621 training images are those of both lists.
-_MSMT17_FOLDERS = {"msmt17-v1": ("train", "test"), "msmt17-v2": ("mask_train_v2", "mask_test_v2")}
+# The published 32,621 training images are those of the first two lists.
 _MSMT17_LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")
-_MSMT17_LINE = re.compile(r"((?:[^/]*/)*\d+_\d+_(\d{1,9})_[^/]*)\s+(\d{1,9})", re.ASCII)
+_MSMT17_LINE = re.compile(r"((?:[^/]*/)*\d+_\d+_(\d{1,9})_[^/]*)\s+(\d{1,9})\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -91,10 +86,6 @@ class Split:
     def identities(self) -> int:
         """Number of people, without junk and distractors."""
         return int((np.unique(self.pids) > DISTRACTOR_PID).sum())
-
-    @property
-    def cameras(self) -> int:
-        return len(np.unique(self.camids))
 
 
 @dataclass(frozen=True)
@@ -160,9 +151,12 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
         elif _is_market(root):
             found, (train, query, gallery) = _read_market(root, layout)
         else:
-            raise _not_recognized(root)
+            nearby = [str(child) for child in (*sorted(root.iterdir()), root.resolve().parent) if is_dataset(child)]
+            hint = f"Did you mean {' or '.join(nearby[:3])}?" if nearby else "docs/datasets.md shows other layouts"
+            raise DataError(f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}", hint)
     except OSError as error:
-        raise DataError(f"cannot read {error.filename or root}: {error.strerror}", "Check its permissions") from error
+        remedy = "Check its permissions; docs/datasets.md shows which files a data set needs"
+        raise DataError(f"cannot read {error.filename or root}: {error.strerror}", remedy) from error
     if layout not in (None, found):
         raise DataError(f"{root} has the layout {found}, not {layout}", "Pass another folder or --layout")
     return ReidDataset(root.name if found == ANY_MARKET else found, root, train, query, gallery, found)
@@ -188,27 +182,14 @@ def _cuhk03_kinds(root: Path) -> dict[str | None, Path]:
     return {f"cuhk03-np-{kind}": root / kind for kind in ("detected", "labeled") if _is_market(root / kind)}
 
 
-def _not_recognized(root: Path) -> DataError:
-    """The error for a folder that is not a data set; names data sets one level below it or up to two above it."""
-    children = [child for child in sorted(root.iterdir()) if child.is_dir() and is_dataset(child)]
-    below = [kind for child in children for kind in _cuhk03_kinds(child).values() or [child]]
-    remedy = f"It must contain {TRAIN}, {QUERY} and {GALLERY}; docs/datasets.md shows other layouts"
-    if nearby := below or [parent for parent in list(root.resolve().parents)[:2] if is_dataset(parent)]:
-        remedy = f"Did you mean {' or '.join(map(str, nearby[:3]))}?"
-    return DataError(f"{root} is not a data set with a known layout", remedy)
-
-
 def _read_market(root: Path, layout: str | None) -> tuple[str, list[Split]]:
-    if missing := [name for name in (TRAIN, QUERY, GALLERY) if not (root / name).is_dir()]:
-        problem = f"{root} has no folder {', '.join(missing)}"
-        raise DataError(problem, f"It must contain {TRAIN}, {QUERY} and {GALLERY}")
     splits = [_read_market_folder(root / name) for name in (TRAIN, QUERY, GALLERY)]
     if layout in (*_MARKET_SETS, ANY_MARKET):
         return layout, splits
     # File names alone do not tell: other data sets, including the synthetic one, copy those of Market-1501.
     train, folder = splits[0], re.sub(r"[^a-z0-9]", "", root.name.lower())
     size = SplitSize(train.identities, len(train))
-    for known, (folder_name, file_name) in _MARKET_SETS.items():
+    for known, (folder_name, file_name, _) in _MARKET_SETS.items():
         if all(re.match(file_name, path.name) for path in train.paths) and (
             re.match(folder_name, folder) or size == KNOWN_SETS[known]["train"]
         ):
@@ -227,9 +208,7 @@ def _read_market_folder(folder: Path) -> Split:
             remedy = "Rename it to IDENTITY_cCAMERA..., such as 0002_c1s1_000451_03.jpg, or remove it"
             raise DataError(f"the name of {path} has no identity and camera", remedy)
         images.append((path, int(match[1]), int(match[2])))
-    if not images:
-        raise DataError(f"{folder} contains no images", "Download or unpack the data set again")
-    return _split(images)
+    return _split(images, folder)
 
 
 def _read_msmt17(root: Path) -> tuple[str, list[Split]]:
@@ -239,25 +218,19 @@ def _read_msmt17(root: Path) -> tuple[str, list[Split]]:
     identities are shifted by one, and test identities follow the last training identity.
     """
     version = "msmt17-v2" if (root / "mask_train_v2").is_dir() else "msmt17-v1"
-    train_folder, test_folder = (root / name for name in _MSMT17_FOLDERS[version])
+    train_folder, test_folder = (root / name for name in _MSMT17_SETS[version][:2])
     train = [image for name in _MSMT17_LISTS[:2] for image in _read_msmt17_list(root / name, train_folder, 1)]
-    first_pid = 1 + max(pid for _, pid, _ in train)
-    tests = [_read_msmt17_list(root / name, test_folder, first_pid) for name in _MSMT17_LISTS[2:]]
-    return version, [_split(images) for images in (train, *tests)]
+    splits = [_split(train, root / _MSMT17_LISTS[0])]
+    first_pid = 1 + int(splits[0].pids.max())
+    for name in _MSMT17_LISTS[2:]:
+        splits.append(_split(_read_msmt17_list(root / name, test_folder, first_pid), root / name))
+    return version, splits
 
 
 def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Path, int, int]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist", "docs/datasets.md shows which files a data set needs") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file", "Download it again") from error
     images = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        match = _MSMT17_LINE.fullmatch(line.strip())
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        match = _MSMT17_LINE.fullmatch(line)
         # A downloaded name, joined to a folder, must stay inside of it on any operating system.
         if match is None or not {"..", ".", ""}.isdisjoint(match[1].split("/")) or set(match[1]) & set("\\:\0"):
             raise DataError(
@@ -268,13 +241,13 @@ def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Pa
         if not image.is_file():
             raise DataError(f"{path} lists {image}, which does not exist", "Unpack the data set again")
         images.append((image, first_pid + int(match[3]), int(match[2])))
-    if not images:
-        raise DataError(f"{path} lists no images", "Download it again")
     return images
 
 
-def _split(images: Iterable[tuple[Path, int, int]]) -> Split:
-    """A split of (path, identity, camera) of each image."""
+def _split(images: Sequence[tuple[Path, int, int]], source: Path) -> Split:
+    """The split of (path, identity, camera) of each image, read from `source`."""
+    if not images:
+        raise DataError(f"{source} contains no images", "Download or unpack the data set again")
     paths, pids, camids = zip(*sorted(images), strict=True)
     return Split(list(paths), np.array(pids, np.int64), np.array(camids, np.int64))
 
@@ -308,13 +281,11 @@ def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
 def data_sha256(paths: Sequence[Path], root: Path, report: Report = silent) -> str:
     """The SHA-256 of the names, relative to `root`, and contents of images, in the given order."""
     digest = hashlib.sha256()
-    for number, path in enumerate(paths):
-        if number % 256 == 0:
-            report("hashing the data", number, len(paths))
+    for number, path in enumerate(paths, 1):
         try:
             line = f"{Path(os.path.relpath(path, root)).as_posix()}\0{sha256(path)}\n"
         except OSError as error:
             raise DataError(f"cannot hash {path} ({error})", "Check the data set with pmm data --decode") from error
         digest.update(line.encode("utf-8", "surrogateescape"))
-    report("hashing the data", len(paths), len(paths))
+        report("hashing the data", number, len(paths))
     return digest.hexdigest()

@@ -1,21 +1,18 @@
 """Load training batches: decoded crops with a cache, replacements for unreadable images, the P x K sampler."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.errors import DataError, PmmError
+from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
 
 CACHE_BYTES = 8 << 30
 """The training set of Market-1501 at 384x128 takes 1.9 GB."""
-Unreadable = tuple[int, str]
-"""The index of an unreadable image and what is wrong with it."""
 
 
 class Crops:
@@ -24,13 +21,10 @@ class Crops:
     Threads do the work of data loader processes without copies between processes: Pillow decodes and resizes
     without the GIL.
 
-    Args:
-        paths: image files.
-        height, width: network size in pixels.
-        cache_bytes: size of the cache. Images that do not fit are decoded again each time.
-        instead_of: called with the index of an unreadable image and the error, returns the index of the image to use
-            instead; None raises the error.
-        workers: number of decoding threads; one for each usable core by default.
+    `height` and `width` are in pixels. Images that do not fit into `cache_bytes` are decoded again each time.
+    `workers` is the number of decoding threads, by default one for each usable core. If the (N,) identities of the
+    images, `pids`, are given, an unreadable image is replaced by the next readable one of its identity, the same in
+    every run; otherwise it is an error.
     """
 
     def __init__(
@@ -39,20 +33,18 @@ class Crops:
         height: int,
         width: int,
         cache_bytes: int = CACHE_BYTES,
-        instead_of: Callable[[int, DataError], int] | None = None,
         workers: int | None = None,
+        pids: NDArray[np.int64] | None = None,
     ) -> None:
-        self.paths, self.height, self.width = paths, height, width
+        self.paths, self.height, self.width, self.pids = paths, height, width, pids
         image_bytes = height * width * 3
         cached = min(len(paths), max(0, cache_bytes) // image_bytes)
         self.cached_bytes, self.all_bytes = cached * image_bytes, len(paths) * image_bytes  # size when full, and needed
-        try:
-            self._cache = np.empty((cached, height, width, 3), dtype=np.uint8)
-        except MemoryError as error:
-            size = f"{self.cached_bytes / 2**30:.1f} GiB"
-            raise PmmError(f"not enough memory to cache {size} of decoded images", "Lower --cache-gib") from error
+        self._cache = np.empty((cached, height, width, 3), dtype=np.uint8)
         self._decoded = np.zeros(cached, dtype=bool)
-        self._instead_of = instead_of
+        self._unreadable: dict[int, str] = {}  # index and problem of those that this process has met
+        self._taken = 0
+        self._counted: set[int] = set()  # of all processes
         self.workers = workers or threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
@@ -86,59 +78,37 @@ class Crops:
         try:
             crop = read_crop(self.paths[index], self.height, self.width)
         except DataError as error:
-            if self._instead_of is None:
+            if self.pids is None:
                 raise
-            return self._crop(self._instead_of(index, error))
+            self._unreadable[index] = error.problem
+            same = np.flatnonzero(self.pids == self.pids[index])
+            for other in np.roll(same, -int(np.searchsorted(same, index))).tolist():
+                if other not in self._unreadable:
+                    return self._crop(other)
+            raise DataError(f"no image of identity {self.pids[index]} can be read", error.remedy) from error
         if index < len(self._cache):
             self._cache[index] = crop
             self._decoded[index] = True
         return crop
 
-
-class Replacements:
-    """Replace each unreadable training image by the next readable one of its identity, the same in every run.
-
-    `pids` are the (N,) identities of the images at `paths`, `limit` is the maximum number of unreadable images.
-    """
-
-    def __init__(self, paths: Sequence[Path], pids: NDArray[np.int64], limit: int) -> None:
-        self._paths, self._pids, self._limit = paths, pids, limit
-        self._bad: dict[int, str] = {}  # what this process has met
-        self._taken = 0
-        self._known: set[int] = set()  # of all processes
-        self._lock = Lock()
-
-    def __call__(self, index: int, error: DataError) -> int:
-        """Return the index of the image to use instead of `index`."""
-        with self._lock:
-            self._bad.setdefault(index, error.problem)
-            same = np.flatnonzero(self._pids == self._pids[index])
-            following = np.roll(same, -int(np.searchsorted(same, index))).tolist()
-            for replacement in following:
-                if replacement not in self._bad:
-                    return int(replacement)
-        raise DataError(f"no image of identity {self._pids[index]} can be read", error.remedy) from error
-
-    def take_new(self) -> list[Unreadable]:
-        """Return the unreadable images that this process has met since the last call."""
-        with self._lock:
-            new = list(self._bad.items())[self._taken :]
-            self._taken = len(self._bad)
+    def take_unreadable(self) -> list[tuple[int, str]]:
+        """Return the index and the problem of each unreadable image that this process has met since the last call."""
+        new = list(self._unreadable.items())[self._taken :]
+        self._taken += len(new)
         return new
 
-    def register(self, unreadable: Sequence[Unreadable]) -> list[str]:
-        """Count unreadable images of all processes; return a message for each that was not counted before."""
+    def count_unreadable(self, unreadable: Sequence[tuple[int, str]], limit: int) -> list[str]:
+        """Count those of all processes, `limit` at most; return a message for each that was not counted before."""
         messages = []
         for index, problem in unreadable:
-            if index in self._known:
-                continue
-            self._known.add(index)
-            if len(self._known) > self._limit:
+            if index not in self._counted:
+                self._counted.add(index)
+                messages.append(f"{problem}; training uses another image of the same identity")
+            if len(self._counted) > limit:
                 raise DataError(
-                    f"{len(self._known)} training images cannot be read, the last of them {self._paths[index]}",
+                    f"{len(self._counted)} training images cannot be read, the last of them {self.paths[index]}",
                     "Check the data set with pmm data --decode, or raise --max-bad-images",
                 )
-            messages.append(f"{problem}; training uses another image of the same identity")
         return messages
 
 
@@ -147,15 +117,11 @@ def identity_batches(
 ) -> list[NDArray[np.int64]]:
     """Sample one epoch of P x K batches: every identity once, with `images` (K) of its images.
 
-    An identity with fewer images repeats some of them. The last batch contains the identities that are left; it is
+    `pids` are the (N,) identities of the training images, `identities` (P) is the number of them in a batch. An
+    identity with fewer images repeats some of them. The last batch contains the identities that are left; it is
     dropped if there is only one, which would have no negative. The same state of `generator` gives the same epoch.
 
-    Args:
-        pids: (N,) identity of each training image.
-        identities: identities in a batch (P).
-
-    Returns:
-        Index vectors into `pids`; the images of an identity are adjacent.
+    Returns index vectors into `pids`; the images of an identity are adjacent.
     """
     order = np.argsort(pids, kind="stable")
     people = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)

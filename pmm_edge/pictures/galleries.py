@@ -63,7 +63,7 @@ def rank(
     distances = euclidean_distances(query_features, gallery_features)
     labels = (query.pids, gallery.pids, query.camids, gallery.camids)
     result = evaluate_distances(distances, *labels)
-    checked = check_labels(*labels, distances.shape)
+    checked = check_labels(labels, distances.shape)
     rankings = []
     for number, first_match_rank in enumerate(result.first_match_rank.tolist()):
         row = distances[number, checked.kept]

@@ -32,10 +32,9 @@ def euclidean_distances(query_features: ArrayLike, gallery_features: ArrayLike) 
 def distance_blocks(
     query: NDArray[Any], gallery: NDArray[Any], square: bool = False
 ) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Yield `(first query, (rows, G) Euclidean distances)` of checked features, block after block.
+    """Yield `(first query, (rows, G) Euclidean distances)` of checked features, float32 or, squared, float64.
 
-    Distances are float32, those that are squared float64. The 3,368 x 15,913 of Market-1501 are never in memory at
-    once.
+    Block after block: the 3,368 x 15,913 distances of Market-1501 are never in memory at once.
 
     ||q - g||² = ||q||² + ||g||² - 2 q·g suffers from cancellation: in float32, the distance of identical embeddings
     of norm 5,000 would be several units. In float64 the error stays below one float32 step of the embeddings, and
@@ -66,9 +65,9 @@ def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[
     pair = []
     for features, name in ((query_features, "query features"), (gallery_features, "gallery features")):
         array = check_matrix(features, name, "Pass a (number of images, embedding size) array")
-        if (row := first_not_finite(array)) is not None:
+        if not (finite := finite_rows(array)).all():
             remedy = "Check the images and the model's precision (FP16 overflows above 65,504)"
-            raise DataError(f"{name} contain NaN or infinity, first in row {row}", remedy)
+            raise DataError(f"{name} contain NaN or infinity, first in row {finite.argmin()}", remedy)
         pair.append(array)
     query, gallery = pair
     if query.shape[1] != gallery.shape[1]:
@@ -87,14 +86,6 @@ def check_matrix(values: ArrayLike, name: str, remedy: str) -> NDArray[Any]:
     if not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"{name} have dtype {array.dtype}", "Pass real numbers, e.g. float32")
     return array
-
-
-def first_not_finite(array: NDArray[Any]) -> int | None:
-    """Return the first row of an (N, M) array that contains NaN or infinity."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        # Sums need no mask of the array's size; only rows with a sum that is not finite are examined.
-        suspects = np.flatnonzero(~np.isfinite(array.sum(axis=1)))
-    return next((int(row) for row in suspects if not np.isfinite(array[row]).all()), None)
 
 
 def finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:

@@ -4,7 +4,7 @@ For each query, gallery images of its own identity and camera are excluded, junk
 by distance. The metrics depend on the ranks of the matches: the remaining images of the query's identity.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,36 +13,33 @@ from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import check_matrix, check_pair, distance_blocks, first_not_finite, rows_per_block
+from pmm_edge.retrieval.distances import check_matrix, check_pair, distance_blocks, finite_rows, rows_per_block
 from pmm_edge.retrieval.reranking import rerank_distances
 from pmm_edge.spec import RetrievalFigures
 
 JUNK_PID = -1
 """Market-1501's label of images that are neither a person nor a distractor. They are dropped from the gallery."""
-PAPER_CUTOFF = 50
-"""The evaluation code that the paper's authors released cuts rankings here before the average precision."""
+PAPER_CUTOFF = 50  # the released evaluation code cuts rankings here before the average precision
 
 
 @dataclass(frozen=True, eq=False)
 class RetrievalResult:
-    """Retrieval figures, as fractions in 0..1, over the queries that have a match in the gallery."""
+    """Retrieval figures, as fractions in 0..1, over the queries that have a match in the gallery.
+
+    `mAP` is the mean average precision of the whole ranking or up to `ap_cutoff`, `mAP_at_50` that of rankings cut at
+    50, which the paper calls mAP. `mINP` is the mean inverse negative penalty: the number of matches divided by the
+    rank of the last one (Ye et al., 2021). The values of (Q,) queries without a match are NaN and rank 0.
+    """
 
     mAP: float  # noqa: N815  the usual spelling
-    """Mean average precision, of the whole ranking or up to `ap_cutoff`."""
     mAP_at_50: float  # noqa: N815
-    """Mean average precision of rankings cut at 50, which the paper calls mAP."""
     mINP: float  # noqa: N815
-    """Mean inverse negative penalty: the number of matches divided by the rank of the last one (Ye et al., 2021)."""
-    cmc: NDArray[np.float64]
-    """(max_rank,): `cmc[k - 1]` is the fraction of queries with a match among the first k."""
+    cmc: NDArray[np.float64]  # (max_rank,): `cmc[k - 1]` is the fraction of queries with a match among the first k
     valid_queries: int
-    average_precision: NDArray[np.float64]
-    """(Q,), NaN for a query without a match; so is `inverse_penalty`."""
-    inverse_penalty: NDArray[np.float64]
-    first_match_rank: NDArray[np.int64]
-    """(Q,): the rank of each query's first match, starting at 1; 0 without a match."""
-    top1: NDArray[np.int64]
-    """(Q,): the gallery index of the image ranked first; -1 if all images are excluded."""
+    average_precision: NDArray[np.float64]  # (Q,)
+    inverse_penalty: NDArray[np.float64]  # (Q,)
+    first_match_rank: NDArray[np.int64]  # (Q,), from 1
+    top1: NDArray[np.int64]  # (Q,): gallery index of the image ranked first; -1 if all images are excluded
 
     def rank(self, k: int) -> float:
         """Rank-k: the fraction of queries with a match among the first k, at most `max_rank`."""
@@ -76,8 +73,7 @@ def evaluate(
 
     Args:
         query_features, gallery_features: (Q, D) and (G, D) real numbers.
-        query_pids, gallery_pids: (Q,) and (G,) integer identities.
-        query_camids, gallery_camids: (Q,) and (G,) integer cameras.
+        query_pids, gallery_pids, query_camids, gallery_camids: (Q,) and (G,) integer identities and cameras.
         max_rank: length of the CMC.
         ap_cutoff: cut rankings here for the average precision; 50 gives what the paper calls mAP.
         rerank: rank by k-reciprocal re-ranked distances (k1 20, k2 6, lambda 0.3).
@@ -89,39 +85,29 @@ def evaluate(
         (1.0, 1.0)
     """
     query, gallery = check_pair(query_features, gallery_features)
-    labels = check_labels(query_pids, gallery_pids, query_camids, gallery_camids, (len(query), len(gallery)))
-    if len(labels.kept) < len(gallery):
-        # Before computing distances: junk costs time, and it must not be a neighbor in re-ranking.
-        gallery = gallery[labels.kept]
+    labels = check_labels((query_pids, gallery_pids, query_camids, gallery_camids), (len(query), len(gallery)))
+    gallery = gallery[labels.kept]  # now: distances of junk cost time, and it must not be a neighbor in re-ranking
     if rerank:
         return _figures([(0, rerank_distances(query, gallery, report=report))], labels, max_rank, ap_cutoff)
     return _figures(distance_blocks(query, gallery), labels, max_rank, ap_cutoff, report)
 
 
 def evaluate_distances(
-    distances: ArrayLike,
-    query_pids: ArrayLike,
-    gallery_pids: ArrayLike,
-    query_camids: ArrayLike,
-    gallery_camids: ArrayLike,
-    max_rank: int = 50,
-    ap_cutoff: int | None = None,
+    distances: ArrayLike, *labels: ArrayLike, max_rank: int = 50, ap_cutoff: int | None = None
 ) -> RetrievalResult:
-    """Evaluate (Q, G) distances, where smaller is nearer. Everything else is as in `evaluate`."""
+    """Evaluate (Q, G) distances, where smaller is nearer. The labels and everything else are as in `evaluate`."""
     array = check_matrix(distances, "distances", "Pass a (queries, gallery images) array")
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # the same values; numpy compares them much faster
-    labels = check_labels(query_pids, gallery_pids, query_camids, gallery_camids, array.shape)
-    step = rows_per_block(array.shape[1])
-    blocks = ((start, array[start : start + step].take(labels.kept, axis=1)) for start in range(0, len(array), step))
-    return _figures(blocks, labels, max_rank, ap_cutoff)
+    checked, step = check_labels(labels, array.shape), rows_per_block(array.shape[1])
+    blocks = ((start, array[start : start + step].take(checked.kept, axis=1)) for start in range(0, len(array), step))
+    return _figures(blocks, checked, max_rank, ap_cutoff)
 
 
 class ProtocolLabels(NamedTuple):
     """Checked labels of (Q,) queries and of the gallery images that are not junk."""
 
-    kept: NDArray[np.intp]
-    """Indices of these gallery images, ascending. Positions below are positions in this array."""
+    kept: NDArray[np.intp]  # indices of these gallery images, ascending; positions below are in this array
     query_pids: NDArray[np.int64]
     gallery_pids: NDArray[np.int64]
     query_camids: NDArray[np.int64]
@@ -134,18 +120,14 @@ class ProtocolLabels(NamedTuple):
         return own[~same_camera], own[same_camera]
 
 
-def check_labels(
-    query_pids: ArrayLike,
-    gallery_pids: ArrayLike,
-    query_camids: ArrayLike,
-    gallery_camids: ArrayLike,
-    shape: tuple[int, ...],
-) -> ProtocolLabels:
-    """Check that `shape` = (Q, G) images have integer labels, and find the junk; raise DataError otherwise."""
+def check_labels(labels: Sequence[ArrayLike], shape: tuple[int, ...]) -> ProtocolLabels:
+    """Check that `shape` = (Q, G) images have integer labels, and find the junk; raise DataError otherwise.
+
+    `labels` are the identities of queries and gallery, and their cameras.
+    """
     checked = []
-    labels = {"query pids": query_pids, "gallery pids": gallery_pids}
-    labels |= {"query camids": query_camids, "gallery camids": gallery_camids}
-    for (name, values), count in zip(labels.items(), 2 * shape, strict=True):
+    names = "query pids", "gallery pids", "query camids", "gallery camids"
+    for name, values, count in zip(names, labels, 2 * shape, strict=True):
         array = np.asarray(values)
         if array.shape != (count,):
             raise DataError(f"{name} have shape {array.shape}, expected ({count},)", "Pass one for each image")
@@ -153,7 +135,7 @@ def check_labels(
             raise DataError(f"{name} have dtype {array.dtype}", "Pass integers")
         checked.append(array.astype(np.int64))
     kept = np.flatnonzero(checked[1] != JUNK_PID)
-    if len(kept) == 0:
+    if not len(kept):
         raise DataError(f"all {shape[1]:,} gallery images are junk (pid {JUNK_PID})", "Check the labels")
     return ProtocolLabels(kept, checked[0], checked[1][kept], checked[2], checked[3][kept])
 
@@ -177,8 +159,8 @@ def _figures(
     ranks: list[NDArray[np.int64]] = []  # of each query's matches, ascending from 1
     top1 = np.full(queries, -1, np.int64)
     for start, block in blocks:
-        if (row := first_not_finite(block)) is not None:
-            problem = f"the distances of query {start + row} contain NaN or infinity"
+        if not (finite := finite_rows(block)).all():
+            problem = f"the distances of query {start + finite.argmin()} contain NaN or infinity"
             raise DataError(problem, "Check the embeddings that they were computed from")
         for query, distances in enumerate(block, start):
             matches, excluded = labels.matches(query)
@@ -191,7 +173,7 @@ def _figures(
 
     counts = np.array([len(matches) for matches in ranks])
     valid = np.flatnonzero(counts)
-    if len(valid) == 0:
+    if not len(valid):
         problem = f"none of {queries:,} queries has a match in the gallery from another camera"
         raise DataError(problem, "Check that query and gallery share identities and that their camera ids differ")
     matches, counts = np.concatenate(ranks), counts[valid]

@@ -15,12 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from pmm_edge.console import Report, silent
 from pmm_edge.retrieval.distances import check_pair, distance_blocks
 
-K1 = 20
-"""Number of neighbors for the k-reciprocal sets."""
-K2 = 6
-"""Number of neighbors whose encodings are averaged (local query expansion)."""
-LAMBDA = 0.3
-"""Weight of the original distance."""
+K1 = 20  # neighbors for the k-reciprocal sets
+K2 = 6  # neighbors whose encodings are averaged (local query expansion)
+LAMBDA = 0.3  # weight of the original distance
 _IMAGES_PER_PART = 64
 
 

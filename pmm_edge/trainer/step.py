@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pmm_edge.data.augment import ERASE_PROBABILITY, augment
 from pmm_edge.data.dataset import DISTRACTOR_PID, Split
-from pmm_edge.data.loader import Crops, Replacements, identity_batches
+from pmm_edge.data.loader import Crops, identity_batches
 from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
@@ -89,9 +89,8 @@ class Feed:
             )
         self._config, self._device = config, device
         self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
-        self.replacements = Replacements(self.paths, self.classes, config.max_bad_images)
         cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
-        self.crops = Crops(self.paths, config.height, config.width, cache, self.replacements, workers)
+        self.crops = Crops(self.paths, config.height, config.width, cache, workers, self.classes)
 
     def batches(self, epoch: int) -> list[Indices]:
         """The batches of an epoch: indices into `paths`. The last one is cut to equal shards of whole identities."""

@@ -297,10 +297,10 @@ def train_epoch(run: Run) -> bool:
         # cheap, and torchrun kills a process 30 s after SIGTERM.
         alone, cheap = world.size == 1, run.trainee.device.type == "cpu"
         if last or (meter.due() or run.stop() if alone else cheap or position.step % SYNC_STEPS == 0):
-            unreadable, bad = feed.replacements.take_new(), meter.bad_step()
+            unreadable, bad = feed.crops.take_unreadable(), meter.bad_step()
             stop, any_unreadable, any_bad = world.any(run.stop(), bool(unreadable), bad is not None)
             if any_unreadable:
-                for text in feed.replacements.register(world.gather(unreadable)):
+                for text in feed.crops.count_unreadable(world.gather(unreadable), config.max_bad_images):
                     run.warn(text)
             if any_bad:
                 step = 1 + min(world.gather([] if bad is None else [bad]))

@@ -1,13 +1,11 @@
 """Decoded crops and their cache, replacements of unreadable images, and the P x K sampler."""
 
-from unittest.mock import Mock
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from pmm_edge.data.loader import Crops, Replacements, identity_batches
-from pmm_edge.errors import DataError, PmmError
+from pmm_edge.data.loader import Crops, identity_batches
+from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 
 
@@ -41,13 +39,6 @@ def test_cached_images_are_decoded_once(paths):
         Crops(paths, 24, 12).batch(np.arange(3, 7))
 
 
-def test_a_cache_larger_than_the_memory_is_an_error(paths, monkeypatch):
-    monkeypatch.setattr("pmm_edge.data.loader.np.empty", Mock(side_effect=MemoryError))
-    with pytest.raises(PmmError) as error:
-        Crops(paths, 24, 12)
-    assert "--cache-gib" in error.value.remedy
-
-
 def test_one_thread_decodes_on_each_usable_core(paths, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0}, raising=False)
     assert Crops(paths, 24, 12).workers == 1
@@ -58,18 +49,17 @@ def test_an_unreadable_image_is_replaced_by_the_next_of_its_identity(paths):
     pids = np.array([1, 1, 1, 2, 2, 2, 3])
     for index in (2, 3, 4, 6):
         paths[index].write_bytes(b"")
-    replacements = Replacements(paths, pids, limit=3)
-    crops = Crops(paths, 24, 12, instead_of=replacements, workers=1)
+    crops = Crops(paths, 24, 12, workers=1, pids=pids)
     np.testing.assert_array_equal(crops.batch(np.array([2, 3])), crops.batch(np.array([0, 5])))
-    found = replacements.take_new()
-    assert [index for index, _ in found] == [2, 3, 4] and replacements.take_new() == []
-    messages = replacements.register([*found, found[0]])  # two processes may find the same
+    found = crops.take_unreadable()
+    assert [index for index, _ in found] == [2, 3, 4] and crops.take_unreadable() == []
+    messages = crops.count_unreadable([*found, found[0]], limit=3)  # two processes may find the same
     assert ["2.jpg" in messages[0], "3.jpg" in messages[1], len(messages)] == [True, True, 3]
-    assert replacements.register(found) == []
+    assert crops.count_unreadable(found, limit=3) == []
     with pytest.raises(DataError, match="identity 3"):
         crops.batch(np.array([6]))
     with pytest.raises(DataError, match=r"6\.jpg") as error:
-        replacements.register(replacements.take_new())
+        crops.count_unreadable(crops.take_unreadable(), limit=3)
     assert "--max-bad-images" in error.value.remedy
 
 

@@ -23,34 +23,18 @@ class Point(NamedTuple):
     z: float
 
 
-class Ring(NamedTuple):
-    """A horizontal cross-section of the body: an ellipse around the vertical axis."""
-
-    y: float
-    width: float
-    depth: float
-
-
-class Pose(NamedTuple):
-    """One moment of walking: angles in degrees, `phase` of the gait in radians, `stride` 0 (standing) to 1."""
-
-    heading: float
-    pitch: float
-    phase: float
-    stride: float
-
-
+Ring = Point
+"""A cross-section of the body, an ellipse around the vertical axis: half the width, height, and half the depth."""
+Pose = tuple[float, float, float, float]
+"""One moment of walking: heading and pitch in degrees, phase of the gait in radians, stride from 0 (standing) to 1."""
+Rings = Sequence[Ring]
 Pixel = tuple[float, float]
 Fill = tuple[int, ...]
-Rings = Sequence[Ring]
 Outline = Sequence[Pixel]
-Joints = tuple[Point, Point, Point]
-"""Hip, knee and ankle, or shoulder, elbow and hand."""
-Part = tuple[float, Callable[[], None]]
-"""A part of the upper body: its depth, larger is nearer, and how to paint it."""
+Joints = tuple[Point, Point, Point]  # hip, knee and ankle, or shoulder, elbow and hand
+Part = tuple[float, Callable[[], None]]  # of the upper body: its depth, larger is nearer, and how to paint it
 
-EDGE = 82.0
-"""Angle to the line of sight, in degrees, beyond which a surface is not painted."""
+EDGE = 82.0  # angle to the line of sight, in degrees, beyond which a surface is not painted
 SHADE = (0, 0, 0, 50)
 STRIP = [(-1.0, k / 4) for k in range(-4, 5)] + [(1.0, -k / 4) for k in range(-4, 5)]
 SQUARE = ((-1, -1), (0, -1), (1, -1), (1, 1), (0, 1), (-1, 1))
@@ -75,13 +59,14 @@ class View:
     """A body placed in an image: its point on the ground and its height, in pixels, its pose, and the light."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, place: tuple[float, float, float], pose: Pose, light: float) -> None:
-        self.draw, (self.x, self.ground, self.size), self.pose = draw, place, pose
+        self.draw, (self.x, self.ground, self.size) = draw, place
+        self.heading, self.pitch, self.phase, self.stride = pose
         self.light = light  # -1: from the left of the image; 1: from the right
-        self.sin, self.cos = math.sin(math.radians(pose.heading)), math.cos(math.radians(pose.heading))
+        self.sin, self.cos = math.sin(math.radians(self.heading)), math.cos(math.radians(self.heading))
 
     def at(self, p: Point) -> Pixel:
         """Project to the image, orthographically: the crop of a detector has almost no perspective."""
-        tilt = math.radians(self.pose.pitch)
+        tilt = math.radians(self.pitch)
         lower = self.depth(p) * math.sin(tilt) - p.y * math.cos(tilt)
         return self.x + self.size * (p.x * self.cos + p.z * self.sin), self.ground + self.size * lower
 
@@ -91,16 +76,16 @@ class View:
 
     def reach(self, ring: Ring) -> float:
         """Half the width of a ring's silhouette, in pixels."""
-        return self.size * math.hypot(ring.width * self.cos, ring.depth * self.sin)
+        return self.size * math.hypot(ring.x * self.cos, ring.z * self.sin)
 
     def on(self, ring: Ring, angle: float) -> Pixel:
         """Project a point of a ring; angle 0 is the front, 90 the person's left, in degrees."""
         turn = math.radians(angle)
-        return self.at(Point(ring.width * math.sin(turn), ring.y, ring.depth * math.cos(turn)))
+        return self.at(Point(ring.x * math.sin(turn), ring.y, ring.z * math.cos(turn)))
 
     def off_center(self, angle: float) -> float:
         """Angle in -180..180 degrees between the camera and the side of a ring at `angle`."""
-        return (angle + self.pose.heading + 180) % 360 - 180
+        return (angle + self.heading + 180) % 360 - 180
 
     def sees(self, angle: float) -> bool:
         """Whether the side of a ring at `angle` faces the camera."""
@@ -147,14 +132,14 @@ class View:
         offs = [min(max(self.off_center(angle) + half * x, -EDGE), EDGE) for x, _ in outline]
         if max(offs) - min(offs) > 4:
             rows = [ring_at(rings, (v[0] + v[1]) / 2 + (v[1] - v[0]) / 2 * y) for _, y in outline]
-            corners = [self.on(ring, off - self.pose.heading) for ring, off in zip(rows, offs, strict=True)]
+            corners = [self.on(ring, off - self.heading) for ring, off in zip(rows, offs, strict=True)]
             self.draw.polygon(corners, fill=color)
 
     def tube(self, rings: Rings, garment: Item) -> None:
         """Paint a torso, skirt or coat: rings from top to bottom, with pattern and shading."""
         self.band(rings, -1, 1, garment.color)
         hem, pattern = rings[-1], garment.pattern
-        sag = self.size * hem.depth * math.sin(math.radians(self.pose.pitch)) + 1
+        sag = self.size * hem.z * math.sin(math.radians(self.pitch)) + 1
         self.disc(self.at(Point(0, hem.y, 0)), self.reach(hem), sag, garment.color)
         if pattern in ("stripes", "checks", "block"):
             count = max(2, round((rings[0].y - hem.y) / 0.09))
@@ -174,8 +159,7 @@ def ring_at(rings: Rings, v: float) -> Ring:
     y = rings[0].y + (rings[-1].y - rings[0].y) * min(max(v, 0.0), 1.0)
     for upper, lower in itertools.pairwise(rings):
         if y >= lower.y:
-            t = (upper.y - y) / ((upper.y - lower.y) or 1.0)
-            return Ring(*(p + (q - p) * t for p, q in zip(upper, lower, strict=True)))
+            return _along(upper, lower, (upper.y - y) / (upper.y - lower.y))
     return rings[-1]
 
 
@@ -190,16 +174,19 @@ def _darker(color: Color, factor: float) -> Color:
 
 
 def draw_person(view: View, person: Person) -> None:
-    """Paint `person`: legs, then the upper body from far to near, then the head."""
-    legs, arms, neck, head = _skeleton(person, view.pose)
+    """Paint `person` and a soft shadow: legs, then the upper body from far to near, then the head."""
+    for k in (1.0, 0.7, 0.45):  # away from the light
+        center = view.x - view.light * 0.07 * view.size, view.ground
+        view.disc(center, 0.2 * view.size * k, 0.035 * view.size * k, (0, 0, 0, 46))
+    legs, arms, neck, head = _skeleton(person, view)
     for leg in sorted(legs, key=lambda leg: view.depth(leg[0]) + 0.1 * view.depth(leg[1])):
         _leg(view, person, *leg)
     bulk, hip, lower = person.bulk, legs[0][0].y, person.lower
     if lower.kind in ("skirt", "long skirt"):
         length = 0.24 if lower.kind == "skirt" else 0.4
-        flare = 0.02 + 0.1 * view.pose.stride * abs(math.sin(view.pose.phase))
-        waist, hips = Ring(hip + 0.06, 0.098 * bulk, 0.075 * bulk), Ring(hip - 0.05, 0.125 * bulk, 0.1 * bulk)
-        view.tube([waist, hips, Ring(hip - length, 0.15 * bulk, 0.12 * bulk + flare * length * 2)], lower)
+        flare = 0.02 + 0.1 * view.stride * abs(math.sin(view.phase))
+        waist, hips = Ring(0.098 * bulk, hip + 0.06, 0.075 * bulk), Ring(0.125 * bulk, hip - 0.05, 0.1 * bulk)
+        view.tube([waist, hips, Ring(0.15 * bulk, hip - length, 0.12 * bulk + flare * length * 2)], lower)
     chest = view.at(Point(0, neck.y - 0.05, 0))
     view.bone(view.at(neck), chest, 0.03 * view.size, 0.04 * view.size, _darker(person.skin, 0.85))
     parts = _upper_body(view, person, hip, arms, neck)
@@ -211,7 +198,7 @@ def draw_person(view: View, person: Person) -> None:
     _hat(view, person.hat, head)
 
 
-def _skeleton(person: Person, pose: Pose) -> tuple[list[Joints], list[Joints], Point, Point]:
+def _skeleton(person: Person, view: View) -> tuple[list[Joints], list[Joints], Point, Point]:
     """The legs and arms (left, right), the neck and the head. Legs and arms swing in opposite phase."""
 
     def swing(start: Point, length: float, angle: float, spread: float = 0.0) -> Point:
@@ -219,12 +206,12 @@ def _skeleton(person: Person, pose: Pose) -> tuple[list[Joints], list[Joints], P
         return Point(start.x + spread, start.y - length * math.cos(angle), start.z + length * math.sin(angle))
 
     hip_y = 0.48 * person.legs + 0.045
-    bob = 0.012 * pose.stride * math.cos(2 * pose.phase)
+    bob = 0.012 * view.stride * math.cos(2 * view.phase)
     top = hip_y + 0.30 + bob
     legs, arms = [], []
-    for side, phase in ((1, pose.phase), (-1, pose.phase + math.pi)):  # left and right are half a step apart
-        thigh = 0.5 * pose.stride * math.sin(phase)
-        bend = 0.08 + 0.85 * pose.stride * max(0.0, math.cos(phase)) ** 1.5  # the leg that moves forward bends
+    for side, phase in ((1, view.phase), (-1, view.phase + math.pi)):  # left and right are half a step apart
+        thigh = 0.5 * view.stride * math.sin(phase)
+        bend = 0.08 + 0.85 * view.stride * max(0.0, math.cos(phase)) ** 1.5  # the leg that moves forward bends
         hip = Point(side * 0.058 * person.bulk, hip_y + bob, 0)
         knee = swing(hip, 0.24 * person.legs, thigh)
         legs.append((hip, knee, swing(knee, 0.24 * person.legs, thigh - bend)))
@@ -277,13 +264,13 @@ def _upper_body(view: View, person: Person, hip: float, arms: Sequence[Joints], 
     broad, deep = 0.128 * person.shoulders, 0.078 * bulk
     puff = {"jacket": 1.08, "hoodie": 1.1, "coat": 1.1}.get(upper.kind, 1.0)
     rings = [  # from the collar to the hem
-        Ring(top + 0.022, 0.045, 0.04),
-        Ring(top, broad * 0.86, deep * 0.75 * puff),
-        Ring(top - 0.035, broad * 1.06, deep * 0.95 * puff),
-        Ring(top - 0.12, broad * 0.98 * puff, deep * 1.08 * puff),
-        Ring(hip + 0.07, 0.104 * bulk * puff, 0.08 * bulk * puff),
-        Ring(hip - 0.01, 0.114 * bulk * puff, 0.09 * bulk * puff),
-        *[Ring(hip - 0.17, 0.135 * bulk, 0.125 * bulk)] * (upper.kind == "coat"),
+        Ring(0.045, top + 0.022, 0.04),
+        Ring(broad * 0.86, top, deep * 0.75 * puff),
+        Ring(broad * 1.06, top - 0.035, deep * 0.95 * puff),
+        Ring(broad * 0.98 * puff, top - 0.12, deep * 1.08 * puff),
+        Ring(0.104 * bulk * puff, hip + 0.07, 0.08 * bulk * puff),
+        Ring(0.114 * bulk * puff, hip - 0.01, 0.09 * bulk * puff),
+        *[Ring(0.135 * bulk, hip - 0.17, 0.125 * bulk)] * (upper.kind == "coat"),
     ]
     parts: list[Part] = [(0.0, partial(_torso, view, person, rings))]
     if upper.kind == "hoodie":  # its hood hangs behind the neck
@@ -349,7 +336,7 @@ def _arm(view: View, person: Person, shoulder: Point, elbow: Point, hand: Point)
 def _box(view: View, center: Point, width: float, depth: float, height: float, color: Color) -> None:
     """A rounded box that turns with the body."""
     (x, y), half = view.at(center), height * view.size / 2
-    reach = view.reach(Ring(center.y, width, depth)) * 0.85
+    reach = view.reach(Ring(width, center.y, depth)) * 0.85
     view.draw.rounded_rectangle((x - reach, y - half, x + reach, y + half), radius=0.02 * view.size, fill=color)
     view.draw.line([(x - reach, y - half * 0.3), (x + reach, y - half * 0.3)], fill=SHADE, width=max(1, int(half / 5)))
 
@@ -383,7 +370,7 @@ def _head(view: View, person: Person, head: Point) -> None:
     sin, cos, (style, hair, *_), skin = view.sin, view.cos, person.hair, person.skin
     shown = max(0.0, 0.62 + 0.5 * cos)
     bun = view.at(Point(0, head.y + 0.075, head.z - 0.04))
-    eyes = {side: 0.86 * math.sin(math.radians(view.pose.heading + side)) for side in (-26, 26)}
+    eyes = {side: 0.86 * math.sin(math.radians(view.heading + side)) for side in (-26, 26)}
     discs: list[tuple[bool, float, float, float, float, Fill]] = [
         # Painted if; place to the right and below the center, and radii, relative to those of the head; color.
         (style == "afro", -0.012 / 0.058 * sin, -0.3, 1.5, 1.22, hair),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,18 +25,13 @@ from pmm_edge.errors import OutputError, PmmError
 from pmm_edge.files import cache_folder, check_output, folder_written_whole, written_whole
 from pmm_edge.machine import threads
 
-VERSION = 1
-"""Version of the generator. The same version, configuration and seed give the same bytes."""
+VERSION = 1  # the same version of the generator, configuration and seed give the same bytes
 SEQUENCES, FRAMES_APART = 6, 12
 CHUNK, SHEET_GAP = 64, 4
-SHEET_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
-Number = TypeVar("Number", int, float)
-Kind = Literal["detected", "drawn", "junk", "stranger", "clutter"]
 
 
-def _setting(default: Number, low: Number, high: Number, text: str) -> Number:
-    result: Number = field(default=default, metadata={"range": (low, high), "help": text})
-    return result
+def _setting(default: float, low: float, high: float, text: str) -> Any:
+    return field(default=default, metadata={"range": (low, high), "help": text})
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,9 @@ class SyntheticConfig:
                 raise PmmError(f"{setting.name} is {value}", f"Choose {low} to {high}")
 
 
+DEFAULT = SyntheticConfig()
+
+
 class Shot(NamedTuple):
     """One image to draw; `number` counts the images of `pid` in `camera`."""
 
@@ -69,7 +67,7 @@ class Shot(NamedTuple):
     pid: int
     camera: int
     number: int
-    kind: Kind
+    kind: Literal["detected", "drawn", "junk", "stranger", "clutter"]
 
 
 def plan(config: SyntheticConfig) -> list[Shot]:
@@ -79,7 +77,7 @@ def plan(config: SyntheticConfig) -> list[Shot]:
     """
     shots: list[Shot] = []
 
-    def add(folder: str, pid: int, camera: int, number: int, kind: Kind) -> None:
+    def add(folder: str, kind: Any, pid: int, camera: int, number: int = 0) -> None:
         """Name an image `<pid>_c<camera>s<sequence>_<frame>_<box>.jpg`; people pass a camera one after the other."""
         rng = np.random.default_rng((config.seed, 7, pid, camera, number))
         passage, sequence = divmod(pid - 1, SEQUENCES)
@@ -93,18 +91,18 @@ def plan(config: SyntheticConfig) -> list[Shot]:
     for pid in range(1, people + 1):
         rng = np.random.default_rng((config.seed, 6, pid))
         count = int(rng.integers(max(2, (config.cameras + 1) // 2), config.cameras + 1))
-        folders = [QUERY, GALLERY] if pid > config.train_identities else [TRAIN, TRAIN]
+        first, others = (QUERY, GALLERY) if pid > config.train_identities else (TRAIN, TRAIN)
         for camera in sorted(int(c) + 1 for c in rng.permutation(config.cameras)[:count]):
-            for number in range(config.images):
-                folder = folders[min(number, 1)]
-                add(folder, pid, camera, number, "drawn" if folder == QUERY else "detected")
+            add(first, "drawn" if first == QUERY else "detected", pid, camera)
+            for number in range(1, config.images):
+                add(others, "detected", pid, camera, number)
     gallery = [shot for shot in shots if shot.folder == GALLERY]
     rng = np.random.default_rng((config.seed, 5))
     for index in sorted(rng.permutation(len(gallery))[: round(config.junk * len(gallery))]):
-        add(GALLERY, gallery[index].pid, gallery[index].camera, gallery[index].number, "junk")
-    for extra in range(round(config.distractors * len(gallery))):
-        kind: Kind = "clutter" if rng.random() < 0.3 else "stranger"
-        add(GALLERY, people + 1 + extra, int(rng.integers(1, config.cameras + 1)), 0, kind)
+        add(GALLERY, "junk", gallery[index].pid, gallery[index].camera, gallery[index].number)
+    for pid in range(people + 1, people + 1 + round(config.distractors * len(gallery))):
+        kind = "clutter" if rng.random() < 0.3 else "stranger"
+        add(GALLERY, kind, pid, int(rng.integers(1, config.cameras + 1)))
     return shots
 
 
@@ -121,11 +119,8 @@ def render(config: SyntheticConfig, shot: Shot) -> bytes:
     draw = ImageDraw.Draw(scene, "RGBA")
     for pid, x, ground, size, pose in _figures(config, shot, camera, rng) if shot.kind != "clutter" else ():
         person = make_person(config.seed, pid, config.group_size)
-        view = View(draw, (x * width, ground * height, size * height * person.height), pose, camera.light)
-        for k in (1.0, 0.7, 0.45):  # a soft shadow under the feet, away from the light
-            center = view.x - camera.light * 0.07 * view.size, view.ground
-            view.disc(center, 0.2 * view.size * k, 0.035 * view.size * k, (0, 0, 0, 46))
-        draw_person(view, person)
+        place = x * width, ground * height, size * height * person.height
+        draw_person(View(draw, place, pose, camera.light), person)
     if shot.kind != "drawn" and rng.random() < 0.2:
         occlude(draw, width, height, rng)
     return photograph(camera, scene.reduce(scale), rng)
@@ -149,20 +144,18 @@ def _figures(
     heading = camera.heading + float(visit.normal(0, 28)) + (180.0 if visit.random() < 0.3 else 0.0)
     heading += float(rng.normal(0, 14))
     phase, stride = rng.uniform((0, 0.15), (2 * np.pi, 1.0)).tolist()
-    pose = Pose(heading, camera.pitch, phase, stride)
     stranger = 20000 + int(rng.integers(10000))
     aside, lower, larger = rng.uniform((0.3, -0.03, 0.85), (0.55, 0.03, 1.1)).tolist()
     aside *= float(rng.choice((-1, 1)))
-    passing = pose._replace(heading=float(rng.uniform(0, 360)), phase=phase + 2)
+    passing = float(rng.uniform(0, 360)), camera.pitch, phase + 2, stride
     passer_by = stranger, x + aside, ground + lower, size * larger, passing
     crowded = 0.5 if shot.kind == "drawn" else float(rng.random())
-    person = shot.pid, x, ground, size, pose
+    person = shot.pid, x, ground, size, (heading, camera.pitch, phase, stride)
     return [passer_by] * (crowded < 0.12) + [person] + [passer_by] * (crowded > 0.95)
 
 
-def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) -> Image.Image:
+def contact_sheet(config: SyntheticConfig = DEFAULT, identities: int = 8) -> Image.Image:
     """Draw test identities as rows and cameras as columns, with a gap where a camera has not seen the person."""
-    config = config or SyntheticConfig()
     first, rows = config.train_identities + 1, min(identities, config.test_identities)
     wide, high = config.width + SHEET_GAP, config.height + SHEET_GAP
     sheet = Image.new("RGB", (wide * config.cameras + SHEET_GAP, high * rows + SHEET_GAP), (250, 250, 250))
@@ -176,7 +169,7 @@ def contact_sheet(config: SyntheticConfig | None = None, identities: int = 8) ->
 
 def make_synthetic(
     folder: Path,
-    config: SyntheticConfig | None = None,
+    config: SyntheticConfig = DEFAULT,
     *,
     workers: int | None = None,
     sheet: Path | None = None,
@@ -184,20 +177,14 @@ def make_synthetic(
 ) -> dict[str, int]:
     """Write a synthetic data set in the layout of Market-1501, and its configuration in `synthetic.json`.
 
-    The bytes depend on `config` alone, not on `workers`, the number of processes (one for each usable core by
-    default). If drawing is interrupted or fails, nothing remains.
+    `folder` is created; it may exist if it is empty. If drawing is interrupted or fails, nothing remains. The bytes
+    depend on `config` alone, not on `workers`, the number of processes (one for each usable core by default). `sheet`
+    is a .jpg or .png file for a contact sheet.
 
-    Args:
-        folder: folder to create; it may exist if it is empty.
-        sheet: .jpg or .png file for a contact sheet.
-        report: called with the number of images drawn.
-
-    Returns:
-        The number of images in each folder, and separately of the junk and the distractors in the gallery.
+    Returns the number of images in each folder, and separately of the junk and the distractors in the gallery.
     """
-    config = config or SyntheticConfig()
     if sheet:
-        check_output(sheet, [*SHEET_FORMATS])
+        check_output(sheet, (".jpg", ".jpeg", ".png"))
     shots = plan(config)
     extras = {"junk": "junk", "stranger": "distractors", "clutter": "distractors"}
     kinds = Counter(extras.get(shot.kind, shot.folder) for shot in shots)
@@ -212,8 +199,7 @@ def make_synthetic(
         try:
             alone = workers == 1 or len(shots) <= CHUNK
             for done, _ in enumerate(map(write, shots) if alone else pool.map(write, shots, chunksize=CHUNK), 1):
-                if done % CHUNK == 0 or done == len(shots):
-                    report("drawing", done, len(shots))
+                report("drawing", done, len(shots))
         except BrokenProcessPool as error:
             remedy = "In a script, call make_synthetic under `if __name__ == '__main__':` or with workers=1"
             raise PmmError("a process that draws images ended early", remedy) from error
@@ -223,7 +209,7 @@ def make_synthetic(
         (temporary / "synthetic.json").write_text(json.dumps(facts, indent=2) + "\n")
     if sheet:
         with written_whole(sheet) as unfinished:
-            contact_sheet(config).save(unfinished, SHEET_FORMATS[sheet.suffix.lower()], quality=88)
+            contact_sheet(config).save(unfinished, "PNG" if sheet.suffix.lower() == ".png" else "JPEG", quality=88)
     return counts
 
 
@@ -231,9 +217,8 @@ def _write(config: SyntheticConfig, folder: Path, shot: Shot) -> None:
     (folder / shot.folder / shot.name).write_bytes(render(config, shot))
 
 
-def cached_synthetic(config: SyntheticConfig | None = None, *, report: Report = silent) -> Path:
+def cached_synthetic(config: SyntheticConfig = DEFAULT, *, report: Report = silent) -> Path:
     """Return the folder of a synthetic data set in the user's cache folder; draw it if it does not exist."""
-    config = config or SyntheticConfig()
     recipe = json.dumps([VERSION, asdict(config)])
     folder = cache_folder() / f"synthetic-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not folder.exists():

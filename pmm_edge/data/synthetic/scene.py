@@ -10,11 +10,10 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from pmm_edge.data.synthetic.person import CLOTH, VIVID, one_of, palette
 
+# Mean walking direction in front of each camera, in degrees; 0 walks towards it.
 HEADINGS = (0.0, 180.0, 90.0, 270.0, 35.0, 215.0, 140.0, 320.0, 65.0)
-"""Mean walking direction in front of each camera, in degrees; 0 walks towards it."""
-HEIGHT, WIDTH = 512, 2048
-"""Size of a panorama."""
-PLACES = {
+HEIGHT, WIDTH = 512, 2048  # of a panorama
+PLACES = {  # two colors of the ground and two of the wall
     "street": palette("68686c 84807a aa7860 c4baa8"),
     "park": palette("607e3e a8946c 3c5c30 56703a"),
     "plaza": palette("bab0a0 aa826c d6d0c4 788c9e"),
@@ -22,7 +21,6 @@ PLACES = {
     "market": palette("96928c 76706c cec4b4 6e6058"),
     "car park": palette("4e4e52 606268 92989c 606858"),
 }
-"""Kind of place -> two colors of the ground and two of the wall."""
 
 
 class Camera(NamedTuple):
@@ -62,10 +60,8 @@ def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> 
         scene = scene.filter(ImageFilter.GaussianBlur(radius))
     drift, brighter, sideways = rng.normal(0, 0.05, 3), rng.normal(0, 0.14), rng.normal(0, 0.12)
     gain = np.asarray(camera.cast) * np.exp(drift) * camera.exposure * math.exp(brighter)
-    pixels = np.array(scene, np.float32)
-    pixels /= 255
-    gray = pixels.mean(axis=2, keepdims=True)
-    pixels += (saturation - 1) * (pixels - gray)
+    pixels = np.array(scene, np.float32) / np.float32(255)
+    pixels += (saturation - 1) * (pixels - pixels.mean(axis=2, keepdims=True))
     pixels *= gain.astype(np.float32)
     pixels += (contrast - 1) * (pixels - 0.5)
     pixels += haze * (1 - pixels)
