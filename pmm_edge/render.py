@@ -80,8 +80,8 @@ def show_export(result: ExportResult) -> None:
         title = f"built for {manifest.machine.gpu} with TensorRT {manifest.machine.tensorrt}"
         row = (engine.path.name, size, str(manifest.settings.batch), layers_, seconds)
         print_table(title, ("file", "MB", "batch", "layers", "seconds"), [row])
-    for bundle in result.bundles:
-        note(f"{bundle.kind}: {escape(str(bundle.folder))} [dim](see its README.md)[/]")
+    for kind, folder in result.bundles.items():
+        note(f"{kind}: {escape(str(folder))} [dim](see its README.md)[/]")
 
 
 # bench, verify

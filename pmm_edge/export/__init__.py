@@ -1,7 +1,5 @@
 """From a checkpoint to ONNX, TensorRT, DeepStream and Triton. Names load on first use: not all of it needs torch."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -9,9 +7,7 @@ from typing import TYPE_CHECKING
 from pmm_edge import CallableModule
 
 if TYPE_CHECKING:
-    from pmm_edge.export.exporter import ExportedFile as ExportedFile
-    from pmm_edge.export.exporter import ExportResult as ExportResult
-    from pmm_edge.export.exporter import export as export
+    from pmm_edge.export.exporter import ExportedFile, ExportResult, export
 
 __all__ = ["ExportResult", "ExportedFile", "export"]
 

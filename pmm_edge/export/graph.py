@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F  # noqa: N812
-from onnx import compose, helper, numpy_helper, utils
+from onnx import compose, helper, numpy_helper, utils, version_converter
 from onnxruntime.quantization.onnx_model import ONNXModel
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -23,20 +23,20 @@ from pmm_edge.runtime.embedder import INPUT, OUTPUT
 from pmm_edge.runtime.torch_backend import Preprocess
 from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
 
-LAYERS = ("Conv", "Gemm")
-"""ONNX operators with trained weights in these graphs."""
+LAYERS = ("Conv", "Gemm")  # the ONNX operators with trained weights
 
 
 class StrippedNetwork(nn.Module):
     """A network without classifiers and mixing: normalized images (N, 3, H, W) -> embeddings (N, D).
 
     Batch normalization is folded into the preceding layers. Heads that read the same pooled vector become one layer:
-    stages II and III of PMM are one 2048->1024 layer.
+    stages II and III of PMM are one 2048->1024 layer. Zero vectors stay zero when the output is normalized.
     """
 
-    def __init__(self, network: ReidNetwork) -> None:
+    def __init__(self, network: ReidNetwork, normalize_output: bool = False) -> None:
         super().__init__()
-        network = copy.deepcopy(network).eval()
+        self.normalize_output = normalize_output
+        network = deepcopy(network).eval()
         self.backbone = _fold_batch_norm(network.backbone)
         self.average = _merge_heads(network.average_heads)
         self.maximum: nn.Linear | None = None
@@ -52,15 +52,10 @@ class StrippedNetwork(nn.Module):
             maximum = self.maximum(self.bottleneck(features).amax(dim=(2, 3)))
             embeddings = torch.cat([embeddings, maximum], dim=1)
         # One ReLU after the concatenation: ONNX Runtime 1.31 does not fuse an INT8 linear layer that a ReLU follows.
-        return F.relu(embeddings)
-
-
-class UnitLength(nn.Module):
-    """Divide embeddings (N, D) by their L2 norm. Zero vectors stay zero."""
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        # F.normalize would export shape arithmetic as well.
-        return embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(1e-12)
+        embeddings = F.relu(embeddings)
+        if self.normalize_output:  # F.normalize would export shape arithmetic as well
+            embeddings = embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(1e-12)
+        return embeddings
 
 
 def inference_network(network: ReidNetwork, spec: InputSpec, normalize_output: bool = False) -> nn.Module:
@@ -69,8 +64,7 @@ def inference_network(network: ReidNetwork, spec: InputSpec, normalize_output: b
     Normalization of the forms `uint8` and `raw` stays a separate scale and shift: folded into the first convolution it
     would be wrong at the border, which is padded with zeros after normalization.
     """
-    last = [UnitLength()] if normalize_output else []
-    return nn.Sequential(Preprocess(spec), StrippedNetwork(network), *last).eval()
+    return nn.Sequential(Preprocess(spec), StrippedNetwork(network, normalize_output)).eval()
 
 
 def _fold_batch_norm(module: nn.Module) -> nn.Module:
@@ -118,25 +112,11 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = 18) -> onnx.Mod
         entry.ClearField("metadata_props")
         entry.ClearField("doc_string")
     if opset == 17:
-        _lower_to_opset_17(model)
+        model = version_converter.convert_version(model, 17)
+        for node in model.graph.node:  # the conversion keeps an attribute of reductions that opset 17 does not have
+            for attribute in [entry for entry in node.attribute if entry.name == "noop_with_empty_axes"]:
+                node.attribute.remove(attribute)
     return finalize(model, spec)
-
-
-def _lower_to_opset_17(model: onnx.ModelProto) -> None:
-    """Rewrite reductions, the only operators here that opset 18 changed: their axes were an attribute before."""
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type.startswith("Reduce"):
-            values, axes = node.input
-            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, helper.make_attribute("axes", constants[axes].tolist())])
-            node.input[:] = [values]
-    used = {name for node in model.graph.node for name in node.input}
-    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    model.graph.ClearField("initializer")
-    model.graph.initializer.extend(initializers)
-    model.opset_import[0].version = 17
 
 
 def finalize(model: onnx.ModelProto, spec: ModelSpec, static_batch: int | None = None) -> onnx.ModelProto:
@@ -166,7 +146,7 @@ class Parts:
 
     def join(self, network: onnx.ModelProto) -> onnx.ModelProto:
         """Put preprocessing and normalization around another network, possibly from a graph of another input form."""
-        joined, before = copy_model(network), self.before
+        joined, before = deepcopy(network), self.before
         ONNXModel(joined).topological_sort()  # quantization appends its nodes
         entry = before.graph.output[0].name if before else INPUT
         if joined.graph.input[0].name != entry:  # from another input form: its names may collide with those of `before`
@@ -193,18 +173,9 @@ def split(model: onnx.ModelProto) -> Parts:
     )
 
 
-def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model; most functions of onnx and onnxruntime work in place."""
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    return copied
-
-
 def _rename_input(model: onnx.ModelProto, name: str) -> None:
-    (entry,) = model.graph.input
-    for node in model.graph.node:
-        node.input[:] = [name if read == entry.name else read for read in node.input]
-    entry.name = name
+    ONNXModel(model).replace_input_of_all_nodes(model.graph.input[0].name, name)
+    model.graph.input[0].name = name
 
 
 def _merge(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
@@ -212,30 +183,24 @@ def _merge(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
         part.graph.ClearField("value_info")  # both describe the value at the cut, which merging rejects
     (output,), (entry,) = first.graph.output, second.graph.input
     merged = compose.merge_models(first, second, io_map=[(output.name, entry.name)])
-    versions = {imported.domain: imported.version for imported in merged.opset_import}  # merging lists them twice
-    del merged.opset_import[:]
-    merged.opset_import.extend(helper.make_opsetid(*imported) for imported in versions.items())
+    del merged.opset_import[1:]  # merging lists the same one twice
     return merged
 
 
 def layer_names(network: onnx.ModelProto) -> dict[str, str]:
     """Map node names of convolutions and linear layers, in graph order, to their names in the trained network."""
-    return {
-        node.name: node.input[1].removesuffix(".weight").partition(".")[2]
-        for node in network.graph.node
-        if node.op_type in LAYERS
-    }
+    layers = [node for node in network.graph.node if node.op_type in LAYERS]
+    return {node.name: node.input[1].removesuffix(".weight").partition(".")[2] for node in layers}
 
 
 def multiply_adds(network: onnx.ModelProto) -> dict[str, int]:
     """Count multiply-adds for one image, by node name, of all convolutions and linear layers."""
-    network = onnx.shape_inference.infer_shapes(network)
-    weights = {tensor.name: list(tensor.dims) for tensor in network.graph.initializer}
-    values = (*network.graph.value_info, *network.graph.output)
-    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+    graph = onnx.shape_inference.infer_shapes(network).graph
+    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+    values = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.output)}
     return {
-        node.name: math.prod(weights[node.input[1]]) * math.prod(shapes[node.output[0]][2:])
-        for node in network.graph.node
+        node.name: math.prod([*weights[node.input[1]], *(dim.dim_value for dim in values[node.output[0]][2:])])
+        for node in graph.node
         if node.op_type in LAYERS
     }
 
@@ -258,24 +223,21 @@ def row_preprocessing(before: onnx.ModelProto, spec: InputSpec) -> onnx.ModelPro
         next(constants[name] for node in before.graph.node if node.op_type == kind for name in node.input[1:])
         for kind in ("Mul", "Add")
     )
-    initializers = {
+    constants = {
         "row.scale": np.tile(scale.reshape(3), spec.width),
         "row.shift": np.tile(shift.reshape(3), spec.width),
         "row.shape": np.array([0, 0, 3 * spec.width]),  # 0 keeps batch and height
         "image.shape": np.array([0, 0, spec.width, 3]),
     }
-    rewritten = copy_model(before)
-    for field in ("node", "initializer", "value_info"):
-        rewritten.graph.ClearField(field)
-    rewritten.graph.node.extend(
-        [
-            helper.make_node("Reshape", [INPUT, "row.shape"], ["rows"], "rows"),
-            helper.make_node("Cast", ["rows"], ["rows_float"], "rows_float", to=onnx.TensorProto.FLOAT),
-            helper.make_node("Mul", ["rows_float", "row.scale"], ["rows_scaled"], "rows_scaled"),
-            helper.make_node("Add", ["rows_scaled", "row.shift"], ["rows_shifted"], "rows_shifted"),
-            helper.make_node("Reshape", ["rows_shifted", "image.shape"], ["pixels"], "pixels"),
-            helper.make_node("Transpose", ["pixels"], [before.graph.output[0].name], "planes", perm=[0, 3, 1, 2]),
-        ]
-    )
-    rewritten.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in initializers.items())
-    return rewritten
+    last = before.graph.output[0].name
+    nodes = [
+        helper.make_node("Reshape", [INPUT, "row.shape"], ["rows"], "rows"),
+        helper.make_node("Cast", ["rows"], ["rows_float"], "rows_float", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", ["rows_float", "row.scale"], ["rows_scaled"], "rows_scaled"),
+        helper.make_node("Add", ["rows_scaled", "row.shift"], ["rows_shifted"], "rows_shifted"),
+        helper.make_node("Reshape", ["rows_shifted", "image.shape"], ["pixels"], "pixels"),
+        helper.make_node("Transpose", ["pixels"], [last], "planes", perm=[0, 3, 1, 2]),
+    ]
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    rewritten = helper.make_graph(nodes, "rows", before.graph.input, before.graph.output, tensors)
+    return helper.make_model(rewritten, opset_imports=before.opset_import, ir_version=before.ir_version)

@@ -1,69 +1,47 @@
-"""Reduce a network's precision: cast it to FP16, or quantize it to INT8 with as many layers as mAP allows."""
+"""Reduce a network's precision: cast it to FP16, or calibrate it and quantize as many layers to INT8 as mAP allows."""
 
 from __future__ import annotations
 
+import io
 import logging
+import warnings
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
+from contextlib import redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
-from onnxruntime.quantization import QuantType
-from onnxruntime.quantization.calibrate import CalibrationMethod as TensorsKind
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantType, create_calibrator
+from onnxruntime.quantization.calibrate import CalibrationMethod as Calibrator
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, problems
-from pmm_edge.errors import CheckFailedError
-from pmm_edge.export.calibration import METHODS, Calibration, Ranges, value_ranges
-from pmm_edge.export.graph import LAYERS, Parts, copy_model, finalize, layer_names, multiply_adds
+from pmm_edge.data.checks import DatasetWarningKind, analyze
+from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, problems, read
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmWarning
+from pmm_edge.export.graph import LAYERS, Parts, finalize, layer_names, multiply_adds
 from pmm_edge.files import temporary_folder
-from pmm_edge.images import Pixels
+from pmm_edge.images import Pixels, evenly, network_input, read_crops
 from pmm_edge.retrieval.distances import cosines
-from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embed_files import evaluate_dataset
+from pmm_edge.runtime.embed_files import embed_files, evaluate_dataset
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import FLOAT16_MAX, CalibrationMethod, InputSpec, ModelSpec, Quantization, QuantizationTarget
 
+METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
+MIN_IMAGES, MAX_IMAGES = 64, 192
+"""Crops needed for calibration, and the most that are read."""
 
-def cast_to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
-    """Cast weights and values of a copy of a network to float16; input and output stay float32.
-
-    Raises CheckFailedError for a weight that exceeds the range of float16.
-    """
-    for tensor in network.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT:
-            _check_fits_float16(tensor.name, float(np.abs(numpy_helper.to_array(tensor)).max(initial=0)))
-    return convert_float_to_float16(copy_model(network), keep_io_types=True, op_block_list=[])
-
-
-def largest_value(network: onnx.ModelProto, ranges: Ranges) -> float:
-    """Return the largest absolute value between the nodes of a float32 network.
-
-    Raises CheckFailedError, which names the node, for a value that exceeds the range of float16.
-    """
-    largest = 0.0
-    for node in network.graph.node:
-        for output in ranges.keys() & node.output:
-            size = max(map(abs, ranges[output]))
-            _check_fits_float16(f"{node.name} ({node.op_type})", size)
-            largest = max(largest, size)
-    return largest
-
-
-def _check_fits_float16(name: str, size: float) -> None:
-    if not size <= FLOAT16_MAX:
-        raise CheckFailedError(
-            f"{name} has a value of {size:.4g}, and the largest float16 is {FLOAT16_MAX:.0f}",
-            "Export FP32 or INT8, or train with more weight decay",
-        )
-
+Ranges = dict[str, tuple[float, float]]
+"""Tensor name -> smallest and largest value."""
 
 # TensorRT fuses the residual addition into the convolution and adds biases in float; ONNX Runtime has INT8 kernels for
 # additions and pooling.
@@ -77,19 +55,126 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "cpu": {"OpTypesToExcludeOutputQuantization": ["Gemm"]},
 }
+_CALIBRATORS = {"minmax": Calibrator.MinMax, "percentile": Calibrator.Percentile, "entropy": Calibrator.Entropy}
+_BATCH = 4  # all values of ResNet-50 for one 384×128 image take 80 MB
 
 
-def int8_ranges(
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Crops of a data set's training split at network size, uint8 (N, height, width, 3), in three disjoint parts."""
+
+    dataset: ReidDataset
+    ranges: Pixels
+    """Four of six crops, which set activation ranges."""
+    selection: Pixels
+    """One of six, which select the calibration method and rank layers by sensitivity."""
+    held_out: Pixels
+    """One of six, which measure the result; nothing is set or selected on them."""
+
+
+def read_calibration(root: Path, spec: InputSpec, layout: str | None = None) -> Calibration:
+    """Read calibration crops, spread evenly over the identities of the training split of the data set in `root`.
+
+    Warns with `PmmWarning` if people of the training split are also in query or gallery. Raises DataError if `root` is
+    not a data set or has too few training images, or an image cannot be read.
+    """
+    dataset = read(root, layout)
+    train = dataset.train
+    people = [int(index) for index in np.argsort(train.pids, kind="stable") if train.pids[index] >= DISTRACTOR_PID]
+    paths = [train.paths[people[place]] for place in evenly(len(people), MAX_IMAGES)]
+    if len(paths) < MIN_IMAGES:
+        raise DataError(
+            f"{root} has {len(paths)} training images, but calibration needs at least {MIN_IMAGES}",
+            "Name another data set with --calibration",
+        )
+    for found in analyze(dataset).warnings:
+        if found.kind is DatasetWarningKind.TRAIN_TEST_OVERLAP:
+            text = f"calibration uses people that retrieval is evaluated on: {found.text}"
+            warnings.warn(text, PmmWarning, stacklevel=2)
+    crops = read_crops(paths, spec.height, spec.width)
+    # The crops are in the order of the identities, so each part covers nearly all of them.
+    place = np.arange(len(crops)) % 6
+    return Calibration(dataset, crops[(place != 2) & (place != 5)], crops[place == 2], crops[place == 5])
+
+
+class _Once(CalibrationDataReader):
+    """Feed one batch to ONNX Runtime's calibrators."""
+
+    def __init__(self, inputs: dict[str, NDArray[np.generic]]) -> None:
+        self._inputs = [inputs]
+
+    def get_next(self) -> dict[str, NDArray[np.generic]] | None:
+        return self._inputs.pop() if self._inputs else None
+
+
+def value_ranges(
     network: onnx.ModelProto,
     crops: Pixels,
     spec: InputSpec,
-    target: QuantizationTarget,
-    method: CalibrationMethod,
+    method: CalibrationMethod = "minmax",
+    target: QuantizationTarget | None = None,
     report: Report = silent,
 ) -> Ranges:
-    """Measure the ranges that `quantize` needs for a target."""
-    operators = sorted({*_OPERATORS[target], "Add"})
-    return value_ranges(network, crops, spec, method, target == "tensorrt", operators, report)
+    """Measure the ranges of the values of a float32 `Parts.network` on (N, height, width, 3) uint8 crops.
+
+    `minmax` takes the extremes, `percentile` all but the outermost of 100,000 values, `entropy` the range whose 8-bit
+    histogram loses the least information. With a `target`, only values that `quantize` needs are measured, for TensorRT
+    symmetric around zero. Raises ModelError if a value is NaN or infinite.
+    """
+    what = f"calibrating, {method}"
+    with temporary_folder() as folder:
+        source = folder / "network.onnx"
+        onnx.save(network, source)
+        calibrator = create_calibrator(
+            source,
+            sorted({*_OPERATORS[target], "Add"}) if target else None,
+            str(folder / "augmented.onnx"),
+            calibrate_method=_CALIBRATORS[method],
+            extra_options={"symmetric": target == "tensorrt"},
+        )
+        name = str(network.graph.input[0].name)
+        for start in range(0, len(crops), _BATCH):  # the calibrator keeps all values of what it is given at once
+            report(what, start, len(crops))
+            images = network_input(crops[start : start + _BATCH], replace(spec, form="normalized"))
+            with redirect_stdout(io.StringIO()):
+                calibrator.collect_data(_Once({name: images}))
+        with redirect_stdout(io.StringIO()):
+            found = calibrator.compute_data()
+        report(what, len(crops), len(crops))
+    ranges = {}
+    for tensor, data in found.items():
+        low, high = (float(np.asarray(end).item()) for end in data.range_value)
+        if not np.isfinite((low, high)).all():
+            raise ModelError(f"the network gives NaN or infinity at {tensor}", "Train again with a lower learning rate")
+        ranges[tensor] = (low, high)
+    return ranges
+
+
+def cast_to_fp16(network: onnx.ModelProto, ranges: Ranges | None = None) -> tuple[onnx.ModelProto, float | None]:
+    """Cast weights and values of a copy of a network to float16; input and output stay float32.
+
+    Returns it with the largest absolute value in `ranges`. Raises CheckFailedError, which names the weight or node, for
+    a value that exceeds the range of float16.
+    """
+    weights = {
+        tensor.name: float(np.abs(numpy_helper.to_array(tensor)).max(initial=0))
+        for tensor in network.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    values = {
+        f"{node.name} ({node.op_type})": max(map(abs, ranges[output]))
+        for node in network.graph.node
+        for output in node.output
+        if ranges and output in ranges
+    }
+    for name, size in (weights | values).items():
+        if not size <= FLOAT16_MAX:
+            raise CheckFailedError(
+                f"{name} has a value of {size:.4g}, and the largest float16 is {FLOAT16_MAX:.0f}",
+                "Export FP32 or INT8, or train with more weight decay",
+            )
+    half = convert_float_to_float16(deepcopy(network), keep_io_types=True, op_block_list=[])
+    return half, max(values.values(), default=None)
 
 
 def quantize(
@@ -108,8 +193,32 @@ def quantize(
     layer. `only` names the only nodes to quantize; empty for all.
     """
     copied = onnx.shape_inference.infer_shapes(network)
-    layers = [node for node in copied.graph.node if node.op_type in LAYERS and node.name not in float_layers]
-    weights = {node.input[1] for node in layers if not only or node.name in only}
+    nodes = copied.graph.node
+    layers = [node for node in nodes if node.op_type in LAYERS and node.name not in float_layers]
+    layers = [node for node in layers if not only or node.name in only]
+    producer = {name: node for node in nodes for name in node.output}
+
+    # Round weights to whole multiples of their INT8 scales, and give these scales to the quantizer.
+    scales: dict[str, list[dict[str, Any]]] = {}
+    for tensor in copied.graph.initializer:
+        if tensor.name in {node.input[1] for node in layers}:
+            values = numpy_helper.to_array(tensor)
+            rounded, scale = round_weights(values, safe_pairs=target == "cpu")
+            steps = scale.reshape(-1, *[1] * (values.ndim - 1))
+            tensor.CopyFrom(numpy_helper.from_array(rounded.astype(np.float32) * steps, tensor.name))
+            scales[tensor.name] = [{"scale": step, "zero_point": np.int8(0)} for step in scale]
+            scales[tensor.name][0] |= {"quant_type": QuantType.QInt8, "axis": 0}
+
+    # Between layers, INT8 of values from a float layer would undo its precision. An addition follows only its
+    # convolutions: through the shortcut, float32 would spread to all following blocks.
+    in_float = list(float_layers)
+    for node in nodes:  # in topological order
+        if node.op_type not in LAYERS:
+            sources = [producer[name] for name in node.input if name in producer]
+            if node.op_type == "Add":
+                sources = [source for source in sources if source.op_type in LAYERS]
+            if any(source.name in in_float for source in sources):
+                in_float.append(node.name)
     quantizer = QDQQuantizer(
         copied,
         per_channel=True,
@@ -117,42 +226,28 @@ def quantize(
         weight_qType=QuantType.QInt8,
         activation_qType=_ACTIVATIONS[target],
         tensors_range=TensorsData(
-            TensorsKind.MinMax, {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
+            Calibrator.MinMax, {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
         ),
         nodes_to_quantize=list(only),
-        nodes_to_exclude=[*float_layers, *_followers(copied, float_layers)],
+        nodes_to_exclude=in_float,
         op_types_to_quantize=_OPERATORS[target],
-        extra_options={
-            "WeightSymmetric": True,
-            "TensorQuantOverrides": _round_layers(copied, weights, target),
-            **_OPTIONS[target],
-        },
+        extra_options={"WeightSymmetric": True, "TensorQuantOverrides": scales, **_OPTIONS[target]},
     )
     if target == "tensorrt":
-        for tensor in _shortcuts(copied, float_layers, only):
-            quantizer.quantize_activation_tensor(tensor)
+        # It fuses a residual addition into an INT8 convolution that only the addition reads, if the shortcut is INT8.
+        uses = Counter(name for node in nodes for name in node.input)
+        alone = {node.output[0] for node in nodes if node.op_type == "Conv" and uses[node.output[0]] == 1}
+        fusing = alone & {node.output[0] for node in layers}
+        for first, second in (node.input for node in nodes if node.op_type == "Add"):
+            convolution, shortcut = (first, second) if first in alone else (second, first)
+            if convolution in fusing:
+                quantizer.quantize_activation_tensor(shortcut)
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it warns about biases and ranges that need no action
     try:
         return quantizer.quantize_model()
     finally:
         logging.root.setLevel(level)
-
-
-def _round_layers(
-    network: onnx.ModelProto, weights: set[str], target: QuantizationTarget
-) -> dict[str, list[dict[str, Any]]]:
-    """Round weights, in place, to whole multiples of their INT8 scales, and return these scales for the quantizer."""
-    scales: dict[str, list[dict[str, Any]]] = {}
-    for tensor in network.graph.initializer:
-        if tensor.name in weights:
-            values = numpy_helper.to_array(tensor)
-            rounded, scale = round_weights(values, safe_pairs=target == "cpu")
-            steps = scale.reshape(-1, *[1] * (values.ndim - 1))
-            tensor.CopyFrom(numpy_helper.from_array(rounded.astype(np.float32) * steps, tensor.name))
-            scales[tensor.name] = [{"scale": step, "zero_point": np.int8(0)} for step in scale]
-            scales[tensor.name][0] |= {"quant_type": QuantType.QInt8, "axis": 0}
-    return scales
 
 
 def round_weights(weights: NDArray[np.float32], safe_pairs: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -182,41 +277,6 @@ def round_weights(weights: NDArray[np.float32], safe_pairs: bool) -> tuple[NDArr
     return np.clip(rounded, -127, 127).astype(np.int8).reshape(weights.shape), scale
 
 
-def _followers(network: onnx.ModelProto, float_layers: Collection[str]) -> list[str]:
-    """Find the nodes between layers whose values come from a float layer: INT8 there would undo its precision.
-
-    An addition follows only its convolutions. Through the shortcut, float32 would spread to all following blocks.
-    """
-    producer = {name: node for node in network.graph.node for name in node.output}
-    followers: list[str] = []
-    for node in network.graph.node:  # in topological order
-        if node.op_type in LAYERS:
-            continue
-        sources = [producer[name] for name in node.input if name in producer]
-        if node.op_type == "Add":
-            sources = [source for source in sources if source.op_type in LAYERS]
-        if any(source.name in float_layers or source.name in followers for source in sources):
-            followers.append(node.name)
-    return followers
-
-
-def _shortcuts(network: onnx.ModelProto, float_layers: Collection[str], only: Collection[str]) -> Iterator[str]:
-    """Yield the shortcut of each residual addition after an INT8 convolution: TensorRT fuses them if it is INT8 too."""
-    nodes = network.graph.node
-    uses = Counter(name for node in nodes for name in node.input)
-    producer = {name: node for node in nodes for name in node.output}
-    for node in nodes:
-        if node.op_type != "Add":
-            continue
-        for main, shortcut in (node.input, reversed(node.input)):
-            conv = producer.get(main)
-            if conv is None or conv.op_type != "Conv" or uses[main] != 1:
-                continue
-            if conv.name not in float_layers and (not only or conv.name in only):
-                yield shortcut
-            break
-
-
 @dataclass(frozen=True)
 class LayerSensitivity:
     """What quantizing one layer costs."""
@@ -241,73 +301,6 @@ class SensitivitySearch:
     """Most sensitive first; empty if mAP holds with all layers in INT8."""
 
 
-def search_float_layers(
-    network: onnx.ModelProto,
-    quantized: Callable[[Collection[str], Collection[str]], onnx.ModelProto],
-    loss: Callable[[onnx.ModelProto], float],
-    mean_ap: Callable[[onnx.ModelProto], float],
-    max_drop: float,
-    report: Report = silent,
-) -> tuple[onnx.ModelProto, SensitivitySearch]:
-    """Keep the fewest, most sensitive layers in float32 so that mAP drops by at most `max_drop` points of 100.
-
-    Layers are ordered by their loss with only that layer in INT8. Their number is doubled until mAP holds, then
-    bisected: about 2 log2(number of layers) evaluations of mAP. `quantized` takes the nodes that stay in float32 and
-    the only nodes to quantize (none for all). Raises CheckFailedError if mAP drops by more with all layers but one in
-    float32.
-    """
-    names, work = layer_names(network), multiply_adds(network)
-    baseline = mean_ap(network)
-    tried: dict[int, tuple[onnx.ModelProto, float]] = {}
-    order: list[str] = []
-
-    def holds(count: int) -> bool:
-        candidate = quantized(order[:count], ())
-        tried[count] = candidate, mean_ap(candidate)
-        return 100 * (baseline - tried[count][1]) <= max_drop
-
-    losses: dict[str, float] = {}
-    fewest = 0
-    if not holds(0):
-        for number, node in enumerate(names):
-            report("sensitivity of layers", number, len(names), names[node])
-            losses[node] = loss(quantized((), (node,)))
-        report("sensitivity of layers", len(names), len(names))
-        order = sorted(losses, key=lambda node: -losses[node])
-        fewest = _fewest(holds, len(order) - 1)
-    candidate, reached = tried[fewest]
-    total = sum(work.values())
-    layers = [
-        LayerSensitivity(names[node], losses[node], work[node] / total, float32=number < fewest)
-        for number, node in enumerate(order)
-    ]
-    return candidate, SensitivitySearch(baseline, reached, layers)
-
-
-def _fewest(holds: Callable[[int], bool], most: int) -> int:
-    """Find the smallest number in 1..most that holds, given that larger ones hold as well."""
-    failed, number = 0, 1
-    while not holds(number):
-        if number >= most:
-            raise CheckFailedError(
-                f"mAP drops by more than allowed even with {number} layers in float32", "Allow a larger --max-map-drop"
-            )
-        failed, number = number, min(2 * number, most)
-    while number - failed > 1:
-        middle = (failed + number) // 2
-        if holds(middle):
-            number = middle
-        else:
-            failed = middle
-    return number
-
-
-def mean_average_precision(embedder: Embedder, dataset: ReidDataset, report: Report = silent) -> float:
-    """Return mAP, 0..1, on query and gallery."""
-    paths = [*dataset.query.paths, *dataset.gallery.paths]
-    return evaluate_dataset(dataset, embed_files(embedder, paths, report=report).embeddings).mAP
-
-
 def quantize_network(
     parts: Parts,
     spec: ModelSpec,
@@ -319,14 +312,19 @@ def quantize_network(
     """Calibrate and quantize a float32 network to INT8 for the target in `spec.quantization`.
 
     `method` None tries all and keeps the one with the highest mean cosine to float32 on the selection crops.
-    `max_map_drop` is how many points of mAP may be lost on the data set's query and gallery; None skips the search.
-    Raises DataError if they cannot evaluate mAP, CheckFailedError if it drops by more in any case.
+    `max_map_drop` is how many points of mAP (of 100) may be lost on the data set's query and gallery. If more are, the
+    fewest, most sensitive layers stay in float32: they are ordered by their loss with only that layer in INT8, and
+    bisection finds their number. None skips the search.
+
+    Raises DataError if query and gallery cannot evaluate mAP, CheckFailedError if mAP drops by more with all layers but
+    one in float32.
     """
     assert spec.quantization
+    network, target, dataset = parts.network, spec.quantization.target, calibration.dataset
+    methods = (method,) if method else METHODS
     if max_map_drop is not None:
-        for problem in problems(calibration.dataset):
+        for problem in problems(dataset):
             raise problem
-    network, target = parts.network, spec.quantization.target
     with temporary_folder() as folder:
 
         def load(candidate: onnx.ModelProto) -> OnnxEmbedder:
@@ -334,27 +332,49 @@ def quantize_network(
             path.write_bytes(finalize(parts.join(candidate), spec).SerializeToString())
             return OnnxEmbedder(path, "cpu")
 
-        reference = load(network).embed(calibration.selection)
-
         def loss(candidate: onnx.ModelProto) -> float:
             return float(1 - cosines(load(candidate).embed(calibration.selection), reference).mean())
 
-        methods = (method,) if method else METHODS
+        def mean_ap(candidate: onnx.ModelProto) -> float:
+            embedded = embed_files(load(candidate), [*dataset.query.paths, *dataset.gallery.paths], report=report)
+            return evaluate_dataset(dataset, embedded.embeddings).mAP
+
+        reference = load(network).embed(calibration.selection)
         calibrated = {
-            name: int8_ranges(network, calibration.ranges, spec.input, target, name, report) for name in methods
+            name: value_ranges(network, calibration.ranges, spec.input, name, target, report) for name in methods
         }
         candidates = {name: quantize(network, ranges, target) for name, ranges in calibrated.items()}
         best = methods[0] if method else min(methods, key=lambda name: loss(candidates[name]))
         quantized, search = candidates[best], None
         if max_map_drop is not None:
-            quantized, search = search_float_layers(
-                network,
-                lambda float_layers, only: quantize(network, calibrated[best], target, float_layers, only),
-                loss,
-                lambda candidate: mean_average_precision(load(candidate), calibration.dataset, report),
-                max_map_drop,
-                report,
-            )
+            names, work, baseline = layer_names(network), multiply_adds(network), mean_ap(network)
+            tried = {0: (quantized, mean_ap(quantized))}
+            losses: dict[str, float] = {}
+            order: list[str] = []
+
+            def holds(count: int) -> bool:
+                if count not in tried:
+                    candidate = quantize(network, calibrated[best], target, order[:count])
+                    tried[count] = candidate, mean_ap(candidate)
+                return 100 * (baseline - tried[count][1]) <= max_map_drop
+
+            if not holds(0):
+                for number, node in enumerate(names):
+                    report("sensitivity of layers", number, len(names), names[node])
+                    losses[node] = loss(quantize(network, calibrated[best], target, only=[node]))
+                report("sensitivity of layers", len(names), len(names))
+                order = sorted(losses, key=losses.__getitem__, reverse=True)
+            fewest = bisect_left(range(len(order)), True, key=holds)
+            if order and fewest == len(order):
+                reason = "mAP drops by more than allowed even with all layers but one in float32"
+                raise CheckFailedError(reason, "Allow a larger --max-map-drop")
+            quantized, reached = tried[fewest]
+            total = sum(work.values())
+            layers = [
+                LayerSensitivity(names[node], losses[node], work[node] / total, float32=number < fewest)
+                for number, node in enumerate(order)
+            ]
+            search = SensitivitySearch(baseline, reached, layers)
     float_layers = tuple(layer.layer for layer in search.layers if layer.float32) if search else ()
-    quantization = Quantization(target, best, len(calibration.ranges), calibration.dataset.name, float_layers)
+    quantization = Quantization(target, best, len(calibration.ranges), dataset.name, float_layers)
     return quantized, quantization, search

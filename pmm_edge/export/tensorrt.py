@@ -1,22 +1,19 @@
 """Build TensorRT engines from ONNX files, in whatever precision the graph has. Does not need torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
-import shlex
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import CheckFailedError, ModelError, OutputError, PmmError
+from pmm_edge.errors import CheckFailedError, ModelError, OutputError
 from pmm_edge.files import cache_folder, sha256, written_whole
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
@@ -50,58 +47,51 @@ def build_engine(
     run elsewhere, if a GPU, driver or package is missing, GpuError if the GPU failed, CheckFailedError if the graph is
     FP16 or INT8 but most of the engine is not. Then nothing is written.
     """
-    if out.suffix != ".engine":
-        raise PmmError(f"{out} does not end in .engine", f"Name it {out.with_suffix('.engine')}")
-    exported = OnnxEmbedder(onnx_path, "cpu")
-    spec, static = exported.spec, exported.profile
-    check_quantized_for_tensorrt(spec, onnx_path)
-    if static and settings.batch != static:
-        raise PmmError(
-            f"the batch profile {settings.batch} contradicts the static batch {static.maximum} of {onnx_path}",
-            f"Build it with --batch-profile {static}",
-        )
+    spec = OnnxEmbedder(onnx_path, "cpu").spec
     try:
-        trt, cuda = import_tensorrt(), Cuda()
+        trt, cuda = import_tensorrt(), Cuda()  # its GPU stays the current one of this thread
     except NotOnThisMachineError as error:
+        # Folders of this machine do not exist on the target.
+        command = settings.command(Path(onnx_path.name), Path(out.name), also)
         raise NotOnThisMachineError(
             f"{onnx_path} is ready, but its engine cannot be built here: {error}",
-            commands_elsewhere(onnx_path, out, spec, settings, also),
+            f"Copy it to the target and run: {command}",
         ) from error
-    try:
-        return _build(trt, cuda, onnx_path, out, spec, settings, report)
-    finally:
-        cuda.release()
-
-
-def check_quantized_for_tensorrt(spec: ModelSpec, onnx_path: Path) -> None:
-    """Raise ModelError for an INT8 graph for CPUs, which TensorRT refuses, also in DeepStream and Triton."""
-    if spec.quantization and spec.quantization.target == "cpu":
-        raise ModelError(
-            f"{onnx_path} is INT8 for CPUs, with zero points that TensorRT refuses", "Export it with --target tensorrt"
-        )
-
-
-def _build(
-    trt: Any, cuda: Cuda, onnx_path: Path, out: Path, spec: ModelSpec, settings: BuildSettings, report: Report
-) -> BuiltEngine:
+    machine = this_machine(trt, cuda)
+    cuda.release()
     logger, started, cache = error_logger(trt), time.perf_counter(), None
     onnx_sha256 = sha256(onnx_path)
     if settings.timing_cache:
-        key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{trt.__version__} {cuda.name}").strip("-")
+        key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{machine.tensorrt} {machine.gpu}").strip("-")
         with suppress(OutputError):  # without a cache folder, the build only takes longer
             cache = cache_folder() / "tensorrt" / f"{key}.timing"
     plan = compile_network(trt, logger, onnx_path, out.name, spec, settings, report, cache)
     seconds = time.perf_counter() - started
     engine = load_engine(trt, logger, plan, out, settings.version_compatible)
-    precision = count_precision(trt, engine, spec.input.shape(settings.batch.optimal))
-    _check_precision(spec, precision, out)
+    inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
+    if context is not None and context.set_input_shape(INPUT, spec.input.shape(settings.batch.optimal)):
+        inspector.execution_context = context  # without a shape, the types of dynamic tensors are not reported
+    information = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    precision = count_layers(information.get("Layers", []))
+
+    if spec.precision != "fp32":
+        # Conversions into a type and back would count as layers of it, so count products if there are any.
+        wanted, counted = spec.precision.upper(), precision.products or precision.layers
+        kept = len(spec.quantization.float_layers) if spec.quantization else 0
+        number, total = counted.get(wanted, 0), sum(counted.values())
+        if 2 * number <= max(total - kept, 1):
+            raise CheckFailedError(
+                f"{out} was not written: the graph is {wanted}, but only {number} of {total} layers of the engine are"
+                f" ({', '.join(f'{count} {kind}' for kind, count in counted.items())}; {kept} stay in float)",
+                "Try another version of TensorRT",
+            )
     manifest = EngineManifest(
         spec=spec,
         onnx=relative_onnx(out, onnx_path),
         onnx_sha256=onnx_sha256,
         engine_sha256=hashlib.sha256(plan).hexdigest(),
         engine_size=plan.nbytes,
-        machine=this_machine(trt, cuda),
+        machine=machine,
         settings=settings,
         precision=precision,
         build_seconds=round(seconds, 1),
@@ -128,50 +118,19 @@ def compile_network(
     `name` is that of the engine, for progress; `timing_cache` is a file with layer timings to use and update.
     """
     builder = trt.Builder(logger)
-    network = _parse(trt, builder, logger, onnx_path)
-    config = _configure(trt, builder, spec, settings)
-    monitor = progress_monitor(trt, name, report)
-    config.progress_monitor = monitor
-    if timing_cache:
-        # TensorRT returns None for a damaged cache and False for one of another device; both mean to start afresh.
-        known = b""
-        with suppress(OSError):
-            known = timing_cache.read_bytes()
-        cache = config.create_timing_cache(known)
-        if cache is None or not config.set_timing_cache(cache, False):
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-    plan = builder.build_serialized_network(network, config)
-    monitor.raise_caught()
-    if plan is None:
-        raise ModelError(
-            f"TensorRT {trt.__version__} cannot build {onnx_path}{last_error(logger)}",
-            "If memory ran out, choose a smaller --batch-profile or --workspace",
-        )
-    if timing_cache:
-        # A cache that cannot be written only costs time.
-        with suppress(OutputError), written_whole(timing_cache) as temporary:
-            temporary.write_bytes(config.get_timing_cache().serialize())
-    return plan
-
-
-def _parse(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> Any:
     # TensorRT 11 has only strongly typed networks and ignores the flag; TensorRT 10 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if parser.parse_from_file(str(onnx_path)):
-        return network
-    problems = []
-    for problem in (parser.get_error(index) for index in range(parser.num_errors)):
-        node = f"{problem.node_operator()} {problem.node_name()}".strip()
-        text = " ".join(problem.desc().split())
-        problems.append(f"node {node}: {text}" if node else text)
-    raise ModelError(
-        f"TensorRT {trt.__version__} cannot parse {onnx_path}: {'; '.join(problems) or last_error(logger)}",
-        "Export it again with pmm export, or upgrade TensorRT",
-    )
-
-
-def _configure(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings) -> Any:
+    if not parser.parse_from_file(str(onnx_path)):
+        problems = []
+        for problem in (parser.get_error(index) for index in range(parser.num_errors)):
+            node = f"{problem.node_operator()} {problem.node_name()}".strip()
+            problems.append(f"node {node}: {problem.desc()}" if node else problem.desc())
+        reason = " ".join("; ".join(problems).split()) or last_error(logger)
+        raise ModelError(
+            f"TensorRT {trt.__version__} cannot parse {onnx_path}: {reason}",
+            "Export it again with pmm export, or upgrade TensorRT",
+        )
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # otherwise the inspector reports no data types
@@ -186,13 +145,31 @@ def _configure(trt: Any, builder: Any, spec: ModelSpec, settings: BuildSettings)
     profile = builder.create_optimization_profile()
     profile.set_shape(INPUT, shape(batch.minimum), shape(batch.optimal), shape(batch.maximum))
     config.add_optimization_profile(profile)
-    return config
+    config.progress_monitor = monitor = progress_monitor(trt, name, report)
+    if timing_cache:
+        # TensorRT returns None for a damaged cache and False for one of another device; both mean to start afresh.
+        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        cache = config.create_timing_cache(known)
+        if cache is None or not config.set_timing_cache(cache, False):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+    plan = builder.build_serialized_network(network, config)
+    if monitor.caught:
+        raise monitor.caught
+    if plan is None:
+        raise ModelError(
+            f"TensorRT {trt.__version__} cannot build {onnx_path}{last_error(logger)}",
+            "If memory ran out, choose a smaller --batch-profile or --workspace",
+        )
+    if timing_cache:
+        with suppress(OutputError), written_whole(timing_cache) as temporary:  # without it, builds only take longer
+            temporary.write_bytes(config.get_timing_cache().serialize())
+    return plan
 
 
 def progress_monitor(trt: Any, name: str, report: Report) -> Any:
     """Return a progress monitor that reports each outermost phase, with the current inner phase as detail.
 
-    An exception (usually Ctrl-C) cannot pass through TensorRT: it cancels the build; call `raise_caught` after it.
+    An exception (usually Ctrl-C) cannot pass through TensorRT: it cancels the build and is in `caught` after it.
     """
 
     class Monitor(trt.IProgressMonitor):
@@ -201,7 +178,7 @@ def progress_monitor(trt: Any, name: str, report: Report) -> Any:
             self._lock = threading.Lock()  # TensorRT calls from several threads
             self._root: dict[str | None, str] = {}
             self._progress: dict[str, tuple[int, int]] = {}
-            self._caught: BaseException | None = None
+            self.caught: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._root[phase_name] = self._root.get(parent_phase, phase_name)
@@ -209,7 +186,7 @@ def progress_monitor(trt: Any, name: str, report: Report) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             self._show(phase_name, step + 1, self._progress[phase_name][1])
-            return self._caught is None
+            return self.caught is None
 
         def phase_finish(self, phase_name: str) -> None:
             steps = self._progress[phase_name][1]  # a phase may finish before its last step
@@ -222,11 +199,7 @@ def progress_monitor(trt: Any, name: str, report: Report) -> Any:
                     root = self._root[phase]
                     report(f"{name}: {root}", *self._progress[root], "" if root == phase else f"{phase} {done}/{steps}")
             except BaseException as error:
-                self._caught = self._caught or error
-
-        def raise_caught(self) -> None:
-            if self._caught:
-                raise self._caught
+                self.caught = self.caught or error
 
     return Monitor()
 
@@ -247,83 +220,27 @@ _GENERATED = "__myl_"
 Layer = Mapping[str, Any]
 
 
-def count_precision(trt: Any, engine: Any, shape: tuple[int, ...]) -> PrecisionCount:
-    """Count the layers of an engine by data type, for one shape of its input."""
-    inspector = engine.create_engine_inspector()
-    context = engine.create_execution_context()
-    if context is not None and context.set_input_shape(INPUT, shape):
-        inspector.execution_context = context  # without a shape, the types of dynamic tensors are not reported
-    information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return count_layers(json.loads(information).get("Layers", []))
-
-
-def count_layers(layers: Iterable[Layer | str]) -> PrecisionCount:
+def count_layers(layers: Sequence[Layer | str]) -> PrecisionCount:
     """Count the layers that the inspector lists by data type; without details, a layer is only a name."""
-    described: list[Layer] = [{"Name": layer} if isinstance(layer, str) else layer for layer in layers]
-    computing = [layer for layer in described if layer.get("LayerType") not in _MOVES]
-    counts = (
-        Counter(map(layer_type, counted)).most_common()
-        for counted in (computing, [layer for layer in computing if _is_product(layer)])
-    )
-    return PrecisionCount(*map(dict, counts))
+    computing: Counter[str] = Counter()
+    products: Counter[str] = Counter()
+    for layer in ({"Name": layer} if isinstance(layer, str) else layer for layer in layers):
+        if layer.get("LayerType") not in _MOVES:
+            computing[layer_type(layer)] += 1
+            said = [layer.get(field) or "" for field in ("Name", "LayerType", "ParameterType", "TacticName")]
+            words = " ".join(said if said[0].startswith(_GENERATED) else said[1:])
+            products[layer_type(layer)] += "Weights" in layer or bool(_PRODUCT.search(words))
+    return PrecisionCount(dict(computing.most_common()), dict((+products).most_common()))
 
 
 def layer_type(layer: Layer) -> str:
     """Return the data type of a layer: of its weights, else its inputs, else its outputs, else its tactic."""
-    weights = layer.get("Weights")
-    described = (
-        [weights.get("Type")] if isinstance(weights, Mapping) else [],
-        *([_tensor_type(tensor) for tensor in layer.get(side, [])] for side in ("Inputs", "Outputs")),
-    )
-    for texts in described:
-        names = [name.upper() for text in texts for name in _TYPE.findall(text or "")]
+    weights = [layer["Weights"]] if isinstance(layer.get("Weights"), Mapping) else []
+    for tensors in (weights, layer.get("Inputs", []), layer.get("Outputs", [])):
+        # The field is Type, Datatype, DataType or Format/Datatype.
+        said = " ".join(str(value) for tensor in tensors for field, value in tensor.items() if "type" in field.lower())
+        names = [name.upper() for name in _TYPE.findall(said)]
         if names:
             return min((_ALIASES.get(name, name) for name in names), key=_NARROWEST_FIRST.index)
     tactic = _TACTIC.search(layer.get("TacticName") or "")
     return _TACTICS[tactic.group(1).lower()] if tactic else "unknown"
-
-
-def _tensor_type(tensor: Layer) -> str | None:
-    fields = {name.lower(): value for name, value in tensor.items()}
-    return fields.get("datatype") or fields.get("format/datatype")
-
-
-def _is_product(layer: Layer) -> bool:
-    name = layer.get("Name") or ""
-    texts = [layer.get(field) or "" for field in ("LayerType", "ParameterType", "TacticName")]
-    texts += [name] if name.startswith(_GENERATED) else []
-    return "Weights" in layer or bool(_PRODUCT.search(" ".join(texts)))
-
-
-def _check_precision(spec: ModelSpec, found: PrecisionCount, out: Path) -> None:
-    wanted = {"fp16": "FP16", "int8": "INT8"}.get(spec.precision)
-    if wanted is None:
-        return
-    # Conversions into a type and back would count as layers of it, so count products if there are any.
-    counted = found.products or found.layers
-    kept = len(spec.quantization.float_layers) if spec.quantization else 0
-    number, total = counted.get(wanted, 0), sum(counted.values())
-    if 2 * number <= max(total - kept, 1):
-        types = ", ".join(f"{count} {kind}" for kind, count in counted.items()) or "none"
-        raise CheckFailedError(
-            f"{out} was not written: the graph is {wanted}, but only {number} of {total}"
-            f" {'products' if found.products else 'layers'} of the engine are ({types}; {kept} stay in float)",
-            "Try another version of TensorRT",
-        )
-
-
-def commands_elsewhere(
-    onnx: Path, out: Path, spec: ModelSpec, settings: BuildSettings, also: Sequence[str] = ()
-) -> str:
-    """Return commands that build the engine on the target: `pmm`, or `trtexec`, which writes no manifest."""
-    batch = settings.batch
-    words = ["trtexec", f"--onnx={onnx.name}", f"--saveEngine={out.name}", "--stronglyTyped", "--noTF32"]
-    for name, size in (("min", batch.minimum), ("opt", batch.optimal), ("max", batch.maximum)):
-        words.append(f"--{name}Shapes={INPUT}:{'x'.join(map(str, spec.input.shape(size)))}")
-    words += [f"--builderOptimizationLevel={settings.optimization_level}", "--profilingVerbosity=detailed"]
-    if settings.workspace_gib is not None:
-        words.append(f"--memPoolSize=workspace:{settings.workspace_gib * 1024:g}")
-    words += ["--hardwareCompatibilityLevel=ampere+"] * settings.hardware_compatible
-    words += ["--versionCompatible"] * settings.version_compatible
-    pmm = settings.command(Path(onnx.name), Path(out.name), also)  # folders of this machine do not exist there
-    return f"Copy it to the target and run: {pmm}   (or: {shlex.join(words)})"

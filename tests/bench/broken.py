@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pmm_edge.export.graph import finalize, split
-from pmm_edge.export.quantize import cast_to_fp16, int8_ranges, quantize
+from pmm_edge.export.quantize import cast_to_fp16, quantize, value_ranges
 from pmm_edge.images import Pixels
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
@@ -144,7 +144,7 @@ def with_large_values(source: Path, out: Path) -> Path:
 def fp16(source: Path, out: Path) -> Path:
     """An export in FP16."""
     parts = split(onnx.load(source))
-    return _saved(parts.join(cast_to_fp16(parts.network)), source, out, "fp16")
+    return _saved(parts.join(cast_to_fp16(parts.network)[0]), source, out, "fp16")
 
 
 def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
@@ -153,7 +153,7 @@ def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
     ONNX Runtime computes float16 graphs in float32 on CPUs, where only weights overflow.
     """
     parts, whole = split(onnx.load(source)), Constants(onnx.load(large).graph)
-    half = cast_to_fp16(parts.network)
+    half, _ = cast_to_fp16(parts.network)
     for tensor in half.graph.initializer:
         if tensor.name.startswith("1.backbone.layer3.0.conv"):
             with np.errstate(over="ignore"):
@@ -164,7 +164,7 @@ def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
 def int8(source: Path, out: Path, target: QuantizationTarget, crops: Pixels) -> Path:
     """An export in INT8, calibrated on crops (N, height, width, 3) uint8."""
     parts, size = split(onnx.load(source)), load(source, "cpu").spec.input
-    ranges = int8_ranges(parts.network, crops, size, target, "minmax")
+    ranges = value_ranges(parts.network, crops, size, "minmax", target)
     return _saved(parts.join(quantize(parts.network, ranges, target)), source, out, "int8")
 
 

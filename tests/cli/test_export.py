@@ -30,7 +30,7 @@ def test_the_newest_run_is_exported_into_its_folder(
     paths = [item["path"] for item in printed["files"]]
     assert paths == ["runs/new/export/model-raw.onnx", "runs/new/export/model-raw.safetensors"]
     assert [pmm_edge.load(path, "cpu").spec.input.form for path in paths] == ["raw", "normalized"]
-    assert [(item["kind"], item["folder"]) for item in printed["bundles"]] == [("deepstream", "tracker")]
+    assert printed["bundles"] == {"deepstream": "tracker"}
     assert "arning" not in ended.stderr
     shown = pmm("export", paths[0], "--deepstream", "other")
     assert shown.exit_code == 0, shown.stderr
@@ -81,7 +81,7 @@ def test_wrong_use(pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeyp
 def test_places_are_checked_before_the_work(
     suffix: str, pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pmm_edge.export.exporter._write_onnx", None)
+    monkeypatch.setattr("pmm_edge.export.graph.onnx_graph", None)
     blocked = tmp_path / f"model{suffix}"
     blocked.mkdir()
     arguments = (tiny_checkpoint, "--safetensors", "--trt", "--out")

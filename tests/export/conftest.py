@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from people import write_people
 
 from pmm_edge.export import ExportedFile, ExportResult, export
+
+
+@pytest.fixture(scope="session")
+def crops() -> np.ndarray:
+    return np.random.default_rng(4).integers(0, 256, (5, 96, 64, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="session")
@@ -42,17 +48,9 @@ def fp16(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathF
 def int8_cpu(tiny_checkpoint: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> list[ExportedFile]:
     """INT8 for CPUs in the forms `normalized` and `uint8`, from one network."""
     folder = tmp_path_factory.mktemp("int8_cpu")
-    return export(
-        tiny_checkpoint,
-        out=folder / "model.onnx",
-        input_form="normalized",
-        precision="int8",
-        calibration=people,
-        target="cpu",
-        calibration_method="minmax",
-        max_map_drop=100,
-        triton=folder / "models",
-    ).files
+    options = {"target": "cpu", "input_form": "normalized", "max_map_drop": 100, "triton": folder / "models"}
+    options |= {"precision": "int8", "calibration": people, "calibration_method": "minmax"}
+    return export(tiny_checkpoint, out=folder / "model.onnx", **options).files
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +58,6 @@ def int8(
     tiny_checkpoint: Path, people: Path, int8_cpu: list[ExportedFile], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, ExportedFile]:
     """INT8 for each target, of the form `uint8`."""
-    tensorrt = export(
-        tiny_checkpoint,
-        out=tmp_path_factory.mktemp("int8_tensorrt") / "model.onnx",
-        precision="int8",
-        calibration=people,
-        calibration_method="minmax",
-    ).files[0]
-    return {"tensorrt": tensorrt, "cpu": int8_cpu[1]}
+    out = tmp_path_factory.mktemp("int8_tensorrt") / "model.onnx"
+    options = {"precision": "int8", "calibration": people, "calibration_method": "minmax"}
+    return {"tensorrt": export(tiny_checkpoint, out=out, **options).files[0], "cpu": int8_cpu[1]}

@@ -18,30 +18,20 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import pmm_edge
-from pmm_edge.errors import ModelError, OutputError, PmmError
+from pmm_edge.errors import ModelError, OutputError
 from pmm_edge.export import ExportResult, export
-from pmm_edge.export.bundles import deepstream_bundle, reid_section, triton_bundle, triton_config, triton_name
-from pmm_edge.files import sha256
-from pmm_edge.runtime.manifest import (
-    BatchProfile,
-    BuildSettings,
-    EngineManifest,
-    Machine,
-    PrecisionCount,
-    manifest_path,
-    relative_onnx,
-)
+from pmm_edge.export.bundles import deepstream_bundle, triton_bundle, triton_name
 from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization
 
 
 @pytest.fixture(scope="module")
 def deepstream(fp32_export: ExportResult) -> Path:
-    return fp32_export.bundles[0].folder
+    return fp32_export.bundles["deepstream"]
 
 
 @pytest.fixture(scope="module")
 def triton(fp32_export: ExportResult) -> Path:
-    return fp32_export.bundles[1].folder
+    return fp32_export.bundles["triton"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +46,10 @@ def relabeled(onnx: Path, out: Path, **changes: object) -> Path:
     metadata.value = replace(ModelSpec.from_json(metadata.value), **changes).to_json()
     onnx_package.save(model, out)
     return out
+
+
+def parsed(config: Path) -> Any:
+    return text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
 
 
 def test_reid_section_follows_from_the_spec(deepstream: Path) -> None:
@@ -86,11 +80,9 @@ def test_reid_section_follows_from_the_spec(deepstream: Path) -> None:
     assert all(isinstance(value, int | float) for part in config.values() for value in part.values())
 
 
-def test_input_of_the_tracker_gives_the_embeddings(deepstream: Path, tiny_onnx: Path) -> None:
+def test_input_of_the_tracker_gives_the_embeddings(deepstream: Path, tiny_onnx: Path, crops: np.ndarray) -> None:
     """The tracker's arithmetic, with the values of its configuration."""
     reid = yaml.safe_load((deepstream / "reid_section.yml").read_text())["ReID"]
-    _, height, width = reid["inferDims"]
-    crops = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
     offsets = np.array(reid["offsets"], np.float32)[:, None, None]
     planes = np.float32(reid["netScaleFactor"]) * (crops.transpose(0, 3, 1, 2).astype(np.float32) - offsets)
     session = onnxruntime.InferenceSession(deepstream / reid["onnxFile"], providers=["CPUExecutionProvider"])
@@ -99,18 +91,15 @@ def test_input_of_the_tracker_gives_the_embeddings(deepstream: Path, tiny_onnx: 
     np.testing.assert_allclose(embeddings, pmm_edge.load(tiny_onnx, "cpu").embed(crops), rtol=1e-4, atol=1e-4)
 
 
-def test_network_mode_is_the_precision(spec: ModelSpec) -> None:
+def test_network_mode_is_the_precision(raw_onnx: Path, tmp_path: Path) -> None:
     for mode, precision in enumerate(("fp32", "fp16", "int8")):
-        reid = yaml.safe_load(reid_section(replace(spec, precision=precision)))["ReID"]
+        deepstream_bundle(relabeled(raw_onnx, tmp_path / "x.onnx", precision=precision), tmp_path / precision)
+        reid = yaml.safe_load((tmp_path / precision / "reid_section.yml").read_text())["ReID"]
         assert (reid["networkMode"], reid["modelEngineFile"]) == (mode, f"reid.onnx_b100_gpu0_{precision}.engine")
 
 
-def parsed(config: str) -> Any:
-    return text_format.Parse(config, model_config_pb2.ModelConfig())
-
-
 def test_triton_configuration_parses_and_matches_the_network(triton: Path, spec: ModelSpec) -> None:
-    config = parsed((triton / "config.pbtxt").read_text())
+    config = parsed(triton / "config.pbtxt")
     assert config.name == triton.name == "pmm_resnet18"
     assert (config.platform, config.max_batch_size) == ("onnxruntime_onnx", 64)
     session = onnxruntime.InferenceSession(triton / "1" / "model.onnx", providers=["CPUExecutionProvider"])
@@ -125,42 +114,11 @@ def test_triton_configuration_parses_and_matches_the_network(triton: Path, spec:
     assert ModelSpec.from_json(config.parameters[METADATA_KEY].string_value) == spec
 
 
-def test_triton_configuration_of_other_inputs(spec: ModelSpec) -> None:
-    raw = replace(spec, input=replace(spec.input, form="raw"), dataset='Höhle "2"\n')
-    config = parsed(triton_config(raw, "m", "onnxruntime_onnx", (1, 1)))
-    assert config.input[0].data_type == model_config_pb2.TYPE_FP32
-    assert list(config.input[0].dims) == [3, 96, 64]
-    assert list(config.dynamic_batching.preferred_batch_size) == [1]
-    assert ModelSpec.from_json(config.parameters[METADATA_KEY].string_value) == raw
-
-
-def engine_of(onnx: Path, engine: Path, batch: BatchProfile = BatchProfile(1, 8, 32)) -> Path:
-    """A file and a manifest that describes it as an engine."""
-    engine.write_bytes(b"engine")
-    manifest = EngineManifest(
-        spec=pmm_edge.load(onnx, "cpu").spec,
-        onnx=relative_onnx(engine, onnx),
-        onnx_sha256=sha256(onnx),
-        engine_sha256=sha256(engine),
-        engine_size=6,
-        machine=Machine("Orin", "8.7", "10.3.0", "12.6"),
-        settings=BuildSettings(batch),
-        precision=PrecisionCount({}, {}),
-        build_seconds=1.0,
-    )
-    manifest_path(engine).write_text(manifest.to_json())
-    return engine
-
-
-def test_unsuitable_engines_are_rejected(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
-    cut = engine_of(tiny_onnx, tmp_path / "cut.engine")
-    cut.write_bytes(b"engin")
-    of_raw = engine_of(raw_onnx, tmp_path / "raw.engine")
-    large = engine_of(tiny_onnx, tmp_path / "large.engine", BatchProfile(4, 8, 16))
-    for engine in (tmp_path / "missing.engine", of_raw, cut, large):
-        with pytest.raises(PmmError):
-            triton_bundle(tiny_onnx, tmp_path / "repository", engine)
-    assert not (tmp_path / "repository").exists()
+def test_spec_in_the_triton_configuration_is_escaped(tiny_onnx: Path, tmp_path: Path, spec: ModelSpec) -> None:
+    dataset = 'Höhle "2"\n'
+    triton_bundle(relabeled(tiny_onnx, tmp_path / "x.onnx", dataset=dataset), tmp_path / "model")
+    read = ModelSpec.from_json(parsed(tmp_path / "model" / "config.pbtxt").parameters[METADATA_KEY].string_value)
+    assert read == replace(spec, dataset=dataset)
 
 
 def test_default_names_differ_by_precision_and_engine(spec: ModelSpec) -> None:
@@ -172,29 +130,28 @@ def test_default_names_differ_by_precision_and_engine(spec: ModelSpec) -> None:
 
 def test_models_share_a_repository(tiny_onnx: Path, tmp_path: Path) -> None:
     for name in ("people.v2", None):
-        (bundle,) = export(tiny_onnx, triton=tmp_path, triton_name=name).bundles
-        assert bundle.folder == tmp_path / (name or "pmm_resnet18")
-        assert parsed((bundle.folder / "config.pbtxt").read_text()).name == bundle.folder.name
+        folder = export(tiny_onnx, triton=tmp_path, triton_name=name).bundles["triton"]
+        assert folder == tmp_path / (name or "pmm_resnet18")
+        assert parsed(folder / "config.pbtxt").name == folder.name
     assert '"people.v2"' in (tmp_path / "people.v2" / "client.py").read_text()
     with pytest.raises(OutputError, match="pmm_resnet18"):
-        triton_bundle(tiny_onnx, tmp_path)
+        export(tiny_onnx, triton=tmp_path)
 
 
 def test_unsuitable_networks_are_rejected(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
     cpu = {"precision": "int8", "quantization": Quantization("cpu", "minmax", 64)}
     raw, uint8 = (relabeled(onnx, tmp_path / onnx.name, **cpu) for onnx in (raw_onnx, tiny_onnx))
-    engine, folder = engine_of(uint8, tmp_path / "x.engine"), tmp_path / "folder"
-    for bundle, arguments in (
-        (deepstream_bundle, (raw, folder)),
-        (deepstream_bundle, (tiny_onnx, folder)),
-        (deepstream_bundle, (tmp_path / "missing.onnx", folder)),
-        (triton_bundle, (raw_onnx, folder)),
-        (triton_bundle, (uint8, folder, engine)),
+    for onnx, kind, trt in (
+        (raw, "deepstream", False),
+        (tiny_onnx, "deepstream", False),
+        (tmp_path / "missing.onnx", "deepstream", False),
+        (raw_onnx, "triton", False),
+        (uint8, "triton", True),
     ):
         with pytest.raises(ModelError):
-            bundle(*arguments)
-        assert not folder.exists()
-    assert triton_bundle(uint8, folder).folder.name == "pmm_resnet18_int8_cpu"
+            export(onnx, trt=trt, **{kind: tmp_path / "folder"})
+        assert not (tmp_path / "folder").exists()
+    assert export(uint8, triton=tmp_path / "folder").bundles["triton"].name == "pmm_resnet18_int8_cpu"
 
 
 @pytest.fixture
@@ -228,9 +185,7 @@ def test_client_ranks_images_by_their_embeddings(
     command = [sys.executable, triton / "client.py", "--url", server, *images]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    embedder = pmm_edge.load(tiny_onnx, "cpu")
-    crops = pmm_edge.images.read_crops(images, embedder.spec.input.height, embedder.spec.input.width)
-    embeddings = embedder.embed(crops)
+    embeddings = pmm_edge.load(tiny_onnx, "cpu").embed(pmm_edge.images.read_crops(images, 96, 64))
     distances = np.linalg.norm(embeddings - embeddings[0], axis=1)
     printed = [line.split(maxsplit=1) for line in ended.stdout.splitlines()]
     assert [path for _, path in printed] == [str(images[index]) for index in np.argsort(distances, kind="stable")]

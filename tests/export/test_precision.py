@@ -2,10 +2,9 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -19,15 +18,14 @@ from torch import Tensor, nn
 import pmm_edge
 from pmm_edge.errors import CheckFailedError, DataError, PmmWarning
 from pmm_edge.export import ExportedFile, export, quantize
-from pmm_edge.export.calibration import METHODS, Calibration, Ranges, read_calibration, value_ranges
 from pmm_edge.export.graph import Parts, layer_names, onnx_graph, row_preprocessing, split
+from pmm_edge.export.quantize import METHODS, Calibration, Ranges, read_calibration, value_ranges
 from pmm_edge.model import load_checkpoint
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime.torch_backend import Preprocess
 from pmm_edge.spec import FLOAT16_MAX, InputSpec, ModelSpec, Quantization
 
 SIZE = InputSpec(96, 64)
-CROPS = np.random.default_rng(3).integers(0, 256, (5, 96, 64, 3), dtype=np.uint8)
 TARGETS = ("cpu", "tensorrt")
 
 
@@ -68,24 +66,26 @@ def calibration(people: Path) -> Calibration:
 
 @pytest.fixture(scope="module")
 def ranges(mini: Parts, calibration: Calibration) -> dict[str, Ranges]:
-    return {kind: quantize.int8_ranges(mini.network, calibration.ranges, SIZE, kind, "minmax") for kind in TARGETS}
+    return {kind: value_ranges(mini.network, calibration.ranges, SIZE, "minmax", kind) for kind in TARGETS}
 
 
-def embed(parts: Parts, network: onnx.ModelProto, crops: np.ndarray) -> np.ndarray:
-    content = parts.join(network).SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+def run(model: onnx.ModelProto, crops: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"images": crops})[0]
 
 
 class Graph:
-    """An ONNX file, indexed."""
+    """An ONNX model, indexed."""
 
-    def __init__(self, path: Path) -> None:
-        model = onnx.load(path)
-        self.nodes, self.opsets = model.graph.node, [(entry.domain, entry.version) for entry in model.opset_import]
-        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    def __init__(self, model: Path | onnx.ModelProto) -> None:
+        self.model = onnx.load(model) if isinstance(model, Path) else model
+        self.nodes = self.model.graph.node
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
         self.producer = {name: node for node in self.nodes for name in node.output}
         self.layers = [node for node in self.nodes if node.op_type in ("Conv", "Gemm")]
+        self.int8_layers = [node.name for node in self.layers if node.input[1] in self.producer]
+        additions = [node for node in self.nodes if node.op_type == "Add" and node.input[1] not in self.constants]
+        self.added = [self.producers(node) for node in additions]
         self.zero_points = [self.constants[node.input[2]] for node in self.nodes if node.op_type == "QuantizeLinear"]
 
     def producers(self, node: onnx.NodeProto) -> list[str]:
@@ -104,39 +104,33 @@ def test_fp16_is_float16_from_first_convolution_to_output(fp16: ExportedFile, ti
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert (types["images"], types["embeddings"]) == (TensorProto.UINT8, TensorProto.FLOAT)
     for node in model.graph.node:
-        if node.op_type in ("Cast", "Transpose", "Mul"):
-            continue  # preprocessing, and the casts at both ends
-        kinds = {types[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
-        is_preprocessing = "0.shift" in node.input
-        assert kinds == {TensorProto.FLOAT if is_preprocessing else TensorProto.FLOAT16}, node.name
+        if node.op_type not in ("Cast", "Transpose", "Mul"):  # preprocessing, and the casts at both ends
+            kinds = {types[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
+            assert kinds == {TensorProto.FLOAT if "0.shift" in node.input else TensorProto.FLOAT16}, node.name
     assert sum(node.op_type == "Cast" for node in model.graph.node) == 3
 
 
 def test_values_beyond_float16_are_an_error(mini: Parts, calibration: Calibration) -> None:
     network = onnx.ModelProto.FromString(mini.network.SerializeToString())
     weight = next(tensor for tensor in network.graph.initializer if tensor.name.endswith("convolutions.0.weight"))
-    weight.CopyFrom(numpy_helper.from_array(np.full((8, 8, 3, 3), 6e4, np.float32), weight.name))
-    quantize.cast_to_fp16(network)
-    with pytest.raises(CheckFailedError, match=r"\(Conv\)"):
-        quantize.largest_value(network, value_ranges(network, calibration.held_out, SIZE))
-    weight.CopyFrom(numpy_helper.from_array(np.full((8, 8, 3, 3), 7e4, np.float32), weight.name))
-    with pytest.raises(CheckFailedError, match=weight.name):
-        quantize.cast_to_fp16(network)
+    for value, named in ((6e4, r"\(Conv\)"), (7e4, weight.name)):
+        weight.CopyFrom(numpy_helper.from_array(np.full((8, 8, 3, 3), value, np.float32), weight.name))
+        with pytest.raises(CheckFailedError, match=named):
+            quantize.cast_to_fp16(network, value_ranges(network, calibration.held_out, SIZE))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_int8_is_close_on_held_out_crops(target: str, int8: dict[str, ExportedFile], tiny_export: ExportedFile) -> None:
+def test_int8_is_close_and_its_weights_are_symmetric_per_channel(
+    target: str, int8: dict[str, ExportedFile], tiny_export: ExportedFile
+) -> None:
     exported = int8[target]
     assert exported.cosine_mean >= 0.99
     assert exported.size < 0.27 * tiny_export.size
     assert exported.spec.quantization == Quantization(target, "minmax", 48, "people", ())
     assert pmm_edge.load(exported.path, "cpu").spec == exported.spec
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_weights_are_symmetric_per_channel(target: str, int8: dict[str, ExportedFile]) -> None:
-    graph = Graph(int8[target].path)
-    assert (len(graph.layers), graph.opsets) == (25, [("", 18)])
+    graph = Graph(exported.path)
+    assert len(graph.layers) == 25
+    assert [(entry.domain, entry.version) for entry in graph.model.opset_import] == [("", 18)]
     for layer in graph.layers:
         weights, scales, zeros = (graph.constants[name] for name in graph.producer[layer.input[1]].input)
         assert (weights.dtype, scales.shape, zeros.any()) == (np.int8, (weights.shape[0],), False)
@@ -148,11 +142,23 @@ def test_weights_are_symmetric_per_channel(target: str, int8: dict[str, Exported
             assert np.abs(pairs.sum(axis=1)).max() <= 128
 
 
+@pytest.mark.parametrize("safe_pairs", [False, True])
+def test_weights_round_to_their_neighbors_and_keep_each_channels_sum(safe_pairs: bool) -> None:
+    weights = np.random.default_rng(0).normal(size=(5, 7, 3, 3)).astype(np.float32)
+    weights[2] = 0
+    rounded, scale = quantize.round_weights(weights, safe_pairs)
+    errors = rounded - weights / scale[:, None, None, None]
+    assert np.abs(errors).max() < 1
+    assert np.abs(errors.reshape(5, -1).sum(axis=1)).max() <= 0.5 + 1e-3
+    assert not rounded[2].any()
+    if not safe_pairs:
+        assert (np.abs(rounded).reshape(5, -1).max(axis=1) == [127, 127, 0, 127, 127]).all()
+
+
 def test_tensorrt_gets_symmetric_activations_where_it_fuses_them(int8: dict[str, ExportedFile]) -> None:
     graph = Graph(int8["tensorrt"].path)
     assert {(zero.dtype, zero.item()) for zero in graph.zero_points} == {(np.dtype(np.int8), 0)}
-    additions = [node for node in graph.nodes if node.op_type == "Add" and node.input[1] not in graph.constants]
-    assert [graph.producers(node) for node in additions] == 9 * [["Conv", "DequantizeLinear"]]
+    assert graph.added == 9 * [["Conv", "DequantizeLinear"]]
     assert all(graph.constants[layer.input[2]].dtype == np.float32 for layer in graph.layers)  # TensorRT's biases
     (heads,) = (graph.producer[name] for name in graph.producer["embeddings"].input)
     assert graph.producers(heads) == ["Gemm", "Gemm"]
@@ -174,18 +180,15 @@ def test_onnx_runtime_computes_every_layer_of_the_cpu_graph_in_int8(
     assert run["QuantizeLinear"] + run["DequantizeLinear"] == 3  # the image, and around the mean of the last map
 
 
-def test_row_preprocessing_gives_the_same_numbers(int8: dict[str, ExportedFile], tiny_onnx: Path) -> None:
+def test_row_preprocessing_gives_the_same_numbers(
+    int8: dict[str, ExportedFile], tiny_onnx: Path, crops: np.ndarray
+) -> None:
     before = split(onnx.load(tiny_onnx)).before
-    assert before
-    by_pixel, by_row = (
-        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        for model in (before, row_preprocessing(before, SIZE))
-    )
-    np.testing.assert_array_equal(by_row.run(None, {"images": CROPS})[0], by_pixel.run(None, {"images": CROPS})[0])
+    np.testing.assert_array_equal(run(row_preprocessing(before, SIZE), crops), run(before, crops))
     assert [node.op_type for node in Graph(int8["cpu"].path).nodes[:3]] == ["Reshape", "Cast", "Mul"]
 
 
-def test_forms_share_one_quantized_network(int8_cpu: list[ExportedFile]) -> None:
+def test_forms_share_one_quantized_network(int8_cpu: list[ExportedFile], crops: np.ndarray) -> None:
     normalized, uint8 = int8_cpu
     assert normalized.search == uint8.search
     assert uint8.search.layers == []  # mAP holds
@@ -195,22 +198,25 @@ def test_forms_share_one_quantized_network(int8_cpu: list[ExportedFile]) -> None
     weights = [name for name in first if name.endswith(".weight_quantized")]
     assert len(weights) == 25
     assert all(np.array_equal(first[name], second[name]) for name in weights)
-    base, other = (pmm_edge.load(item.path, "cpu").embed(CROPS) for item in int8_cpu)
+    base, other = (pmm_edge.load(item.path, "cpu").embed(crops) for item in int8_cpu)
     assert cosines(base, other).min() > 0.9999
 
 
 @pytest.mark.parametrize(("opset", "precision"), [(17, "fp16"), (20, "int8")])
 def test_reduced_precision_follows_the_graph_options(
-    opset: int, precision: str, tiny_checkpoint: Path, people: Path, tmp_path: Path
+    opset: int, precision: str, tiny_checkpoint: Path, people: Path, tmp_path: Path, crops: np.ndarray
 ) -> None:
     out, int8 = tmp_path / "model.onnx", {}
     if precision == "int8":
         int8 = {"calibration": people, "target": "cpu", "calibration_method": "minmax"}
     options = {"input_form": "raw", "opset": opset, "normalize_output": True, "static_batch": 2}
-    with pmm_warnings(precision == "fp16"):  # of values that were not checked on images
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         exported = export(tiny_checkpoint, out=out, precision=precision, **options, **int8).files[0]
+    # FP16 was not checked on images.
+    assert sum(issubclass(warning.category, PmmWarning) for warning in caught) == (precision == "fp16")
     assert (exported.largest_value, exported.spec.tools["opset"]) == (None, str(opset))
-    embeddings = pmm_edge.load(out, "cpu").embed(CROPS)
+    embeddings = pmm_edge.load(out, "cpu").embed(crops)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
     model = onnx.load(out)
     assert model.opset_import[0].version == opset
@@ -218,96 +224,74 @@ def test_reduced_precision_follows_the_graph_options(
 
 
 def test_best_calibration_method_is_selected(mini: Parts, mini_spec: ModelSpec, calibration: Calibration) -> None:
-    expected = embed(mini, mini.network, calibration.selection)
+    expected = run(mini.join(mini.network), calibration.selection)
     losses = {}
     for method in METHODS:
         network, quantization, _ = quantize.quantize_network(mini, mini_spec, calibration, method)
         assert quantization == Quantization("tensorrt", method, 48, "people")
-        losses[method] = 1 - cosines(embed(mini, network, calibration.selection), expected).mean()
+        losses[method] = 1 - cosines(run(mini.join(network), calibration.selection), expected).mean()
     _, quantization, _ = quantize.quantize_network(mini, mini_spec, calibration)
     assert quantization.method == min(losses, key=losses.__getitem__)
 
 
-def int8_layers(model: onnx.ModelProto) -> list[str]:
-    producer = {name: node for node in model.graph.node for name in node.output}
-    layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
-    return [node.name for node in layers if node.input[1] in producer]
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_layers_are_quantized_as_requested(target: str, mini: Parts, ranges: dict[str, Ranges]) -> None:
-    network, nodes, found = mini.network, list(layer_names(mini.network)), ranges[target]
-    assert int8_layers(quantize.quantize(network, found, target)) == nodes
-    assert int8_layers(quantize.quantize(network, found, target, nodes[2:4])) == nodes[:2] + nodes[4:]
-    assert int8_layers(quantize.quantize(network, found, target, only=nodes[3:4])) == nodes[3:4]
-    all_float = quantize.quantize(network, found, target, nodes)
-    assert [node.op_type for node in all_float.graph.node] == [node.op_type for node in network.graph.node]
+    nodes = list(layer_names(mini.network))
+    for float_layers, only, expected in (
+        ([], [], nodes),
+        (nodes[2:4], [], nodes[:2] + nodes[4:]),
+        ([], nodes[3:4], nodes[3:4]),
+        (nodes, [], []),
+    ):
+        quantized = quantize.quantize(mini.network, ranges[target], target, float_layers, only)
+        assert Graph(quantized).int8_layers == expected
+    assert [node.op_type for node in quantized.graph.node] == [node.op_type for node in mini.network.graph.node]
 
 
 def test_operators_after_a_float_layer_stay_float(mini: Parts, ranges: dict[str, Ranges]) -> None:
-    def float_additions(float_layers: list[str]) -> list[bool]:
-        nodes = quantize.quantize(mini.network, ranges["cpu"], "cpu", float_layers).graph.node
-        producer = {name: node.op_type for node in nodes for name in node.output}
-        additions = [node for node in nodes if node.op_type == "Add"]
-        return [not all(producer[name] == "DequantizeLinear" for name in node.input) for node in additions]
-
     second_of_first_block = list(layer_names(mini.network))[2]
-    assert float_additions([]) == [False, False]
     # The addition of its own block. The shortcut of the next one comes from it, but its convolution is INT8.
-    assert float_additions([second_of_first_block]) == [True, False]
+    for float_layers, in_int8 in (([], [True, True]), ([second_of_first_block], [False, True])):
+        added = Graph(quantize.quantize(mini.network, ranges["cpu"], "cpu", float_layers)).added
+        assert [set(producers) == {"DequantizeLinear"} for producers in added] == in_int8
 
 
-def test_sensitivity_search_keeps_the_most_sensitive_layers_in_float(
-    mini: Parts, mini_spec: ModelSpec, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+def test_search_keeps_the_fewest_most_sensitive_layers_in_float(
+    mini: Parts,
+    mini_spec: ModelSpec,
+    calibration: Calibration,
+    ranges: dict[str, Ranges],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The mAP of so few images does not react to INT8: the mean cosine to float32 takes its place."""
-    float32 = embed(mini, mini.network, calibration.held_out)
+    float32 = run(mini.join(mini.network), calibration.held_out)
 
-    def closeness(embedder: pmm_edge.runtime.Embedder, *_: object) -> float:
-        return float(cosines(float32, embedder.embed(calibration.held_out)).mean())
+    def closeness(embeddings: np.ndarray) -> float:
+        return float(cosines(float32, embeddings).mean())
 
-    monkeypatch.setattr(quantize, "mean_average_precision", closeness)
-    plain, _, _ = quantize.quantize_network(mini, mini_spec, calibration, "minmax")
-    allowed = 50 * (1 - cosines(float32, embed(mini, plain, calibration.held_out)).mean())
-    network, quantization, search = quantize.quantize_network(mini, mini_spec, calibration, "minmax", allowed)
-    assert search and search.map_float32 == pytest.approx(1)
-    assert 100 * (search.map_float32 - search.map_int8) <= allowed
-    layers = search.layers
-    assert len(layers) == 7
-    assert [layer.loss for layer in layers] == sorted((layer.loss for layer in layers), reverse=True)
-    assert sum(layer.work for layer in layers) == pytest.approx(1)
-    kept = tuple(layer.layer for layer in layers if layer.float32)
-    assert 1 <= len(kept) < 7
-    assert kept == quantization.float_layers == tuple(layer.layer for layer in layers[: len(kept)])
-    names = layer_names(mini.network)
-    assert {names[node] for node in set(names) - set(int8_layers(network))} == set(kept)
+    def embed_files(embedder: pmm_edge.runtime.Embedder, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(embeddings=embedder.embed(calibration.held_out))
 
+    def drop(float_layers: list[str]) -> float:
+        network = quantize.quantize(mini.network, ranges["tensorrt"], "tensorrt", float_layers)
+        return 100 * (1 - closeness(run(mini.join(network), calibration.held_out)))
 
-def test_search_ends_at_the_fewest_layers(mini: Parts) -> None:
-    names = layer_names(mini.network)
-    damage = dict(zip(names, (0.1, 0.5, 0.0, 0.3, 0.2, 0.05, 0.0), strict=True))
-    ordered = [names[node] for node in sorted(damage, key=lambda node: -damage[node])]
-
-    def damaged(model: onnx.ModelProto) -> float:
-        return float(model.producer_version) if model is not mini.network else 0.0
-
-    def search(max_drop: float) -> tuple[list[str], float]:
-        _, found = quantize.search_float_layers(
-            mini.network,
-            lambda float_layers, only: onnx.ModelProto(
-                producer_version=str(sum(damage[node] for node in only or set(names) - set(float_layers)))
-            ),
-            damaged,
-            lambda model: 0.9 - 0.01 * damaged(model),
-            max_drop,
-        )
-        return [layer.layer for layer in found.layers if layer.float32], found.map_int8
-
-    assert search(0.2) == (ordered[:3], pytest.approx(0.9 - 0.0015))
-    assert search(0.4)[0] == ordered[:2]
-    assert search(2) == ([], pytest.approx(0.9 - 0.0115))
+    monkeypatch.setattr(quantize, "embed_files", embed_files)
+    monkeypatch.setattr(quantize, "evaluate_dataset", lambda _, found: SimpleNamespace(mAP=closeness(found)))
+    for share in (0.7, 0.5, 0.2):
+        allowed = share * drop([])
+        network, quantization, search = quantize.quantize_network(mini, mini_spec, calibration, "minmax", allowed)
+        assert search and search.map_float32 == pytest.approx(1)
+        layers, names = search.layers, layer_names(mini.network)
+        assert [layer.loss for layer in layers] == sorted((layer.loss for layer in layers), reverse=True)
+        assert (len(layers), sum(layer.work for layer in layers)) == (7, pytest.approx(1))
+        kept = tuple(layer.layer for layer in layers if layer.float32)
+        assert kept == quantization.float_layers == tuple(layer.layer for layer in layers[: len(kept)])
+        assert {names[node] for node in names.keys() - Graph(network).int8_layers} == set(kept)
+        nodes = {name: node for node, name in names.items()}
+        assert drop([nodes[name] for name in kept]) <= allowed < drop([nodes[name] for name in kept[:-1]])
     with pytest.raises(CheckFailedError):
-        search(-1)
+        quantize.quantize_network(mini, mini_spec, calibration, "minmax", -1)
 
 
 @pytest.mark.parametrize("problem", ["too few", "missing", "not a data set"])
@@ -319,20 +303,12 @@ def test_unusable_calibration_data(problem: str, people: Path, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-@contextmanager
-def pmm_warnings(expected: int) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    assert sum(issubclass(warning.category, PmmWarning) for warning in caught) == expected
-
-
 def test_people_of_the_test_split_give_a_warning(tmp_path: Path) -> None:
-    with pmm_warnings(1):
+    with pytest.warns(PmmWarning):
         read_calibration(write_people(tmp_path / "same", train=64, train_pid=101), SIZE)
 
 
 def test_parts_of_the_calibration_data_are_disjoint(calibration: Calibration) -> None:
     parts = (calibration.ranges, calibration.selection, calibration.held_out)
     assert [len(part) for part in parts] == [48, 12, 12]
-    assert len({crop.tobytes() for part in parts for crop in part}) == len(calibration.all) == 72
+    assert len({crop.tobytes() for part in parts for crop in part}) == 72

@@ -109,15 +109,15 @@ def test_what_is_refused(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> Non
     static = color_network(tmp_path / "static.onnx", batch=4)
     for_cpus = Quantization("cpu", "minmax", 512)
     int8_cpu = color_network(tmp_path / "int8_cpu.onnx", precision="int8", quantization=for_cpus)
-    for source, out, error, named in (
-        (onnx, "model.trt", PmmError, "model.trt"),
-        (onnx, "file/model.engine", OutputError, "file"),
-        (tmp_path / "missing.onnx", "model.engine", ModelError, "missing.onnx"),
-        (int8_cpu, "model.engine", ModelError, "int8_cpu.onnx"),
-        (static, "model.engine", PmmError, "--batch-profile 4,4,4"),
+    for source, options, error, named in (
+        (onnx, {"out": tmp_path / "model.trt"}, PmmError, ".engine"),
+        (onnx, {"out": tmp_path / "file" / "model.engine"}, OutputError, "file"),
+        (tmp_path / "missing.onnx", {}, ModelError, "missing.onnx"),
+        (int8_cpu, {}, ModelError, "int8_cpu.onnx"),
+        (static, {"batch_profile": "1,16,64"}, PmmError, "4,4,4"),
     ):
         with pytest.raises(error, match=named):
-            build_engine(source, tmp_path / out)
+            export(source, trt=True, **options)
 
 
 def test_progress_shows_the_outermost_phase_with_the_inner_one(gpu: double.FakeGpu, onnx: Path) -> None:
@@ -174,12 +174,7 @@ def test_a_missing_requirement_gives_the_command_for_the_target(
         build(onnx, BuildSettings(BatchProfile(1, 8, 32), workspace_gib=2))
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)
-    assert "pmm export model.onnx --trt --batch-profile 1,8,32 --workspace 2 " in caught.value.remedy
-    assert (
-        "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32"
-        " --minShapes=images:1x96x64x3 --optShapes=images:8x96x64x3 --maxShapes=images:32x96x64x3"
-        " --builderOptimizationLevel=3 --profilingVerbosity=detailed --memPoolSize=workspace:2048"
-    ) in caught.value.remedy
+    assert caught.value.remedy.endswith("pmm export model.onnx --trt --batch-profile 1,8,32 --workspace 2")
 
 
 DYNAMIC = {"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}
@@ -250,17 +245,17 @@ def test_an_exported_file_with_a_static_batch_to_an_engine(gpu: double.FakeGpu, 
     assert not (tmp_path / "home").exists()
 
 
-def test_without_tensorrt_the_commands_for_the_target_are_reported(
+def test_without_tensorrt_the_command_for_the_target_is_reported(
     onnx: Path, tmp_path: Path, pmm: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     repository = tmp_path / "models"
     result = export(onnx, out=tmp_path / "x.engine", trt=True, triton=repository, triton_name="people")
-    assert (result.engine, result.bundles) == (None, [])
+    assert (result.engine, result.bundles) == (None, {})
     (failure,) = result.failures
     assert isinstance(failure, NotOnThisMachineError)
     command = "pmm export model.onnx --trt --batch-profile 1,16,64 --out x.engine"
-    assert f"{command} --triton {repository} --triton-name people " in failure.remedy
+    assert failure.remedy.endswith(f"{command} --triton {repository} --triton-name people")
     assert not repository.exists()
     ended = pmm("export", onnx, "--trt")
     assert ended.exit_code == 1
