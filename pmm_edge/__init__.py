@@ -3,17 +3,12 @@
     import pmm_edge as pmm
 
     run = pmm.train("/data/Market-1501", preset="market1501")
-    exported = pmm.export(run.folder, precision="fp16")
-    checked = pmm.bench(exported.files[0].path)
-    checked.report.passed
-
-    embedder = pmm.load(exported.files[0].path)
-    embeddings = embedder.embed(crops)  # a list of (H, W, 3) uint8 RGB arrays -> (N, D) float32
+    model = pmm.export(run.folder, precision="fp16").files[0].path
+    pmm.bench(model).report.passed
+    embeddings = pmm.load(model).embed(crops)  # a list of (H, W, 3) uint8 RGB arrays -> (N, D) float32
 
 Names are imported on first use; `import pmm_edge` does not import torch.
 """
-
-from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
@@ -46,8 +41,7 @@ _MODULES = {
     "train": "trainer.train",
 }
 """The module of each public name. The packages `export` and `bench` can be called themselves."""
-__all__ = ["ModelSpec", "PmmError", "bench", "build_model", "embed_files", "evaluate", "export", "load"]
-__all__ += ["load_released_checkpoint", "pmm_loss", "train"]
+__all__ = ["bench", "export", *_MODULES]
 
 
 def __getattr__(name: str) -> object:

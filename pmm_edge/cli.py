@@ -24,9 +24,8 @@ from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 app = typer.Typer(
     name="pmm",
     help="Train person re-identification networks, export them for edge devices, and verify that the exported network"
-    " retrieves the same people.\n\n"
-    "Start with **pmm train**, **pmm export**, **pmm bench**: without arguments, each continues from the result of the"
-    " previous one.",
+    " retrieves the same people.\n\nStart with **pmm train**, **pmm export**, **pmm bench**: without arguments, each"
+    " continues from the result of the previous one.",
     rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -47,9 +46,7 @@ def _out(default: Any, text: str, metavar: str | None = None) -> Any:
 
 
 # Arguments and options of several commands; the others are declared where they are used.
-Model = Annotated[
-    Path, typer.Argument(help="Checkpoint, run folder, or .onnx, .engine or .safetensors file.", metavar="MODEL")
-]
+Model = Annotated[Path, typer.Argument(help="Run folder, checkpoint, .onnx, .engine or .safetensors file.")]
 Layout = Annotated[str | None, typer.Option(help="Data set layout. Default: detected; pmm data -h lists the layouts.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or N. Default: a usable GPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -81,9 +78,9 @@ def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"pmm-edge {__version__}")
+def _version(wanted: bool) -> None:
+    if wanted:
+        print_plain(f"pmm-edge {__version__}\n")
         raise typer.Exit
 
 
@@ -118,7 +115,6 @@ def train(
 
     - `pmm train` trains on the built-in data set in minutes, without a GPU
     - `pmm train /data/Market-1501 --preset market1501` is the paper's training
-    - `pmm train --resume runs/20261122-174200-quick`
     - `torchrun --nproc-per-node 4 -m pmm_edge train /data/Market-1501 --preset market1501`
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -220,12 +216,11 @@ def bench(
 
     Every model embeds the same images as the reference. It passes if cosine, embedding length and mAP meet the gates
     and if batch size, order and neighbors do not change an embedding. A model that passes gets a certificate. For one
-    that fails, the report names the gate, the image and, if recognized, the mistake that explains it.
+    that fails, the report names the gate, the image and, if recognized, the cause. docs/parity.md explains the figures.
 
     Exit code 0: all models pass. 1: a model fails, or --compare finds a regression. 2: nothing could be compared. 130:
-    interrupted; results so far are saved. docs/parity.md explains every figure.
+    interrupted; results so far are saved.
 
-    - `pmm bench`
     - `pmm bench model.onnx --reference best.pt --data market1501 --batch-sizes 1,16,64`
     - `pmm bench broken.onnx --parity-only --explain`
     - `pmm bench --compare monday/bench.json bench.json`
@@ -236,6 +231,7 @@ def bench(
         return
     from pmm_edge.bench.parity import GateOverrides
     from pmm_edge.bench.pipeline import bench as run
+    from pmm_edge.bench.tables import verdict
 
     gates = GateOverrides(**{gate.name: arguments.pop(gate.name) for gate in fields(GateOverrides)})
     try:
@@ -244,13 +240,14 @@ def bench(
         raise PmmError(f"--batch-sizes is '{batch_sizes}'", "Write, for example, --batch-sizes 1,8") from error
     with progress() as report:
         result = run(**arguments, gates=gates, report=report)
-    print_plain(result.report.to_json()) if as_json else render.show_bench(result.report)
-    render.show_bench_files(result)
+    if as_json:
+        print_plain(result.report.to_json())
+    render.show_bench(result, tables=not as_json)
     if not result.report.complete:
         note(f"[yellow]interrupted[/]: the results so far are in {escape(str(result.files[0]))}")
         raise typer.Exit(INTERRUPTED)
     if result.report.failures:
-        raise CheckFailedError(render.describe_failures(result.report), f"See {result.files[0]}")
+        raise CheckFailedError(verdict(result.report)[1].rstrip("."), f"See {result.files[0]}")
     note("[green]ok:[/] all models meet their gates")
 
 
@@ -275,12 +272,10 @@ def verify(
 ) -> None:
     """Check that models are still the files that pmm bench certified.
 
-    pmm bench writes MODEL.certificate.json next to each model that passes. This command compares the SHA-256 of the
-    model with it, and the certificate's digest with its content. The model is not run; neither torch nor a GPU is
-    needed. Exit code 1 if a certificate is missing, or if it or its model was changed.
-
-    A certificate is not a signature: whoever can write both files can create a new pair. Keep the digest elsewhere and
-    pass it with --digest. In Python: `pmm_edge.load(MODEL, require_certificate=True)`.
+    pmm bench writes MODEL.certificate.json, with the SHA-256 of the model, next to each model that passes. The model is
+    not run; neither torch nor a GPU is needed. Exit code 1 if a certificate is missing, or if it or its model was
+    changed. A certificate is not a signature: whoever can write both files can create a new pair. Keep the digest
+    elsewhere and pass it with --digest. In Python: `pmm_edge.load(MODEL, require_certificate=True)`.
 
     - `pmm verify runs/20261122-174200-quick/export/*.onnx`
     - `pmm verify model.onnx --data market1501 --reference best.pt`
@@ -309,8 +304,7 @@ def evaluate(
 ) -> None:
     """Evaluate retrieval under the Market-1501 protocol: Rank-k, mAP and mINP.
 
-    The PMM paper's mAP is mAP@50: its released evaluation cuts each ranking at 50. docs/evaluation.md explains every
-    figure.
+    The PMM paper's mAP is mAP@50: its evaluation cuts each ranking at 50. docs/evaluation.md explains every figure.
 
     - `pmm eval runs/20261122-174200-quick market1501`
     - `pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png`
@@ -371,7 +365,6 @@ def visualize(
     cams: Grad-CAM of each stage, and overlap.json with the overlap of the maps (0: disjoint, 1: identical). galleries:
     queries and their nearest images. mixing: what training replaces. all: those that the model and the images allow.
 
-    - `pmm visualize`
     - `pmm visualize --what cams --data crops/ --images 20`
     - `pmm visualize model.onnx --what galleries --data market1501`
     """
@@ -448,14 +441,15 @@ def doctor(
     ONNX Runtime, TensorRT and the driver are each tried in a process of their own. torch is not imported. Nothing that
     is printed names a home folder. Exit code 1 if a COMMAND given here cannot work.
 
-    - `pmm doctor`
     - `pmm doctor embed trt && ./start.sh`
     """
-    from pmm_edge.doctor import check_commands, examine
+    from pmm_edge.doctor import Status, examine
 
     found = examine(commands or [])
     print_json(found) if as_json else render.show_diagnosis(found)
-    check_commands(found, commands or [])
+    for name in commands or []:
+        if (state := found["commands"][name]).status is Status.PROBLEM:
+            raise CheckFailedError(f"{name} {state.detail}", state.remedy)
 
 
 FOREIGN_FLAGS = {

@@ -22,14 +22,11 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+_AGAIN = "Create the file again with this version of pmm-edge"
 
 
 def decode_json(
-    kind: type[T],
-    text: str | bytes,
-    source: str,
-    error: type[PmmError] = DataError,
-    remedy: str = "Create the file again with this version of pmm-edge",
+    kind: type[T], text: str | bytes, source: str, error: type[PmmError] = DataError, remedy: str = _AGAIN
 ) -> T:
     """Decode untrusted JSON into `kind`, a dataclass or any other type that msgspec supports.
 
@@ -43,15 +40,9 @@ def decode_json(
 
 
 def encode_json(value: object, indent: int = 2) -> str:
-    """Encode dataclasses and built-in types as JSON, with `indent` 0 as one line with sorted keys; NaN becomes null."""
-    text = msgspec.json.encode(value, enc_hook=_encode_path, order=None if indent else "sorted")
+    """Encode dataclasses, paths and built-in types as JSON; with `indent` 0, one line with sorted keys. NaN is null."""
+    text = msgspec.json.encode(value, enc_hook=os.fspath, order=None if indent else "sorted")
     return msgspec.json.format(text, indent=indent).decode() + "\n" if indent else text.decode()
-
-
-def _encode_path(value: object) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def decode_toml(kind: type[T], text: str, source: str) -> T:

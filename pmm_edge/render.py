@@ -12,7 +12,7 @@ from pmm_edge.console import note, out, percent, print_line, print_table
 from pmm_edge.spec import describe_precision
 
 if TYPE_CHECKING:
-    from pmm_edge.bench import BenchReport, BenchResult
+    from pmm_edge.bench import BenchResult
     from pmm_edge.bench.certification import Verification
     from pmm_edge.bench.evaluation import Evaluation
     from pmm_edge.bench.regression import Comparison
@@ -39,16 +39,10 @@ def _fields(result: object, *names: str) -> dict[str, Any]:
     return {name: getattr(result, name) for name in names}
 
 
-# train, export
-
-
 def show_training(result: TrainResult) -> None:
     """Print retrieval before training and of the best epoch, and the next command."""
-    rows = [
-        [name, *map(percent, (figures.rank1, figures.mAP, figures.mINP, figures.mAP_at_50))]
-        for name, figures in (("before training", result.before), ("best epoch", result.best))
-        if figures
-    ]
+    figures = {"before training": result.before, "best epoch": result.best}
+    rows = [(name, *map(percent, vars(one).values())) for name, one in figures.items() if one]
     title = f"retrieval in %, unseen identities · {result.folder}"
     print_table(title, ["", "Rank-1", "mAP", "mINP", "mAP@50"], rows)
     folder = escape(str(result.folder))
@@ -68,39 +62,28 @@ def show_export(result: ExportResult) -> None:
         columns = ("file", "MB", "precision", "input", "max difference", "mean cosine")
         print_table(f"exported to {result.files[0].path.parent}", columns, rows)
         if (search := result.files[0].search) and search.layers:
-            layers = [
-                (layer.layer, f"{layer.loss:.1e}", percent(layer.work), "float32" if layer.float32 else "int8")
-                for layer in search.layers
-            ]
-            print_table("sensitivity of each layer to INT8", ("layer", "cosine loss", "% of work", "type"), layers)
+            kinds = {True: "float32", False: "int8"}
+            losses = [(one.layer, f"{one.loss:.1e}", percent(one.work), kinds[one.float32]) for one in search.layers]
+            print_table("sensitivity of each layer to INT8", ("layer", "cosine loss", "% of work", "type"), losses)
     for engine in filter(None, (result.engine, result.served_engine)):
         manifest = engine.manifest
-        layers_ = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
+        layers = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
         size, seconds = f"{manifest.engine_size / 1e6:.1f}", f"{manifest.build_seconds:.1f}"
         title = f"built for {manifest.machine.gpu} with TensorRT {manifest.machine.tensorrt}"
-        row = (engine.path.name, size, str(manifest.settings.batch), layers_, seconds)
+        row = (engine.path.name, size, str(manifest.settings.batch), layers, seconds)
         print_table(title, ("file", "MB", "batch", "layers", "seconds"), [row])
     for kind, folder in result.bundles.items():
         note(f"{kind}: {escape(str(folder))} [dim](see its README.md)[/]")
 
 
-# bench, verify
+def show_bench(result: BenchResult, tables: bool) -> None:
+    """Print parity, retrieval and speed of each model, warnings, files, and why models failed or are not certified."""
+    from pmm_edge.bench.tables import all_tables, describe_warning, explanations
 
-
-def show_bench(report: BenchReport) -> None:
-    """Print parity, retrieval and speed of each model, and warnings."""
-    from pmm_edge.bench.tables import all_tables, describe_warning
-
-    for table in all_tables(report):
+    for table in all_tables(result.report) if tables else ():
         print_table(*table)
-    for warning in report.warnings:
+    for warning in result.report.warnings if tables else ():
         note(f"[yellow]warning:[/] {escape(describe_warning(warning))}")
-
-
-def show_bench_files(result: BenchResult) -> None:
-    """Name the files of a bench, and why models failed or have no certificate."""
-    from pmm_edge.bench.tables import explanations
-
     for path in result.certificates.removed:
         note(f"[dim]removed {escape(str(path))}, because the model fails[/]")
     for name, reason in result.certificates.refused.items():
@@ -109,13 +92,6 @@ def show_bench_files(result: BenchResult) -> None:
     for model in result.report.models:
         for sentence in explanations(model):
             note(f"[bold]{escape(model.path)}[/] {escape(sentence)}")
-
-
-def describe_failures(report: BenchReport) -> str:
-    """Each failure of each model, in one line."""
-    from pmm_edge.bench.tables import describe_failure
-
-    return "; ".join(f"{model.path} {describe_failure(failure)}" for model, failure in report.failures)
 
 
 def show_comparison(found: Comparison) -> None:
@@ -151,9 +127,6 @@ def show_verification(found: Sequence[Verification]) -> None:
                 f"  digest {certificate.digest}"
             )
             print_line(escape(text))
-
-
-# eval, embed, visualize
 
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
@@ -216,9 +189,6 @@ def show_album(album: Album) -> None:
         note(f"[yellow]no {kind}:[/] {escape(reason)}")
 
 
-# synth, data, doctor
-
-
 def show_synthetic(folder: Path, counts: Mapping[str, int]) -> None:
     """Print the number of images in each folder of a data set."""
     print_table(str(folder), ("folder", "images"), [(name, f"{count:,}") for name, count in counts.items()])
@@ -248,7 +218,7 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
 
     colors = {"ok": "green", "limited": "yellow", "problem": "red", "info": "default"}
     table = Table(show_header=False, box=None)
-    for name, found in (*diagnosis.checks.items(), *diagnosis.commands.items()):
+    for name, found in (*diagnosis["checks"].items(), *diagnosis["commands"].items()):
         color = colors[found.status.value]
         remedy = f"\n[dim]{escape(found.remedy)}[/]" if found.remedy else ""
         table.add_row(f"[{color}]{found.status.value}[/]", name, f"{escape(found.detail)}{remedy}")

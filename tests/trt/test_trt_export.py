@@ -13,7 +13,7 @@ from double import FP16, FP32, INT8
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from pmm_edge.doctor import Probe, Status, probe_tensorrt, readiness
+from pmm_edge.doctor import Finding, Status, check_tensorrt, readiness
 from pmm_edge.errors import CheckFailedError, ModelError, OutputError, PmmError
 from pmm_edge.export.exporter import export
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine, count_layers, layer_type
@@ -286,18 +286,14 @@ print(pmm_edge.load({str(onnx.with_suffix(".engine"))!r}).embed(np.zeros((2, 30,
     assert ended.stdout.splitlines()[-1] == "(2, 8)"
 
 
-def test_the_doctor_probes_tensorrt_and_the_gpu(gpu: double.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnxruntime, found = Probe(devices={"cpu": None}), probe_tensorrt()
-    assert (found.version, found.error, found.gpus) == ("10.3.0", None, ["Orin with CUDA 12.6"])
-    assert readiness("trt", onnxruntime, found).status is Status.OK
-    assert (
-        readiness("trt", Probe(error="ImportError: broken"), found).status is Status.PROBLEM
-    )  # exports are checked with it
+def test_the_doctor_opens_the_gpu(gpu: double.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = check_tensorrt()
+    assert found == Finding(Status.OK, "10.3.0 on Orin with CUDA 12.6")
+    assert readiness("trt", found, found).status is Status.OK
+    broken = Finding(Status.PROBLEM, "ImportError: broken")  # exports are checked with ONNX Runtime
+    assert readiness("trt", broken, found).status is Status.PROBLEM
     assert gpu.calls["cudaStreamDestroy"] == 1
     gpu.fails["cudaGetDeviceCount"] = 2
-    found = probe_tensorrt()
-    ready = readiness("trt", onnxruntime, found)
-    assert (found.version, found.gpus, ready.status, ready.remedy) == ("10.3.0", [], Status.PROBLEM, found.remedy)
+    assert check_tensorrt().status is Status.PROBLEM
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(NotOnThisMachineError):
-        probe_tensorrt()
+    assert check_tensorrt().status is Status.INFO
