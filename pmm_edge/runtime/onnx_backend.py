@@ -73,7 +73,7 @@ class OnnxEmbedder(Embedder):
 def open_session(
     path: Path, device: str | int | None, content: bytes | None = None
 ) -> tuple[onnxruntime.InferenceSession, str]:
-    """Open a session for a file or its content; return it and its device. Providers are listed that do not load."""
+    """Open a session for a file or its content; return it and its device. A listed provider may fail to load."""
     model = content or path
     kind, index = ("cuda", 0) if device is None else parse_device(device)
     if kind == "cpu" or (device is None and not driver_is_there()):

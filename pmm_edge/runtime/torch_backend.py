@@ -96,7 +96,7 @@ def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
         classifiers = {name: tensor for name, tensor in network.state_dict().items() if CLASSIFIER in name}
         network.load_state_dict(classifiers | weights)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        problem = f"{path} is no complete file of pmm export --safetensors ({str(error).splitlines()[0]})"
+        problem = f"{path} is not a complete file of pmm export --safetensors ({str(error).splitlines()[0]})"
         raise ModelError(problem, "Create it with pmm export --safetensors") from error
     return TorchEmbedder(network, spec, path, device)
 

@@ -90,16 +90,6 @@ def test_graphs_with_a_wrong_spec_or_none(entry: str, value: object, tmp_path: P
     assert "spec" in refused(path)
 
 
-def test_checkpoints_of_another_version(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
-    checkpoint["spec"] = json.dumps(json.loads(checkpoint["spec"]) | {"schema": 2})
-    torch.save(checkpoint, tmp_path / "spec.pt")
-    refused(tmp_path / "spec.pt")
-    for named in ("pmm-edge checkpoint 99", "pmm-edge checkpoint x", 1, None):
-        torch.save({"format": named}, tmp_path / "other.pt")
-        refused(tmp_path / "other.pt")
-
-
 @pytest.mark.parametrize(("opset", "ir"), [(99, 10), (18, 99)])
 def test_files_that_are_too_new_for_the_runtime(opset: int, ir: int, tmp_path: Path) -> None:
     model = onnx.load(color_network(tmp_path / "new.onnx"))
