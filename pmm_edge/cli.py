@@ -229,11 +229,11 @@ def bench(
     if compare:
         _compare(*compare, as_json)
         return
-    from pmm_edge.bench.parity import GateOverrides
     from pmm_edge.bench.pipeline import bench as run
+    from pmm_edge.bench.report import Gates
     from pmm_edge.bench.tables import verdict
 
-    gates = GateOverrides(**{gate.name: arguments.pop(gate.name) for gate in fields(GateOverrides)})
+    gates = {gate.name: arguments.pop(gate.name) for gate in fields(Gates)}
     try:
         arguments["batch_sizes"] = [int(size) for size in batch_sizes.split(",")]
     except ValueError as error:

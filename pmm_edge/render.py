@@ -105,9 +105,10 @@ def show_comparison(found: Comparison) -> None:
 
 def verification_facts(found: Sequence[Verification]) -> dict[str, Any]:
     """The JSON form of `pmm verify`."""
-    digests = [item.certificate and item.certificate.digest for item in found]
-    models = [{**vars(one), "passed": one.passed, "digest": digest} for one, digest in zip(found, digests, strict=True)]
-    return {"passed": all(one.passed for one in found), "models": models}
+    models = [
+        {**vars(one), "passed": not one.failures, "digest": one.certificate and one.certificate.digest} for one in found
+    ]
+    return {"passed": not any(one.failures for one in found), "models": models}
 
 
 def show_verification(found: Sequence[Verification]) -> None:
@@ -131,10 +132,10 @@ def show_verification(found: Sequence[Verification]) -> None:
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
     """The JSON form of `pmm eval`; figures in 0..1."""
-    rows = [{**_fields(row, "name", "flip", "rerank"), "figures": _figures(row.result)} for row in found.rows]
-    facts = _fields(found, "model", "data", "backend", "device", "gallery")
-    queries = found.rows[0].result.valid_queries
-    return {**facts, "queries": queries, "figures": rows[0]["figures"], "rows": rows}
+    rows = [{"name": name, "figures": _figures(result)} for name, result in found.results.items()]
+    facts = {"model": found.embedder.path, "data": found.dataset.root, **_fields(found.embedder, "backend", "device")}
+    counts = {"queries": found.results["plain"].valid_queries, "gallery": len(found.dataset.gallery)}
+    return {**facts, **counts, "figures": rows[0]["figures"], "rows": rows}
 
 
 def _figures(result: RetrievalResult) -> dict[str, float]:
@@ -144,11 +145,14 @@ def _figures(result: RetrievalResult) -> dict[str, float]:
 
 def show_evaluation(found: Evaluation) -> None:
     """Print retrieval figures, one row for each way to use the model."""
-    queries, figures = found.rows[0].result.valid_queries, [_figures(row.result) for row in found.rows]
-    names = [found.model.name, *(f"{found.model.name} + {row.name}" for row in found.rows[1:])]
-    rows = [(name, *map(percent, values.values())) for name, values in zip(names, figures, strict=True)]
-    title = f"{found.dataset}: {queries:,} queries, {found.gallery:,} gallery images"
-    print_table(title, ("model", *figures[0]), rows)
+    model, queries = found.embedder.path.name, found.results["plain"].valid_queries
+    figures = {name: _figures(result) for name, result in found.results.items()}
+    rows = [
+        (model if name == "plain" else f"{model} + {name}", *map(percent, values.values()))
+        for name, values in figures.items()
+    ]
+    title = f"{found.dataset.name}: {queries:,} queries, {len(found.dataset.gallery):,} gallery images"
+    print_table(title, ("model", *figures["plain"]), rows)
     note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
 
 

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING
 from pmm_edge import CallableModule
 
 if TYPE_CHECKING:
-    from pmm_edge.bench.parity import GateOverrides as GateOverrides
     from pmm_edge.bench.pipeline import BenchResult as BenchResult
     from pmm_edge.bench.pipeline import bench as bench
     from pmm_edge.bench.report import BenchReport as BenchReport
     from pmm_edge.bench.report import ModelReport as ModelReport
     from pmm_edge.bench.report import read_report as read_report
 
-_MODULES = {"GateOverrides": "parity", "BenchReport": "report", "ModelReport": "report", "read_report": "report"}
-__all__ = ["BenchReport", "BenchResult", "GateOverrides", "ModelReport", "bench", "read_report"]
+__all__ = ["BenchReport", "BenchResult", "ModelReport", "bench", "read_report"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'pmm_edge.bench' has no attribute '{name}'")
-    return getattr(import_module(f"pmm_edge.bench.{_MODULES.get(name, 'pipeline')}"), name)
+    module = "pipeline" if name in ("BenchResult", "bench") else "report"
+    return getattr(import_module(f"pmm_edge.bench.{module}"), name)
 
 
 sys.modules[__name__].__class__ = CallableModule

@@ -1,10 +1,9 @@
 """Certificates: `pmm bench` certifies the models that passed, `pmm verify` checks models against their certificates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -32,63 +31,46 @@ class Certification:
 def write_certificates(report: BenchReport) -> Certification:
     """Certify each model that passed, and remove the certificates of those that failed.
 
-    A certificate needs a complete bench on all queries and the gallery. Otherwise a model keeps the certificate that it
-    has. Raises OutputError if the certificate of a model that failed cannot be removed.
+    A certificate needs a complete bench on all queries and the gallery; otherwise a model keeps the one that it has.
+    Raises OutputError if the certificate of a model that failed cannot be removed.
     """
     found = Certification()
     for model in report.models:
         path = certificate_path(Path(model.path))
-        if model.failures:
-            if path.exists():
-                try:
-                    path.unlink()
-                except OSError as error:
-                    raise OutputError(f"cannot remove {path} of a model that failed: {error}", "Remove it") from error
-                found.removed.append(path)
-        elif reason := _refusal(report, model):
-            found.refused[model.path] = reason
-        else:
-            try:
+        try:
+            if not model.failures:
                 _certificate(report, model).save(path)
                 found.written.append(path)
-            except (PmmError, OSError) as error:
-                found.refused[model.path] = str(error)
+            elif path.exists():
+                path.unlink()
+                found.removed.append(path)
+        except (PmmError, OSError) as error:
+            if model.failures:
+                raise OutputError(f"cannot remove {path} of a model that failed: {error}", "Remove it") from error
+            found.refused[model.path] = str(error)
     return found
 
 
-def _refusal(report: BenchReport, model: ModelReport) -> str | None:
-    """Return why a model that did not fail cannot be certified."""
-    if not report.complete:
-        return "the bench was interrupted"
-    if report.reference.failures:
-        return "the reference failed"
-    if model.sha256 == report.reference.sha256:
-        return "it is the same file as the reference"
-    if model.parity is None or model.retrieval is None or model.retrieval_change is None:
-        return "retrieval was not evaluated; a certificate needs a data set and all its images (no --limit)"
-    if sha256(Path(model.path)) != model.sha256:
-        return "the file has changed since it was measured"
-    return None
-
-
 def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
-    """Return the certificate of a model, without folders and image names: it travels, and images show people."""
+    """Return the certificate of a model that did not fail; ModelError if the bench shows too little."""
     path, manifest_sha256, onnx_sha256 = Path(model.path), None, None
+    for refused, reason in (
+        (not report.complete, "the bench was interrupted"),
+        (report.reference.failures, "the reference failed"),
+        (model.sha256 == report.reference.sha256, "it is the same file as the reference"),
+        (
+            not model.retrieval_change,
+            "retrieval was not evaluated; it needs all images of a data set (no --limit)",
+        ),
+        (sha256(path) != model.sha256, "the file has changed since it was measured"),
+    ):
+        if refused:
+            raise ModelError(reason)
     if path.suffix == ".engine":
         manifest = read_manifest(path)
         spec, manifest_sha256, onnx_sha256 = manifest.spec, sha256(manifest_path(path)), manifest.onnx_sha256
     else:
         spec = load(path, "cpu").spec
-    parity = model.parity
-    assert parity is not None
-    stages = {name: replace(stage, worst_image="") for name, stage in parity.stages.items()}
-    whole = replace(parity.whole, worst_image="")
-    anonymous = replace(
-        model,
-        path=_name(model.path),
-        invariants=[replace(one, image="", other_image="") for one in model.invariants],
-        parity=replace(parity, whole=whole, stages=stages, stretched_image=""),
-    )
     return Certificate(
         model=_name(model.path),
         sha256=model.sha256,
@@ -101,7 +83,7 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
         data=_name(report.data),
         data_sha256=report.data_sha256,
         images=report.images,
-        report=msgspec.to_builtins(anonymous),
+        report=_anonymous(msgspec.to_builtins(model)) | {"path": _name(model.path)},
         environment=msgspec.to_builtins(report.environment),
         warnings=[describe_warning(warning) for warning in report.warnings],
         created=report.created,
@@ -110,7 +92,15 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
 
 
 def _name(path: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in Path(path).resolve().name)
+    """The name without its folders, as valid Unicode: a certificate travels."""
+    return Path(path).resolve().name.encode("utf-8", "replace").decode()
+
+
+def _anonymous(value: Any) -> Any:
+    """Blank the names of images, which show people."""
+    if isinstance(value, dict):
+        return {name: "" if name.endswith("image") else _anonymous(entry) for name, entry in value.items()}
+    return [_anonymous(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def report_of(certificate: Certificate) -> ModelReport:
@@ -124,11 +114,7 @@ class Verification:
 
     model: Path
     certificate: Certificate | None
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
+    failures: list[str]
 
 
 def verify(
@@ -141,9 +127,8 @@ def verify(
 ) -> list[Verification]:
     """Compare models with their certificates. No model is run, and no engine is needed.
 
-    The queries and gallery of `data`, the file `reference` and, for a single model, `digest` must be those of the
-    certificates. A model without a valid certificate raises no error; the reason is in its `failures`. Raises
-    ModelError if a model or the reference does not exist, and DataError if the data set cannot be read.
+    The query and gallery images of `data`, the file `reference` and, for a single model, `digest` must be those of the
+    certificates. Raises ModelError if a model or the reference does not exist, DataError if `data` cannot be read.
     """
     if digest is not None and len(models) != 1:
         raise PmmError(f"--digest was given for {len(models)} models", "Verify one model at a time")
@@ -163,10 +148,10 @@ def verify(
             continue
         failures = []
         if data_hash not in (None, certificate.data_sha256):
-            differs = f"certified on {certificate.data}, whose images differ from {data}"
-            failures.append(f"{model} was {differs}. Name that data set, or run pmm bench on this one")
+            differs = f"{model} was certified on {certificate.data}, whose images differ from {data}"
+            failures.append(f"{differs}. Name that data set, or run pmm bench on this one")
         if reference_hash not in (None, certificate.reference_sha256):
-            differs = f"certified against {certificate.reference}, which differs from {reference}"
-            failures.append(f"{model} was {differs}. Name that checkpoint, or run pmm bench against this one")
+            differs = f"{model} was certified against {certificate.reference}, which differs from {reference}"
+            failures.append(f"{differs}. Name that checkpoint, or run pmm bench against this one")
         found.append(Verification(model, certificate, failures))
     return found

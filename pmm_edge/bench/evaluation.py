@@ -1,7 +1,5 @@
 """`pmm eval`: the retrieval of one model, optionally with mirror images and re-ranking."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,43 +8,21 @@ from numpy.typing import ArrayLike
 
 from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
 from pmm_edge.console import Report, about, percent, silent
-from pmm_edge.data.dataset import scan
+from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.retrieval.metrics import JUNK_PID
-from pmm_edge.runtime import embed_files, load
+from pmm_edge.runtime import Embedder, embed_files, load
 from pmm_edge.runtime.embed_files import evaluate_dataset, save_npz
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationRow:
-    """One way to use a model at test time, and its figures."""
-
-    flip: bool
-    """Whether the embedding of an image is the mean of its own and its mirror image's."""
-    rerank: bool
-    result: RetrievalResult
-
-    @property
-    def name(self) -> str:
-        """`plain`, `flip`, `re-ranking` or `flip + re-ranking`."""
-        return " + ".join(["flip"] * self.flip + ["re-ranking"] * self.rerank) or "plain"
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The retrieval of one model on one data set."""
+    """The retrieval of one model on one data set, without junk: `plain`, `flip`, `re-ranking`, `flip + re-ranking`."""
 
-    model: Path
-    data: Path
-    dataset: str
-    """Name of the data set."""
-    gallery: int
-    """Number of gallery images, without junk."""
-    backend: str
-    device: str
-    rows: list[EvaluationRow]
-    """The plain embeddings first."""
+    embedder: Embedder
+    dataset: ReidDataset
+    results: dict[str, RetrievalResult]
 
 
 def evaluate_model(
@@ -65,9 +41,8 @@ def evaluate_model(
 
     `rerank` adds k-reciprocal re-ranking, `flip` the mean embedding of each image and its mirror image. `cmc` is a .png
     or .svg file for a plot of the CMC, `features` an .npz file with the arrays `query_features`, `query_pids`,
-    `query_camids` and `query_names`, the same for `gallery_`, and with `flip` `query_features_flip`.
-
-    Raises DataError or ModelError if the data set or the model cannot be used, OutputError if a file cannot be written.
+    `query_camids` and `query_names`, the same for `gallery_`, and with `flip` `query_features_flip`. Raises DataError
+    or ModelError if the data set or the model cannot be used, OutputError if a file cannot be written.
     """
     dataset, embedder = scan(data, layout), load(model, device)
     if cmc:
@@ -78,23 +53,25 @@ def evaluate_model(
     dataset = replace(dataset, gallery=dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID)))
     query, gallery = dataset.query, dataset.gallery
     embedded = embed_files(embedder, [*query.paths, *gallery.paths], flip=flip, report=report)
-    kinds = {False: embedded.embeddings} | ({} if embedded.flipped is None else {True: embedded.flipped})
+    kinds = {"plain": embedded.embeddings} | ({} if embedded.flipped is None else {"flip": embedded.flipped})
     if features:
         arrays: dict[str, ArrayLike] = {}
         for side, split, part in (("query", query, slice(len(query))), ("gallery", gallery, slice(len(query), None))):
-            arrays |= {f"{side}_features{'_flip' * flipped}": found[part] for flipped, found in kinds.items()}
+            arrays |= {f"{side}_features{'_flip' * (kind == 'flip')}": found[part] for kind, found in kinds.items()}
             arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
             arrays[f"{side}_names"] = [path.name for path in split.paths]
         save_npz(features, arrays)
-    rows = []
-    for reranked in (False, True)[: 1 + rerank]:
-        for flipped, embeddings in kinds.items():
-            named = about("flip" if flipped else "plain", report)
-            rows.append(EvaluationRow(flipped, reranked, evaluate_dataset(dataset, embeddings, reranked, named)))
+    results = {
+        kind: evaluate_dataset(dataset, embeddings, report=about(kind, report)) for kind, embeddings in kinds.items()
+    }
+    if rerank:
+        for kind, embeddings in kinds.items():
+            name = "re-ranking" if kind == "plain" else f"{kind} + re-ranking"
+            results[name] = evaluate_dataset(dataset, embeddings, True, about(kind, report))
     if cmc:
         curves = {
-            f"{row.name}: Rank-1 {percent(row.result.rank(1))}, mAP {percent(row.result.mAP)}": row.result.cmc.tolist()
-            for row in rows
+            f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
+            for name, one in results.items()
         }
         save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)
-    return Evaluation(model, data, dataset.name, len(gallery), embedder.backend, embedder.device, rows)
+    return Evaluation(embedder, dataset, results)

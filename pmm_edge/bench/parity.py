@@ -1,10 +1,11 @@
-"""Parity: how far a model's embeddings and its retrieval are from the reference, and whether its gates allow that."""
-
-from __future__ import annotations
+"""Parity (docs/parity.md): invariants of a correct engine, differences from the reference, and the gates on them."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,21 @@ from pmm_edge.bench.report import (
     Failure,
     FailureKind,
     Gates,
+    Invariant,
+    InvariantName,
+    ModelReport,
+    Neighbors,
     Parity,
     RetrievalChange,
 )
+from pmm_edge.console import Report, silent
+from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.errors import PmmError
+from pmm_edge.images import Pixels
 from pmm_edge.retrieval import RetrievalResult
-from pmm_edge.retrieval.distances import cosines, finite_rows
+from pmm_edge.retrieval.distances import cosines, finite_rows, unit_length
+from pmm_edge.runtime import Embedder
+from pmm_edge.runtime.embed_files import evaluate_dataset
 from pmm_edge.runtime.embedder import Embeddings
 
 DEFAULT_GATES = {
@@ -33,31 +43,184 @@ DEFAULT_GATES = {
 """By precision. Rounding to 8 bits moves single embeddings, so INT8 is judged by the mean cosine and mAP."""
 
 
-@dataclass(frozen=True)
-class GateOverrides:
-    """Gates for all models; None keeps the default of each model's precision. Raises PmmError for impossible values."""
-
-    min_cosine: float | None = None
-    min_mean_cosine: float | None = None
-    max_map_drop: float | None = None
-    max_stretch: float | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {"min_cosine": (-1, 1), "min_mean_cosine": (-1, 1), "max_map_drop": (0, 100), "max_stretch": (1, 1e6)}
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise PmmError(f"the gate {name} is {value:g}", f"Choose a value from {low:g} to {high:g}")
-
-    def gates(self, precision: str) -> Gates:
-        """Return the gates of a model of this precision."""
-        return replace(DEFAULT_GATES[precision], **{k: v for k, v in vars(self).items() if v is not None})
+def gates_for(precision: str, overrides: Mapping[str, float | None]) -> Gates:
+    """Return the gates of a model; None keeps the default. Raises PmmError for impossible values."""
+    ranges = {"min_cosine": (-1, 1), "min_mean_cosine": (-1, 1), "max_map_drop": (0, 100), "max_stretch": (1, 1e6)}
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in chosen.items():
+        low, high = ranges.get(name, (1, 0))
+        if not low <= value <= high:
+            raise PmmError(f"the gate {name} is {value:g}", f"The gates are {', '.join(ranges)}; see docs/parity.md")
+    return replace(DEFAULT_GATES[precision], **chosen)
 
 
-# Closeness of embeddings
+@dataclass
+class Subject:
+    """A model while it is measured."""
+
+    embedder: Embedder
+    figures: ModelReport
+    crops: Pixels = field(init=False)
+    """A sample of the images in its input size, (N, height, width, 3) uint8."""
+    embeddings: Embeddings | None = None
+    """(images, D) float32, None where the model cannot run."""
+    retrieval: RetrievalResult | None = None
 
 
-def compare(
+# Invariants: properties of every correct engine, whatever its weights. An engine that breaks one is wrong, and its
+# cosine to a reference may not show it, because that was computed in a single batch size.
+
+PROBES = 8  # number of images
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "int8": 2e-2}
+"""Largest difference relative to the embedding's largest value. Engines use other kernels for other batch sizes."""
+SAME_BATCH_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "int8": 1e-3}  # batch size and kernels are the same
+UNIT_LENGTH_TOLERANCE = 1e-2  # float16 has three digits
+_ODD_SIZES = (2, 3, 7)
+
+
+def check_embeddings(
+    embeddings: Embeddings, paths: Sequence[Path], rows: Sequence[int], crops: Pixels, normalized: bool = False
+) -> list[Invariant]:
+    """Check embeddings of all images, (N, D): `finite`, `distinct` and, where the spec declares it, `unit length`.
+
+    `crops` are the images in the given rows.
+    """
+    finite = finite_rows(embeddings)
+    found = [_none(InvariantName.FINITE, ~finite, paths)]
+    distinct = _none(InvariantName.DISTINCT, (embeddings == 0).all(axis=1), paths)
+    for (one, crop), (other, other_crop) in combinations(zip(rows, crops, strict=True), 2):
+        if distinct.held and (embeddings[one] == embeddings[other]).all() and (crop != other_crop).any():
+            same = int((embeddings == embeddings[one]).all(axis=1).sum())
+            image, other_image = str(paths[one]), str(paths[other])
+            distinct = replace(distinct, held=False, image=image, other_image=other_image, images=same)
+    found.append(distinct)
+    if normalized:
+        lengths = np.where(finite, np.linalg.norm(embeddings.astype(np.float64), axis=1), 1.0)
+        worst = int(np.abs(lengths - 1).argmax())
+        length, limit = float(lengths[worst]), UNIT_LENGTH_TOLERANCE
+        found.append(Invariant(InvariantName.UNIT_LENGTH, abs(length - 1) <= limit, length, limit, str(paths[worst])))
+    return found
+
+
+def _none(name: InvariantName, bad: NDArray[np.bool_], paths: Sequence[Path]) -> Invariant:
+    """Check that no image is bad, or name the first."""
+    first = str(paths[int(bad.argmax())]) if bad.any() else ""
+    return Invariant(name, not bad.any(), image=first, images=int(bad.sum()))
+
+
+def check_batches(
+    embedder: Embedder, probes: Pixels, paths: Sequence[Path], batch_sizes: Sequence[int] = (), report: Report = silent
+) -> list[Invariant]:
+    """Run the model on several batches and check `repeatable`, `equal rows`, `neighbors` and `batch size`.
+
+    `probes` are N >= 1 different images, (N, height, width, 3) uint8, and `paths` their files. Batches of one are
+    compared with batches of `batch_sizes`, of the engine's profile and of a few odd sizes.
+    """
+    embed, count, sizes = embedder.embed_prepared, len(probes), {*batch_sizes, *_ODD_SIZES, PROBES}
+    if profile := embedder.profile:
+        sizes = {size for size in sizes if profile.minimum <= size <= profile.maximum}
+        sizes |= {profile.minimum, profile.optimal, profile.maximum}
+    largest, what = max(sizes), f"invariants of {embedder.path.name}"
+    shape = (2, *probes[0].shape)
+    next_to: dict[Neighbors, Pixels] = {
+        "black images": np.zeros(shape, np.uint8),
+        "white images": np.full(shape, 255, np.uint8),
+        "noise": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
+        "other images": np.resize(probes[1:] if count > 1 else probes, shape),
+    }
+
+    def runs() -> Iterator[tuple[InvariantName, Embeddings, Embeddings, NDArray[np.intp], Neighbors | None]]:
+        """Yield the expected and the actual rows of each run, and the number of each row's image."""
+        alone = np.concatenate([embed(probes[row : row + 1]) for row in range(count)])
+        yield InvariantName.REPEATABLE, embed(probes), embed(probes), np.arange(count), None
+        for image in {0, count - 1}:
+            rows, which = embed(np.repeat(probes[image : image + 1], largest, axis=0)), np.full(largest, image)
+            yield InvariantName.EQUAL_ROWS, np.repeat(rows[:1], largest, axis=0), rows, which, None
+        first = np.zeros(2, np.intp)
+        for neighbors, images in next_to.items():
+            rows = embed(np.concatenate([probes[:1], images, probes[:1]]))[[0, 3]]
+            yield InvariantName.NEIGHBORS, alone[first], rows, first, neighbors
+        for done, size in enumerate(sorted(sizes), start=1):
+            report(what, done, 1 + len(sizes), f"batch of {size}")
+            which = np.resize(np.arange(count), size)
+            for _ in range(2):  # the first run may record a CUDA graph and the second replay it
+                yield InvariantName.BATCH_SIZE, alone[which], embed(probes[which]), which, None
+
+    report(what, 0, 1 + len(sizes))
+    worst: dict[InvariantName, tuple[float, Invariant]] = {}
+    for name, expected, actual, which, neighbors in runs():
+        same_batch = name in (InvariantName.REPEATABLE, InvariantName.EQUAL_ROWS)
+        limit = (SAME_BATCH_TOLERANCE if same_batch else TOLERANCE)[embedder.spec.precision]
+        relative = relative_differences(expected, actual)
+        relative[~finite_rows(expected) & ~finite_rows(actual)] = 0.0  # reported by `finite`
+        row = int(relative.argmax())
+        value, image, batch = float(relative[row]), str(paths[int(which[row])]), 4 if neighbors else len(actual)
+        if name not in worst or value > worst[name][0]:
+            finite = value if math.isfinite(value) else None
+            found = Invariant(name, value <= limit, finite, limit, image, "", 0, batch, row, neighbors)
+            worst[name] = value, found
+    report(what, 1 + len(sizes), 1 + len(sizes))
+    return [invariant for _, invariant in worst.values()]
+
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_INTEGER_PRODUCTS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm")
+MIN_WEIGHTS = 0.9
+"""Fraction of the weights that must have the declared type, for FP32 and FP16. INT8 graphs may keep layers in float."""
+
+
+def precision_failure(model: Path, declared: str) -> Failure | None:
+    """Compare the weights of an ONNX file with the precision that its spec declares; some tools convert nothing.
+
+    Only ONNX files are checked, if the onnx package is installed: the manifest of an engine counts its layers, and
+    checkpoints are FP32.
+    """
+    if model.suffix != ".onnx" or find_spec("onnx") is None:
+        return None
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    quantized = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    types, sizes = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}, Counter[str]()
+    for node in graph.node:
+        for name in node.input if node.op_type in _PRODUCTS + _INTEGER_PRODUCTS else ():
+            tensor = stored.get(quantized.get(name, name))
+            if tensor is not None and len(tensor.dims) >= 2:  # not a bias, a scale or an activation
+                integer = name in quantized or node.op_type in _INTEGER_PRODUCTS
+                sizes["int8" if integer else types.get(tensor.data_type, "another type")] += math.prod(tensor.dims)
+    share = sizes[declared] / max(1, sizes.total())
+    if share >= MIN_WEIGHTS or (declared == "int8" and share > 0):
+        return None
+    most = sizes.most_common(1)[0][0] if sizes else "missing"
+    return Failure(FailureKind.PRECISION, share, MIN_WEIGHTS, detail=most)
+
+
+# Differences from the reference
+
+
+def compare(model: Subject, reference: Subject, paths: Sequence[Path], dataset: ReidDataset | None = None) -> None:
+    """Compare a model's embeddings of the same images, and its retrieval on `dataset`, with those of the reference.
+
+    Fills in the model's parity, change of retrieval and failed gates.
+    """
+    ours, theirs, figures = model.embedder.spec, reference.embedder.spec, model.figures
+    if model.embeddings is None or reference.embeddings is None:
+        return
+    if ours.embedding_size != theirs.embedding_size:
+        figures.failures.append(Failure(FailureKind.EMBEDDING_SIZE, ours.embedding_size, theirs.embedding_size))
+        return
+    expected, retrieval = reference.embeddings, reference.retrieval
+    if ours.normalized_output and not theirs.normalized_output:
+        expected = unit_length(expected)  # such a model ranks by cosine: compare it with the reference's directions
+        retrieval = evaluate_dataset(dataset, expected) if dataset else None
+    figures.parity = differences(expected, model.embeddings, paths, ours.stages if ours.stages == theirs.stages else {})
+    if retrieval and model.retrieval:
+        figures.retrieval_change = retrieval_change(retrieval, model.retrieval)
+    figures.failures += failed_gates(figures.parity, figures.retrieval_change, figures.gates)
+
+
+def differences(
     reference: Embeddings,
     candidate: Embeddings,
     paths: Sequence[Path],
@@ -68,32 +231,24 @@ def compare(
     The reference is finite; rows of the candidate that are not have cosine 0, and length ratio 1, as rows of zeros do.
     `stages` are slices [start, stop) of the embedding; a single stage is not reported separately.
     """
+
+    def closeness(start: int, stop: int | None) -> Closeness:
+        cosine = cosines(reference[:, start:stop], candidate[:, start:stop])
+        least, low, mean = float(cosine.min()), float(np.percentile(cosine, 1)), float(cosine.mean())
+        relative = float(relative_differences(reference[:, start:stop], candidate[:, start:stop]).max())
+        worst = str(paths[int(cosine.argmin())])
+        return Closeness(least, low, mean, relative if math.isfinite(relative) else None, worst)
+
     expected, actual = (np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (reference, candidate))
     valid = finite_rows(candidate) & (expected > 0) & (actual > 0)
     stretch = np.divide(actual, expected, out=np.ones(len(paths)), where=valid)
-    quantiles = np.quantile(cosines(reference, candidate), np.linspace(0, 1, QUANTILES))
-    slices = stages if stages and len(stages) > 1 else {}
     return Parity(
-        whole=_closeness(reference, candidate, paths),
-        stages={
-            name: _closeness(reference[:, start:stop], candidate[:, start:stop], paths)
-            for name, (start, stop) in slices.items()
-        },
-        cosine_quantiles=quantiles.tolist(),
+        whole=closeness(0, None),
+        stages={name: closeness(*stage) for name, stage in (stages or {}).items() if stages and len(stages) > 1},
+        cosine_quantiles=np.quantile(cosines(reference, candidate), np.linspace(0, 1, QUANTILES)).tolist(),
         shortest=float(stretch.min()),
         longest=float(stretch.max()),
         stretched_image=str(paths[int(np.abs(np.log(stretch)).argmax())]),
-    )
-
-
-def _closeness(reference: Embeddings, candidate: Embeddings, paths: Sequence[Path]) -> Closeness:
-    cosine, relative = cosines(reference, candidate), float(relative_differences(reference, candidate).max())
-    return Closeness(
-        cosine_min=float(cosine.min()),
-        cosine_p1=float(np.percentile(cosine, 1)),
-        cosine_mean=float(cosine.mean()),
-        largest_relative=relative if math.isfinite(relative) else None,
-        worst_image=str(paths[int(cosine.argmin())]),
     )
 
 
@@ -110,10 +265,37 @@ def relative_differences(reference: Embeddings, candidate: Embeddings) -> NDArra
     return np.divide(difference, largest, out=difference.copy(), where=largest > 0)
 
 
-def parity_failures(parity: Parity, gates: Gates) -> list[Failure]:
-    """Return the gates on cosine and length that a model fails.
+RESAMPLES, SEED = 2000, 0
+"""Of the bootstrap. The seed is fixed, so that the same embeddings give the same interval."""
 
-    Cosine does not depend on the length of an embedding, but Euclidean distances and thresholds on them do.
+
+def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult) -> RetrievalChange:
+    """Compare a model's retrieval with the reference, query by query."""
+    before, now = (
+        np.stack([one.first_match_rank == 1, one.average_precision, one.inverse_penalty], axis=1)
+        for one in (reference, candidate)
+    )
+    rank1, mean_ap, mean_inp = paired_changes((now - before)[reference.first_match_rank > 0])
+    return RetrievalChange(rank1, mean_ap, mean_inp, reference.valid_queries)
+
+
+def paired_changes(values: NDArray[np.float64]) -> list[Change]:
+    """Return the mean of each column with its 95 % percentile interval of a bootstrap over rows (Efron, 1979).
+
+    `values` is (queries, figures). A row is the difference between two models on one query, so that the difficulty of
+    the query cancels out; the same rows are drawn for all columns.
+    """
+    random, count = np.random.default_rng(SEED), len(values)
+    means = [values[random.integers(0, count, count)].mean(axis=0) for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    return [Change(*map(float, figures)) for figures in zip(values.mean(axis=0), low, high, strict=True)]
+
+
+def failed_gates(parity: Parity, change: RetrievalChange | None, gates: Gates) -> list[Failure]:
+    """Return the gates that a model fails.
+
+    Cosine does not depend on the length of an embedding, but Euclidean distances and thresholds on them do. The
+    interval of the change of mAP is ignored: few queries must not make a model pass.
     """
     whole, failures = parity.whole, []
     if not whole.cosine_min >= gates.min_cosine:
@@ -123,45 +305,6 @@ def parity_failures(parity: Parity, gates: Gates) -> list[Failure]:
     if not 1 / gates.max_stretch <= parity.shortest <= parity.longest <= gates.max_stretch:
         worst = parity.longest if parity.longest * parity.shortest >= 1 else parity.shortest
         failures.append(Failure(FailureKind.LENGTH, worst, gates.max_stretch, parity.stretched_image))
+    if change and (drop := -100 * change.mAP.difference) > gates.max_map_drop:
+        failures.append(Failure(FailureKind.MAP_DROP, drop, gates.max_map_drop, change=change.mAP))
     return failures
-
-
-# Change of retrieval, and how certain it is
-
-RESAMPLES = 2000
-SEED = 0
-"""Fixed, so that the same embeddings give the same interval."""
-_RESAMPLES_AT_ONCE = 100  # 10 MB for 11,659 queries, the largest public data set
-
-
-def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult) -> RetrievalChange:
-    """Compare a model's retrieval with the reference, query by query."""
-    before, now = (
-        np.stack([one.first_match_rank == 1, one.average_precision, one.inverse_penalty], axis=1)
-        for one in (reference, candidate)
-    )
-    valid = reference.first_match_rank > 0
-    rank1, mean_ap, mean_inp = paired_changes((now - before)[valid])
-    return RetrievalChange(rank1, mean_ap, mean_inp, reference.valid_queries)
-
-
-def paired_changes(differences: NDArray[np.float64]) -> list[Change]:
-    """Return the mean of each column with its 95 % percentile interval of a bootstrap over rows (Efron, 1979).
-
-    `differences` is (queries, figures). A row is the difference between two models on one query, so that the difficulty
-    of the query cancels out; the same rows are drawn for all columns.
-    """
-    random, count = np.random.default_rng(SEED), len(differences)
-    means = []
-    for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):
-        rows = random.integers(0, count, (min(_RESAMPLES_AT_ONCE, RESAMPLES - start), count), dtype=np.int32)
-        means.append(np.stack([column[rows].mean(axis=1) for column in differences.T], axis=1))
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0)
-    return [Change(*map(float, figures)) for figures in zip(differences.mean(axis=0), low, high, strict=True)]
-
-
-def map_failure(change: RetrievalChange, gates: Gates) -> Failure | None:
-    """Return the failure of the mAP gate, or None. Few queries must not make a model pass: the interval is ignored."""
-    drop = -100 * change.mAP.difference
-    failed = drop > gates.max_map_drop
-    return Failure(FailureKind.MAP_DROP, drop, gates.max_map_drop, change=change.mAP) if failed else None

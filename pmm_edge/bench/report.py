@@ -182,15 +182,6 @@ class Clocks:
     max_mhz: int
 
 
-class Throttle(Enum):
-    """Why a GPU lowers its clocks."""
-
-    POWER_LIMIT = "power limit"
-    TEMPERATURE = "temperature"
-    HARDWARE = "hardware slowdown"
-    POWER_BRAKE = "external power brake"
-
-
 @dataclass(frozen=True)
 class Latency:
     """Wall-clock time of one batch."""
@@ -210,7 +201,6 @@ class Latency:
     gpu_ms: float | None = None
     cpu_clocks: Clocks | None = None
     gpu_clocks: Clocks | None = None
-    slowed_by: tuple[Throttle, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,7 +210,6 @@ class ColdStart:
     first_embedding_ms: Positive
     peak_memory_mib: Positive
     batch: AtLeastOne
-    gpu_memory_mib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -284,7 +273,6 @@ class BenchWarning:
     limit: float | None = None
     count: int | None = None
     total: int | None = None
-    slowed_by: tuple[Throttle, ...] = ()
     detail: str = ""
 
 

@@ -1,31 +1,128 @@
-"""Clocks, GPU memory and energy: NVML for GPUs, the kernel's files for CPU clocks and for Jetson."""
+"""The machine that a bench runs on: whether it is quiet, what it is, its clocks and energy.
 
-from __future__ import annotations
+GPUs are read through NVML, CPU clocks and Jetson through the kernel's files under `root`.
+"""
 
 import ctypes
-import threading
+import os
+import platform
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from threading import Event
+from typing import Any, Literal, NamedTuple
 
 import pynvml
 
-from pmm_edge.bench.report import Clocks, Energy, Throttle
+from pmm_edge import machine
+from pmm_edge.bench.report import BenchWarning, Clocks, Energy, Environment, Latency, WarningKind
 from pmm_edge.images import Pixels
-from pmm_edge.machine import CPUFREQ, text_of
+from pmm_edge.machine import text_of
 from pmm_edge.runtime.embedder import Embedder, parse_device
 
-_THROTTLES: dict[int, Throttle] = {
-    pynvml.nvmlClocksEventReasonSwPowerCap: Throttle.POWER_LIMIT,
-    pynvml.nvmlClocksEventReasonHwSlowdown: Throttle.HARDWARE,
-    pynvml.nvmlClocksEventReasonSwThermalSlowdown: Throttle.TEMPERATURE,
-    pynvml.nvmlClocksEventReasonHwThermalSlowdown: Throttle.TEMPERATURE,
-    pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: Throttle.POWER_BRAKE,
-}
+ROOT = Path("/")
+ClockReading = tuple[int | None, int | None]
+"""MHz of the fastest CPU core and of the GPU at one moment; None where the system does not report them."""
+MAX_VARIATION = 0.15  # timings with a larger coefficient of variation are noisy
+MAX_LOAD_PER_CORE = 0.5  # a larger load of other processes disturbs the timings
+_LOAD_SAMPLES, _LOAD_SAMPLE_SECONDS = 10, 0.02
+_THROTTLE_COUNTERS = (
+    "sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count",  # Intel
+    "sys/class/hwmon/*/oc*_event_cnt",  # over-current events of a Jetson
+)
+_PACKAGES = ("pmm-edge", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt")
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class MachineState(NamedTuple):
+    """Load of other processes, cores that this process may use, and throttling events since boot."""
+
+    load: float | None
+    cores: float
+    throttle_events: int
+
+
+def machine_state(root: Path = ROOT) -> MachineState:
+    """Read the state of the machine; the load is averaged over 0.2 s, None if the system does not report it."""
+    running = []
+    with suppress(IndexError):  # not Linux
+        for _ in range(_LOAD_SAMPLES):
+            running.append(int(text_of(root / "proc/loadavg").split()[3].partition("/")[0]) - 1)  # without this thread
+            time.sleep(_LOAD_SAMPLE_SECONDS)
+    return MachineState(mean(running) if running else None, machine.usable_cores(root), _throttle_events(root))
+
+
+def _throttle_events(root: Path) -> int:
+    counts = [text_of(file) for pattern in _THROTTLE_COUNTERS for file in root.glob(pattern)]
+    return sum(int(count) for count in counts if count.isdecimal())
+
+
+def noise_warnings(latencies: Sequence[Latency], before: MachineState, root: Path = ROOT) -> list[BenchWarning]:
+    """Return what makes the timings less reliable: load of other processes before, variation, throttling."""
+    found, quiet = [], MAX_LOAD_PER_CORE * before.cores
+    if before.load is not None and before.load > quiet:
+        found.append(BenchWarning(WarningKind.BUSY, value=before.load, limit=quiet))
+    if noisy := [latency.variation for latency in latencies if latency.variation > MAX_VARIATION]:
+        found.append(BenchWarning(WarningKind.NOISY, "", max(noisy), MAX_VARIATION, len(noisy), len(latencies)))
+    if events := _throttle_events(root) - before.throttle_events:
+        found.append(BenchWarning(WarningKind.THROTTLED, count=events))
+    return found
+
+
+def environment(
+    embedders: Sequence[Embedder], before: MachineState, latencies: Sequence[Latency] = (), root: Path = ROOT
+) -> Environment:
+    """Describe the machine, its settings, the versions of the software and the first GPU that a model runs on.
+
+    Clocks are those during the timings, because the clocks of an idle machine mean nothing.
+    """
+    device = next((one.device for one in embedders if one.device.startswith("cuda")), "cpu")
+    gpu, jetson = open_gpu(device), jetson_gpu(root) if device != "cpu" else None
+    max_hertz = text_of(jetson / "max_freq") if jetson else ""
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return Environment(
+        cpu=machine.processor(root),
+        instruction_set=machine.instruction_set(root),
+        board=text_of(root / "proc/device-tree/model") or None,
+        cores=os.cpu_count() or 1,
+        usable_cores=before.cores,
+        threads={one.backend: one.threads for one in embedders if one.device == "cpu"},
+        thread_settings={name: os.environ[name] for name in _THREAD_SETTINGS if name in os.environ},
+        load=before.load,
+        cpu_clocks=_merged(latency.cpu_clocks for latency in latencies),
+        governors=tuple(sorted(machine.governors(root))),
+        clocks_locked=machine.clocks_are_locked(root),
+        l4t=text_of(root / "etc/nv_tegra_release").partition(", GCID")[0].lstrip("# ") or None,
+        power_mode=_power_mode() if machine.is_jetson(root) else None,
+        gpu=gpu.name if gpu else None,
+        driver=gpu.driver if gpu else None,
+        gpu_clocks=_merged(latency.gpu_clocks for latency in latencies),
+        gpu_max_mhz=gpu.max_mhz if gpu else int(max_hertz) // 10**6 if max_hertz.isdecimal() else None,
+        os=platform.platform(),
+        python=platform.python_version(),
+        versions=versions,
+    )
+
+
+def _merged(clocks: Iterable[Clocks | None]) -> Clocks | None:
+    return clock_range(mhz for clock in clocks if clock for mhz in (clock.min_mhz, clock.max_mhz))
+
+
+def _power_mode() -> str | None:
+    """Return the power mode of a Jetson, such as `MAXN (0)`. `nvpmodel -q` prints the name, then the number."""
+    with suppress(OSError, subprocess.TimeoutExpired, ValueError):
+        ended = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=10, check=False)
+        name, number = ended.stdout.partition("NV Power Mode:")[2].split()
+        return f"{name} ({number})"
+    return None
 
 
 class Gpu:
@@ -44,22 +141,8 @@ class Gpu:
         return None if millijoules is None else millijoules / 1000
 
     @property
-    def used_mib(self) -> float | None:
-        """Memory in use by all processes."""
-        memory = self._query(pynvml.nvmlDeviceGetMemoryInfo)
-        return None if memory is None else memory.used / 2**20
-
-    @property
     def clock_mhz(self) -> int | None:
-        """Current clock of the multiprocessors."""
-        clock: int | None = self._query(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM)
-        return clock
-
-    @property
-    def slowed_by(self) -> tuple[Throttle, ...]:
-        """What holds the clocks down right now; empty if nothing does or the driver does not say."""
-        reasons = self._query(pynvml.nvmlDeviceGetCurrentClocksEventReasons) or 0
-        return tuple(dict.fromkeys(throttle for bit, throttle in _THROTTLES.items() if reasons & bit))
+        return self._query(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM)
 
     def _query(self, function: Callable[..., Any], *arguments: object) -> Any:
         try:
@@ -95,29 +178,17 @@ def _pci_bus_id(index: int) -> bytes | None:
     return None if failed or cuda.cuDeviceGetPCIBusId(bus_id, len(bus_id), device) else bus_id.value
 
 
-@dataclass(frozen=True)
-class ClockReading:
-    """Clocks at one moment; None where the system does not report them."""
-
-    cpu_mhz: int | None = None
-    """Of the fastest core, because the others may be idle."""
-    gpu_mhz: int | None = None
-    slowed_by: tuple[Throttle, ...] = ()
-
-
-def clock_reader(device: str, root: Path = Path("/")) -> Callable[[], ClockReading]:
+def clock_reader(device: str, root: Path = ROOT) -> Callable[[], ClockReading]:
     """Return a function that reads the clocks of the CPU, and of the GPU if `device` is one."""
-    cores = list(root.glob(f"{CPUFREQ}/scaling_cur_freq"))
-    gpu = open_gpu(device)
+    cores, gpu = list(root.glob(f"{machine.CPUFREQ}/scaling_cur_freq")), open_gpu(device)
     jetson = jetson_gpu(root) if parse_device(device)[0] == "cuda" else None
 
     def read() -> ClockReading:
         gpu_mhz = gpu.clock_mhz if gpu else None  # first, because a GPU lowers its clock quickly
-        slowed_by = gpu.slowed_by if gpu else ()
         if jetson and (hertz := text_of(jetson / "cur_freq")).isdecimal():
             gpu_mhz = int(hertz) // 10**6
         kilohertz = [int(text) for text in map(text_of, cores) if text.isdecimal()]
-        return ClockReading(max(kilohertz) // 1000 if kilohertz else None, gpu_mhz, slowed_by)
+        return max(kilohertz) // 1000 if kilohertz else None, gpu_mhz
 
     return read
 
@@ -130,80 +201,63 @@ def clock_range(readings: Iterable[int | None]) -> Clocks | None:
 
 def jetson_gpu(root: Path) -> Path | None:
     """Return the devfreq folder of a Jetson's GPU; None on other machines."""
-    endings = (".gpu", ".ga10b", ".gv11b", ".gp10b", ".gm20b")  # they depend on JetPack version and module
-    return next((folder for folder in sorted(root.glob("sys/class/devfreq/*")) if folder.name.endswith(endings)), None)
+    folders = sorted(root.glob("sys/class/devfreq/*"))
+    return next((folder for folder in folders if folder.name.endswith((".gpu", ".ga10b"))), None)
 
 
-Rail = tuple[Path, Path]
-"""The millivolts and the milliamperes of one channel of an INA3221 power sensor."""
 RAIL_SAMPLE_SECONDS = 0.02
 """Reading a power sensor takes about 1 ms on a Jetson."""
 _RAILS = (
     ("VDD_IN",),  # the whole module; the other rails are parts of it
-    ("5V_IN",),
-    ("POM_5V_IN",),
     ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),  # AGX Orin; VDDQ_VDD2_1V8AO is fed by VIN_SYS_5V0
-    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
 )
 """Rails that add up to the power of a module."""
 
 
-def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, sys: Path = Path("/sys")) -> Energy | None:
-    """Run a model repeatedly on one batch and measure the energy that the device uses, idle power included.
+def power_rails(root: Path = ROOT) -> list[tuple[Path, Path]]:
+    """Find the INA3221 channels, as files of millivolts and milliamperes, that add up to the power of a Jetson.
 
-    `crops` is the batch, (N, height, width, 3) uint8 RGB at network size. The duration in `seconds` must be long,
-    because energy counters of GPUs update only a few times per second. Returns None if the machine has neither a GPU
-    with an energy counter (NVML) nor the power rails of a Jetson (INA3221).
+    Empty on other machines and for unknown rails.
     """
-    gpu, rails = open_gpu(embedder.device), power_rails(sys)
-    before = gpu.joules if gpu else None
-    if before is None and not rails:
-        return None
-    embedder.embed_prepared(crops)
-    source: Literal["NVML", "INA3221"]
-    if gpu and (before := gpu.joules) is not None:
-        source, (runs, elapsed) = "NVML", _repeat(embedder, crops, seconds)
-        after = gpu.joules
-        assert after is not None
-        joules = after - before
-    else:
-        stop = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            watts = pool.submit(_mean_watts, rails, stop)
-            try:
-                source, (runs, elapsed) = "INA3221", _repeat(embedder, crops, seconds)
-            finally:
-                stop.set()
-        joules = watts.result() * elapsed
-    return Energy(joules / (runs * len(crops)), joules / elapsed, source, len(crops), elapsed)
-
-
-def _repeat(embedder: Embedder, crops: Pixels, seconds: float) -> tuple[int, float]:
-    """Return how often the model ran, and the seconds this took."""
-    start, runs = time.perf_counter(), 0
-    while True:
-        embedder.embed_prepared(crops)
-        runs += 1
-        if (elapsed := time.perf_counter() - start) >= seconds:
-            return runs, elapsed
-
-
-def _mean_watts(rails: list[Rail], stop: threading.Event) -> float:
-    """Sample the power of the rails until `stop` is set."""
-    watts: list[float] = []
-    while not watts or not stop.wait(RAIL_SAMPLE_SECONDS):
-        watts.append(sum(int(text_of(millivolts)) * int(text_of(amperes)) / 1e6 for millivolts, amperes in rails))
-    return mean(watts)
-
-
-def power_rails(sys: Path = Path("/sys")) -> list[Rail]:
-    """Find the rails that add up to the power of a Jetson module; empty on other machines and for unknown rails."""
-    rails: dict[str, Rail] = {}
+    rails = {}
     for folder in ("class/hwmon/hwmon*", "bus/i2c/drivers/ina3221/*/hwmon/hwmon*"):  # some kernels list only one
-        for label in sys.glob(f"{folder}/in[1-3]_label"):
-            channel = label.name[2]
-            files = label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input")
-            enabled = all(text_of(file) for file in files)
-            if enabled and text_of(label.with_name("name")) == "ina3221":
+        for label in root.glob(f"sys/{folder}/in[1-3]_label"):
+            files = label.with_name(f"in{label.name[2]}_input"), label.with_name(f"curr{label.name[2]}_input")
+            if all(map(text_of, files)) and text_of(label.with_name("name")) == "ina3221":  # enabled
                 rails[text_of(label)] = files
     return next(([rails[name] for name in names] for names in _RAILS if rails.keys() >= set(names)), [])
+
+
+def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, root: Path = ROOT) -> Energy | None:
+    """Measure the energy of the device, idle power included, while a model runs on `crops`, as in `embed_prepared`.
+
+    `seconds` must be long, because energy counters of GPUs update only a few times per second. Returns None if the
+    machine has neither a GPU with an energy counter (NVML) nor the power rails of a Jetson (INA3221).
+    """
+    gpu, rails = open_gpu(embedder.device), power_rails(root)
+    if gpu and gpu.joules is None:
+        gpu = None
+    if not gpu and not rails:
+        return None
+    watts, stop = list[float](), Event()
+
+    def sample() -> None:
+        while not watts or not stop.wait(RAIL_SAMPLE_SECONDS):
+            watts.append(sum(int(text_of(volts)) * int(text_of(amperes)) / 1e6 for volts, amperes in rails))
+
+    embedder.embed_prepared(crops)
+    with ThreadPoolExecutor(1) as pool:
+        before, sampled = (gpu.joules, None) if gpu else (None, pool.submit(sample))
+        start, runs, elapsed = time.perf_counter(), 0, 0.0
+        try:
+            while elapsed < seconds:
+                embedder.embed_prepared(crops)
+                runs, elapsed = runs + 1, time.perf_counter() - start
+        finally:
+            stop.set()
+        after = gpu.joules if gpu else None
+        if sampled:
+            sampled.result()
+    joules = mean(watts) * elapsed if before is None or after is None else after - before
+    source: Literal["NVML", "INA3221"] = "NVML" if gpu else "INA3221"
+    return Energy(joules / (runs * len(crops)), joules / elapsed, source, len(crops), elapsed)

@@ -58,7 +58,7 @@ _WARNINGS = {
     WarningKind.NOISY: "{count} of {total} timings are noisy: the standard deviation reaches {percent:.0f} % of the"
     " mean (quiet machines stay below {limit_percent:.0f} %); stop other processes and lock the clocks (jetson_clocks,"
     " or cpupower frequency-set -g performance). On a VM, other tenants add noise",
-    WarningKind.THROTTLED: "the machine slowed down during the measurement ({reasons}); cool it or lock lower clocks",
+    WarningKind.THROTTLED: "the processor slowed down {count} times during the timings; cool it or lock lower clocks",
 }
 
 
@@ -77,10 +77,8 @@ def describe_failure(failure: bench.Failure) -> str:
 def describe_warning(warning: bench.BenchWarning) -> str:
     """Describe a warning and what to do about it."""
     name, value, limit = Path(warning.model).name, warning.value or 0.0, warning.limit or 0.0
-    reasons = [f"the processor {warning.count} times"] if warning.count else []
-    reasons += [f"the GPU because of its {reason.value}" for reason in warning.slowed_by]
     fields = vars(warning) | {"value": value, "limit": limit, "percent": 100 * value, "limit_percent": 100 * limit}
-    fields |= {"name": name, "about": f"{name}: " if name else "", "reasons": ", ".join(reasons)}
+    fields |= {"name": name, "about": f"{name}: " if name else ""}
     return _WARNINGS[warning.kind].format(**fields)
 
 
@@ -211,10 +209,10 @@ def cost_table(report: bench.BenchReport) -> Table | None:
     for name, model in named(report):
         start, energy = model.cold_start, model.energy
         first = milliseconds(start.first_embedding_ms) if start else NOT_MEASURED
-        memory = [_cell(getattr(start, name, None), ",.0f") for name in ("peak_memory_mib", "gpu_memory_mib")]
+        memory = _cell(start.peak_memory_mib if start else None, ",.0f")
         joules = _cell(energy.joules_per_embedding if energy else None, ".3g")
-        rows.append((name, f"{model.file_bytes / 2**20:,.1f}", first, *memory, joules))
-    columns = ("model", "file\nMiB", "first\nembed. ms", "memory\nMiB", "GPU mem.\nMiB", "J per\nembed.")
+        rows.append((name, f"{model.file_bytes / 2**20:,.1f}", first, memory, joules))
+    columns = ("model", "file\nMiB", "first\nembed. ms", "memory\nMiB", "J per\nembed.")
     measured = any(model.cold_start or model.energy for _, model in named(report))
     return Table("Size, cold start, memory, energy (–: not measured)", columns, rows) if measured else None
 

@@ -33,6 +33,7 @@ class ImageList:
     names: list[str]  # the paths as they are stored: relative to the folder or data set, or the lines of a list
     labels: dict[str, NDArray[Any]] | None = None
     """Of a data set, (N,) each: `pids` (-1 is junk, 0 a distractor), `camids`, and `split`: query, gallery or train."""
+    dataset: ReidDataset | None = None
 
 
 def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
@@ -53,7 +54,8 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
             name: np.concatenate([getattr(split, name) for split in splits.values()]) for name in ("pids", "camids")
         }
         labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
-        images = ImageList(dataset.layout, paths, [path.relative_to(dataset.root).as_posix() for path in paths], labels)
+        names = [path.relative_to(dataset.root).as_posix() for path in paths]
+        images = ImageList(dataset.layout, paths, names, labels, dataset)
     elif source.is_dir():
         files = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         shown = sorted(file for file in files if not any(part.startswith(".") for part in file.parts))

@@ -95,12 +95,11 @@ def test_verify(report: BenchReport, tiny_dataset: Path, tiny_checkpoint: Path, 
     write_certificates(report)
     first, second = paths_of(report)
     moved = Path(shutil.copytree(tiny_dataset, tmp_path / "moved"))
-    assert all(item.passed for item in verify([first, second], moved, reference=tiny_checkpoint))
+    assert not any(item.failures for item in verify([first, second], moved, reference=tiny_checkpoint))
     image = next((moved / "query").iterdir())
     image.write_bytes(image.read_bytes() + b"\x00")
     second.write_bytes(second.read_bytes() + b"\x00")
     found = verify([first, second], moved, reference=first)
-    assert [item.passed for item in found] == [False, False]
     assert [len(item.failures) for item in found] == [2, 1]  # other images and another reference; another model
     assert found[1].certificate is None
 

@@ -94,10 +94,8 @@ def judge(models: list[Path], reference: Path, data: Path, **options: object) ->
     """Run a bench on few images, without pages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "write_html", lambda *args: None)
-        patch.setattr("pmm_edge.bench.diagnosis.IMAGES", 4)
-        patch.setattr("pmm_edge.bench.invariants.PROBES", 3)
-        patch.setattr(pipeline, "PROBES", 3)
-        patch.setattr("pmm_edge.bench.invariants._ODD_SIZES", (2,))
+        patch.setattr("pmm_edge.bench.parity.PROBES", 4)
+        patch.setattr("pmm_edge.bench.parity._ODD_SIZES", (2,))
         options |= {"batch_sizes": (1,), "device": "cpu", "parity_only": True, "out": models[0].with_suffix(".json")}
         report = bench(models, reference=reference, data=data, **options).report
     assert report.complete

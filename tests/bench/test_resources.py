@@ -1,35 +1,42 @@
-"""Clocks, GPU queries and energy, from files as the kernel lays them out and a simulated NVML."""
+"""The machine, its noise, clocks and energy, from files as the kernel lays them out and a simulated NVML."""
 
+import os
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pynvml
 import pytest
 
 from pmm_edge.bench import resources
-from pmm_edge.bench.report import Clocks, Throttle
+from pmm_edge.bench.report import Clocks, Latency, WarningKind
 from pmm_edge.bench.resources import (
-    ClockReading,
+    MachineState,
     clock_range,
     clock_reader,
-    jetson_gpu,
+    environment,
+    machine_state,
     measure_energy,
+    noise_warnings,
     open_gpu,
     power_rails,
 )
+from pmm_edge.machine import instruction_set, usable_cores
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec
 
+QUIET = MachineState(load=0.1, cores=2, throttle_events=0)
 BATCH = np.zeros((4, 4, 2, 3), np.uint8)
+CPU = "sys/devices/system/cpu"
 
 
-class Counted(Embedder):
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__(ModelSpec("pmm", "none", 1, InputSpec(4, 2), 3, {}), Path("model"), "none", device)
-        self.runs = 0
+class Engine(Embedder):
+    """A device and a number of threads; it counts runs, and there is no network."""
+
+    def __init__(self, device: str = "cpu", backend: str = "onnxruntime", threads: int | None = None) -> None:
+        super().__init__(ModelSpec("pmm", "none", 1, InputSpec(4, 2), 3, {}), Path("model"), backend, device)
+        self.threads, self.runs = threads, 0
 
     def embed_prepared(self, images: np.ndarray) -> np.ndarray:
         self.runs += 1
@@ -37,9 +44,20 @@ class Counted(Embedder):
         return np.zeros((len(images), 3), np.float32)
 
 
-def write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{content}\n")
+def write(root: Path, files: dict[str, object]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{content}\n")
+
+
+def timed(variation: float = 0.0, gpu: Clocks | None = None) -> Latency:
+    return Latency(1, "model", False, 50, 1.0, 1.0, 1.0, variation, 1.0, 1.0, 1.0, 1.0, gpu_clocks=gpu)
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
 
 
 @pytest.fixture
@@ -50,75 +68,160 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         "nvmlDeviceGetName": lambda: "NVIDIA H100",
         "nvmlDeviceGetMaxClockInfo": lambda: 1980,
         "nvmlDeviceGetClockInfo": lambda: 1410,
-        "nvmlDeviceGetMemoryInfo": lambda: SimpleNamespace(used=3 << 30),
-        "nvmlDeviceGetCurrentClocksEventReasons": lambda: 0x65,
         "nvmlDeviceGetTotalEnergyConsumption": lambda: next(energy),
     }
 
     def unsupported() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-    def handle(bus_id: bytes) -> str:
-        return "handle" if bus_id == b"0000:C1:00.0" else unsupported()
-
     for name in list(answers):
         monkeypatch.setattr(pynvml, name, lambda handle, *rest, name=name: answers.get(name, unsupported)())
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.65.06")
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByPciBusId", handle)
+    handle = {b"0000:C1:00.0": "handle"}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByPciBusId", lambda bus_id: handle.get(bus_id) or unsupported())
     monkeypatch.setattr(resources, "_pci_bus_id", {0: b"0000:01:00.0", 1: b"0000:C1:00.0"}.get)
     return answers
 
 
-def test_a_gpu(nvml: dict[str, object]) -> None:
+# Environment and noise
+
+
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in resources._THREAD_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    engines = Engine("cpu", "torch", 3), Engine("cpu"), Engine("cuda:0", "tensorrt")
+    found = environment(engines, machine_state())
+    assert found.cpu
+    assert found.cores >= found.usable_cores > 0
+    assert found.load is not None
+    assert {"numpy", "pillow"} <= found.versions.keys()
+    assert found.thread_settings == {"OMP_NUM_THREADS": "3"}
+    assert found.threads == {"torch": 3, "onnxruntime": None}
+
+
+def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: None) -> None:
+    scaling = {"governor": "schedutil", "min_freq": 1984000, "max_freq": 1984000}
+    frequencies = {
+        f"{CPU}/cpu{core}/cpufreq/scaling_{name}": value for core in range(6) for name, value in scaling.items()
+    }
+    board = "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
+    files = {
+        "proc/device-tree/model": f"{board}\0",
+        "proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 62.50\nFeatures\t: fp asimd aes asimddp",
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic",
+        "sys/class/devfreq/17000000.gpu/max_freq": 918000000,
+        "bin/nvpmodel": "#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\necho 0",
+    }
+    write(tmp_path, files | frequencies)
+    (tmp_path / "bin/nvpmodel").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    latencies = [timed(gpu=Clocks(612, 714)), timed(gpu=Clocks(816, 918)), timed()]
+    found = environment([Engine("cuda:0", "tensorrt")], machine_state(tmp_path), latencies, tmp_path)
+    assert (found.board, found.l4t, found.power_mode) == (board, "R36 (release), REVISION: 4.3", "MAXN_SUPER (0)")
+    assert (found.cores, found.usable_cores, found.instruction_set) == (8, 6, "asimddp")
+    assert (found.governors, found.clocks_locked) == (("schedutil",), True)
+    assert (found.gpu_clocks, found.gpu_max_mhz) == (Clocks(612, 918), 918)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("sse2 avx avx2", "avx2"), ("avx2 avx512f avx512_vnni", "avx512_vnni"), ("avx2 avx_vnni", "avx_vnni")],
+)
+def test_the_instruction_set(flags: str, name: str, tmp_path: Path) -> None:
+    write(tmp_path, {"proc/cpuinfo": f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}"})
+    assert instruction_set(tmp_path) == name
+    assert environment([], QUIET, root=tmp_path).cpu == "AMD EPYC"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/user/job", {"user/cpu.max": "200000 100000", "user/job/cpu.max": "max 100000"}, 2),
+        ("0::/host/name", {"cpu.max": "400000 100000"}, 4),
+        ("4:cpu,cpuacct:/a", {"cpu,cpuacct/a/cpu.cfs_quota_us": 50000, "cpu,cpuacct/a/cpu.cfs_period_us": 100000}, 0.5),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000}, 6),
+        ("", {}, 6),
+    ],
+)
+def test_usable_cores(cgroup: str, files: dict[str, object], cores: float, tmp_path: Path, eight_cores: None) -> None:
+    write(tmp_path, {"proc/self/cgroup": cgroup})
+    write(tmp_path / "sys/fs/cgroup", files)
+    assert usable_cores(tmp_path) == cores
+
+
+def test_noise(tmp_path: Path) -> None:
+    assert noise_warnings([timed(0.02), timed(0.14)], QUIET, tmp_path) == []
+    (busy,) = noise_warnings([timed()], QUIET._replace(load=3.2), tmp_path)
+    assert (busy.kind, busy.value, busy.limit) == (WarningKind.BUSY, 3.2, 1.0)
+    assert not noise_warnings([timed()], QUIET._replace(load=3.2, cores=64), tmp_path)
+    assert not noise_warnings([timed()], QUIET._replace(load=None), tmp_path)
+    (noisy,) = noise_warnings([timed(0.02), timed(0.2), timed(0.31)], QUIET, tmp_path)
+    assert (noisy.kind, noisy.value, noisy.limit, noisy.count, noisy.total) == (WarningKind.NOISY, 0.31, 0.15, 2, 3)
+    write(
+        tmp_path,
+        {
+            "proc/loadavg": "7.25 3.10 1.00 3/120 4711",  # much ran a minute ago; now two others do
+            f"{CPU}/cpu0/thermal_throttle/core_throttle_count": 3,
+            "sys/class/hwmon/hwmon2/oc1_event_cnt": 1,
+        },
+    )
+    before = machine_state(tmp_path)
+    assert (before.load, before.throttle_events) == (2, 4)
+    write(tmp_path, {"sys/class/hwmon/hwmon2/oc1_event_cnt": 3})
+    (found,) = noise_warnings([timed()], before._replace(load=0), tmp_path)
+    assert (found.kind, found.count) == (WarningKind.THROTTLED, 2)
+
+
+# GPUs and clocks
+
+
+def test_gpus(nvml: dict[str, object]) -> None:
     gpu = open_gpu("cuda:1")
     assert gpu
     assert (gpu.name, gpu.driver, gpu.max_mhz, gpu.clock_mhz) == ("NVIDIA H100", "580.65.06", 1980, 1410)
-    assert (gpu.joules, gpu.used_mib) == (5.0, 3072)
-    assert gpu.slowed_by == (Throttle.POWER_LIMIT, Throttle.TEMPERATURE)
+    assert gpu.joules == 5.0
+    found = environment([Engine("cpu", "torch"), Engine("cuda:1"), Engine("cuda:0")], QUIET)  # the first GPU
+    assert (found.gpu, found.driver, found.gpu_max_mhz) == ("NVIDIA H100", "580.65.06", 1980)
+    assert environment([Engine("cpu")], QUIET).gpu is None
     nvml.clear()
     gpu = open_gpu("cuda:1")
     assert gpu
-    assert (gpu.name, gpu.max_mhz, gpu.clock_mhz, gpu.joules, gpu.used_mib) == (None,) * 5
-    assert gpu.slowed_by == ()
-
-
-def test_no_gpu(nvml: dict[str, object]) -> None:
-    assert open_gpu("cpu") is None
-    assert open_gpu("cuda:0") is None  # known to CUDA, not to NVML
-    assert open_gpu("cuda:2") is None
+    assert (gpu.name, gpu.max_mhz, gpu.clock_mhz, gpu.joules) == (None,) * 4
+    assert [open_gpu(device) for device in ("cpu", "cuda:0", "cuda:2")] == [None] * 3  # NVML does not know cuda:0
 
 
 def test_clocks_of_the_fastest_core_and_of_gpus(tmp_path: Path, nvml: dict[str, object]) -> None:
-    assert clock_reader("cpu", tmp_path)() == ClockReading()
-    assert jetson_gpu(tmp_path) is None
-    write(tmp_path / "sys/class/devfreq/17000000.gpu/cur_freq", 918_000_000)
-    write(tmp_path / "sys/class/devfreq/15340000.vic/cur_freq", 115_200_000)
-    assert clock_reader("cuda:0", tmp_path)() == ClockReading(gpu_mhz=918)
+    assert clock_reader("cpu", tmp_path)() == (None, None)
+    devices = tmp_path / "sys/class/devfreq"
+    write(devices, {"17000000.gpu/cur_freq": 918_000_000, "15340000.vic/cur_freq": 115_200_000})
+    assert clock_reader("cuda:0", tmp_path)() == (None, 918)
     for core, khz in ((0, 800_000), (1, "<unknown>"), (10, 3_400_000)):
-        write(tmp_path / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", khz)
-    assert clock_reader("cpu", tmp_path)() == ClockReading(3400)
-    (tmp_path / "sys/class/devfreq/17000000.gpu/cur_freq").unlink()
-    throttled = (Throttle.POWER_LIMIT, Throttle.TEMPERATURE)
-    assert clock_reader("cuda:1", tmp_path)() == ClockReading(3400, 1410, throttled)
+        write(tmp_path, {f"{CPU}/cpu{core}/cpufreq/scaling_cur_freq": khz})
+    assert clock_reader("cpu", tmp_path)() == (3400, None)
+    (devices / "17000000.gpu/cur_freq").unlink()
+    assert clock_reader("cuda:1", tmp_path)() == (3400, 1410)
     assert clock_range([1500, None, 1200, 1400]) == Clocks(1200, 1500)
     assert clock_range([None, None]) is None
 
 
-def sensor(sys: Path, address: str, number: int, *channels: tuple[str, int, int], by_class: bool = True) -> Path:
-    """An INA3221 as JetPack 5 and 6 show it: a device folder that the driver and the class link to."""
-    device = sys / "devices/platform/bus@0/c240000.i2c/i2c-1" / address
+# Energy
+
+
+def sensor(root: Path, address: str, number: int, *channels: tuple[str, int, int], by_class: bool = True) -> Path:
+    """An INA3221 as JetPack 6 shows it: a device folder that the driver and the class link to."""
+    device = root / "sys/devices/platform/bus@0/c240000.i2c/i2c-1" / address
     hwmon = device / f"hwmon/hwmon{number}"
-    write(hwmon / "name", "ina3221")
-    write(hwmon / "in7_label", "sum of shunt voltages")
+    write(hwmon, {"name": "ina3221", "in7_label": "sum of shunt voltages"})
     for channel, (label, millivolts, milliamperes) in enumerate(channels, start=1):
-        write(hwmon / f"in{channel}_label", label)
-        write(hwmon / f"in{channel}_input", millivolts)
-        write(hwmon / f"curr{channel}_input", milliamperes)
-    links = [(sys / "bus/i2c/drivers/ina3221" / address, device)]
+        values = {f"in{channel}_label": label, f"in{channel}_input": millivolts, f"curr{channel}_input": milliamperes}
+        write(hwmon, values)
+    links = {root / "sys/bus/i2c/drivers/ina3221" / address: device}
     if by_class:
-        links.append((sys / f"class/hwmon/hwmon{number}", hwmon))
-    for link, target in links:
+        links[root / f"sys/class/hwmon/hwmon{number}"] = hwmon
+    for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target)
     return hwmon
@@ -128,8 +231,7 @@ def sensor(sys: Path, address: str, number: int, *channels: tuple[str, int, int]
 def test_the_input_rail_of_an_orin_nx_is_the_whole_module(tmp_path: Path, by_class: bool) -> None:
     channels = ("VDD_IN", 5000, 2000), ("VDD_CPU_GPU_CV", 5000, 800), ("VDD_SOC", 5000, 400)
     sensor(tmp_path, "1-0040", 4, *channels, by_class=by_class)
-    write(tmp_path / "class/hwmon/hwmon0/name", "tmp451")
-    write(tmp_path / "class/hwmon/hwmon0/in1_label", "VDD_IN")
+    write(tmp_path / "sys/class/hwmon/hwmon0", {"name": "tmp451", "in1_label": "VDD_IN"})
     ((millivolts, milliamperes),) = power_rails(tmp_path)
     assert (millivolts.read_text(), milliamperes.read_text()) == ("5000\n", "2000\n")
 
@@ -139,27 +241,27 @@ def test_the_rails_of_an_agx_orin_add_up(tmp_path: Path) -> None:
     second = sensor(tmp_path, "1-0041", 4, ("VDD_IN", 0, 0), ("VDDQ_VDD2_1V8AO", 5000, 300))
     (second / "in1_input").unlink()  # disabled
     assert len(power_rails(tmp_path)) == 3
-    found = measure_energy(Counted(), BATCH, 0.05, tmp_path)
+    found = measure_energy(Engine(), BATCH, 0.05, tmp_path)
     assert found
     assert found.watts == pytest.approx(17.0)
 
 
 def test_energy_of_rails_and_gpus(tmp_path: Path, nvml: dict[str, object]) -> None:
-    embedder = Counted()
-    assert measure_energy(embedder, BATCH, sys=tmp_path) is None
-    assert not embedder.runs
+    engine = Engine()
+    assert measure_energy(engine, BATCH, root=tmp_path) is None
+    assert not engine.runs
     sensor(tmp_path, "1-0040", 3, ("VDD_IN", 5000, 1000))
     threads = set(threading.enumerate())
-    found = measure_energy(embedder, BATCH, 0.1, tmp_path)
+    found = measure_energy(engine, BATCH, 0.1, tmp_path)
     assert found
     assert (found.source, found.batch, found.watts) == ("INA3221", 4, pytest.approx(5))
     assert found.seconds >= 0.1
-    assert found.joules_per_embedding * 4 * (embedder.runs - 1) == pytest.approx(found.watts * found.seconds)
+    assert found.joules_per_embedding * 4 * (engine.runs - 1) == pytest.approx(found.watts * found.seconds)
     assert set(threading.enumerate()) <= threads
-    found = measure_energy(Counted("cuda:1"), BATCH, 0.02, tmp_path)  # the counter of a GPU comes first
+    found = measure_energy(Engine("cuda:1"), BATCH, 0.02, tmp_path)  # the counter of a GPU comes first
     assert found
     assert (found.source, found.watts * found.seconds) == ("NVML", pytest.approx(1.5))
     nvml.clear()  # as on a Jetson, whose NVML has no energy counter
-    found = measure_energy(Counted("cuda:1"), BATCH, 0.02, tmp_path)
+    found = measure_energy(Engine("cuda:1"), BATCH, 0.02, tmp_path)
     assert found
     assert found.source == "INA3221"
