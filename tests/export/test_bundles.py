@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 import pmm_edge
 from pmm_edge.errors import ModelError, OutputError
 from pmm_edge.export import ExportResult, export
-from pmm_edge.export.bundles import deepstream_bundle, triton_bundle, triton_name
+from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
 from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization
 
 
@@ -119,13 +119,6 @@ def test_spec_in_the_triton_configuration_is_escaped(tiny_onnx: Path, tmp_path: 
     triton_bundle(relabeled(tiny_onnx, tmp_path / "x.onnx", dataset=dataset), tmp_path / "model")
     read = ModelSpec.from_json(parsed(tmp_path / "model" / "config.pbtxt").parameters[METADATA_KEY].string_value)
     assert read == replace(spec, dataset=dataset)
-
-
-def test_default_names_differ_by_precision_and_engine(spec: ModelSpec) -> None:
-    int8 = replace(spec, precision="int8", quantization=Quantization("tensorrt", "minmax", 64))
-    cpu = replace(spec, precision="int8", quantization=Quantization("cpu", "minmax", 64))
-    names = [triton_name(spec, False), triton_name(int8, False), triton_name(int8, True), triton_name(cpu, False)]
-    assert names == ["pmm_resnet18", "pmm_resnet18_int8", "pmm_resnet18_int8_trt", "pmm_resnet18_int8_cpu"]
 
 
 def test_models_share_a_repository(tiny_onnx: Path, tmp_path: Path) -> None:

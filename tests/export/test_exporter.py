@@ -1,6 +1,5 @@
 """`export` checks its arguments first, writes verified files, and leaves no files if it fails."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError
 from pmm_edge.export import ExportedFile, export, graph
 from pmm_edge.files import sha256
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
-from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.spec import IMAGENET_MEAN, IMAGENET_STD, METADATA_KEY, InputForm, InputSpec, ModelSpec
 
 
@@ -52,23 +50,15 @@ def test_files_contain_no_local_paths_and_are_reproducible(fp32: dict[str, Expor
         assert str(folder).encode() + b"/" not in content
 
 
-def test_newest_run_is_exported_by_default(
+def test_safetensors_hold_the_weights_without_classifiers(
     tiny_checkpoint: Path, raw_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError):
-        export()
     monkeypatch.setattr(graph, "onnx_graph", lambda *_: onnx.load(raw_onnx))
-    run = new_run_folder(AboutRun("new", "data", "0"), Path("runs") / "new")
-    shutil.copy(tiny_checkpoint, run / "best.pt")
-    result = pmm_edge.export.export(input_form="raw", safetensors=True)
-    assert result.checkpoint == Path("runs/new/best.pt")
-    paths = [item.path for item in result.files]
-    assert paths == [run / "export/model-raw.onnx", run / "export/model-raw.safetensors"]
-
+    _, weights = export(tiny_checkpoint, out=tmp_path / "model.onnx", input_form="raw", safetensors=True).files
+    assert weights.path == tmp_path / "model.safetensors"
     trained = load_checkpoint(tiny_checkpoint).weights
-    with safe_open(paths[1], framework="pt") as file:
-        assert ModelSpec.from_json(file.metadata()[METADATA_KEY]) == result.files[1].spec
+    with safe_open(weights.path, framework="pt") as file:
+        assert ModelSpec.from_json(file.metadata()[METADATA_KEY]) == weights.spec
         assert set(file.keys()) == {name for name in trained if "classifier" not in name}
         assert all(torch.equal(file.get_tensor(name), trained[name]) for name in file.keys())  # noqa: SIM118
 
@@ -98,7 +88,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 INVALID: list[tuple[type[PmmError], dict[str, object]]] = [
     (PmmError, {"opset": 16}),
-    (PmmError, {"opset": 21}),
     (PmmError, {"static_batch": 0}),
     (PmmError, {"target": "cpu"}),
     (PmmError, {"layout": "msmt17"}),
@@ -113,7 +102,6 @@ INVALID: list[tuple[type[PmmError], dict[str, object]]] = [
     (PmmError, {"trt": True, "static_batch": 4, "batch_profile": "1,4,8"}),
     (PmmError, {"trt": True, "batch_profile": "4,8,16", "triton": "models"}),
     (ModelError, {"static_batch": 4, "triton": "models"}),
-    (ModelError, {"static_batch": 4, "deepstream": "tracker"}),
     (ModelError, {"precision": "int8", "target": "cpu", "trt": True}),
     (ModelError, {"precision": "int8", "target": "cpu", "deepstream": "tracker"}),
     (PmmError, {"out": "model.bin"}),
@@ -126,11 +114,7 @@ INVALID: list[tuple[type[PmmError], dict[str, object]]] = [
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(("error", "options"), INVALID)
 def test_invalid_options_are_rejected_before_any_work(
-    error: type[PmmError],
-    options: dict[str, object],
-    tiny_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    error: type[PmmError], options: dict, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full" / "taken").mkdir(parents=True)
@@ -141,33 +125,16 @@ def test_invalid_options_are_rejected_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_exported_file_is_not_exported_again(tiny_onnx: Path, no_work: None) -> None:
+    for options in (
         {},
         {"trt": True, "input_form": "raw"},
         {"trt": True, "precision": "fp16"},
         {"trt": True, "out": "other.onnx"},
         {"triton": "models", "out": "other.engine"},
-    ],
-)
-def test_exported_file_is_not_exported_again(options: dict[str, object], tiny_onnx: Path, no_work: None) -> None:
-    with pytest.raises(PmmError):
-        export(tiny_onnx, **options)
-
-
-def test_failed_bundle_does_not_prevent_others(
-    tiny_checkpoint: Path, fp32: dict[str, ExportedFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise failure
-
-    failure = OutputError("no space left")
-    monkeypatch.setattr("pmm_edge.export.bundles.deepstream_bundle", full)
-    monkeypatch.setattr(graph, "onnx_graph", lambda _, spec, opset: onnx.load(fp32[spec.input.form].path))
-    folder = tmp_path / "models"
-    result = export(tiny_checkpoint, out=tmp_path / "model.onnx", deepstream=tmp_path / "tracker", triton=folder)
-    assert (result.bundles, result.failures) == ({"triton": folder / "pmm_resnet18"}, [failure])
+    ):
+        with pytest.raises(PmmError):
+            export(tiny_onnx, **options)
 
 
 def test_exported_file_needs_no_torch(raw_onnx: Path, tmp_path: Path) -> None:

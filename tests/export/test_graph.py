@@ -95,12 +95,9 @@ def test_graph_contains_only_network_and_preprocessing(fp32: dict[str, ExportedF
 def test_parts_join_to_the_whole(tiny_onnx: Path) -> None:
     model = onnx.load(tiny_onnx)
     parts = split(model)
-    assert parts.before and parts.after is None
-    assert [node.op_type for node in parts.before.graph.node] == ["Cast", "Transpose", "Mul", "Add"]
     assert {node.name for node in parts.join(parts.network).graph.node} == {node.name for node in model.graph.node}
-    names = list(layer_names(parts.network).values())
-    assert names[:2] == ["backbone.conv1", "backbone.layer1.0.conv1"]
-    assert {"average", "maximum", "bottleneck.conv3"} <= set(names)
+    names = {"backbone.conv1", "backbone.layer1.0.conv1", "average", "maximum", "bottleneck.conv3"}
+    assert names <= set(layer_names(parts.network).values())
 
 
 def test_opset_unit_length_and_static_batch(

@@ -17,14 +17,8 @@ from pmm_edge.retrieval.distances import cosines
 
 QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
 EMBED = """
-import sys
-import numpy as np
-import onnxruntime
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-options.log_severity_level = 3
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-np.save(sys.argv[3], session.run(None, {"images": np.load(sys.argv[2])})[0])
+import sys, numpy, pmm_edge
+numpy.save(sys.argv[3], pmm_edge.load(sys.argv[1], "cpu").embed(numpy.load(sys.argv[2])))
 """
 
 
