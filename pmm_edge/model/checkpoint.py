@@ -118,10 +118,8 @@ class Checkpoint:
             model = network_of(self.spec)
             model.load_state_dict(self.weights)
         except (RuntimeError, PmmError) as error:
-            raise ModelError(
-                f"the weights of the checkpoint do not fit its spec ({str(error).splitlines()[0]})",
-                "The file was changed: train again, or copy the file again",
-            ) from error
+            problem = f"the weights of the checkpoint do not fit its spec ({str(error).splitlines()[0]})"
+            raise ModelError(problem, "The file was changed: copy it again, or train again") from error
         return model.eval()
 
 

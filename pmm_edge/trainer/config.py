@@ -30,10 +30,7 @@ def _setting(default: Any, panel: str, text: str, least: float | None = None) ->
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training run. The defaults are those of the paper for Market-1501 (section 3.1).
-
-    Raises PmmError if a value is unknown or out of range, or two values contradict each other.
-    """
+    """The settings of a run, by default the paper's for Market-1501. Raises PmmError if a value is wrong."""
 
     preset: str = "market1501"
     method: Method = _setting("pmm", METHOD, "Network: pmm, or bdb and baseline, which the paper compares it with.")

@@ -100,10 +100,7 @@ def joined(device: str) -> Iterator[World]:
         # Gloo's errors have no type of their own.
         if not isinstance(error, dist.DistError) and not re.search(r"Connection (closed|reset) by peer", str(error)):
             raise
-        raise PmmError(
-            "another process of this training has stopped",
-            "Its own error says why; --resume continues the run from its last checkpoint",
-        ) from error
+        raise PmmError("another process has stopped", "Its error says why; --resume continues the run") from error
     finally:
         dist.destroy_process_group()
         gc.collect()  # the group's threads end with it; one that released a tensor at exit would abort the process

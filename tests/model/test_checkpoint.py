@@ -72,9 +72,7 @@ def test_a_released_checkpoint_loads_in_every_form(released, tmp_path, form):
     assert_same(source.state_dict(), load_any_weights(path))
 
 
-@pytest.mark.parametrize(
-    "content", [{"global_softmax.weight": torch.zeros(9, 512)}, {"layer9": torch.zeros(1)}, {"state_dict": 1}, {"a": 2}]
-)
+@pytest.mark.parametrize("content", [{"global_softmax.weight": torch.zeros(9, 512)}, {"a": torch.zeros(1)}, {"b": 2}])
 def test_a_released_checkpoint_that_does_not_fit_is_refused(content):
     with pytest.raises(ModelError):
         pmm.load_released_checkpoint(network(), content)
@@ -91,15 +89,13 @@ def test_a_checkpoint_survives_its_file(tiny_checkpoint, tmp_path):
     assert_same(load_any_weights(tmp_path / "copy.pt"), checkpoint.weights)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "code", "other", "version"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "code", "version"])
 def test_a_file_that_is_not_a_checkpoint_of_ours_is_refused(tiny_checkpoint, tmp_path, damage):
     path = tmp_path / "broken.pt"
     if damage == "truncated":
         path.write_bytes(tiny_checkpoint.read_bytes()[:100_000])
     elif damage == "code":
         torch.save(network, path)
-    elif damage == "other":
-        torch.save({"format": "another", "weights": {}}, path)
     elif damage == "version":
         torch.save({**torch.load(tiny_checkpoint, weights_only=True), "format": "pmm-edge checkpoint 9"}, path)
     with pytest.raises(ModelError) as caught:

@@ -4,18 +4,7 @@ import pytest
 import torch
 
 from pmm_edge.errors import PmmError
-from pmm_edge.model import build_model
-from pmm_edge.model.mixing import (
-    attentive_cutmix,
-    check_block_grid,
-    cutmix,
-    draw_negatives,
-    grad_cam,
-    mix,
-    random_blocks,
-    scaled_mix_blocks,
-    top_blocks,
-)
+from pmm_edge.model import build_model, mixing
 from pmm_edge.model.network import Head, average_pool, max_pool
 
 PIDS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
@@ -38,6 +27,12 @@ def pmm(**options):
     return build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64, **options).train()
 
 
+def textbook(features, logits, pids):
+    """Grad-CAM by its definition, with a backward pass to the features."""
+    (gradient,) = torch.autograd.grad(logits.gather(1, pids[:, None]).sum(), features)
+    return torch.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)).detach()
+
+
 @pytest.mark.parametrize("pool", [average_pool, max_pool])
 def test_grad_cam_from_the_pooled_vector_equals_the_textbook(pool, generator):
     torch.manual_seed(0)
@@ -46,17 +41,15 @@ def test_grad_cam_from_the_pooled_vector_equals_the_textbook(pool, generator):
     pids = torch.tensor([0, 1, 2, 3, 4, 0])
     pooled = pool(features)
     _, logits = head(pooled)
-    cam = grad_cam(features, pooled, logits, pids)
-
-    (gradient,) = torch.autograd.grad(logits.gather(1, pids[:, None]).sum(), features)
-    textbook = torch.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)).detach()
-    assert textbook.max() > 0 and not cam.requires_grad
-    torch.testing.assert_close(cam, textbook, rtol=1e-12, atol=1e-15)
+    cam = mixing.grad_cam(features, pooled, logits, pids)
+    expected = textbook(features, logits, pids)
+    assert expected.max() > 0 and not cam.requires_grad
+    torch.testing.assert_close(cam, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_top_blocks_have_the_largest_sums(generator):
     cam = torch.rand(5, 12, 4, generator=generator)
-    replaced = top_blocks(cam, (3, 2), count=3)
+    replaced = mixing.top_blocks(cam, (3, 2), count=3)
     assert replaced.shape == (5, 1, 12, 4) and replaced.dtype == torch.bool
     for sample in range(5):
         sums = {(r, c): cam[sample, r : r + 3, c : c + 2].sum() for r in range(0, 12, 3) for c in range(0, 4, 2)}
@@ -70,7 +63,7 @@ def test_mix_takes_the_negative_where_replaced_and_routes_the_gradient_to_it(gen
     features = torch.randn(3, 2, 6, 4, generator=generator, requires_grad=True)
     replaced = torch.zeros(3, 1, 6, 4, dtype=torch.bool)
     replaced[:, :, :3, :2] = True
-    mixed = mix(features, torch.tensor([2, 0, 1]), replaced)
+    mixed = mixing.mix(features, torch.tensor([2, 0, 1]), replaced)
     assert torch.equal(mixed[0, :, :3, :2], features[2, :, :3, :2])
     assert torch.equal(mixed[0, :, 3:], features[0, :, 3:])
     mixed[0].sum().backward()
@@ -79,29 +72,23 @@ def test_mix_takes_the_negative_where_replaced_and_routes_the_gradient_to_it(gen
 
 def test_negatives_are_uniform_over_other_identities(generator):
     pids = torch.tensor([1, 0, 1, 2, 0, 2])
-    drawn = torch.stack([draw_negatives(pids, generator) for _ in range(4000)])
+    drawn = torch.stack([mixing.draw_negatives(pids, generator) for _ in range(4000)])
     assert (pids[drawn] != pids).all()
     for sample in range(6):
         counts = torch.bincount(drawn[:, sample], minlength=6)[pids != pids[sample]]
         assert ((counts - 1000).abs() < 130).all(), counts  # five standard deviations of a binomial
-
-
-def test_a_batch_of_one_identity_is_refused():
     with pytest.raises(PmmError):
-        draw_negatives(torch.tensor([4, 4, 4]))
+        mixing.draw_negatives(torch.tensor([4, 4, 4]))
 
 
-def test_blocks_must_divide_the_map():
-    assert check_block_grid(384, 128, (3, 2)) == 32
-    assert check_block_grid(192, 64, (3, 2)) == 8
+def test_blocks_must_divide_the_map_and_k_scales_with_their_number():
+    assert mixing.check_block_grid(384, 128, (3, 2)) == 32
+    assert mixing.check_block_grid(192, 64, (3, 2)) == 8
     with pytest.raises(PmmError) as caught:
-        check_block_grid(256, 128, (3, 2))
+        mixing.check_block_grid(256, 128, (3, 2))
     assert "240x128" in caught.value.remedy, "the remedy names a size that fits"
-
-
-@pytest.mark.parametrize(("k", "blocks", "scaled"), [(3, 32, 3), (8, 32, 8), (3, 8, 1), (8, 8, 2), (3, 6, 1)])
-def test_k_scales_with_the_number_of_blocks(k, blocks, scaled):
-    assert scaled_mix_blocks(k, blocks) == scaled
+    for k, blocks, scaled in ((3, 32, 3), (8, 32, 8), (3, 8, 1), (8, 8, 2), (3, 6, 1)):
+        assert mixing.scaled_mix_blocks(k, blocks) == scaled
 
 
 def sources(mixed, images, sample):
@@ -115,7 +102,7 @@ def sources(mixed, images, sample):
 def test_cutmix_pastes_one_box_of_another_identity_and_mixes_labels_by_area(images, generator):
     shares = []
     for _ in range(20):
-        mixed, labels = cutmix(images, PIDS, generator)
+        mixed, labels = mixing.cutmix(images, PIDS, generator)
         for sample in range(8):
             source = sources(mixed, images, sample)
             pasted = source != sample
@@ -131,7 +118,7 @@ def test_cutmix_pastes_one_box_of_another_identity_and_mixes_labels_by_area(imag
 
 def test_attentive_cutmix_pastes_the_most_salient_blocks_of_the_negative(images, generator):
     attention = torch.rand(8, 6, 4, generator=generator)
-    mixed, labels = attentive_cutmix(images, PIDS, attention, (3, 2), 1, generator)
+    mixed, labels = mixing.attentive_cutmix(images, PIDS, attention, (3, 2), 1, generator)
     for sample in range(8):
         source = sources(mixed, images, sample)
         (negative,) = source[source != sample].unique().tolist()
@@ -153,42 +140,13 @@ def test_attention_is_the_grad_cam_of_stage_one_and_leaves_the_network_unchanged
     network.eval()
     features = network.backbone(images).detach().requires_grad_()
     logits = network.stage1(average_pool(features))[1]
-    (gradient,) = torch.autograd.grad(logits.gather(1, PIDS[:, None]).sum(), features)
-    textbook = torch.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)).detach()
-    torch.testing.assert_close(cam, textbook, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(cam, textbook(features, logits, PIDS), rtol=1e-4, atol=1e-7)
 
 
 def test_random_blocks_are_uniform_over_the_grid(generator):
-    dropped = random_blocks(torch.empty(2000, 1, 6, 4), (3, 2), 1, generator)
+    dropped = mixing.random_blocks(torch.empty(2000, 1, 6, 4), (3, 2), 1, generator)
     assert dropped.shape == (2000, 1, 6, 4)
     grid = dropped.view(2000, 2, 3, 2, 2).permute(0, 1, 3, 2, 4).flatten(3)
     assert (grid.all(dim=3) == grid.any(dim=3)).all(), "whole blocks"
     counts = grid.all(dim=3).sum(dim=0)
     assert counts.sum() == 2000 and ((counts - 500).abs() < 100).all()
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_dropblock_zeroes_k_blocks_of_each_sample_independently_in_both_stages(generator, monkeypatch, k):
-    network, pooled = pmm(mix="dropblock", mix_blocks=k), []
-    monkeypatch.setattr("pmm_edge.model.network.max_pool", lambda seen: pooled.append(seen) or max_pool(seen))
-    network.bottleneck = torch.nn.Identity()
-    features = 1 + torch.rand(8, network.backbone.channels, 6, 4, generator=generator)  # no zeros
-    network.train_stages(features, PIDS, None, generator)
-
-    drawn = []
-    for seen in pooled:
-        for sample in range(8):
-            kept = [seen[sample, :, r : r + 3, c : c + 2] for r, c in CORNERS]
-            dropped = [at for at, block in zip(CORNERS, kept, strict=True) if (block == 0).all()]
-            assert len(dropped) == k and (seen[sample] == 0).sum() == 6 * k * features.shape[1]
-            drawn.append(dropped)
-    assert len(drawn) == 16 and drawn[:8] != drawn[8:], "both stages draw"
-    assert any(drawn[0] != other for other in drawn[1:8]), "all samples draw"
-
-
-def test_without_mixing_both_later_stages_see_the_same_map(images):
-    network = pmm(mix="none")
-    network.stage3.load_state_dict(network.stage2.state_dict())
-    _, second, third = network(images, PIDS)
-    assert torch.equal(second.embedding, third.embedding)
-    assert second.cam is None and second.negatives is None

@@ -16,22 +16,17 @@ def parameters(method):
         return sum(p.numel() for p in pmm.build_model(method, num_classes=751).parameters())
 
 
-def test_the_papers_network_has_its_parameters_and_its_map():
+def test_the_papers_networks_have_their_parameters():
     assert parameters("pmm") == pytest.approx(32.28e6, rel=2e-4)
-    with torch.device("meta"):
-        assert Backbone("resnet50")(torch.empty(2, 3, 384, 128)).shape == (2, 2048, 24, 8)
-
-
-def test_bdb_has_the_layers_of_pmm_except_one_bias_and_the_baseline_has_stage_one():
-    assert parameters("pmm") - parameters("bdb") == 751
+    assert parameters("pmm") - parameters("bdb") == 751, "the layers of PMM except one bias"
     # ResNet-50 without its classifier, a layer 2048 -> 512, its batch norm, 751 classes.
     assert parameters("baseline") == 23_508_032 + (2048 * 512 + 512) + 2 * 512 + (512 * 751 + 751)
 
 
-@pytest.mark.parametrize(("backbone", "channels"), [("resnet10", 512), ("resnet34", 512), ("resnet101", 2048)])
-def test_other_backbones(backbone, channels):
+@pytest.mark.parametrize(("backbone", "channels"), [("resnet10", 512), ("resnet50", 2048), ("resnet101", 2048)])
+def test_the_map_of_a_backbone(backbone, channels):
     with torch.device("meta"):
-        assert Backbone(backbone)(torch.empty(1, 3, 192, 64)).shape == (1, channels, 12, 4)
+        assert Backbone(backbone)(torch.empty(2, 3, 384, 128)).shape == (2, channels, 24, 8)
 
 
 @pytest.mark.parametrize(("method", "sizes"), [("baseline", [512]), ("bdb", [512, 1024]), ("pmm", [512, 512, 512])])
@@ -56,23 +51,16 @@ def test_a_step_gives_an_output_per_stage_and_a_gradient_everywhere(method, size
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def small():
+def test_given_negatives_repeat_a_step_and_training_mode_needs_identities():
     torch.manual_seed(0)
-    return pmm.build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64)
-
-
-def test_given_negatives_repeat_a_step(small):
+    small = pmm.build_model("pmm", num_classes=4, backbone="resnet18", height=96, width=64)
     images = torch.randn(4, 3, 96, 64)
     drawn = small.train()(images, PIDS, generator=torch.Generator().manual_seed(1))
     again = small(images, PIDS, negatives=(drawn[0].negatives, drawn[1].negatives))
     for one, other in zip(drawn, again, strict=True):
         assert torch.equal(one.embedding, other.embedding)
-
-
-def test_training_mode_needs_identities(small):
     with pytest.raises(PmmError):
-        small.train()(torch.randn(2, 3, 96, 64))
+        small(images)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,14 @@
 """One tiny training that the tests of its results and of resuming share."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_training import CONFIG
 
-from pmm_edge.trainer.train import TrainResult, train
+from pmm_edge.trainer.train import train
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Identical bits need sums in identical order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -20,6 +17,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def whole(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def whole(tiny_dataset, tmp_path_factory):
     """An uninterrupted run of `CONFIG`."""
     return train(tiny_dataset, config=CONFIG, out=tmp_path_factory.mktemp("runs") / "whole")

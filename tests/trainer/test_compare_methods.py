@@ -1,7 +1,6 @@
 """The comparison of methods as a user runs it: what it trains, what it reuses, what stops it."""
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -65,30 +64,12 @@ def test_a_row_of_both_tables_is_trained_once_and_reused(compare, trainings, tmp
     assert shown[0][1:] in [["1", *texts] for texts in figures]
 
 
-def test_an_interruption_in_the_last_evaluation_stops_the_comparison(compare, monkeypatch, trainings):
-    evaluate = train_file.evaluate_epoch
-
-    def interrupted(run):
-        done = evaluate(run)
-        os.kill(os.getpid(), signal.SIGINT)  # too late for this training, which finishes
-        return done
-
-    monkeypatch.setattr(train_file, "evaluate_epoch", interrupted)
-    assert compare("--methods", "baseline,BDB")[0] == 130
-    assert trainings == [("baseline", "a-hard-mix", 0)]
-    monkeypatch.setattr(train_file, "evaluate_epoch", evaluate)
-    code, printed = compare("--methods", "baseline,BDB")
-    assert code == 0 and [row[0] for row in rows(printed)] == ["baseline", "BDB"] and len(trainings) == 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "PMN"], "Did you mean 'pmm'"),
         (["--set", "epoch=3"], "Did you mean 'epochs'"),
-        (["--set", "method=bdb"], "--methods"),
         (["--set", "erase_size=0", "--methods", "PMM,CutOut"], "--erase-size"),
-        (["--seeds", "a"], "0,1,2"),
         (["--layout", "market1502"], "Did you mean 'market1501'?"),
     ],
 )

@@ -47,7 +47,6 @@ def test_a_file_overrides_its_preset_and_settings_override_the_file(tmp_path):
     [
         ("epoch = 3", "Did you mean 'epochs'"),
         ('epochs = "3"', "int"),
-        ("epochs = 1.5", "int"),
         ("epochs = 0", "1"),
         ("lr = 0.0", "positive"),
         ("batch = 15", "multiple of 2"),
@@ -62,35 +61,25 @@ def test_a_file_overrides_its_preset_and_settings_override_the_file(tmp_path):
     ],
 )
 def test_a_wrong_setting_is_refused(tmp_path, toml, remedy):
-    path = tmp_path / "run.toml"
-    path.write_text(toml)
+    (tmp_path / "run.toml").write_text(toml)
     with pytest.raises(PmmError) as caught:
-        choose_config(config=path)
+        choose_config(config=tmp_path / "run.toml")
     assert remedy in caught.value.remedy
 
 
-@pytest.mark.parametrize("kind", ["folder", "missing", "not UTF-8"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, kind):
-    path = tmp_path / "run.toml"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "not UTF-8":
-        path.write_bytes(b'init_from = "\xff"')
-    with pytest.raises(PmmError) as caught:
-        choose_config(config=path)
-    assert str(path) in caught.value.problem
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "text.toml").write_bytes(b'init_from = "\xff"')
+    for path in (tmp_path, tmp_path / "missing.toml", tmp_path / "text.toml"):
+        with pytest.raises(PmmError) as caught:
+            choose_config(config=path)
+        assert str(path) in caught.value.problem
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "k"),
-    [
-        ("market1501", {"height": 192, "width": 64}, 1),
-        ("cuhk03-labeled", {"height": 192}, 4),
-        ("cuhk03-labeled", {"height": 192, "mix_blocks": 5}, 5),
-    ],
-)
-def test_k_follows_the_number_of_blocks_on_the_map(name, settings, k):
-    assert choose_config(name, settings=settings).mix_blocks == k
+def test_k_follows_the_number_of_blocks_on_the_map():
+    small = {"height": 192}
+    assert choose_config("market1501", settings={**small, "width": 64}).mix_blocks == 1
+    assert choose_config("cuhk03-labeled", settings=small).mix_blocks == 4
+    assert choose_config("cuhk03-labeled", settings={**small, "mix_blocks": 5}).mix_blocks == 5
 
 
 def test_a_preset_and_a_configuration_or_a_folder_without_a_run_are_refused(tmp_path):

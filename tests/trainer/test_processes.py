@@ -1,4 +1,4 @@
-"""Two processes that train together: the same step as one with two micro-batches, one voice, and how they end."""
+"""Device and processes: two processes train like one with two micro-batches, speak with one voice, and end together."""
 
 import os
 import shutil
@@ -8,9 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny_training import CONFIG, journal, start, wait
 from torch.distributed import TCPStore
 
@@ -18,13 +21,15 @@ from pmm_edge.cli import main
 from pmm_edge.errors import DataError, PmmError
 from pmm_edge.model import load_checkpoint
 from pmm_edge.trainer import train as train_file
-from pmm_edge.trainer.device import first_to_report, joined
+from pmm_edge.trainer.config import TrainConfig
+from pmm_edge.trainer.device import World, choose_machine, first_to_report, joined, torch_errors_explained
 from pmm_edge.trainer.state import run_lock
 from pmm_edge.trainer.step import Feed
 from pmm_edge.trainer.train import train
 
 SHORT = replace(CONFIG, epochs=2, batch=16, evaluate_every=2, ema=0.0)
 """Each of two processes takes two of the four identities."""
+SECOND = ("2", "0", "1", "127.0.0.1", "1")
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -74,15 +79,9 @@ def both(store, tiny_dataset, tmp_path):
             main()
 
         outputs = [tmp_path / f"output-{rank}.txt" for rank in "01"]
+        torchrun = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         processes = [
-            start(
-                lambda rank=rank: work(rank),
-                output,
-                WORLD_SIZE="2",
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                TORCHELASTIC_USE_AGENT_STORE="True",
-            )
+            start(lambda rank=rank: work(rank), output, **torchrun, RANK=str(rank), LOCAL_RANK=str(rank))
             for rank, output in enumerate(outputs)
         ]
         return [wait(process) for process in processes], [output.read_text() for output in outputs]
@@ -94,9 +93,13 @@ def errors(text):
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
-def test_an_error_of_all_processes_is_printed_once(both):
+def test_an_error_of_all_processes_is_printed_once_and_one_of_the_first_by_it(both, tmp_path):
     codes, said = both("--sync-batch-norm")
     assert codes == [2, 2] and len(errors("".join(said))) == 1
+    with run_lock(tmp_path / "run"):
+        codes, said = both()
+    assert codes == [2, 2] and "Traceback" not in "".join(said)
+    assert str(tmp_path / "run") in errors(said[0])[0]
 
 
 def test_an_error_of_one_process_is_printed_and_ends_both(both):
@@ -137,21 +140,16 @@ def test_unreadable_images_are_counted_over_both_and_named_once(both, tiny_datas
         assert [sum(str(path) in line for line in log) for path in bad] == [1] * 4
 
 
-def test_a_locked_folder_is_refused_by_the_first_process(both, tmp_path):
-    with run_lock(tmp_path / "run"):
-        codes, said = both()
-    assert codes == [2, 2] and "Traceback" not in "".join(said)
-    assert str(tmp_path / "run") in errors(said[0])[0]
-
-
-@pytest.mark.parametrize("values", [("2",), ("2", "0", "0"), ("2", "0", "0", None, "29500"), ("two",)])
-def test_an_incomplete_environment_of_torchrun_is_refused(monkeypatch, values):
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in zip(NAMES, values, strict=False):
-        if value:
-            monkeypatch.setenv(name, value)
-    with pytest.raises(PmmError), joined("cpu"):
+@pytest.mark.parametrize(
+    ("values", "device", "gpus"),
+    [(("2",), "cpu", 0), (("two",), "cpu", 0), (SECOND, "cuda:0", 2), (SECOND, "cuda", 1), (SECOND, "auto", 1)],
+)
+def test_an_incomplete_environment_of_torchrun_or_too_few_gpus_are_refused(monkeypatch, values, device, gpus):
+    for name, value in zip_longest(NAMES, values):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(PmmError), joined(device):
         pass
 
 
@@ -165,19 +163,55 @@ def test_a_port_in_use_is_refused(monkeypatch):
     assert port in caught.value.problem and "torchrun" in caught.value.remedy
 
 
-def test_processes_need_a_gpu_each(monkeypatch):
-    for name, value in zip(NAMES, ("2", "0", "1", "127.0.0.1", "1"), strict=True):
-        monkeypatch.setenv(name, value)
-    for device, gpus in (("cuda:0", 2), ("cuda", 1), ("auto", 1)):
-        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
-        with pytest.raises(PmmError), joined(device):
-            pass
-
-
 def test_an_error_is_reported_once_and_always_without_a_store(store, monkeypatch):
     assert first_to_report("one") and not first_to_report("one") and first_to_report("other")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert first_to_report("one"), "a restarted training reports it again"
     monkeypatch.delenv("MASTER_PORT")
     assert first_to_report("one") and first_to_report("one")
+
+
+CPU = torch.device("cpu")
+MACHINE = TrainConfig(batch=32, device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "gpus", "device"),
+    [("auto", 1, 2, "cuda:1"), ("cuda", 1, 2, "cuda:1"), ("0", 1, 2, "cuda:0"), ("auto", 0, 0, "cpu")],
+)
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, name, rank, gpus, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert choose_machine(replace(MACHINE, device=name), World(local_rank=rank))[0] == torch.device(device)
+
+
+def test_precision_and_batch_norm_must_suit_the_device():
+    assert choose_machine(MACHINE, World()) == (CPU, torch.float32)
+    assert choose_machine(replace(MACHINE, precision="bf16"), World()) == (CPU, torch.bfloat16)
+    assert choose_machine(replace(MACHINE, sync_batch_norm=True), World())[0] == CPU, "no effect in one process"
+    refused = {"precision": "fp16"}, {"sync_batch_norm": True}, {"device": "63"}, {"device": "mps"}, {"device": "tpu9"}
+    for settings in refused:
+        with pytest.raises(PmmError):
+            choose_machine(replace(MACHINE, **settings), World(0, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("allocate", "batch", "accumulate", "remedy"),
+    [
+        (lambda: torch.empty(1 << 60), 40, 2, "--batch 16, or --accumulate 4"),
+        (lambda: np.empty(1 << 60, np.uint8), 8, 1, "backbone"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_a_remedy_that_can_be_split(allocate, batch, accumulate, remedy):
+    config = replace(MACHINE, batch=batch, accumulate=accumulate)
+    with pytest.raises(PmmError) as caught, torch_errors_explained(CPU, config, World()):
+        allocate()
+    assert str(batch) in caught.value.problem and remedy in caught.value.remedy
+
+
+def test_a_failed_compilation_is_one_line():
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    with pytest.raises(PmmError) as caught, torch_errors_explained(CPU, replace(MACHINE, compile=True), World()):
+        raise BackendCompilerFailed(lambda: None, RuntimeError("no compiler"), None)
+    assert "--compile" in caught.value.remedy

@@ -35,12 +35,7 @@ def killed(tiny_dataset, tmp_path):
             os.fsync = lambda file: (passed("file written"), fsync(file))
             logging.REPORT_SECONDS = 0.0
             train_file.SAVE_SECONDS = float("inf")
-            train(
-                tiny_dataset,
-                config=CONFIG,
-                out=tmp_path / "run",
-                report=lambda what, done, total, detail="": passed(what),
-            )
+            train(tiny_dataset, config=CONFIG, out=tmp_path / "run", report=lambda what, *_: passed(what))
 
         assert wait(start(work, tmp_path / "output.txt")) == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
         return tmp_path / "run"
@@ -49,29 +44,25 @@ def killed(tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("moment", "number", "epoch", "evaluated"),
+    ("moment", "number", "reached"),
     [
-        ("train", 5, 2, 2),  # the first step of epoch 3
-        ("embed", 8, 4, 2),  # in the third evaluation
-        ("file written", 5, 2, 0),  # run.json, config.toml, last.pt and best.pt are written, the second last.pt is not
+        ("embed", 1, None),  # before the first checkpoint: the run starts again
+        ("train", 5, (2, 0, 2)),  # the first step of epoch 3
+        ("embed", 8, (4, 0, 2)),  # in the third evaluation
+        ("file written", 5, (2, 0, 0)),  # in the second file of the first evaluation, last.pt or best.pt
     ],
-    ids=["step", "evaluation", "checkpoint"],
+    ids=["start", "step", "evaluation", "checkpoint"],
 )
-def test_a_killed_run_resumes_to_the_same_bits(whole, killed, moment, number, epoch, evaluated):
+def test_a_killed_run_resumes_to_the_same_bits(whole, killed, moment, number, reached):
     folder = killed(moment, number)
-    position = load_checkpoint(folder / "last.pt").training["position"]
-    assert (position["epoch"], position["step"], position["evaluated"]) == (epoch, 0, evaluated)
+    if reached:
+        position = load_checkpoint(folder / "last.pt").training["position"]
+        assert (position["epoch"], position["step"], position["evaluated"]) == reached
+    else:
+        assert not list(folder.glob("*.pt"))
     assert train(resume=folder).finished
     assert_same_run(whole.folder, folder)
     assert not list(folder.glob(".*.tmp"))
-
-
-@pytest.mark.parametrize("moment", ["embed", "train"])
-def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, killed, moment):
-    folder = killed(moment, 1)
-    assert not list(folder.glob("*.pt"))
-    assert train(resume=folder).finished
-    assert_same_run(whole.folder, folder)
 
 
 def test_a_run_killed_before_its_settings_were_written_gives_its_folder_back(killed, tiny_dataset):
@@ -116,8 +107,11 @@ def short(tiny_dataset, tmp_path):
     return data, train(data, config=replace(CONFIG, epochs=1), out=tmp_path / "run").folder
 
 
-def test_changed_settings_are_refused(short):
+def test_only_the_run_s_own_settings_are_accepted(short, tmp_path):
     _, folder = short
+    for settings in ({"epochs": 3}, {"preset": "quick"}, {"config": CONFIG}, {"out": tmp_path / "other"}):
+        with pytest.raises(PmmError):
+            train(resume=folder, **settings)
     text = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(text.replace("seed = 0", "seed = 7"))
     with pytest.raises(ModelError) as caught:
@@ -153,20 +147,14 @@ def test_a_moved_data_set_is_found_at_its_new_place(short, tmp_path):
     assert train(moved, resume=folder).finished
     assert about_run(folder).data == str(moved)
     assert load_checkpoint(folder / "last.pt").spec.dataset == "data", "the name that the run knows it by"
-    assert train(resume=folder).finished
 
 
-def test_a_run_is_resumed_with_its_own_settings(short, tmp_path):
-    for settings in ({"epochs": 3}, {"preset": "quick"}, {"config": CONFIG}, {"out": tmp_path / "other"}):
-        with pytest.raises(PmmError):
-            train(resume=short[1], **settings)
-    with pytest.raises(ModelError):
-        train(resume=tmp_path)
-
-
-def test_a_locked_folder_is_refused_and_left_unchanged(whole, tiny_dataset, tmp_path):
+def test_a_locked_folder_is_refused_and_an_unlocked_one_tidied(whole, tiny_dataset, tmp_path):
     folder = shutil.copytree(whole.folder, tmp_path / "run")
-    (folder / ".last.pt.0123abcd.tmp").touch()  # of the process that trains
+    left = [folder / f".{name}.0123abcd.tmp" for name in ("last.pt", "best.pt", "metrics.jsonl")]
+    others = [folder / name for name in (".bench.json.0123abcd.tmp", ".last.pt.mine.tmp", "last.pt.0123abcd.tmp")]
+    for path in (*left, *others):
+        path.touch()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with run_lock(folder):
         for arguments in ({"resume": folder}, {"data": tiny_dataset, "config": CONFIG, "out": folder}):
@@ -174,6 +162,8 @@ def test_a_locked_folder_is_refused_and_left_unchanged(whole, tiny_dataset, tmp_
                 train(**arguments)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert train(resume=folder).finished
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+    assert journal(folder) == journal(whole.folder)
 
 
 def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
@@ -183,14 +173,3 @@ def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refused)
     with run_lock(tmp_path):
         pass
-
-
-def test_resuming_removes_the_temporary_files_of_a_kill_only(whole, tmp_path):
-    folder = shutil.copytree(whole.folder, tmp_path / "run")
-    left = [folder / f".{name}.0123abcd.tmp" for name in ("last.pt", "best.pt", "metrics.jsonl")]
-    others = [folder / name for name in (".bench.json.0123abcd.tmp", ".last.pt.mine.tmp", "last.pt.0123abcd.tmp")]
-    for path in (*left, *others):
-        path.touch()
-    train(resume=folder)
-    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
-    assert journal(folder) == journal(whole.folder)

@@ -11,8 +11,9 @@ import torch
 from tiny_training import CONFIG, journal
 
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, PmmWarning
-from pmm_edge.model import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.retrieval import evaluate_distances
+from pmm_edge.trainer import step
 from pmm_edge.trainer import train as train_file
 from pmm_edge.trainer.config import choose_config
 from pmm_edge.trainer.state import model_spec
@@ -24,13 +25,9 @@ IMAGE_BYTES = 48 * 32 * 3
 
 
 @pytest.fixture
-def data(tiny_dataset, tmp_path):
-    return shutil.copytree(tiny_dataset, tmp_path / "data")
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    """Train with some settings of `SHORT` replaced."""
+def run(tiny_dataset, tmp_path):
+    """Train on a copy of the data with some settings of `SHORT` replaced."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
     return lambda **settings: train(data, config=replace(SHORT, **settings), out=tmp_path / "run")
 
 
@@ -52,17 +49,13 @@ def test_a_run_folder_has_settings_log_metrics_and_checkpoints(whole):
     assert list((whole.folder / "tensorboard").iterdir())
 
 
-def test_the_best_checkpoint_has_the_average_and_its_figures_and_nothing_for_resuming(whole):
-    best, last = (load_checkpoint(whole.folder / name) for name in ("best.pt", "last.pt"))
-    assert best.spec.retrieval == whole.best and 0 < whole.best.mAP <= 1
+def test_the_best_checkpoint_has_the_average_and_its_figures_and_nothing_for_resuming(run):
+    result = run(ema=0.5, evaluate_every=2)
+    best, last = (load_checkpoint(result.folder / name) for name in ("best.pt", "last.pt"))
+    assert best.spec.retrieval == result.best and 0 < result.best.mAP <= 1
     assert (best.spec.num_classes, best.spec.input.height, best.training) == (4, 48, {})
-    assert not torch.equal(best.weights["stage1.linear.weight"], last.weights["stage1.linear.weight"])
-
-
-def test_the_average_of_the_weights_is_evaluated_and_saved_as_best(run):
-    folder = run(ema=0.5, evaluate_every=2).folder
-    best, last = (load_checkpoint(folder / name) for name in ("best.pt", "last.pt"))
     average = last.training["average"]
+    assert not torch.equal(best.weights["stage1.linear.weight"], last.weights["stage1.linear.weight"])
     assert all(torch.equal(best.weights[name], average[f"module.{name}"]) for name in best.weights)
 
 
@@ -105,91 +98,60 @@ def test_every_method_trains_and_its_checkpoint_loads(run, mix):
     assert best.network()(torch.zeros(1, 3, 48, 32)).shape[1] == best.spec.embedding_size
 
 
-@pytest.fixture
-def earlier(tmp_path):
-    """A checkpoint of the tiny network."""
-    network = build_model("pmm", num_classes=4, backbone="tiny", height=48, width=32, block_size=(1, 1))
-    save_checkpoint(tmp_path / "earlier.pt", Checkpoint(model_spec(SHORT, network, 4, "tiny"), network.state_dict()))
-    return tmp_path / "earlier.pt"
-
-
-def test_init_from_loads_the_tensors_that_fit_and_says_how_many(earlier):
-    weights = load_checkpoint(earlier).weights
-    with pytest.warns(PmmWarning, match=f"{len(weights)} of {len(weights)} tensors fit"):
-        network = new_network(replace(SHORT, init_from=str(earlier)), 4)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
-    with pytest.warns(PmmWarning, match=f" of {len(weights)} tensors fit"):
-        network = new_network(replace(SHORT, init_from=str(earlier), method="bdb"), 4)
-    assert torch.equal(network.backbone.conv1.weight, weights["backbone.conv1.weight"])
-
-
-def test_imagenet_weights_are_downloaded_only_if_init_from_leaves_parts_of_the_backbone(monkeypatch, earlier, tmp_path):
+def test_init_from_loads_the_tensors_that_fit_and_imagenet_the_rest_of_the_backbone(monkeypatch, tmp_path):
     def offline(name):
         raise PmmError("offline")
 
     monkeypatch.setattr("pmm_edge.model.checkpoint.imagenet_weights", offline)
-    config = replace(SHORT, method="bdb", backbone_weights="imagenet")
-    with pytest.warns(PmmWarning):
-        new_network(replace(config, init_from=str(earlier)), 4)
-    checkpoint = load_checkpoint(earlier)
+    network, path = new_network(SHORT, 4), tmp_path / "earlier.pt"
+    checkpoint = Checkpoint(model_spec(SHORT, network, 4, "tiny"), network.state_dict())
+    save_checkpoint(path, checkpoint)
+    count, config = len(checkpoint.weights), replace(SHORT, seed=1, backbone_weights="imagenet", init_from=str(path))
+    with pytest.warns(PmmWarning, match=f"{count} of {count} tensors fit"):
+        network = new_network(config, 4)
+    assert all(torch.equal(tensor, checkpoint.weights[name]) for name, tensor in network.state_dict().items())
+    with pytest.warns(PmmWarning, match=f"{count - 18} of {count} tensors fit"):
+        network = new_network(replace(config, method="bdb"), 4)
+    assert torch.equal(network.backbone.conv1.weight, checkpoint.weights["backbone.conv1.weight"])
     del checkpoint.weights["backbone.layer4.bn2.bias"]
-    save_checkpoint(tmp_path / "partial.pt", checkpoint)
+    save_checkpoint(path, checkpoint)
     with pytest.raises(PmmError, match="offline"):
-        new_network(replace(config, init_from=str(tmp_path / "partial.pt")), 4)
+        new_network(config, 4)
 
 
-def test_a_file_of_backbone_weights_is_loaded_unchanged(tmp_path):
-    source = new_network(replace(SHORT, backbone="resnet50", seed=1), 4).backbone
-    assert (source.layer1[0].bn3.weight == 0).all(), "from scratch, bottlenecks start as identities"
-    torch.nn.init.constant_(source.layer1[0].bn3.weight, 0.5)
-    torch.save(source.state_dict(), tmp_path / "weights.pth")
-    config = replace(SHORT, backbone="resnet50", backbone_weights=str(tmp_path / "weights.pth"))
-    backbone = new_network(config, 4).backbone
-    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in backbone.state_dict().items())
-
-
-def test_an_unreadable_image_is_replaced_and_named(run, data):
-    bad = sorted((data / "bounding_box_train").iterdir())[4]
+def test_an_unreadable_image_is_replaced_and_named_and_too_many_stop_the_run(run, tmp_path):
+    bad, other = sorted((tmp_path / "data" / "bounding_box_train").iterdir())[4:6]
     bad.write_bytes(bad.read_bytes()[:200])
     with pytest.warns(PmmWarning, match=bad.name) as warned:
         folder = run().folder
     assert len(warned) == 1 and str(bad) in (folder / "log.txt").read_text()
-
-
-def test_too_many_unreadable_images_stop_the_run(run, data):
-    for bad in sorted((data / "bounding_box_train").iterdir())[3:5]:
-        bad.write_bytes(b"")
+    other.write_bytes(b"")
+    shutil.rmtree(folder)
     with pytest.raises(DataError):
         run(max_bad_images=1)
 
 
-def test_images_of_nobody_are_skipped_with_a_warning(run, data):
-    for image in (data / "bounding_box_train").glob("0001_*"):
+def test_images_of_nobody_are_skipped_with_a_warning(run, tmp_path):
+    for image in (tmp_path / "data" / "bounding_box_train").glob("0001_*"):
         image.rename(image.with_name(image.name.replace("0001", "0000", 1)))
     with pytest.warns(PmmWarning) as warned:
         folder = run(epochs=1, batch=8).folder
     assert len(warned) == 1 and load_checkpoint(folder / "best.pt").spec.num_classes == 3
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch, epoch):
-    from pmm_edge.trainer import step
-
-    calls, real = [], step.pmm_loss
+def test_a_loss_that_is_not_finite_stops_the_run_and_does_not_reach_its_checkpoint(run, tmp_path, monkeypatch):
+    losses, real = [], step.pmm_loss
 
     def breaks(*arguments):
         loss, parts = real(*arguments)
-        calls.append(loss)
-        return (loss * torch.nan if len(calls) == epoch else loss), parts
+        losses.append(loss)
+        return (loss * torch.nan if len(losses) == 2 else loss), parts
 
     monkeypatch.setattr(step, "pmm_loss", breaks)
     with pytest.raises(CheckFailedError) as caught:
         run()
-    folder = tmp_path / "run"
-    assert f"epoch {epoch}, step 1 " in caught.value.problem and str(folder) in caught.value.problem
-    assert (folder / "last.pt").exists() == (epoch == 2)
-    if epoch == 2:
-        assert torch.isfinite(load_checkpoint(folder / "last.pt").weights["stage1.linear.weight"]).all()
+    assert "epoch 2, step 1 " in caught.value.problem and str(tmp_path / "run") in caught.value.problem
+    assert torch.isfinite(load_checkpoint(tmp_path / "run" / "last.pt").weights["stage1.linear.weight"]).all()
 
 
 @pytest.mark.parametrize(("images", "cached"), [(36, 36), (20, 20), (0, 0)])

@@ -56,10 +56,7 @@ _CLEAN.set_forkserver_preload(["tiny_training", "pmm_edge.cli", "pmm_edge.traine
 
 
 def start(work: Callable[[], object], output: Path, **environment: str) -> BaseProcess:
-    """Start `work` in a process of its own, which ends after a minute at most. Its output goes to a file.
-
-    The exit code is that of a SystemExit, or 1 after any other exception.
-    """
+    """Start `work` in a process of its own, which ends after a minute at most. Its output goes to a file."""
     process = _CLEAN.Process(target=_run, args=(cloudpickle.dumps(work), output, {**os.environ, **environment}))
     process.start()
     return process
@@ -67,20 +64,19 @@ def start(work: Callable[[], object], output: Path, **environment: str) -> BaseP
 
 def _run(work: bytes, output: Path, environment: dict[str, str]) -> None:
     signal.alarm(60)
-    code = 1
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    code = 0
     try:
-        sys.stdout = sys.stderr = output.open("w", buffering=1)
-        os.environ.update(environment)
-        torch.set_num_threads(1)
         cloudpickle.loads(work)()
-        code = 0
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
+        code = 1
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def wait(process: BaseProcess) -> int | None:
