@@ -1,7 +1,6 @@
 """Augment and normalize batches of uint8 crops on the training device.
 
-A GPU processes the whole batch in each operation. A CPU processes one image at a time, because an image stays in its
-cache. Both compute the same operations on the same numbers and give identical bits.
+A GPU processes the whole batch in each operation, a CPU one image at a time, which stays in its cache: identical bits.
 """
 
 from functools import cache
@@ -31,14 +30,8 @@ def augment(
 ) -> Tensor:
     """Flip, normalize and erase each image at random (paper, section 3.1).
 
-    Args:
-        crops: (N, H, W, 3) uint8 RGB.
-        erase_size: side in pixels of the square that is set to 0, the mean color; 64 in the paper.
-        generator: on the device of `crops`.
-        erase_probability: probability that an image loses a square.
-
-    Returns:
-        (N, 3, H, W) float32, normalized, channels-last in memory.
+    (N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, channels-last in memory. With `erase_probability`, an image loses a
+    square of `erase_size` pixels (64 in the paper), set to 0, the mean color. `generator` is on the device of `crops`.
     """
     draws = torch.rand(4, len(crops), device=crops.device, generator=generator)
     flipped, erased = draws[0] < FLIP_PROBABILITY, draws[1] < erase_probability

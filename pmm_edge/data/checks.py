@@ -9,15 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import (
-    DISTRACTOR_PID,
-    KNOWN_SETS,
-    ReidDataset,
-    Split,
-    SplitSize,
-    problems,
-    queries_with_match,
-)
+from pmm_edge.data.dataset import DISTRACTOR_PID, KNOWN_SETS, ReidDataset, SplitSize, problems, queries_with_match
 from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
@@ -83,36 +75,25 @@ def analyze(dataset: ReidDataset) -> Analysis:
             published = f"{expected.images:,} of {expected.identities:,}"
             text = f"{name} has {size.images:,} images of {size.identities:,} identities, not the published {published}"
             found.append(DatasetWarning(DatasetWarningKind.UNEXPECTED_SIZE, text, name, images=size.images))
-    found += untrained_images(dataset.train)
+    for pid in (DISTRACTOR_PID, JUNK_PID):  # a data set that numbers identities from 0 would silently lose one
+        if images := int((dataset.train.pids == pid).sum()):
+            text = f"train: identity {pid} means nobody, so training skips its {images:,} images; renumber it if not"
+            found.append(DatasetWarning(DatasetWarningKind.UNTRAINED_IMAGES, text, "train", [pid], images))
     train, query, gallery = (split.pids[split.pids > DISTRACTOR_PID] for split in dataset.splits.values())
     if pids := np.intersect1d(train, [*query, *gallery]).tolist():
-        text = f"identities are in the training set and in query or gallery, which inflates results: {_listed(pids)}"
+        text = f"identities in the training set and in query or gallery, which inflates results: {_listed(pids)}"
         found.append(DatasetWarning(DatasetWarningKind.TRAIN_TEST_OVERLAP, text, pids=pids))
     unmatched = np.delete(dataset.query.pids, queries_with_match(dataset))
     if pids := np.unique(unmatched).tolist():
         share = f"{len(unmatched):,} of {len(dataset.query):,} queries"
-        text = f"{share} have no gallery image from another camera and do not count in an evaluation: {_listed(pids)}"
+        text = f"{share} have no match from another camera and do not count in an evaluation; pids: {_listed(pids)}"
         found.append(DatasetWarning(DatasetWarningKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched)))
     return Analysis(counts, known, found)
 
 
-def untrained_images(train: Split) -> list[DatasetWarning]:
-    """Find training images that training skips because their label means "junk" or "distractor".
-
-    A data set that numbers identities from 0 would silently lose one of them.
-    """
-    found = []
-    for pid in (DISTRACTOR_PID, JUNK_PID):
-        if images := int((train.pids == pid).sum()):
-            text = f"train: identity {pid} means nobody, so training skips its {images:,} images; renumber it if not"
-            found.append(DatasetWarning(DatasetWarningKind.UNTRAINED_IMAGES, text, "train", [pid], images))
-    return found
-
-
 def _listed(pids: Sequence[int]) -> str:
     """The number of identities and the first few of them."""
-    word = "identity" if len(pids) == 1 else "identities"
-    return f"{len(pids):,} {word} ({', '.join(map(str, pids[:5]))}{', …' if len(pids) > 5 else ''})"
+    return f"{len(pids):,} ({', '.join(map(str, pids[:5]))}{', …' if len(pids) > 5 else ''})"
 
 
 def unreadable(paths: Sequence[Path], *, report: Report = silent) -> list[BadImage]:

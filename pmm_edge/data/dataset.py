@@ -25,8 +25,7 @@ from pmm_edge.retrieval.metrics import JUNK_PID
 
 DISTRACTOR_PID = 0
 """Identity of gallery images that show nobody in the query set; they count as wrong answers."""
-TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
-"""The folders of Market-1501."""
+TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"  # the folders of Market-1501
 ANY_MARKET = "market-layout"
 """The layout of a folder in Market-1501's form that is not a known data set."""
 
@@ -92,8 +91,7 @@ class Split:
 class ReidDataset:
     """Training images, and query and gallery images of other identities for evaluation."""
 
-    name: str
-    """The layout if the data set is a known one, otherwise the name of its folder."""
+    name: str  # the layout if the data set is a known one, otherwise the name of its folder
     root: Path
     train: Split
     query: Split
@@ -120,9 +118,9 @@ class ReidDataset:
 def scan(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set and require that it can be trained and evaluated on. No image is opened.
 
-    `layout`, one of `LAYOUTS`, is recognized automatically if None. It selects one of the two kinds of CUHK03-NP, and
-    tells which data set a folder in Market-1501's form is. Raises DataError if `root` is not a data set, has another
-    layout or is incomplete, if a file name has no labels, or if `problems` finds something.
+    `layout`, one of `LAYOUTS`, is recognized automatically if None; it selects one of the two kinds of CUHK03-NP.
+    Raises DataError if `root` is not a data set, has another layout or is incomplete, if a file name has no labels, or
+    if `problems` finds something.
     """
     dataset = read(root, layout)
     for problem in problems(dataset):
@@ -172,9 +170,8 @@ def _is_market(root: Path) -> bool:
 
 
 def _is_msmt17(root: Path) -> bool:
-    if any((root / name).is_file() for name in _MSMT17_LISTS) or (root / "mask_train_v2").is_dir():
-        return True
-    return root.name.lower().startswith("msmt17") and (root / "train").is_dir()
+    named = root.name.lower().startswith("msmt17") and (root / "train").is_dir()
+    return named or any((root / name).exists() for name in (*_MSMT17_LISTS, "mask_train_v2"))
 
 
 def _cuhk03_kinds(root: Path) -> dict[str | None, Path]:
@@ -212,10 +209,9 @@ def _read_market_folder(folder: Path) -> Split:
 
 
 def _read_msmt17(root: Path) -> tuple[str, list[Split]]:
-    """Read the four lists.
+    """Read the four lists. Identities there start at 0, a distractor elsewhere, for training and again for testing.
 
-    MSMT17 numbers training and test identities from 0 each, and 0 elsewhere means a distractor. Therefore training
-    identities are shifted by one, and test identities follow the last training identity.
+    Therefore training identities are shifted by one, and test identities follow the last training identity.
     """
     version = "msmt17-v2" if (root / "mask_train_v2").is_dir() else "msmt17-v1"
     train_folder, test_folder = (root / name for name in _MSMT17_SETS[version][:2])
@@ -254,16 +250,13 @@ def _split(images: Sequence[tuple[Path, int, int]], source: Path) -> Split:
 
 def problems(dataset: ReidDataset) -> list[DataError]:
     """Return the reasons why a network cannot be trained or evaluated on a data set."""
-    root, identities = dataset.root, dataset.train.identities
     found = []
-    if identities < 2:
-        found.append(DataError(f"the training set of {root} has {identities} identities", "It needs at least two"))
-    if len({*dataset.query.camids.tolist(), *dataset.gallery.camids.tolist()}) < 2:
-        problem = f"all query and gallery images of {root} come from one camera"
-        found.append(DataError(problem, "Evaluation needs at least two cameras"))
-    elif not len(queries_with_match(dataset)):
-        problem = f"no query of {root} has a match in the gallery from another camera"
-        found.append(DataError(problem, "Query and gallery must show the same identities"))
+    if (identities := dataset.train.identities) < 2:
+        problem = f"the training set of {dataset.root} has {identities} identities"
+        found.append(DataError(problem, "Training needs at least two"))
+    if not len(queries_with_match(dataset)):
+        problem = f"no query of {dataset.root} has a match in the gallery from another camera"
+        found.append(DataError(problem, "Query and gallery must show the same identities, seen by two cameras"))
     return found
 
 

@@ -11,16 +11,13 @@ from pmm_edge.errors import DataError
 from pmm_edge.images import read_crop
 from pmm_edge.machine import threads
 
-CACHE_BYTES = 8 << 30
-"""The training set of Market-1501 at 384x128 takes 1.9 GB."""
+CACHE_BYTES = 8 << 30  # the training set of Market-1501 at 384x128 takes 1.9 GB
 
 
 class Crops:
     """The images of a split at network size, decoded on first use and then cached.
 
-    Threads do the work of data loader processes without copies between processes: Pillow decodes and resizes
-    without the GIL.
-
+    Threads suffice, without copies between processes: Pillow decodes and resizes without the GIL.
     `height` and `width` are in pixels. Images that do not fit into `cache_bytes` are decoded again each time.
     `workers` is the number of decoding threads, by default one for each usable core. If the (N,) identities of the
     images, `pids`, are given, an unreadable image is replaced by the next readable one of its identity, the same in
@@ -115,13 +112,11 @@ class Crops:
 def identity_batches(
     pids: NDArray[np.int64], identities: int, images: int, generator: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """Sample one epoch of P x K batches: every identity once, with `images` (K) of its images.
+    """Sample one epoch of batches of `identities` (P) x `images` (K): index vectors into the (N,) `pids`.
 
-    `pids` are the (N,) identities of the training images, `identities` (P) is the number of them in a batch. An
-    identity with fewer images repeats some of them. The last batch contains the identities that are left; it is
-    dropped if there is only one, which would have no negative. The same state of `generator` gives the same epoch.
-
-    Returns index vectors into `pids`; the images of an identity are adjacent.
+    Every identity is drawn once; one with fewer images repeats some of them. The images of an identity are adjacent.
+    The last batch contains the identities that are left; it is dropped if there is only one, which would have no
+    negative. The same state of `generator` gives the same epoch.
     """
     order = np.argsort(pids, kind="stable")
     people = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)

@@ -64,7 +64,7 @@ def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[
     """Return finite embeddings as (Q, D) and (G, D) floating arrays; raise DataError for anything else."""
     pair = []
     for features, name in ((query_features, "query features"), (gallery_features, "gallery features")):
-        array = check_matrix(features, name, "Pass a (number of images, embedding size) array")
+        array = check_matrix(features, name)
         if not (finite := finite_rows(array)).all():
             remedy = "Check the images and the model's precision (FP16 overflows above 65,504)"
             raise DataError(f"{name} contain NaN or infinity, first in row {finite.argmin()}", remedy)
@@ -76,16 +76,13 @@ def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[
     return query, gallery
 
 
-def check_matrix(values: ArrayLike, name: str, remedy: str) -> NDArray[Any]:
+def check_matrix(values: ArrayLike, name: str) -> NDArray[Any]:
     """Return real numbers as a floating array with two dimensions; raise DataError for anything else."""
     array = np.asarray(values)
-    if array.ndim != 2 or 0 in array.shape:
-        raise DataError(f"{name} have shape {array.shape}", remedy)
-    if np.issubdtype(array.dtype, np.integer):
-        return array.astype(np.float64)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise DataError(f"{name} have dtype {array.dtype}", "Pass real numbers, e.g. float32")
-    return array
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iuf":
+        problem = f"{name} have shape {array.shape} and dtype {array.dtype}"
+        raise DataError(problem, "Pass a two-dimensional array of real numbers")
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 
 def finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:

@@ -96,7 +96,7 @@ def evaluate_distances(
     distances: ArrayLike, *labels: ArrayLike, max_rank: int = 50, ap_cutoff: int | None = None
 ) -> RetrievalResult:
     """Evaluate (Q, G) distances, where smaller is nearer. The labels and everything else are as in `evaluate`."""
-    array = check_matrix(distances, "distances", "Pass a (queries, gallery images) array")
+    array = check_matrix(distances, "distances")
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # the same values; numpy compares them much faster
     checked, step = check_labels(labels, array.shape), rows_per_block(array.shape[1])
@@ -121,10 +121,7 @@ class ProtocolLabels(NamedTuple):
 
 
 def check_labels(labels: Sequence[ArrayLike], shape: tuple[int, ...]) -> ProtocolLabels:
-    """Check that `shape` = (Q, G) images have integer labels, and find the junk; raise DataError otherwise.
-
-    `labels` are the identities of queries and gallery, and their cameras.
-    """
+    """Check the integer pids of Q queries and G gallery images, and their cameras; raise DataError if one is wrong."""
     checked = []
     names = "query pids", "gallery pids", "query camids", "gallery camids"
     for name, values, count in zip(names, labels, 2 * shape, strict=True):

@@ -46,9 +46,9 @@ def rerank_distances(
 ) -> NDArray[np.float32]:
     """Compute the re-ranked distances between (Q, D) and (G, D) embeddings: (Q, G) float32.
 
-    `(1 - lambda) * Jaccard distance of the k-reciprocal neighbors + lambda * squared Euclidean distance`, where the
-    latter is divided by the largest squared distance of the query (equation 12, and the authors' code). `report` is
-    called with the number of images whose neighbors are known, which takes most of the time.
+    `(1 - LAMBDA) * Jaccard distance of the k-reciprocal neighbors + LAMBDA * squared Euclidean distance`, where the
+    latter is divided by the largest of the query (equation 12, and the authors' code). `report` is called with the
+    number of images whose neighbors are known, which takes most of the time.
     """
     query, gallery = check_pair(query_features, gallery_features)
     # float16 would overflow in the squares of `_encode`.
@@ -64,13 +64,11 @@ def rerank_distances(
 def _neighbors(
     images: NDArray[Any], count: int, original: NDArray[np.float32], report: Report
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Find the nearest neighbors of each image, (N, count), and its largest squared distance, (N,).
+    """Find the nearest neighbors of each image, (N, count), itself first, and its largest squared distance, (N,).
 
-    Neighbors are in order of distance, starting with the image itself; ties are in order of index. Also fills
-    `original` (Q, G) with the queries' squared distances divided by their largest.
+    Ties are in order of index. Also fills `original` (Q, G) with squared distances divided by the query's largest.
     """
-    neighbors = np.empty((len(images), count), np.int32)
-    farthest = np.empty(len(images))
+    neighbors, farthest = np.empty((len(images), count), np.int32), np.empty(len(images))
     queries = len(original)
     for start, squared in distance_blocks(images, images, square=True):
         stop = start + len(squared)
@@ -149,8 +147,7 @@ def _expand(matrix: SparseRows, nearest: NDArray[np.int32]) -> SparseRows:
 def _blend(original: NDArray[np.float32], encoding: SparseRows) -> None:
     """Blend the original distances with the Jaccard distances of the encodings (equation 10), in place.
 
-    Rows sum to 1. If m is the sum of the minima of two rows, which only columns of both contribute to, the sum of the
-    maxima is 2 - m. So only images that share a column with the query are visited.
+    Rows sum to 1: if m is the sum of the minima of two rows, that of the maxima is 2 - m, and m needs common columns.
     """
     queries, gallery = original.shape
     # The transposed rows of the gallery: row c lists the gallery images with column c.

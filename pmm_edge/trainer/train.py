@@ -24,7 +24,7 @@ import torch
 import pmm_edge
 from pmm_edge.console import Report, silent
 from pmm_edge.data.augment import normalize
-from pmm_edge.data.checks import untrained_images
+from pmm_edge.data.checks import analyze
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.data.loader import Crops
 from pmm_edge.data.synthetic import cached_synthetic
@@ -155,7 +155,7 @@ def train(
                 new_run_folder(AboutRun(chosen.preset, root, pmm_edge.__version__, layout), folder)
                 with written_whole(folder / CONFIG) as temporary:
                     temporary.write_text(chosen.to_toml(), encoding="utf-8")
-                for finding in untrained_images(dataset.train):
+                for finding in analyze(dataset).warnings:
                     warnings.warn(finding.text, PmmWarning, stacklevel=2)
         world.barrier()  # the other processes stop here if the first one is refused
         if resume:

@@ -9,40 +9,22 @@ import pytest
 
 from pmm_edge.data import dataset as datasets
 from pmm_edge.data.checks import DatasetWarningKind, analyze, unreadable
-from pmm_edge.data.dataset import (
-    ANY_MARKET,
-    DISTRACTOR_PID,
-    LAYOUTS,
-    SplitSize,
-    data_sha256,
-    is_dataset,
-    problems,
-    queries_with_match,
-    read,
-    scan,
-)
+from pmm_edge.data.dataset import ANY_MARKET, DISTRACTOR_PID, problems, queries_with_match, read, scan
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval import evaluate
 from pmm_edge.retrieval.metrics import JUNK_PID
 
-MARKET = {
-    "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0002_c2s1_000500_01.jpg", "0007_c1s6_028546_01.jpg.jpg"],
-    "query": ["0003_c1s1_000200_00.jpg"],
-    "bounding_box_test": [
-        *("-1_c2s1_000001_00.jpg", "0000_c1s1_000002_00.jpg", "0003_c2s1_000300_00.jpg"),
-        *("._0003_c2s1_000300_00.jpg", "Thumbs.db"),
-    ],
-}
-DUKE = {
-    "bounding_box_train": ["0001_c2_f0046182.jpg", "0001_c3_f0046302.jpg", "0005_c2_f0046985.jpg"],
-    "query": ["0002_c1_f0044158.jpg"],
-    "bounding_box_test": ["0002_c2_f0044278.jpg", "7139_c2_f0160815.jpg"],
-}
-CUHK03 = {
-    "bounding_box_train": ["0001_c1_1.png", "0001_c2_6.png", "0004_c1_34.png"],
-    "query": ["0003_c1_21.png"],
-    "bounding_box_test": ["0003_c2_26.png"],
-}
+MARKET = (
+    "0002_c1s1_000451_03.jpg 0002_c2s1_000500_01.jpg 0007_c1s6_028546_01.jpg.jpg",
+    "0003_c1s1_000200_00.jpg",
+    "-1_c2s1_000001_00.jpg 0000_c1s1_000002_00.jpg 0003_c2s1_000300_00.jpg ._0003_c2s1_000300_00.jpg Thumbs.db",
+)
+DUKE = (
+    "0001_c2_f0046182.jpg 0001_c3_f0046302.jpg 0005_c2_f0046985.jpg",
+    "0002_c1_f0044158.jpg",
+    "0002_c2_f0044278.jpg 7139_c2_f0160815.jpg",
+)
+CUHK03 = ("0001_c1_1.png 0001_c2_6.png 0004_c1_34.png", "0003_c1_21.png", "0003_c2_26.png")
 MSMT17 = {
     "list_train.txt": ["0000/0000_000_01_0303morning_0015_0.jpg 0", "0001/0001_003_14_0303noon_0100_1_ex.jpg 1"],
     "list_val.txt": ["0000/0000_045_12_0303morning_0006_2.jpg 0"],
@@ -52,9 +34,9 @@ MSMT17 = {
 
 
 def make_market(root, names):
-    for folder, files in names.items():
+    for folder, files in zip(("bounding_box_train", "query", "bounding_box_test"), names, strict=True):
         (root / folder).mkdir(parents=True)
-        for name in files:
+        for name in files.split():
             (root / folder / name).touch()
     return root
 
@@ -89,14 +71,14 @@ def refused(root, *parts, layout=None):
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", datasets.LAYOUTS)
 def test_each_layout_is_recognized_and_can_be_named(tmp_path, monkeypatch, layout):
     root = MAKERS[layout](tmp_path)
     dataset = scan(root)
     assert dataset.layout == scan(root, layout).layout == layout and dataset.root == root
     assert dataset.name == ("warehouse" if layout == ANY_MARKET else layout)
     assert dataset.train.identities == 2 and dataset.query.identities == 1
-    assert is_dataset(root) and is_dataset(root.parent) == (root.parent.name == "CUHK03-NP")
+    assert datasets.is_dataset(root) and datasets.is_dataset(root.parent) == (root.parent.name == "CUHK03-NP")
     monkeypatch.chdir(root)
     here = scan(Path())
     assert (here.name, here.layout) == (dataset.name, layout)
@@ -116,15 +98,15 @@ def test_labels_of_each_form(tmp_path):
     assert all(path.is_file() for split in msmt17.splits.values() for path in split.paths)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("../../secret/0000_000_01_x.jpg 0", "/etc/0000_000_01_x.jpg 0", "0000//etc/0000_000_01_x.jpg 0"),
-        *(r"..\secret\0000_000_01_x.jpg 0", "C:/0000_000_01_x.jpg 0", "\x00\x1b[2J/0000_000_01_x.jpg 0"),
-        *("0000/anna.jpg 0", "0000/0000_000_01_x.jpg", "0000/0000_000_01_x.jpg -1", "a/" * 5000),
-        f"0000/0000_000_01_x.jpg {'9' * 40}",
-    ],
+LINES = (
+    *("../../secret/0000_000_01_x.jpg 0", "/etc/0000_000_01_x.jpg 0", "0000//etc/0000_000_01_x.jpg 0"),
+    *(r"..\secret\0000_000_01_x.jpg 0", "C:/0000_000_01_x.jpg 0", "\x00\x1b[2J/0000_000_01_x.jpg 0"),
+    *("0000/anna.jpg 0", "0000/0000_000_01_x.jpg", "0000/0000_000_01_x.jpg -1", "a/" * 5000),
+    f"0000/0000_000_01_x.jpg {'9' * 40}",
 )
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_line_of_a_list_that_is_not_an_image_and_an_identity_is_refused(tmp_path, line):
     root = MAKERS["msmt17-v1"](tmp_path)
     with (root / "list_query.txt").open("a") as file:
@@ -134,17 +116,14 @@ def test_a_line_of_a_list_that_is_not_an_image_and_an_identity_is_refused(tmp_pa
 
 def test_lists_of_msmt17_must_be_complete(tmp_path):
     root = MAKERS["msmt17-v1"](tmp_path)
-    for name in ("0000/0000_000_01_gone.jpg", "0099/0099_000_01_gone.jpg"):
-        (root / "list_query.txt").write_text(f"{name} 0\n")
-        refused(root, root / "test" / name)
-    for content in (b"\xff\xfe\x00", b"\n"):
+    (root / "list_query.txt").write_text("0099/0099_000_01_gone.jpg 0\n")
+    refused(root, root / "test" / "0099/0099_000_01_gone.jpg")
+    for content in (b"\xff\xfe\x00", b"\n", b""):
         (root / "list_query.txt").write_bytes(content)
         refused(root, root / "list_query.txt")
-    (root / "list_val.txt").unlink()
-    refused(root, root / "list_val.txt")
-    for path in root.glob("*.txt"):
+    for path in (root / "list_val.txt", root / "list_train.txt"):
         path.unlink()
-    refused(root, root / "list_train.txt")
+        refused(root, path)
 
 
 def test_cuhk03_np_must_say_which_kind(tmp_path):
@@ -166,7 +145,7 @@ def test_a_wrong_layout_or_folder_is_refused(tmp_path):
 def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, monkeypatch):
     root = make_market(tmp_path / "occluded", DUKE)
     assert scan(root).layout == ANY_MARKET
-    sizes = {"train": SplitSize(2, 3), "query": SplitSize(1, 1), "gallery": SplitSize(2, 2)}
+    sizes = {"train": datasets.SplitSize(2, 3), "query": datasets.SplitSize(1, 1), "gallery": datasets.SplitSize(2, 2)}
     monkeypatch.setitem(datasets.KNOWN_SETS, "dukemtmc-reid", sizes)
     assert scan(root).layout == "dukemtmc-reid" and analyze(scan(root)).warnings == []
     (root / "query" / "0002_c3_f0044158.jpg").touch()
@@ -214,8 +193,6 @@ def test_a_folder_that_cannot_be_read(market):
         (market / "query" / name).unlink()
     next((market / "query").iterdir()).unlink()
     refused(market, market / "query")
-    (market / "query").rmdir()
-    refused(market, "query")
 
 
 @pytest.mark.parametrize(
@@ -246,20 +223,17 @@ def test_the_finding_about_queries_agrees_with_the_evaluation(market, pid, count
     labels = (query.pids, dataset.gallery.pids, query.camids, dataset.gallery.camids)
     assert evaluate(np.eye(2), np.ones((3, 2)), *labels).valid_queries == 1 + counted
     assert queries_with_match(replace(dataset, query=query)).tolist() == [0, 1][: 1 + counted]
-    found = [
-        w for w in analyze(replace(dataset, query=query)).warnings if w.kind == DatasetWarningKind.UNMATCHED_QUERIES
-    ]
-    assert [(w.images, w.pids) for w in found] == [(1, [pid])] * (1 - counted)
+    found = [(w.images, w.pids) for w in analyze(replace(dataset, query=query)).warnings if w.split == "query"]
+    assert found == [(1, [pid])] * (1 - counted)
 
 
 def test_the_hash_depends_on_names_and_contents_and_not_on_the_place(market, tmp_path):
     (path,) = read(market).query.paths
     path.write_bytes(b"one")
-    first = data_sha256([path], market)
-    moved = market.rename(tmp_path / "moved")
+    first, moved = datasets.data_sha256([path], market), market.rename(tmp_path / "moved")
     path = moved / path.relative_to(market)
-    assert data_sha256([path], moved) == first
+    assert datasets.data_sha256([path], moved) == first
     path.write_bytes(b"two")
-    assert data_sha256([path], moved) != first
+    assert datasets.data_sha256([path], moved) != first
     with pytest.raises(DataError, match="gone"):
-        data_sha256([moved / "gone.jpg"], moved)
+        datasets.data_sha256([moved / "gone.jpg"], moved)

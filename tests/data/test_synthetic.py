@@ -40,8 +40,8 @@ def contents(folder):
 
 def test_a_seed_always_draws_the_same_people(made):
     """Trained networks and published figures depend on them. JPEG bytes also depend on the version of Pillow."""
-    names = [shot.name for shot in generate.plan(SMALL)][::30]
-    assert names == ["0001_c1s1_000002_03.jpg", "0005_c2s5_000004_01.jpg", "-1_c2s1_000048_07.jpg"]
+    names = ["0001_c1s1_000002_03.jpg", "0005_c2s5_000004_01.jpg", "-1_c2s1_000048_07.jpg"]
+    assert [shot.name for shot in generate.plan(SMALL)][::30] == names
     person = make_person(3, 40, 4)
     assert person[:4] == pytest.approx((1.0378204, 1.0717136, 0.9664897, 1.0339187), abs=1e-6)
     assert person.upper == ("jacket", (54, 56, 62), "plain", (196, 174, 140))
@@ -49,8 +49,7 @@ def test_a_seed_always_draws_the_same_people(made):
     assert person.bag[:2] == ("shoulder bag", (108, 72, 46)) and person.left_handed
     sheet = Image.open(made.with_suffix(".png"))
     assert sheet.size == (4 * (64 + 4) + 4, 4 * (128 + 4) + 4)
-    sheet = sheet.crop((0, 0, 4 * (64 + 4) + 4, 2 * (128 + 4) + 4))
-    colors = np.asarray(sheet.resize((4, 2), Image.Resampling.BOX)).astype(int)
+    colors = np.asarray(sheet.resize((4, 2), Image.Resampling.BOX, (0, 0, 276, 268))).astype(int)
     gap = [250, 250, 250]
     expected = [[gap, [154, 133, 144], [92, 105, 87], gap], [[127, 135, 130], gap, gap, [182, 162, 171]]]
     assert np.abs(colors - expected).max() <= 2
@@ -98,10 +97,10 @@ def test_a_group_wears_the_same_clothes_and_differs_in_details():
     assert len(clothes) == 100
 
 
-@pytest.mark.parametrize(("group_size", "height", "width"), [(1, 64, 32), (MAX_GROUP, 192, 80)])
-def test_group_and_image_sizes(group_size, height, width):
-    config = replace(TINY, train_identities=8, group_size=group_size, height=height, width=width)
-    assert contact_sheet(config).size == (2 * (width + 4) + 4, height + 8)
+def test_group_and_image_sizes():
+    for group_size, height, width in ((1, 64, 32), (MAX_GROUP, 192, 80)):
+        config = replace(TINY, train_identities=8, group_size=group_size, height=height, width=width)
+        assert contact_sheet(config).size == (2 * (width + 4) + 4, height + 8)
 
 
 @pytest.mark.parametrize(("error", "workers"), [(OSError("disk full"), 1), (KeyboardInterrupt, 2)])
@@ -118,20 +117,10 @@ def test_interrupted_or_failed_drawing_leaves_nothing(tmp_path, monkeypatch, err
 
 def test_the_cached_set_is_drawn_once_for_each_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("PMM_HOME", str(tmp_path))
-    reported = []
-    folder = cached_synthetic(TINY, report=lambda what, done, total, detail="": reported.append((done, total)))
-    total = len([*folder.glob("*/*.jpg")])
-    assert reported[-1] == (total, total)
+    folder = cached_synthetic(TINY)
     drawn = (folder / "synthetic.json").stat().st_mtime_ns
     assert cached_synthetic(TINY) == folder != cached_synthetic(replace(TINY, seed=1))
     assert (folder / "synthetic.json").stat().st_mtime_ns == drawn
-
-
-def test_a_full_folder_is_left_alone(tmp_path):
-    (tmp_path / "mine.txt").touch()
-    with pytest.raises(OutputError):
-        make_synthetic(tmp_path, SMALL, workers=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_value_out_of_range_is_named():

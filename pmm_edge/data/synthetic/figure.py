@@ -29,7 +29,6 @@ Pose = tuple[float, float, float, float]
 """One moment of walking: heading and pitch in degrees, phase of the gait in radians, stride from 0 (standing) to 1."""
 Rings = Sequence[Ring]
 Pixel = tuple[float, float]
-Fill = tuple[int, ...]
 Outline = Sequence[Pixel]
 Joints = tuple[Point, Point, Point]  # hip, knee and ankle, or shoulder, elbow and hand
 Part = tuple[float, Callable[[], None]]  # of the upper body: its depth, larger is nearer, and how to paint it
@@ -95,12 +94,12 @@ class View:
         """Paint a line of `width` body units, at least one pixel."""
         self.draw.line(points, fill=color, width=max(1, round(width * self.size)), joint="curve")
 
-    def disc(self, center: Pixel, rx: float, ry: float, color: Fill) -> None:
+    def disc(self, center: Pixel, rx: float, ry: float, color: Color) -> None:
         """Paint an ellipse with its radii in pixels."""
         x, y = center
         self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=color)
 
-    def bone(self, a: Pixel, b: Pixel, ra: float, rb: float, color: Fill, cuff: bool = False) -> None:
+    def bone(self, a: Pixel, b: Pixel, ra: float, rb: float, color: Color, cuff: bool = False) -> None:
         """Paint two discs and the quadrilateral between them, radii in pixels; a cuff has a flat end."""
         length = math.hypot(b[0] - a[0], b[1] - a[1]) or 1.0
         nx, ny = (a[1] - b[1]) / length, (b[0] - a[0]) / length
@@ -117,7 +116,7 @@ class View:
         off = -self.light * 0.55
         self.bone((pa[0] + off * ra, pa[1]), (pb[0] + off * rb, pb[1]), ra * 0.5, rb * 0.5, SHADE)
 
-    def band(self, rings: Rings, left: float, right: float, color: Fill) -> None:
+    def band(self, rings: Rings, left: float, right: float, color: Color) -> None:
         """Paint the part of a tube's silhouette between two fractions (-1..1) of its width."""
         centers = [(self.at(Point(0, ring.y, 0)), self.reach(ring)) for ring in rings]
         down = [(x + left * reach, y) for (x, y), reach in centers]
@@ -125,10 +124,7 @@ class View:
         self.draw.polygon(down + up, fill=color)
 
     def patch(self, rings: Rings, angle: float, half: float, v: Pixel, color: Color, outline: Outline = STRIP) -> None:
-        """Paint the surface of a tube within `half` degrees of `angle`, between two fractions `v` of its height.
-
-        `outline`, in -1..1, is bent around the tube and cut off where the surface turns away.
-        """
+        """Paint an outline bent around a tube, within `half` degrees of `angle` and two fractions `v` of its height."""
         offs = [min(max(self.off_center(angle) + half * x, -EDGE), EDGE) for x, _ in outline]
         if max(offs) - min(offs) > 4:
             rows = [ring_at(rings, (v[0] + v[1]) / 2 + (v[1] - v[0]) / 2 * y) for _, y in outline]
@@ -169,8 +165,7 @@ def _along(a: Point, b: Point, t: float) -> Point:
 
 
 def _darker(color: Color, factor: float) -> Color:
-    r, g, b = (int(c * factor) for c in color)
-    return r, g, b
+    return tuple(int(c * factor) for c in color)
 
 
 def draw_person(view: View, person: Person) -> None:
@@ -201,8 +196,7 @@ def draw_person(view: View, person: Person) -> None:
 def _skeleton(person: Person, view: View) -> tuple[list[Joints], list[Joints], Point, Point]:
     """The legs and arms (left, right), the neck and the head. Legs and arms swing in opposite phase."""
 
-    def swing(start: Point, length: float, angle: float, spread: float = 0.0) -> Point:
-        """The end of a bone that hangs from `start`, swung forward by `angle` radians."""
+    def swing(start: Point, length: float, angle: float, spread: float = 0.0) -> Point:  # the end of a bone
         return Point(start.x + spread, start.y - length * math.cos(angle), start.z + length * math.sin(angle))
 
     hip_y = 0.48 * person.legs + 0.045
@@ -371,7 +365,7 @@ def _head(view: View, person: Person, head: Point) -> None:
     shown = max(0.0, 0.62 + 0.5 * cos)
     bun = view.at(Point(0, head.y + 0.075, head.z - 0.04))
     eyes = {side: 0.86 * math.sin(math.radians(view.heading + side)) for side in (-26, 26)}
-    discs: list[tuple[bool, float, float, float, float, Fill]] = [
+    discs: list[tuple[bool, float, float, float, float, Color]] = [
         # Painted if; place to the right and below the center, and radii, relative to those of the head; color.
         (style == "afro", -0.012 / 0.058 * sin, -0.3, 1.5, 1.22, hair),
         (True, 0, 0, 1, 1, skin if style == "bald" else hair),

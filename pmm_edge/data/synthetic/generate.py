@@ -71,10 +71,7 @@ class Shot(NamedTuple):
 
 
 def plan(config: SyntheticConfig) -> list[Shot]:
-    """List all images of the data set in a fixed order.
-
-    As in Market-1501, one hand-drawn box of a test identity in each camera is a query.
-    """
+    """List all images in a fixed order. As in Market-1501, one box of a test identity in each camera is a query."""
     shots: list[Shot] = []
 
     def add(folder: str, kind: Any, pid: int, camera: int, number: int = 0) -> None:
@@ -107,10 +104,7 @@ def plan(config: SyntheticConfig) -> list[Shot]:
 
 
 def render(config: SyntheticConfig, shot: Shot) -> bytes:
-    """Draw one image and return it as a JPEG file of `config.width` x `config.height` pixels.
-
-    It depends on the configuration and the shot alone, so images can be drawn in any order and process.
-    """
+    """Draw one image as a JPEG file that depends on the configuration and the shot alone, in any order or process."""
     rng = np.random.default_rng((config.seed, 8, shot.pid, shot.camera, shot.number, int(shot.kind == "junk")))
     camera = make_camera(config.seed, shot.camera)
     scale = max(2, round(512 / config.height))  # antialiasing: drawn larger, then averaged
@@ -129,10 +123,7 @@ def render(config: SyntheticConfig, shot: Shot) -> bytes:
 def _figures(
     config: SyntheticConfig, shot: Shot, camera: Camera, rng: np.random.Generator
 ) -> list[tuple[int, float, float, float, Pose]]:
-    """The person of the shot and, in some images, a passer-by behind or in front of it; in the order of painting.
-
-    Each is a pid; x, ground and size as fractions of the image; and the pose.
-    """
+    """Pid, place (x, ground, size as fractions of the image) and pose of the person and, at times, a passer-by."""
     # Tight boxes for the query, a detector's jitter for the gallery, a bad overlap for junk.
     spread = {"drawn": 0.4, "junk": 3.2}.get(shot.kind, 1.0)
     x, ground, size = (rng.normal(0, 1, 3) * spread * (0.06, 0.025, 0.065)).tolist()
@@ -193,8 +184,7 @@ def make_synthetic(
         for name in (TRAIN, QUERY, GALLERY):
             (temporary / name).mkdir()
         write, workers = partial(_write, config, temporary), workers or threads()
-        # Spawned, not forked: the caller may have threads (torch, CUDA) that do not survive a fork.
-        # Ctrl-C is handled by the parent.
+        # Spawned, not forked: threads of the caller (torch, CUDA) do not survive a fork. The parent handles Ctrl-C.
         pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
         try:
             alone = workers == 1 or len(shots) <= CHUNK

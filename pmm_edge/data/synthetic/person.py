@@ -1,8 +1,7 @@
-"""The attributes of synthetic people.
+"""The attributes of synthetic people. Groups of them wear the same upper and lower garment.
 
-People form groups that wear the same upper and lower garment. Within a group, hair, shoes and logo always differ, hat
-and bag often do: the most salient region does not identify a person, which is the problem that the paper addresses
-(section 1).
+Within a group, hair, shoes and logo always differ, hat and bag often do: the most salient region does not identify a
+person, which is the problem that the paper addresses (section 1).
 """
 
 import functools
@@ -11,13 +10,13 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-Color = tuple[int, int, int]
+Color = tuple[int, ...]  # red, green, blue, and how opaque it is
 T = TypeVar("T")
 
 
 def palette(colors: str) -> tuple[Color, ...]:
     """Parse colors written as RRGGBB and separated by spaces."""
-    return tuple((red, green, blue) for red, green, blue in map(bytes.fromhex, colors.split()))
+    return tuple(tuple(bytes.fromhex(color)) for color in colors.split())
 
 
 # Mostly black, gray, white and blue, as in real crowds: the clothes of two groups often look alike.

@@ -50,10 +50,7 @@ def make_camera(seed: int, number: int) -> Camera:
 
 
 def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> bytes:
-    """Apply blur, color cast, exposure, contrast, haze and noise, and compress to JPEG.
-
-    Exposure and cast drift from image to image, like daylight and automatic white balance.
-    """
+    """Apply blur, cast, exposure, contrast, haze and noise, and compress to JPEG. Exposure and cast drift a little."""
     contrast, saturation, haze, blur, noise = camera.sensor
     radius = blur * float(rng.uniform(0.6, 1.4)) * scene.height / 128
     if radius > 0.15:
