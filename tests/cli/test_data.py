@@ -50,11 +50,6 @@ def test_decode_names_unreadable_files(pmm: Callable, data: Path) -> None:
     assert [item["path"] for item in json.loads(ended.stdout)["unreadable"]] == [str(path) for path in broken]
 
 
-def test_bad_input(pmm: Callable, data: Path, tmp_path: Path) -> None:
-    assert str(tmp_path / "nowhere") in pmm("data", tmp_path / "nowhere").error
-    assert "Did you mean 'market1501'?" in pmm("data", data, "--layout", "market1502").error
-
-
 def test_synth(pmm: Callable, tmp_path: Path) -> None:
     folder, sheet = tmp_path / "set", tmp_path / "pictures" / "sheet.jpg"
     ended = pmm("synth", folder, *SMALL, "--sheet", sheet, "--json")
@@ -65,21 +60,3 @@ def test_synth(pmm: Callable, tmp_path: Path) -> None:
     with Image.open(sheet) as image:
         assert image.format == "JPEG"
     assert "bounding_box_test" in pmm("synth", tmp_path / "other", *SMALL).stdout
-    assert str(folder) in pmm("synth", folder, *SMALL).error
-
-
-@pytest.mark.parametrize(
-    ("arguments", "remedy"),
-    [
-        (["--cameras", "1"], "2 to 9"),
-        (["--images", "99"], "2 to 32"),
-        (["--sheet", "sheet.docx"], ".jpg"),
-        (["--sheet", "/proc/none/sheet.jpg"], "/proc/none/sheet.jpg"),
-    ],
-)
-def test_wrong_values_leave_nothing(
-    arguments: list[str], remedy: str, pmm: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert remedy in pmm("synth", "set", *SMALL, *arguments).error
-    assert list(tmp_path.iterdir()) == []

@@ -61,30 +61,3 @@ def test_an_engine_that_cannot_be_built_does_not_hide_the_file(
     first, last = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert "TensorRT" in first
     assert last == "error: cannot write tracker: No space left on device"
-
-
-def test_wrong_use(pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    short, foreign, missing = (tmp_path / f"{name}.pt" for name in ("short", "foreign", "missing"))
-    short.write_bytes(tiny_checkpoint.read_bytes()[:5000])
-    foreign.write_text("weights")
-    for path in (short, foreign, missing):
-        assert str(path) in pmm("export", path, "--out", tmp_path / "out" / "model.onnx").error
-    assert "pmm train" in pmm("export").error
-    assert ".onnx" in pmm("export", tiny_checkpoint, "--out", "model").error
-    assert "--precision int8" in pmm("export", tiny_checkpoint, "--target", "cpu").error
-    assert "--trt" in pmm("export", tiny_checkpoint, "--batch-profile", "1,2,3").error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".engine"])
-def test_places_are_checked_before_the_work(
-    suffix: str, pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pmm_edge.export.graph.onnx_graph", None)
-    blocked = tmp_path / f"model{suffix}"
-    blocked.mkdir()
-    arguments = (tiny_checkpoint, "--safetensors", "--trt", "--out")
-    assert f"cannot write {blocked}: " in pmm("export", *arguments, tmp_path / "model.onnx").error
-    assert "cannot write /proc/model.onnx" in pmm("export", *arguments, "/proc/model.onnx").error
-    assert [path.name for path in tmp_path.iterdir()] == [blocked.name]

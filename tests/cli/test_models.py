@@ -3,9 +3,8 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -69,33 +68,6 @@ def test_the_cmc_is_drawn(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tm
             assert len(image.convert("RGB").getcolors(image.width * image.height)) > 10  # not blank
 
 
-def test_what_eval_refuses(
-    pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.npz").mkdir()
-    assert "missing.onnx" in pmm("eval", tmp_path / "missing.onnx", tiny_dataset).error
-    assert "Build it here" in pmm("eval", tmp_path / "model.engine", tiny_dataset).error
-    assert str(tmp_path / "none") in pmm("eval", tiny_onnx, tmp_path / "none").error
-    assert "Did you mean 'market1501'?" in pmm("eval", tiny_onnx, tiny_dataset, "--layout", "market150").error
-    broken = shutil.copytree(tiny_dataset, tmp_path / "broken")
-    image = next((broken / "query").iterdir())
-    image.write_bytes(image.read_bytes()[:400])
-    assert str(image) in pmm("eval", tiny_onnx, broken).error
-    monkeypatch.setattr("pmm_edge.bench.evaluation.embed_files", None)  # what follows is refused before the work
-    for option, name, reason in (
-        ("--cmc", "cmc.jpg", ".png or .svg"),
-        ("--cmc", "file/cmc.png", "file is a file"),
-        ("--features", "features.npy", ".npz"),
-        ("--features", "folder.npz", "is a folder"),
-    ):
-        error = pmm("eval", tiny_onnx, tiny_dataset, option, tmp_path / name).error
-        assert f"cannot write {tmp_path / name}: " in error
-        assert reason in error
-    monkeypatch.setattr("pmm_edge.bench.charts.find_spec", lambda name: None)
-    assert ".[train]" in pmm("eval", tiny_onnx, tiny_dataset, "--cmc", tmp_path / "cmc.png").error
-
-
 def test_embed_a_data_set(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.npz"
     ended = pmm("embed", tiny_onnx, tiny_dataset, "-o", out, "--batch", "5", "--device", "cpu", "--json")
@@ -126,26 +98,10 @@ def test_unreadable_images_are_skipped(pmm: Callable, tiny_onnx: Path, tiny_data
     assert not (tmp_path / "none.npz").exists()
 
 
-def test_what_embed_refuses(
-    pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_edge_box_needs_the_base_dependencies_alone(
+    pmm_without: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "_decoded", None)  # refused before the work
-    assert ".npz or .parquet" in pmm("embed", tiny_onnx, tiny_dataset, "-o", "e.csv").error
-    assert "market" in pmm("embed", tiny_onnx, tiny_dataset, "--layout", "market").error
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    assert "cannot write file/x.npz" in pmm("embed", tiny_onnx, tiny_dataset, "-o", "file/x.npz").error
-
-
-def test_an_edge_box_needs_the_base_dependencies_alone(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    absent = ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "pyarrow", "tensorboard")
-    script = f"import sys\nfor absent in {absent}: sys.modules[absent] = None\nfrom pmm_edge.cli import main; main()"
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
+    run = partial(pmm_without, "torch torchvision onnx onnxscript safetensors pyarrow tensorboard")
     ended = run("embed", tiny_onnx, tiny_dataset / "query", "-o", tmp_path / "e.npz")
     assert ended.returncode == 0, ended.stderr
     assert np.load(tmp_path / "e.npz")["embeddings"].shape == (12, 1536)
@@ -177,22 +133,3 @@ def test_visualize_any_images(pmm: Callable, run: Path, tiny_dataset: Path, tmp_
     assert printed["files"] == {"cams": "new/pictures/cams.png"}
     assert set(printed["left_out"]) == {"galleries", "mixing"}
     assert printed["overlap"]["images"] == 2
-
-
-def test_what_visualize_refuses(
-    pmm: Callable, run: Path, tiny_onnx: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*arguments: object) -> str:
-        return pmm("visualize", *arguments).error
-
-    assert "checkpoint" in refused(tiny_onnx, "--what", "cams", "--data", tiny_dataset)
-    assert "missing.pt" in refused("missing.pt", "--data", tiny_dataset)
-    assert "nowhere" in refused("--what", "cams", "--data", "nowhere")
-    assert "--data" in refused("--what", "galleries", "--data", tiny_dataset / "query")
-    assert "1 to 100" in refused("--images", 0)
-    Path("file").touch()
-    assert "cannot write file/pictures" in refused("--out", "file/pictures")
-    shutil.copy(run / "best.pt", "lone.pt")
-    assert "--data" in refused("lone.pt")
-    shutil.rmtree("runs")
-    assert "pmm train" in refused()

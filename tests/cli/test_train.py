@@ -9,8 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from pmm_edge.files import decode_toml
 from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.trainer.config import choose_config
@@ -51,68 +49,16 @@ def test_print_config_of_a_run_trains_nothing(pmm: Callable, tiny_dataset: Path,
     assert str(tmp_path) in pmm("train", "--resume", tmp_path, "--print-config").error
 
 
-def missing(data: Path) -> Path:
-    shutil.rmtree(data)
-    return data
-
-
-def other_layout(data: Path) -> Path:
-    return (data / "bounding_box_train").rename(data / "train").parent
-
-
-def no_images(data: Path) -> Path:
-    shutil.rmtree(data / "query")
-    (data / "query").mkdir()
-    return data / "query"
-
-
-def unparsable_name(data: Path) -> Path:
-    image = next((data / "bounding_box_train").iterdir())
-    return image.rename(image.with_name("holiday.jpg"))
-
-
-def truncated(data: Path) -> Path:
+def test_images_that_cannot_be_used(pmm: Callable, tiny_dataset: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    train = sorted((data / "bounding_box_train").iterdir())
     image = sorted((data / "query").iterdir())[0]
     image.write_bytes(image.read_bytes()[:400])
-    return image
-
-
-def one_identity(data: Path) -> Path:
-    for path in (data / "bounding_box_train").iterdir():
-        if not path.name.startswith("0001"):
-            path.unlink()
-    return data
-
-
-@pytest.mark.parametrize("spoil", [missing, other_layout, no_images, unparsable_name, truncated, one_identity])
-def test_data_that_cannot_be_used(
-    spoil: Callable[[Path], Path], pmm: Callable, tiny_dataset: Path, tmp_path: Path
-) -> None:
-    data = shutil.copytree(tiny_dataset, tmp_path / "data")
-    blamed = spoil(data)
-    assert str(blamed) in pmm("train", data, "--out", tmp_path / "run", *TINY).error
+    assert str(image) in pmm("train", data, "--out", tmp_path / "run", *TINY).error
+    for path in train[3:]:  # one identity is left
+        path.unlink()
+    assert str(data) in pmm("train", data, "--out", tmp_path / "run", *TINY).error
     assert not list(tmp_path.glob("run/*.pt"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "remedy"),
-    [
-        (["--mix-block-size", "3x2", "--height", 100], "multiples of 48"),
-        (["--device", "cuda:63"], "cuda:63"),
-        (["--device", "tpu9"], "tpu9"),
-        (["--backbone", "vgg"], "resnet10"),
-        (["--backbone-weights", "imagnet"], "Did you mean 'imagenet'"),
-        (["--precision", "fp16"], "bf16 or fp32"),
-        (["--precision", "fp17"], "fp16"),
-        (["--batch", 7], "multiple of 2"),
-        (["--preset", "quik"], "Did you mean 'quick'"),
-        (["--resume", "runs"], "Leave out"),
-        (["--out", "/proc/run"], "/proc/run"),
-    ],
-)
-def test_wrong_use(pmm: Callable, tiny_dataset: Path, tmp_path: Path, arguments: list[object], remedy: str) -> None:
-    assert remedy in pmm("train", tiny_dataset, "--out", tmp_path / "run", *TINY, *arguments).error
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(tiny_dataset: Path, tmp_path: Path) -> None:
