@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from pmm_edge import __version__, render
-from pmm_edge.console import INTERRUPTED, err, note, print_json, print_plain, progress
+from pmm_edge.console import INTERRUPTED, err, note, print_json, print_plain, print_table, progress
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
 from pmm_edge.spec import CalibrationMethod, InputForm, Precision, QuantizationTarget
@@ -227,7 +227,13 @@ def bench(
     """
     arguments = _arguments(locals(), "compare")
     if compare:
-        _compare(*compare, as_json)
+        from pmm_edge.bench.regression import compare_reports
+
+        found = compare_reports(*compare)
+        print_json({"passed": not found.regressions, **vars(found)}) if as_json else render.show_comparison(found)
+        if found.regressions:
+            raise CheckFailedError("; ".join(one.sentence for one in found.regressions), f"See {compare[1]}")
+        note("[green]ok:[/] nothing is worse beyond noise")
         return
     from pmm_edge.bench.pipeline import bench as run
     from pmm_edge.bench.report import Gates
@@ -249,16 +255,6 @@ def bench(
     if result.report.failures:
         raise CheckFailedError(verdict(result.report)[1].rstrip("."), f"See {result.files[0]}")
     note("[green]ok:[/] all models meet their gates")
-
-
-def _compare(old: Path, new: Path, as_json: bool) -> None:
-    from pmm_edge.bench.regression import compare_reports
-
-    found = compare_reports(old, new)
-    print_json({"passed": not found.regressions, **vars(found)}) if as_json else render.show_comparison(found)
-    if found.regressions:
-        raise CheckFailedError("; ".join(one.sentence for one in found.regressions), f"See {new}")
-    note("[green]ok:[/] nothing is worse beyond noise")
 
 
 @app.command()
@@ -398,8 +394,10 @@ def synth(
     config = SyntheticConfig(**{name: value for name, value in settings.items() if value is not None})
     with progress() as report:
         counts = run(folder, config, workers=workers, sheet=sheet, report=report)
-    facts = {"folder": folder, "images": counts, "sheet": sheet, "config": config}
-    print_json(facts) if as_json else render.show_synthetic(folder, counts)
+    if as_json:
+        print_json({"folder": folder, "images": counts, "sheet": sheet, "config": config})
+    else:
+        print_table(str(folder), ("folder", "images"), [(name, f"{count:,}") for name, count in counts.items()])
     render.show_written(folder / "synthetic.json", sheet)
 
 

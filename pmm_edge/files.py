@@ -54,10 +54,7 @@ def decode_toml(kind: type[T], text: str, source: str) -> T:
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be created again: `PMM_HOME`, or `pmm-edge` in the user's cache folder.
-
-    Raises OutputError if the user has no home folder, as in some containers, and `PMM_HOME` is not set.
-    """
+    """`PMM_HOME`, or `pmm-edge` in the user's cache folder; raise OutputError if there is no home folder either."""
     chosen = os.environ.get("PMM_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/pmm-edge"
     try:
         return Path(chosen).expanduser()

@@ -18,8 +18,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 Pixels = NDArray[np.uint8]
 
-_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")
-"""Pillow modes of a 16-bit gray PNG; which one depends on its version."""
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")  # modes of a 16-bit gray PNG in different versions of Pillow
 
 
 def resize_crop(crop: Image.Image, height: int, width: int) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,10 +147,8 @@ def show_evaluation(found: Evaluation) -> None:
     """Print retrieval figures, one row for each way to use the model."""
     model, queries = found.embedder.path.name, found.results["plain"].valid_queries
     figures = {name: _figures(result) for name, result in found.results.items()}
-    rows = [
-        (model if name == "plain" else f"{model} + {name}", *map(percent, values.values()))
-        for name, values in figures.items()
-    ]
+    names = [model if name == "plain" else f"{model} + {name}" for name in figures]
+    rows = [(name, *map(percent, values.values())) for name, values in zip(names, figures.values(), strict=True)]
     title = f"{found.dataset.name}: {queries:,} queries, {len(found.dataset.gallery):,} gallery images"
     print_table(title, ("model", *figures["plain"]), rows)
     note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
@@ -181,9 +179,8 @@ def _show_unreadable(label: str, bad: Sequence[BadImage]) -> None:
 
 def show_album(album: Album) -> None:
     """Print the pictures that `pmm visualize` wrote, and the overlap of attention maps."""
-    print_table(
-        f"pictures in {album.folder}", ("shows", "file"), [(kind, path.name) for kind, path in album.files.items()]
-    )
+    rows = [(kind, path.name) for kind, path in album.files.items()]
+    print_table(f"pictures in {album.folder}", ("shows", "file"), rows)
     if (overlap := album.overlap) and overlap.pairs:
         values = [*overlap.pairs.values(), overlap.mean, overlap.chance]
         row = [f"{overlap.images:,}", *("–" if value is None else f"{value:.3f}" for value in values)]
@@ -191,11 +188,6 @@ def show_album(album: Album) -> None:
         print_table(title, ("images", *overlap.pairs, "mean", "chance"), [row])
     for kind, reason in album.left_out.items():
         note(f"[yellow]no {kind}:[/] {escape(reason)}")
-
-
-def show_synthetic(folder: Path, counts: Mapping[str, int]) -> None:
-    """Print the number of images in each folder of a data set."""
-    print_table(str(folder), ("folder", "images"), [(name, f"{count:,}") for name, count in counts.items()])
 
 
 def dataset_facts(dataset: ReidDataset, analysis: Analysis, bad: Sequence[BadImage] | None) -> dict[str, Any]:

@@ -20,12 +20,9 @@ class AboutRun:
     """Contents of `run.json`: what later commands need to know about a run."""
 
     name: str
-    data: str
-    """Absolute path of the data set."""
-    version: str
-    """Version of pmm-edge that started the run."""
-    layout: str | None = None
-    """Layout of the data set if the user gave one."""
+    data: str  # absolute path of the data set
+    version: str  # of pmm-edge, which started the run
+    layout: str | None = None  # of the data set, if the user gave one
 
 
 def new_run_path(name: str) -> Path:
@@ -34,10 +31,7 @@ def new_run_path(name: str) -> Path:
 
 
 def new_run_folder(about: AboutRun, folder: Path) -> Path:
-    """Create the folder of a run and its `run.json`, or reuse one whose run never started.
-
-    Raises OutputError if the folder cannot be created or belongs to another run.
-    """
+    """Create the folder of a run and its `run.json`; raise OutputError if that fails or it belongs to another run."""
     if folder.is_file() or ((folder / ABOUT).exists() and not never_began(folder)):
         problem = f"{folder} already holds a run or a file"
         raise OutputError(problem, "Continue that run with --resume, or choose another --out")
@@ -65,10 +59,7 @@ def about_run(folder: Path) -> AboutRun | None:
 
 
 def resolve_checkpoint(path: Path | None) -> Path:
-    """The checkpoint that a user means: a file as given, `best.pt` of a run folder, or of the newest run for None.
-
-    Raises ModelError if there is no such file, run or checkpoint.
-    """
+    """A file as given, `best.pt` of a run folder, or of the newest run for None; raise ModelError if it is missing."""
     if path is None:
         found = sorted(RUNS.glob(f"*/{BEST}"), key=lambda best: best.stat().st_mtime)
         if not found:

@@ -72,14 +72,11 @@ class RetrievalFigures:
 class Quantization:
     """How an INT8 graph was made."""
 
-    target: QuantizationTarget
-    """The engine whose Q/DQ layout the graph follows."""
+    target: QuantizationTarget  # the engine whose Q/DQ layout the graph follows
     method: CalibrationMethod
     calibration_images: int
-    calibration_data: str | None = None
-    """Name of the data set whose training images they are."""
-    float_layers: tuple[str, ...] = ()
-    """Layers that the sensitivity search kept in floating point."""
+    calibration_data: str | None = None  # the data set whose training images they are
+    float_layers: tuple[str, ...] = ()  # kept in floating point by the sensitivity search
 
 
 @dataclass(frozen=True)
@@ -91,28 +88,20 @@ class ModelSpec:
     num_classes: int
     input: InputSpec
     embedding_size: int
-    stages: dict[str, tuple[int, int]]
-    """The slice [start, stop) of the embedding that each stage fills."""
-    mix_blocks: int | None = None
-    """K, the number of blocks that mixing replaces in training (paper section 2.2)."""
-    block_size: tuple[int, int] = (3, 2)
-    """Height and width of a block on the feature map."""
+    stages: dict[str, tuple[int, int]]  # the slice [start, stop) of the embedding that each stage fills
+    mix_blocks: int | None = None  # K, the number of blocks that mixing replaces in training (paper section 2.2)
+    block_size: tuple[int, int] = (3, 2)  # height and width of a block on the feature map
     mix: Mix = "a-hard-mix"
     distance: Literal["euclidean"] = "euclidean"
     dataset: str | None = None
     retrieval: RetrievalFigures | None = None
-    checkpoint_sha256: str | None = None
-    """SHA-256 of the checkpoint that an export was made from; None in the checkpoint itself."""
-    normalized_output: bool = False
-    """Embeddings have unit L2 length."""
+    checkpoint_sha256: str | None = None  # of the checkpoint that was exported; None in the checkpoint itself
+    normalized_output: bool = False  # embeddings have unit L2 length
     precision: Precision = "fp32"
     quantization: Quantization | None = None
-    gflops: float | None = None
-    """Billions of floating-point operations per image, a multiply-add counted as two; written at export."""
-    parameters: int | None = None
-    """Of the inference graph; written at export."""
-    tools: dict[str, str] = field(default_factory=dict)
-    """Versions of the packages that wrote it."""
+    gflops: float | None = None  # per image, a multiply-add counted as two; written at export
+    parameters: int | None = None  # of the inference graph; written at export
+    tools: dict[str, str] = field(default_factory=dict)  # versions of the packages that wrote it
     schema: Literal[1] = 1
 
     def __post_init__(self) -> None:

@@ -41,15 +41,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             module.running_var.uniform_(0.5, 1.5, generator=generator)
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, 0, 0.2, generator=generator)
-    spec = ModelSpec(
-        architecture="pmm",
-        backbone="resnet18",
-        num_classes=4,
-        input=InputSpec(HEIGHT, WIDTH),
-        embedding_size=1536,
-        stages=network.stages,
-        mix_blocks=network.mix_blocks,
-    )
+    spec = ModelSpec("pmm", "resnet18", 4, InputSpec(HEIGHT, WIDTH), 1536, network.stages, network.mix_blocks)
     path = tmp_path_factory.mktemp("tiny") / "best.pt"
     save_checkpoint(path, Checkpoint(spec, network.state_dict()))
     return path

@@ -19,49 +19,45 @@ from pmm_edge.files import (
 
 
 @dataclass
-class Inner:
+class Part:
     size: int
 
 
 @dataclass
-class Outer:
+class Whole:
     name: str
-    parts: list[Inner]
+    parts: list[Part]
     ratio: float | None = None
 
 
 def test_json_there_and_back() -> None:
-    value = Outer("a", [Inner(1), Inner(2)], float("nan"))
+    value = Whole("a", [Part(1), Part(2)], float("nan"))
     for indent in (0, 2):
-        assert decode_json(Outer, encode_json(value, indent), "it") == Outer("a", value.parts)
+        assert decode_json(Whole, encode_json(value, indent), "it") == Whole("a", value.parts)
     assert encode_json({"b": 1, "a": None}, 0) == '{"a":null,"b":1}'
     assert encode_json({"path": Path("a/b")}) == '{\n  "path": "a/b"\n}\n'
-    assert decode_json(Outer, '{"name": "a", "parts": [], "unknown": 1}', "it") == Outer("a", [])
+    assert decode_json(Whole, '{"name": "a", "parts": [], "unknown": 1}', "it") == Whole("a", [])
 
 
-@pytest.mark.parametrize(
-    ("text", "entry"),
-    [
-        ('{"name": "a", "parts": [{"size": 1}, {"size": "2"}]}', "$.parts[1].size"),
-        ('{"name": "a"}', "parts"),
-        ('{"name": "a", "parts": [{"size": 1.5}]}', "$.parts[0].size"),
-        ("[" * 100_000, "x.json"),
-        (b"\xff", "x.json"),
-    ],
-)
-def test_wrong_json(text: str, entry: str) -> None:
-    with pytest.raises(DataError) as caught:
-        decode_json(Outer, text, "x.json")
-    assert entry in caught.value.problem
-    with pytest.raises(ModelError):
-        decode_json(Outer, text, "x.json", ModelError)
+def test_wrong_json() -> None:
+    for text, entry in {
+        '{"name": "a", "parts": [{"size": 1}, {"size": "2"}]}': "$.parts[1].size",
+        '{"name": "a"}': "parts",
+        '{"name": "a", "parts": [{"size": 1.5}]}': "$.parts[0].size",
+        "[" * 100_000: "x.json",
+        b"\xff": "x.json",
+    }.items():
+        for kind in (DataError, ModelError):
+            with pytest.raises(kind) as caught:
+                decode_json(Whole, text, "x.json", kind)
+            assert entry in caught.value.problem
 
 
 def test_toml() -> None:
-    assert decode_toml(Outer, 'name = "a"\nparts = []\nratio = 1', "it") == Outer("a", [], 1.0)
+    assert decode_toml(Whole, 'name = "a"\nparts = []\nratio = 1', "it") == Whole("a", [], 1.0)
     for text in ("name =", 'name = "a"\nparts = [{size = "1"}]'):
         with pytest.raises(PmmError):
-            decode_toml(Outer, text, "it")
+            decode_toml(Whole, text, "it")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -82,13 +78,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 def test_only_unfinished_files_of_these_names_are_removed(tmp_path: Path) -> None:
-    names = [
-        ".last.pt.0123abcd.tmp",
-        ".epoch-0001.pt.0123abcd.tmp",
-        ".last.pt.tmp",
-        ".other.pt.0123abcd.tmp",
-        "last.pt",
-    ]
+    names = [f".{name}.tmp" for name in ("last.pt.0123abcd", "epoch-0001.pt.0123abcd", "last.pt", "other.pt.0123abcd")]
     for name in names:
         (tmp_path / name).touch()
     remove_unfinished(tmp_path, ["last.pt", "epoch-*.pt"])

@@ -31,9 +31,8 @@ def test_a_model_without_a_run(tmp_path: Path) -> None:
 
 def test_a_run_folder_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    runs = [
-        new_run_folder(AboutRun("quick", "data", "0"), Path("runs") / name) for name in ("old", "new", "unfinished")
-    ]
+    about = AboutRun("quick", "data", "0")
+    runs = [new_run_folder(about, Path("runs", name)) for name in ("old", "new", "unfinished")]
     for missing in (None, runs[2], Path("missing.pt")):
         with pytest.raises(ModelError):
             resolve_checkpoint(missing)

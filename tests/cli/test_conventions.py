@@ -19,7 +19,6 @@ from pmm_edge import cli
 from pmm_edge.console import note, print_json, print_table, progress
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import PmmError, PmmWarning
-from pmm_edge.files import decode_toml
 from pmm_edge.trainer.config import TrainConfig
 
 COMMANDS = ("train", "export", "bench", "verify", "eval", "embed", "visualize", "synth", "data", "doctor")
@@ -87,11 +86,6 @@ def test_shell_completion() -> None:
     assert ended.stdout.split() == ["visualize"], ended.stderr
 
 
-def test_two_names_of_the_program() -> None:
-    project = decode_toml(dict, (Path(__file__).parents[2] / "pyproject.toml").read_text(), "it")["project"]
-    assert project["scripts"] == {"pmm": "pmm_edge.cli:main", "pmm-edge": "pmm_edge.cli:main"}
-
-
 def test_a_run_folder_is_accepted_like_its_checkpoint(pmm: Callable, run: Path, tiny_dataset: Path) -> None:
     by_file, by_folder = (
         json.loads(pmm("eval", model, tiny_dataset, "--device", "cpu", "--json").stdout)
@@ -133,12 +127,10 @@ for call in (lambda: pmm.export("none.pt"), lambda: pmm.bench("none.onnx", refer
     try:
         call()
     except pmm.PmmError as error:
-        assert "none.pt" in str(error)
-    else:
-        raise AssertionError
+        print(error)
 """
-    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout.count("none.pt") == 2
 
 
 def test_output_arrives_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
