@@ -138,7 +138,9 @@ _precision, _tensorrt, _bundle = (partial(_opt, panel=name) for name in ("Precis
 @app.command()
 def export(
     checkpoint: Path | None = _arg(None, "Checkpoint, run folder or .onnx file. Default: newest run.", "CHECKPOINT"),
-    out: Path | None = _out(None, ".onnx file to write (from .onnx: .engine). Default: in the run's export folder."),
+    out: Path | None = _out(
+        None, "File to write: .onnx, or .engine for an .onnx CHECKPOINT. Default: in the run's export folder."
+    ),
     input_form: InputForm | None = _opt(
         None,
         "uint8 (default): (N, H, W, 3) RGB, normalized in the graph. raw: float32 (N, 3, H, W) in 0..255, normalized in"
@@ -148,22 +150,26 @@ def export(
     normalize_output: bool = _opt(False, "Scale embeddings to unit length.", "--normalize-output"),
     static_batch: int | None = _opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
     safetensors: bool = _opt(False, "Also write the weights, for PyTorch.", "--safetensors"),
-    precision: Precision = _precision("fp32", "Weights and activations."),
+    precision: Precision = _precision("fp32", "Precision of weights and activations."),
     calibration: Path | None = _precision(None, "Data set for INT8 and for FP16 range checks. Default: the run's."),
     layout: str | None = _precision(None, "Layout of that data set. Default: detected."),
-    target: QuantizationTarget | None = _precision(None, "Engine for INT8. Default: tensorrt."),
-    calibration_method: CalibrationMethod | None = _precision(None, "Activation ranges. Default: most accurate."),
+    target: QuantizationTarget | None = _precision(None, "Runtime that the INT8 graph is for. Default: tensorrt."),
+    calibration_method: CalibrationMethod | None = _precision(
+        None, "How to choose activation ranges. Default: the best."
+    ),
     max_map_drop: float | None = _precision(None, "Maximum loss of mAP in points; sensitive layers stay in float32."),
     trt: bool = _tensorrt(False, "Also build a TensorRT engine for this machine's GPU.", "--trt"),
     batch_profile: str | None = _tensorrt(None, "Batch sizes of the engine. Default: 1,16,64.", metavar="MIN,OPT,MAX"),
-    workspace_gib: float | None = _tensorrt(None, "Scratch memory limit. Default: all.", "--workspace", metavar="GIB"),
+    workspace_gib: float | None = _tensorrt(
+        None, "Limit of scratch memory. Default: all.", "--workspace", metavar="GIB"
+    ),
     optimization_level: int | None = _tensorrt(None, "0 (fastest build) to 5 (longest search)."),
     hardware_compatible: bool = _tensorrt(False, "Support all GPUs since Ampere; not Jetson.", "--hardware-compatible"),
     version_compatible: bool = _tensorrt(False, "Build for later TensorRT versions as well.", "--version-compatible"),
     timing_cache: bool = _tensorrt(True, "Reuse layer timings of earlier builds."),
     deepstream: Path | None = _bundle(None, "Write a folder for DeepStream's tracker.", metavar="DIR"),
     triton: Path | None = _bundle(None, "Add the network or engine to this Triton repository.", metavar="DIR"),
-    triton_name: str | None = _bundle(None, "Model name there. Default: such as pmm_resnet50.", metavar="NAME"),
+    triton_name: str | None = _bundle(None, "Name of the model there. Default: like pmm_resnet50.", metavar="NAME"),
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX and, on request, TensorRT, DeepStream and Triton.
@@ -196,18 +202,22 @@ _gate, _speed = partial(_opt, panel="Gates"), partial(_opt, panel="Speed")
 @app.command()
 def bench(
     models: list[Path] | None = _arg(None, "Models to check. Default: all exports of the reference's run.", "MODEL"),
-    reference: Path | None = _opt(None, "Checkpoint or run folder to compare with. Default: the models' own."),
-    data: Path | None = _opt(None, "Data set or folder of crops (no retrieval then). Default: the run's."),
+    reference: Path | None = _opt(None, "Checkpoint or run folder to compare with. Default: that of the models' run."),
+    data: Path | None = _opt(None, "Data set, or folder of crops (without retrieval). Default: the run's."),
     layout: Layout = None,
     limit: int | None = _opt(None, "Use this many evenly spaced images, without retrieval."),
     device: Device = None,
-    explain: bool = _opt(False, "Find the layer at which a failing ONNX model departs.", "--explain"),
+    explain: bool = _opt(
+        False, "Find the layer at which a failing ONNX model departs from the reference.", "--explain"
+    ),
     out: Path | None = _out(None, "Report; also writes .md and .html. Default: in the run folder.", "FILE.json"),
     as_json: Json = False,
     min_cosine: float | None = _gate(None, "Minimum cosine of any image. Default: fp32 0.9999, fp16 0.999, int8 0.95."),
     min_mean_cosine: float | None = _gate(None, "Minimum mean cosine. Default: fp16 0.9999, int8 0.99."),
     max_map_drop: float | None = _gate(None, "Maximum loss of mAP, in points. Default: fp32 and fp16 0.1, int8 0.5."),
-    max_stretch: float | None = _gate(None, "Maximum ratio of lengths. Default: fp32 1.001, fp16 1.01, int8 1.1."),
+    max_stretch: float | None = _gate(
+        None, "Maximum ratio of embedding lengths. Default: fp32 1.001, fp16 1.01, int8 1.1."
+    ),
     batch_sizes: str = _speed("1,8", "Batch sizes to time, such as 1,8,64."),
     parity_only: bool = _speed(False, "Skip all timing.", "--parity-only"),
     compare: tuple[Path, Path] | None = _opt(None, "Only compare two reports.", metavar="OLD.json NEW.json"),
@@ -215,7 +225,7 @@ def bench(
     """Check that exported models retrieve the same people as their checkpoint, and measure how fast they are.
 
     Every model embeds the same images as the reference. It passes if cosine, embedding length and mAP meet the gates
-    and if batch size, order and neighbors do not change an embedding. A model that passes gets a certificate. For one
+    and if neither the batch size nor the other images of a batch change an embedding. A model that passes gets a certificate. For one
     that fails, the report names the gate, the image and, if recognized, the cause. docs/parity.md explains the figures.
 
     Exit code 0: all models pass. 1: a model fails, or --compare finds a regression. 2: nothing could be compared. 130:
@@ -260,9 +270,9 @@ def bench(
 @app.command()
 def verify(
     models: list[Path] = _arg(..., "Models that passed pmm bench.", "MODEL"),
-    data: Path | None = _opt(None, "Data set; query and gallery must be those of the certificate."),
+    data: Path | None = _opt(None, "Data set whose query and gallery must be those of the certificate."),
     layout: Layout = None,
-    reference: Path | None = _opt(None, "Checkpoint; must be the one of the certificate, byte for byte."),
+    reference: Path | None = _opt(None, "Checkpoint that must be the one in the certificate, byte for byte."),
     digest: str | None = _opt(None, "Accept only the certificate with this digest.", metavar="SHA-256"),
     as_json: Json = False,
 ) -> None:
@@ -324,10 +334,10 @@ def embed(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Embed images and save one row per image; for a data set with identity, camera and split.
+    """Embed images and save one row per image, with identity, camera and split if they are a data set.
 
     Folders are searched recursively. Unreadable images are listed and skipped; if no image can be read, nothing is
-    written and the exit code is 1. Rows follow the sorted paths, the list, or query, gallery and train.
+    written and the exit code is 1. Rows are in the order of the sorted paths, of the list, or of query, gallery and train.
 
     A .npz file holds the arrays spec (JSON), paths, embeddings and, for a data set, pids, camids and split. In a
     .parquet file these are columns, except for spec, which is in its metadata.
@@ -375,7 +385,7 @@ def visualize(
 @app.command()
 @_with_flags(SyntheticConfig)
 def synth(
-    folder: Path = _arg(..., "Folder to write; it must not exist, or be empty.", "FOLDER"),
+    folder: Path = _arg(..., "Folder to write; it must be new or empty.", "FOLDER"),
     workers: int | None = _opt(None, "Worker processes. Default: one per core.", min=1),
     sheet: Path | None = _opt(None, "Also write a contact sheet.", metavar="FILE.jpg|.png"),
     as_json: Json = False,
@@ -436,8 +446,8 @@ def doctor(
 ) -> None:
     """Show what is installed, what works, and what each command still needs.
 
-    ONNX Runtime, TensorRT and the driver are each tried in a process of their own. torch is not imported. Nothing that
-    is printed names a home folder. Exit code 1 if a COMMAND given here cannot work.
+    Each check runs in a process of its own, and torch is not imported. The output does not contain the path of your home
+    folder. Exit code 1 if a COMMAND given here cannot work.
 
     - `pmm doctor embed trt && ./start.sh`
     """

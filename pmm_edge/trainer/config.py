@@ -39,7 +39,9 @@ class TrainConfig:
     mix_block_size: str = _setting("3x2", METHOD, "Height and width of a block on the feature map, such as 3x2.")
     backbone: str = _setting("resnet50", METHOD, "resnet10, resnet18, resnet34, resnet50 or resnet101.")
     backbone_weights: str = _setting("imagenet", METHOD, "imagenet, none, or a file in torchvision's layout.")
-    init_from: str = _setting("", METHOD, "Checkpoint to start from, ours or the authors'; tensors that fit are used.")
+    init_from: str = _setting(
+        "", METHOD, "Checkpoint to start from (ours or the authors'); tensors that fit are loaded."
+    )
     height: int = _setting(384, METHOD, "Input height in pixels.", 1)
     width: int = _setting(128, METHOD, "Input width in pixels.", 1)
     epochs: int = _setting(400, TRAINING, "Number of epochs; the learning rate schedule is scaled to it.", 1)
@@ -47,7 +49,7 @@ class TrainConfig:
     schedule: Schedule = _setting("paper", TRAINING, "Learning rate: paper (steps), or cosine (warm-up, decay to 0).")
     batch: int = _setting(64, TRAINING, "Images per optimizer step, over all processes.", 1)
     images_per_identity: int = _setting(4, TRAINING, "Images of each identity in a batch.", 2)
-    accumulate: int = _setting(1, TRAINING, "Gradient accumulation steps; losses and batch norm see a micro-batch.", 1)
+    accumulate: int = _setting(1, TRAINING, "Gradient accumulation steps; losses see one micro-batch at a time.", 1)
     erase_size: int = _setting(64, TRAINING, "Side in pixels of the randomly erased square; 0 disables erasing.", 0)
     weight_decay: float = _setting(5e-4, TRAINING, "Adam weight decay (coupled).", 0)
     clip_norm: float = _setting(0.0, TRAINING, "Maximum gradient norm; 0 disables clipping.", 0)
@@ -59,7 +61,9 @@ class TrainConfig:
     max_bad_images: int = _setting(10, MACHINE, "Maximum number of unreadable training images to skip.", 0)
     cache_gib: float = _setting(8.0, MACHINE, "GiB of decoded images to cache, over all processes of a machine.", 0)
     device: str = _setting("auto", MACHINE, "auto, cpu, cuda, or the number of a GPU.")
-    precision: AutocastType = _setting("auto", MACHINE, "Autocast type; auto is bf16 if the hardware computes in it.")
+    precision: AutocastType = _setting(
+        "auto", MACHINE, "Autocast type; auto is bf16 if the hardware supports it, else fp32."
+    )
     compile: bool = _setting(False, MACHINE, "Compile the backbone with torch.compile: slow start, faster on a GPU.")
     sync_batch_norm: bool = _setting(False, MACHINE, "Synchronize batch norm over all GPUs of torchrun.")
 

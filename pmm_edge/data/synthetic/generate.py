@@ -40,12 +40,12 @@ class SyntheticConfig:
 
     train_identities: int = _setting(200, 2, 4000, "People in bounding_box_train")
     test_identities: int = _setting(100, 1, 4000, "Other people, in query and bounding_box_test")
-    cameras: int = _setting(6, 2, 9, "Cameras; each person passes at least half of them")
-    images: int = _setting(4, 2, 32, "Images of a person in each camera")
+    cameras: int = _setting(6, 2, 9, "Number of cameras (each person passes at least half of them)")
+    images: int = _setting(4, 2, 32, "Images of each person in each camera")
     group_size: int = _setting(4, 1, MAX_GROUP, "People who wear the same upper and lower garment")
     height: int = _setting(128, 32, 512, "Image height in pixels")
     width: int = _setting(64, 16, 512, "Image width in pixels")
-    seed: int = _setting(0, 0, 2**31 - 1, "Random seed; the same seed draws the same bytes")
+    seed: int = _setting(0, 0, 2**31 - 1, "Random seed (the same seed gives the same files)")
     distractors: float = _setting(0.3, 0.0, 4.0, "Images of strangers and clutter (0000) per gallery image of a person")
     junk: float = _setting(0.15, 0.0, 1.0, "Badly cut images (-1) per gallery image of a person")
 
