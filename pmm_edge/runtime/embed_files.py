@@ -50,9 +50,7 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         dataset = read(source, layout)
         splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
         paths = [path for split in splits.values() for path in split.paths]
-        labels = {
-            name: np.concatenate([getattr(split, name) for split in splits.values()]) for name in ("pids", "camids")
-        }
+        labels = {name: np.concatenate([getattr(one, name) for one in splits.values()]) for name in ("pids", "camids")}
         labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
         names = [path.relative_to(dataset.root).as_posix() for path in paths]
         images = ImageList(dataset.layout, paths, names, labels, dataset)
