@@ -225,8 +225,9 @@ def bench(
     """Check that exported models retrieve the same people as their checkpoint, and measure how fast they are.
 
     Every model embeds the same images as the reference. It passes if cosine, embedding length and mAP meet the gates
-    and if neither the batch size nor the other images of a batch change an embedding. A model that passes gets a certificate. For one
-    that fails, the report names the gate, the image and, if recognized, the cause. docs/parity.md explains the figures.
+    and if neither the batch size nor the other images of a batch change an embedding. A model that passes gets a
+    certificate. For one that fails, the report names the gate, the image and, if recognized, the cause. docs/parity.md
+    explains the figures.
 
     Exit code 0: all models pass. 1: a model fails, or --compare finds a regression. 2: nothing could be compared. 130:
     interrupted; results so far are saved.
@@ -337,7 +338,8 @@ def embed(
     """Embed images and save one row per image, with identity, camera and split if they are a data set.
 
     Folders are searched recursively. Unreadable images are listed and skipped; if no image can be read, nothing is
-    written and the exit code is 1. Rows are in the order of the sorted paths, of the list, or of query, gallery and train.
+    written and the exit code is 1. Rows are in the order of the sorted paths, of the list, or of query, gallery and
+    train.
 
     A .npz file holds the arrays spec (JSON), paths, embeddings and, for a data set, pids, camids and split. In a
     .parquet file these are columns, except for spec, which is in its metadata.
@@ -446,8 +448,8 @@ def doctor(
 ) -> None:
     """Show what is installed, what works, and what each command still needs.
 
-    Each check runs in a process of its own, and torch is not imported. The output does not contain the path of your home
-    folder. Exit code 1 if a COMMAND given here cannot work.
+    Each check runs in a process of its own, and torch is not imported. The output does not contain the path of your
+    home folder. Exit code 1 if a COMMAND given here cannot work.
 
     - `pmm doctor embed trt && ./start.sh`
     """
