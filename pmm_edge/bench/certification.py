@@ -31,8 +31,7 @@ class Certification:
 def write_certificates(report: BenchReport) -> Certification:
     """Certify each model that passed, and remove the certificates of those that failed.
 
-    A certificate needs a complete bench on all queries and the gallery; otherwise a model keeps the one that it has.
-    Raises OutputError if the certificate of a model that failed cannot be removed.
+    Others keep the certificate that they have. Raises OutputError if the one of a model that failed cannot be removed.
     """
     found = Certification()
     for model in report.models:
@@ -52,7 +51,7 @@ def write_certificates(report: BenchReport) -> Certification:
 
 
 def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
-    """Return the certificate of a model that did not fail; ModelError if the bench shows too little."""
+    """Return a certificate without folders and names of images, which show people; ModelError if one is refused."""
     path, manifest_sha256, onnx_sha256 = Path(model.path), None, None
     for refused, reason in (
         (not report.complete, "the bench was interrupted"),
@@ -92,12 +91,10 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
 
 
 def _name(path: str) -> str:
-    """The name without its folders, as valid Unicode: a certificate travels."""
     return Path(path).resolve().name.encode("utf-8", "replace").decode()
 
 
 def _anonymous(value: Any) -> Any:
-    """Blank the names of images, which show people."""
     if isinstance(value, dict):
         return {name: "" if name.endswith("image") else _anonymous(entry) for name, entry in value.items()}
     return [_anonymous(entry) for entry in value] if isinstance(value, list | tuple) else value

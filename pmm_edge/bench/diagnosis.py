@@ -47,10 +47,7 @@ which only engines without preprocessing can be fed."""
 
 
 def wrong_inputs(reference: Embedder, images: Pixels, report: Report = silent) -> dict[Cause, Embeddings]:
-    """Return the reference's embeddings of what each mistake would feed it.
-
-    `images` are (N, height, width, 3) uint8 of the reference's size.
-    """
+    """Return the reference's embeddings of what each mistake makes of (N, height, width, 3) uint8 crops."""
     pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
     found = {}
     for number, (cause, spoil) in enumerate(MISTAKES.items(), start=1):
@@ -68,8 +65,7 @@ def likely_cause(
 ) -> LikelyCause | None:
     """Return the known mistake that explains the difference between a model and the reference, or None.
 
-    `right` are the reference's and `candidate` the model's embeddings of some images, (N, D) each; `spec` is the
-    model's, and `mistakes` are those of `wrong_inputs` on these images.
+    `right` are the reference's and `candidate` the model's embeddings, (N, D), of the images of `mistakes`.
     """
     tried: list[tuple[Cause, tuple[str, ...], Embeddings]] = [(cause, (), wrong) for cause, wrong in mistakes.items()]
     slices = {name: right[:, start:stop] for name, (start, stop) in spec.stages.items()}

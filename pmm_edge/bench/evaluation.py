@@ -61,13 +61,11 @@ def evaluate_model(
             arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
             arrays[f"{side}_names"] = [path.name for path in split.paths]
         save_npz(features, arrays)
-    results = {
-        kind: evaluate_dataset(dataset, embeddings, report=about(kind, report)) for kind, embeddings in kinds.items()
-    }
-    if rerank:
+    results = {}
+    for reranked in (False, True)[: 1 + rerank]:
         for kind, embeddings in kinds.items():
-            name = "re-ranking" if kind == "plain" else f"{kind} + re-ranking"
-            results[name] = evaluate_dataset(dataset, embeddings, True, about(kind, report))
+            name = kind if not reranked else "re-ranking" if kind == "plain" else f"{kind} + re-ranking"
+            results[name] = evaluate_dataset(dataset, embeddings, reranked, about(kind, report))
     if cmc:
         curves = {
             f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()

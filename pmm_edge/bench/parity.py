@@ -81,10 +81,7 @@ _ODD_SIZES = (2, 3, 7)
 def check_embeddings(
     embeddings: Embeddings, paths: Sequence[Path], rows: Sequence[int], crops: Pixels, normalized: bool = False
 ) -> list[Invariant]:
-    """Check embeddings of all images, (N, D): `finite`, `distinct` and, where the spec declares it, `unit length`.
-
-    `crops` are the images in the given rows.
-    """
+    """Check embeddings of all images, (N, D): `finite`, `distinct` (`crops` are these rows) and `unit length`."""
     finite = finite_rows(embeddings)
     found = [_none(InvariantName.FINITE, ~finite, paths)]
     distinct = _none(InvariantName.DISTINCT, (embeddings == 0).all(axis=1), paths)
@@ -103,7 +100,6 @@ def check_embeddings(
 
 
 def _none(name: InvariantName, bad: NDArray[np.bool_], paths: Sequence[Path]) -> Invariant:
-    """Check that no image is bad, or name the first."""
     first = str(paths[int(bad.argmax())]) if bad.any() else ""
     return Invariant(name, not bad.any(), image=first, images=int(bad.sum()))
 
@@ -200,10 +196,7 @@ def precision_failure(model: Path, declared: str) -> Failure | None:
 
 
 def compare(model: Subject, reference: Subject, paths: Sequence[Path], dataset: ReidDataset | None = None) -> None:
-    """Compare a model's embeddings of the same images, and its retrieval on `dataset`, with those of the reference.
-
-    Fills in the model's parity, change of retrieval and failed gates.
-    """
+    """Compare a model with the reference: fill in its parity, change of retrieval and failed gates."""
     ours, theirs, figures = model.embedder.spec, reference.embedder.spec, model.figures
     if model.embeddings is None or reference.embeddings is None:
         return
@@ -221,10 +214,7 @@ def compare(model: Subject, reference: Subject, paths: Sequence[Path], dataset: 
 
 
 def differences(
-    reference: Embeddings,
-    candidate: Embeddings,
-    paths: Sequence[Path],
-    stages: Mapping[str, tuple[int, int]] | None = None,
+    reference: Embeddings, candidate: Embeddings, paths: Sequence[Path], stages: Mapping[str, tuple[int, int]]
 ) -> Parity:
     """Compare two models' embeddings of the same images, both (N, D) float32 with N >= 1.
 
@@ -244,7 +234,7 @@ def differences(
     stretch = np.divide(actual, expected, out=np.ones(len(paths)), where=valid)
     return Parity(
         whole=closeness(0, None),
-        stages={name: closeness(*stage) for name, stage in (stages or {}).items() if stages and len(stages) > 1},
+        stages={name: closeness(*stage) for name, stage in stages.items() if len(stages) > 1},
         cosine_quantiles=np.quantile(cosines(reference, candidate), np.linspace(0, 1, QUANTILES)).tolist(),
         shortest=float(stretch.min()),
         longest=float(stretch.max()),
@@ -265,8 +255,7 @@ def relative_differences(reference: Embeddings, candidate: Embeddings) -> NDArra
     return np.divide(difference, largest, out=difference.copy(), where=largest > 0)
 
 
-RESAMPLES, SEED = 2000, 0
-"""Of the bootstrap. The seed is fixed, so that the same embeddings give the same interval."""
+RESAMPLES, SEED = 2000, 0  # of the bootstrap; the same embeddings give the same interval
 
 
 def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult) -> RetrievalChange:
@@ -282,8 +271,7 @@ def retrieval_change(reference: RetrievalResult, candidate: RetrievalResult) -> 
 def paired_changes(values: NDArray[np.float64]) -> list[Change]:
     """Return the mean of each column with its 95 % percentile interval of a bootstrap over rows (Efron, 1979).
 
-    `values` is (queries, figures). A row is the difference between two models on one query, so that the difficulty of
-    the query cancels out; the same rows are drawn for all columns.
+    `values` is (queries, figures): the difference between two models, so that the difficulty of a query cancels out.
     """
     random, count = np.random.default_rng(SEED), len(values)
     means = [values[random.integers(0, count, count)].mean(axis=0) for _ in range(RESAMPLES)]
@@ -292,11 +280,7 @@ def paired_changes(values: NDArray[np.float64]) -> list[Change]:
 
 
 def failed_gates(parity: Parity, change: RetrievalChange | None, gates: Gates) -> list[Failure]:
-    """Return the gates that a model fails.
-
-    Cosine does not depend on the length of an embedding, but Euclidean distances and thresholds on them do. The
-    interval of the change of mAP is ignored: few queries must not make a model pass.
-    """
+    """Return the gates that a model fails. Few queries must not make it pass: the interval of mAP is ignored."""
     whole, failures = parity.whole, []
     if not whole.cosine_min >= gates.min_cosine:
         failures.append(Failure(FailureKind.COSINE, whole.cosine_min, gates.min_cosine, whole.worst_image))

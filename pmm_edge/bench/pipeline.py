@@ -1,7 +1,4 @@
-"""`pmm bench`: compare exported models with their reference, then time all of them.
-
-The file reads from top to bottom: find models and images, embed, check invariants, compare, diagnose, time, write.
-"""
+"""`pmm bench`: find models and images, embed, check invariants, compare with the reference, diagnose, time, write."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +23,7 @@ from pmm_edge.bench.report import (
     ModelReport,
     WarningKind,
 )
-from pmm_edge.bench.resources import MachineState, environment, machine_state, measure_energy, noise_warnings
+from pmm_edge.bench.resources import environment, machine_state, measure_energy, noise_warnings
 from pmm_edge.bench.tables import markdown
 from pmm_edge.bench.timing import measure_cold_start, measure_latency
 from pmm_edge.console import Report, silent
@@ -126,11 +123,12 @@ def bench(
             parity.compare(model, first, images.paths, images.dataset)
         _diagnose(subjects, rows, found, explain, report)
         if not parity_only:
-            _measure_speed(subjects, images.paths, found, batch_sizes, before, report)
+            _measure_speed(subjects, images.paths, found, batch_sizes, report)
         found.complete = True
     except KeyboardInterrupt:
         pass  # what was measured is the result
     latencies = [latency for subject in subjects for latency in subject.figures.latency]
+    found.warnings += noise_warnings(latencies, before) if latencies else []
     found.environment = environment(embedders, before, latencies)
     found.save(out)  # first: it holds the work of minutes, and what follows may fail
     summary, page = out.with_suffix(".md"), out.with_name("report.html")
@@ -159,10 +157,7 @@ def _find_models(
 
 @dataclass(frozen=True, eq=False)
 class BenchImages:
-    """Image files, in the order in which they are embedded, under a root folder.
-
-    They are the queries and the gallery of `dataset`, or `warning` says why retrieval is not evaluated.
-    """
+    """The queries and the gallery of a data set, or other images and why retrieval is not evaluated."""
 
     root: Path
     paths: list[Path]
@@ -173,8 +168,7 @@ class BenchImages:
 def bench_images(source: Path, limit: int | None = None, layout: str | None = None) -> BenchImages:
     """Find the images of a data set, a folder of crops or a text file with one path per line; none is opened.
 
-    With `limit`, use at most this many, spread evenly. Raises DataError if there is nothing, `layout` is given for a
-    list, or no query has a match.
+    Raises DataError if there are none, `layout` is given for a list, or no query has a match.
     """
     if limit is not None and limit < 1:
         raise PmmError(f"the limit is {limit} images", "Choose 1 or more, such as --limit 100")
@@ -266,27 +260,19 @@ def _warning_if_it_fails(found: BenchReport, path: str = "") -> Iterator[None]:
 
 
 def _measure_speed(
-    subjects: Sequence[Subject],
-    paths: Sequence[Path],
-    found: BenchReport,
-    batch_sizes: Sequence[int],
-    before: MachineState,
-    report: Report,
+    subjects: Sequence[Subject], paths: Sequence[Path], found: BenchReport, batch_sizes: Sequence[int], report: Report
 ) -> None:
     """Measure latency, then cold start and energy: an interrupt keeps the most important figures."""
     if subjects[0].embeddings is None:
         return  # all latencies are relative to the reference
     running = [subject for subject in subjects if subject.embeddings is not None]
-    try:
-        with _warning_if_it_fails(found):
-            for files in ((), paths):
-                for batch in batch_sizes:
-                    embedders, crops = [one.embedder for one in running], [one.crops for one in running]
-                    latencies = measure_latency(embedders, crops, batch, report=report, files=files)
-                    for subject, latency in zip(running, latencies, strict=True):
-                        subject.figures.latency.append(latency)
-    finally:
-        found.warnings += noise_warnings([one for subject in running for one in subject.figures.latency], before)
+    embedders, crops = [one.embedder for one in running], [one.crops for one in running]
+    with _warning_if_it_fails(found):
+        for files in ((), paths):
+            for batch in batch_sizes:
+                latencies = measure_latency(embedders, crops, batch, report=report, files=files)
+                for subject, latency in zip(running, latencies, strict=True):
+                    subject.figures.latency.append(latency)
     largest = max(batch_sizes)
     for number, subject in enumerate(running):
         embedder, figures = subject.embedder, subject.figures

@@ -13,8 +13,6 @@ from pmm_edge.spec import RetrievalFigures
 
 Unit = Literal["points", "cosine", "factor"]
 """Points and cosines are better if higher, factors (times, memory, energy, sizes) if lower."""
-
-
 # Path in a model's report, label, unit, what must be the same in both reports, minimum noise, scale.
 FIGURES: tuple[tuple[str, str, Unit, tuple[str, ...], float, float], ...] = (
     ("retrieval.mAP", "mAP", "points", ("images", "reference"), 0.01, 100),
@@ -57,15 +55,13 @@ class MetricChange:
     outcome: Outcome
     batch: int | None = None
     scope: Scope | None = None
-    cuda_graph: bool = False
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
         """Name, old, new, change and noise for a table."""
         name, old, new, noise = self.label, self.old, self.new, self.noise
         if self.scope:
-            scope = ", end to end" if self.scope == "end to end" else ""
-            name = f"batch {self.batch}{scope}{', CUDA graph' if self.cuda_graph else ''}, {name}"
+            name = f"batch {self.batch}{', end to end' if self.scope == 'end to end' else ''}, {name}"
         if self.unit == "points":
             return name, f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f} points", f"± {noise:.2f} points"
         if self.unit == "cosine":
@@ -178,8 +174,6 @@ def _changes(old: ModelReport, new: ModelReport, same: set[str]) -> Iterator[Met
         olds, news = _parts(old, parents), _parts(new, parents)
         for key in [key for key in news if key in olds and same >= set(needed)]:
             before, now = getattr(olds[key], name), getattr(news[key], name)
-            if before is None or now is None:
-                continue
             if unit == "cosine":  # a tenth of what the stricter gate allows
                 gates = ("min_cosine", "min_mean_cosine")[: 1 + (name == "cosine_mean")]
                 noise = (1 - max(getattr(model.gates, gate) for model in (old, new) for gate in gates)) / 10
@@ -189,7 +183,7 @@ def _changes(old: ModelReport, new: ModelReport, same: set[str]) -> Iterator[Met
             before, now = scale * before, scale * now
             worse, better = _IS_WORSE[unit](before, now, noise), _IS_WORSE[unit](now, before, noise)
             outcome: Outcome = "worse" if worse else "better" if better else "same"
-            timing = key[:3] if isinstance(news[key], Latency) else ()
+            timing = key[:2] if isinstance(news[key], Latency) else ()
             yield MetricChange(Path(new.path).name, path, label, unit, before, now, noise, outcome, *timing)
 
 
@@ -199,8 +193,7 @@ def _parts(model: ModelReport, parents: list[str]) -> dict[tuple[Any, ...], Any]
     for name in parents:
         part = getattr(part, name, None)
     parts = part if isinstance(part, list) else [] if part is None else [part]
-    names = ("batch", "scope", "cuda_graph", "source")
-    return {tuple(getattr(one, name, None) for name in names): one for one in parts}
+    return {tuple(getattr(one, name, None) for name in ("batch", "scope", "source")): one for one in parts}
 
 
 def _spread(model: ModelReport, part: Any, name: str) -> float:

@@ -1,7 +1,4 @@
-"""The machine that a bench runs on: whether it is quiet, what it is, its clocks and energy.
-
-GPUs are read through NVML, CPU clocks and Jetson through the kernel's files under `root`.
-"""
+"""The machine that a bench runs on, by NVML and the kernel's files under `root`: noise, settings, clocks, energy."""
 
 import ctypes
 import os
@@ -77,10 +74,7 @@ def noise_warnings(latencies: Sequence[Latency], before: MachineState, root: Pat
 def environment(
     embedders: Sequence[Embedder], before: MachineState, latencies: Sequence[Latency] = (), root: Path = ROOT
 ) -> Environment:
-    """Describe the machine, its settings, the versions of the software and the first GPU that a model runs on.
-
-    Clocks are those during the timings, because the clocks of an idle machine mean nothing.
-    """
+    """Describe the machine, its clocks during the timings, the software, and the first GPU that a model runs on."""
     device = next((one.device for one in embedders if one.device.startswith("cuda")), "cpu")
     gpu, jetson = open_gpu(device), jetson_gpu(root) if device != "cpu" else None
     max_hertz = text_of(jetson / "max_freq") if jetson else ""
@@ -152,10 +146,7 @@ class Gpu:
 
 
 def open_gpu(device: str) -> Gpu | None:
-    """Open the GPU that CUDA calls `cuda:N`; None for `cpu`, and without a driver that supports NVML.
-
-    NVML numbers GPUs differently, so that they are matched by PCI bus id.
-    """
+    """Open the GPU that CUDA calls `cuda:N`; NVML numbers GPUs differently. None for `cpu` and without NVML."""
     kind, index = parse_device(device)
     bus_id = None if kind == "cpu" else _pci_bus_id(index)
     if bus_id is None:
@@ -205,20 +196,15 @@ def jetson_gpu(root: Path) -> Path | None:
     return next((folder for folder in folders if folder.name.endswith((".gpu", ".ga10b"))), None)
 
 
-RAIL_SAMPLE_SECONDS = 0.02
-"""Reading a power sensor takes about 1 ms on a Jetson."""
+RAIL_SAMPLE_SECONDS = 0.02  # reading a power sensor takes about 1 ms on a Jetson
 _RAILS = (
     ("VDD_IN",),  # the whole module; the other rails are parts of it
     ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),  # AGX Orin; VDDQ_VDD2_1V8AO is fed by VIN_SYS_5V0
 )
-"""Rails that add up to the power of a module."""
 
 
 def power_rails(root: Path = ROOT) -> list[tuple[Path, Path]]:
-    """Find the INA3221 channels, as files of millivolts and milliamperes, that add up to the power of a Jetson.
-
-    Empty on other machines and for unknown rails.
-    """
+    """Find the files of millivolts and milliamperes (INA3221) that add up to the power of a Jetson, if it is one."""
     rails = {}
     for folder in ("class/hwmon/hwmon*", "bus/i2c/drivers/ina3221/*/hwmon/hwmon*"):  # some kernels list only one
         for label in root.glob(f"sys/{folder}/in[1-3]_label"):
@@ -231,8 +217,8 @@ def power_rails(root: Path = ROOT) -> list[tuple[Path, Path]]:
 def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, root: Path = ROOT) -> Energy | None:
     """Measure the energy of the device, idle power included, while a model runs on `crops`, as in `embed_prepared`.
 
-    `seconds` must be long, because energy counters of GPUs update only a few times per second. Returns None if the
-    machine has neither a GPU with an energy counter (NVML) nor the power rails of a Jetson (INA3221).
+    Energy counters of GPUs update only a few times per second. Returns None if the machine has neither a GPU with such
+    a counter (NVML) nor the power rails of a Jetson (INA3221).
     """
     gpu, rails = open_gpu(embedder.device), power_rails(root)
     if gpu and gpu.joules is None:

@@ -33,33 +33,24 @@ STABLE = 0.05  # the warm-up ends when the medians of its two halves differ by a
 
 @dataclass
 class Workload:
-    """A function to time, and its times. GPU time and clocks are read at the end of each turn, while it is hot."""
+    """A function to time, and the seconds of its runs in turns; GPU time and clocks are read at the end of each."""
 
     run: Callable[[], object]
     gpu_milliseconds: Callable[[], float | None] = lambda: None
     read_clocks: Callable[[], ClockReading] = lambda: (None, None)
     turns: list[list[float]] = field(default_factory=list)
-    """Seconds of each run; every turn has the same number of runs."""
     gpu_ms: list[float | None] = field(default_factory=list)
     clocks: list[ClockReading] = field(default_factory=list)
 
 
 def time_interleaved(
-    workloads: Sequence[Workload],
-    min_runs: int,
-    min_seconds: float,
-    report: Report = silent,
-    what: str = "timing",
+    workloads: Sequence[Workload], min_runs: int, min_seconds: float, report: Report = silent, what: str = "timing"
 ) -> None:
-    """Warm up each workload, then time all of them in turns: each has `min_runs` and, by its warm-up, `min_seconds`.
-
-    A fast workload gets more runs per turn than a slow one, so that all of them need about the same number of turns.
-    """
+    """Warm up each workload, then time all of them in turns: each has `min_runs` and, by its warm-up, `min_seconds`."""
     report(what, 0, 1, "warming up")
     typical = [warm_up(workload.run) for workload in workloads]
     wanted = [max(min_runs, math.ceil(min_seconds / max(seconds, 1e-9))) for seconds in typical]
     turns = max(1, min(MAX_TURNS, min(wanted) // MIN_RUNS_PER_TURN))
-
     for turn in range(turns):
         report(what, turn, turns)
         for workload, runs in zip(workloads, wanted, strict=True):
@@ -142,9 +133,8 @@ def measure_latency(
 def ratio_interval(turns: ArrayLike, reference: ArrayLike, resamples: int = 1000) -> tuple[float, float, float]:
     """Return the ratio of the medians and the bounds of its 95 % interval, from a paired bootstrap over turns.
 
-    Both arrays are (turns, runs) seconds; the number of runs may differ. The bootstrap resamples whole turns of model
-    and reference together: runs of one turn are not independent, and whatever the machine did during a turn affected
-    both (Efron and Tibshirani 1993, chapter 8).
+    Both arrays are (turns, runs) seconds; the number of runs may differ. Runs of one turn are not independent, and
+    whatever the machine did during a turn affected both models (Efron and Tibshirani 1993, chapter 8).
     """
     own, other = np.asarray(turns), np.asarray(reference)
     drawn = np.random.default_rng(0).integers(0, len(own), (resamples, len(own)))

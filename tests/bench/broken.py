@@ -15,35 +15,21 @@ from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 from pmm_edge.spec import QuantizationTarget
 
-
-class Constants(dict[str, np.ndarray]):
-    """A graph's constants, decoded on first access."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        super().__init__()
-        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def __missing__(self, name: str) -> np.ndarray:
-        self[name] = numpy_helper.to_array(self.tensors[name]).copy()
-        return self[name]
-
-
+Constants = dict[str, np.ndarray]
 Alter = Callable[[Constants, onnx.GraphProto], None]
+
+
+def decoded(graph: onnx.GraphProto) -> Constants:
+    return {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in graph.initializer}
 
 
 def altered(source: Path, out: Path, alter: Alter) -> Path:
     """Copy an export with other constants or nodes."""
     model = onnx.load(source)
-    constants = Constants(model.graph)
+    constants = decoded(model.graph)
     alter(constants, model.graph)
-    for name, value in constants.items():
-        tensor = constants.tensors.get(name)
-        if tensor is None:
-            tensor = model.graph.initializer.add()
-        tensor.CopyFrom(numpy_helper.from_array(value, name))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     onnx.save(model, out)
     return out
 
@@ -77,7 +63,7 @@ def does_not_normalize(constants: Constants, graph: onnx.GraphProto) -> None:
 def swaps_stages(constants: Constants, graph: onnx.GraphProto) -> None:
     """Stage II's 512 numbers where stage III's belong."""
     last = [node for node in graph.node if node.op_type == "Gemm"][-1]
-    for name in set(last.input) & set(constants.tensors):
+    for name in set(last.input) & constants.keys():
         constants[name] = np.roll(constants[name], 512, axis=0)
 
 
@@ -102,9 +88,7 @@ def gives_nan_for(brightness: float) -> Alter:
     """NaN for images whose mean is below `brightness`: 0 / 0."""
 
     def alter(constants: Constants, graph: onnx.GraphProto) -> None:
-        constants.update(
-            image_axes=np.array([1, 2, 3]), bar=np.array(brightness, np.float32), second_axis=np.array([1])
-        )
+        constants.update(image_axes=np.array([1, 2, 3]), bar=np.array(brightness, np.float32), column=np.array([1]))
         append(
             graph,
             helper.make_node("Cast", [INPUT], ["pixels"], to=TensorProto.FLOAT),
@@ -113,8 +97,8 @@ def gives_nan_for(brightness: float) -> Alter:
             helper.make_node("Cast", ["bright"], ["divisor"], to=TensorProto.FLOAT),
             helper.make_node("Sub", ["divisor", "divisor"], ["nothing"]),
             helper.make_node("Div", ["nothing", "divisor"], ["nan_or_zero"]),
-            helper.make_node("Unsqueeze", ["nan_or_zero", "second_axis"], ["column"]),
-            helper.make_node("Add", ["{}", "column"], [OUTPUT]),
+            helper.make_node("Unsqueeze", ["nan_or_zero", "column"], ["added"]),
+            helper.make_node("Add", ["{}", "added"], [OUTPUT]),
         )
 
     return alter
@@ -144,7 +128,7 @@ def with_large_values(source: Path, out: Path) -> Path:
 def fp16(source: Path, out: Path) -> Path:
     """An export in FP16."""
     parts = split(onnx.load(source))
-    return _saved(parts.join(cast_to_fp16(parts.network)[0]), source, out, "fp16")
+    return _saved(parts.join(cast_to_fp16(parts.network)[0]), source, out, precision="fp16")
 
 
 def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
@@ -152,24 +136,24 @@ def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
 
     ONNX Runtime computes float16 graphs in float32 on CPUs, where only weights overflow.
     """
-    parts, whole = split(onnx.load(source)), Constants(onnx.load(large).graph)
+    parts, whole = split(onnx.load(source)), decoded(onnx.load(large).graph)
     half, _ = cast_to_fp16(parts.network)
     for tensor in half.graph.initializer:
         if tensor.name.startswith("1.backbone.layer3.0.conv"):
             with np.errstate(over="ignore"):
                 tensor.CopyFrom(numpy_helper.from_array(whole[tensor.name].astype(np.float16), tensor.name))
-    return _saved(parts.join(half), source, out, "fp16")
+    return _saved(parts.join(half), source, out, precision="fp16")
 
 
 def int8(source: Path, out: Path, target: QuantizationTarget, crops: Pixels) -> Path:
     """An export in INT8, calibrated on crops (N, height, width, 3) uint8."""
     parts, size = split(onnx.load(source)), load(source, "cpu").spec.input
     ranges = value_ranges(parts.network, crops, size, "minmax", target)
-    return _saved(parts.join(quantize(parts.network, ranges, target)), source, out, "int8")
+    return _saved(parts.join(quantize(parts.network, ranges, target)), source, out, precision="int8")
 
 
-def _saved(model: onnx.ModelProto, source: Path, out: Path, precision: str) -> Path:
-    onnx.save(finalize(model, replace(load(source, "cpu").spec, precision=precision)), out)
+def _saved(model: onnx.ModelProto, source: Path, out: Path, **changes: object) -> Path:
+    onnx.save(finalize(model, replace(load(source, "cpu").spec, **changes)), out)
     return out
 
 
@@ -186,20 +170,18 @@ def unit_length(source: Path, out: Path) -> Path:
     """An export with normalized output."""
     model = onnx.load(source)
     append(model.graph, helper.make_node("LpNormalization", ["{}"], [OUTPUT], axis=1, p=2))
-    onnx.save(finalize(model, replace(load(source, "cpu").spec, normalized_output=True)), out)
-    return out
+    return _saved(model, source, out, normalized_output=True)
 
 
 def cut_in_half(source: Path, out: Path) -> Path:
     """The first half of the embedding, and a spec that matches."""
-    model = onnx.load(source)
-    width = load(source, "cpu").spec.embedding_size // 2
+    model, spec = onnx.load(source), load(source, "cpu").spec
+    width = spec.embedding_size // 2
     for name, value in (("start", 0), ("stop", width), ("axis", 1)):
         model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
     append(model.graph, helper.make_node("Slice", ["{}", "start", "stop", "axis"], [OUTPUT]))
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = width
-    spec = replace(load(source, "cpu").spec, embedding_size=width, stages={"I": (0, 512)})
-    model.metadata_props[0].value = spec.to_json()
+    model.metadata_props[0].value = replace(spec, embedding_size=width, stages={"I": (0, 512)}).to_json()
     onnx.save(model, out)
     return out
 
@@ -213,4 +195,4 @@ def bakes_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
 
 def labeled(source: Path, out: Path, precision: str) -> Path:
     """The same graph with another declared precision, as written by a tool that converts nothing."""
-    return _saved(onnx.load(source), source, out, precision)
+    return _saved(onnx.load(source), source, out, precision=precision)

@@ -23,19 +23,12 @@ FAILED = [Failure(FailureKind.CANNOT_RUN)]
 def report(tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path) -> BenchReport:
     """A report of two equal models that passed."""
     sample, dataset = passing_report(tmp_path / "images"), scan(tiny_dataset)
-    models = []
-    for name in ("a.onnx", "b.onnx"):
-        path, model = Path(shutil.copy(tiny_onnx, tmp_path / name)), sample.models[0]
-        models.append(replace(model, path=str(path), sha256=sha256(path)))
     paths = [*dataset.query.paths, *dataset.gallery.paths]
-    return replace(
-        sample,
-        reference=replace(sample.reference, path=str(tiny_checkpoint), sha256=sha256(tiny_checkpoint)),
-        models=models,
-        data=str(tiny_dataset),
-        data_sha256=data_sha256(paths, dataset.root),
-        images=len(paths),
-    )
+    copies = [shutil.copy(tiny_onnx, tmp_path / name) for name in ("a.onnx", "b.onnx")]
+    reference = replace(sample.reference, path=str(tiny_checkpoint), sha256=sha256(tiny_checkpoint))
+    models = [replace(sample.models[0], path=str(path), sha256=sha256(path)) for path in copies]
+    data = {"data": str(tiny_dataset), "data_sha256": data_sha256(paths, dataset.root), "images": len(paths)}
+    return replace(sample, reference=reference, models=models, **data)
 
 
 def paths_of(report: BenchReport) -> list[Path]:

@@ -53,40 +53,31 @@ def broken_invariants(embedder: Embedder) -> dict[str, Invariant]:
     return {one.name.value: one for one in found if not one.held}
 
 
-def last_rows_are_off(rows: Embeddings) -> Embeddings:
-    return np.concatenate([rows[:7], 1.01 * rows[7:]])
-
-
-def odd_rows_are_off(rows: Embeddings) -> Embeddings:
-    return np.where(np.arange(len(rows))[:, None] % 2, 1.01 * rows, rows)
-
-
-def wrong_for_seven(rows: Embeddings) -> Embeddings:
-    return 2 * rows if len(rows) == 7 else rows
-
-
-def scaled_by_batch(rows: Embeddings) -> Embeddings:
-    return rows / np.abs(rows).max()
-
-
-def nan_in_large_batches(rows: Embeddings) -> Embeddings:
-    return rows * np.float32(np.nan if len(rows) > 8 else 1)
+SPOILED: dict[str, Spoil] = {
+    "nothing": lambda rows: rows,
+    "rounding": lambda rows: rows * np.float32(1 + 1e-6 * len(rows)),
+    "last rows": lambda rows: np.concatenate([rows[:7], 1.01 * rows[7:]]),
+    "odd rows": lambda rows: np.where(np.arange(len(rows))[:, None] % 2, 1.01 * rows, rows),
+    "batches of 7": lambda rows: 2 * rows if len(rows) == 7 else rows,
+    "scaled by batch": lambda rows: rows / np.abs(rows).max(),
+    "NaN in large batches": lambda rows: rows * np.float32(np.nan if len(rows) > 8 else 1),
+}
 
 
 @pytest.mark.parametrize(
-    ("spoil", "precision", "expected"),
+    ("spoiled", "precision", "expected"),
     [
-        (lambda rows: rows, "fp32", set()),
-        (lambda rows: rows * np.float32(1 + 1e-6 * len(rows)), "fp32", set()),  # rounding
-        (last_rows_are_off, "fp32", {"equal rows", "batch size"}),
-        (odd_rows_are_off, "int8", {"equal rows"}),
-        (wrong_for_seven, "fp32", {"batch size"}),
-        (scaled_by_batch, "fp32", {"neighbors", "batch size"}),
-        (nan_in_large_batches, "fp32", {"batch size"}),
+        ("nothing", "fp32", set()),
+        ("rounding", "fp32", set()),
+        ("last rows", "fp32", {"equal rows", "batch size"}),
+        ("odd rows", "int8", {"equal rows"}),
+        ("batches of 7", "fp32", {"batch size"}),
+        ("scaled by batch", "fp32", {"neighbors", "batch size"}),
+        ("NaN in large batches", "fp32", {"batch size"}),
     ],
 )
-def test_engines(spoil: Spoil, precision: str, expected: set[str]) -> None:
-    embedder = Linear(spoil, precision)
+def test_engines(spoiled: str, precision: str, expected: set[str]) -> None:
+    embedder = Linear(SPOILED[spoiled], precision)
     assert broken_invariants(embedder).keys() == expected
     assert embedder.sizes == {1, 2, 3, 4, 7, 8, 16}
     embedder.profile, embedder.sizes = BatchProfile(2, 5, 6), set()
@@ -97,13 +88,12 @@ def test_engines(spoil: Spoil, precision: str, expected: set[str]) -> None:
 def test_what_was_found_is_in_the_fields() -> None:
     noise = np.random.default_rng(0)
     assert "repeatable" in broken_invariants(Linear(lambda rows: rows + noise.normal(0, 0.1, rows.shape)))
-    rows = broken_invariants(Linear(last_rows_are_off))["equal rows"]
+    found = {name: broken_invariants(Linear(spoil)) for name, spoil in SPOILED.items()}
+    rows, size = found["last rows"]["equal rows"], found["batches of 7"]["batch size"]
     assert (rows.row, rows.batch, rows.tolerance) == (7, 16, 1e-4)  # NVIDIA/TensorRT issue 4813
-    assert rows.value == pytest.approx(0.01, rel=0.1)
-    size = broken_invariants(Linear(wrong_for_seven))["batch size"]
-    assert (size.batch, size.value) == (7, pytest.approx(1))
-    assert broken_invariants(Linear(scaled_by_batch))["neighbors"].neighbors == "white images"
-    nan = broken_invariants(Linear(nan_in_large_batches))["batch size"]
+    assert (rows.value, size.value) == (pytest.approx(0.01, rel=0.1), pytest.approx(1))
+    assert (size.batch, found["scaled by batch"]["neighbors"].neighbors) == (7, "white images")
+    nan = found["NaN in large batches"]["batch size"]
     assert (nan.value, nan.batch) == (None, 16)
 
 
@@ -168,12 +158,12 @@ def reference() -> np.ndarray:
 
 def test_the_worst_image_is_named(reference: np.ndarray) -> None:
     candidate = reference.copy()
-    equal = differences(reference, candidate, PATHS[:4])
+    equal = differences(reference, candidate, PATHS[:4], {})
     assert equal.whole.cosine_min == pytest.approx(1, abs=1e-12)
     assert (equal.whole.largest_relative, equal.shortest, equal.longest) == (0, 1, 1)
     assert failed_gates(equal, None, Gates()) == []
     candidate[2, 3] += 0.5
-    parity = differences(reference, candidate, PATHS[:4])
+    parity = differences(reference, candidate, PATHS[:4], {})
     whole, a, b = parity.whole, reference[2].astype(float), candidate[2].astype(float)
     assert whole.worst_image == "2.jpg"
     assert whole.cosine_min == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
@@ -197,7 +187,7 @@ def test_broken_rows_have_cosine_0(value: float, reference: np.ndarray) -> None:
     candidate = reference.copy()
     candidate[1] = value
     with np.errstate(all="raise"):
-        parity = differences(reference, candidate, PATHS[:4])
+        parity = differences(reference, candidate, PATHS[:4], {})
     assert (parity.whole.cosine_min, parity.whole.worst_image) == (0, "1.jpg")
     assert (parity.whole.largest_relative is None) == (value != 0)
     assert (parity.shortest, parity.longest) == (1, 1)
@@ -213,7 +203,7 @@ def test_gates_follow_the_precision_unless_overridden() -> None:
 
 
 def test_gates_give_value_limit_and_image(reference: np.ndarray) -> None:
-    parity, gates = differences(reference, reference, PATHS[:4]), Gates(min_cosine=0.999, min_mean_cosine=0.9999)
+    parity, gates = differences(reference, reference, PATHS[:4], {}), Gates(min_cosine=0.999, min_mean_cosine=0.9999)
     low = replace(parity, whole=replace(parity.whole, cosine_min=0.9, cosine_mean=0.99, worst_image="3.jpg"))
     found = [(one.kind, one.value, one.limit, one.image) for one in failed_gates(low, None, gates)]
     assert found == [(FailureKind.COSINE, 0.9, 0.999, "3.jpg"), (FailureKind.MEAN_COSINE, 0.99, 0.9999, "")]
@@ -226,23 +216,16 @@ def test_gates_give_value_limit_and_image(reference: np.ndarray) -> None:
         assert found == ([(FailureKind.MAP_DROP, pytest.approx(0.2), 0.1, own)] if failed else [])
 
 
-@pytest.mark.parametrize(
-    ("factors", "limit", "expected"),
-    [
+def test_length_gate(reference: np.ndarray) -> None:
+    for factors, limit, expected in (
         ([1.0005] * 4, 1.001, []),
         ([1.2] * 4, 1.25, []),
-        ([1, 1, 1.2, 1.1], 1.001, [(1.2, "2.jpg")]),
-        ([1, 0.5, 1.2, 1], 1.001, [(0.5, "1.jpg")]),
-    ],
-)
-def test_length_gate(
-    factors: list[float], limit: float, expected: list[tuple[float, str]], reference: np.ndarray
-) -> None:
-    parity = differences(reference, reference * np.array(factors, np.float32)[:, None], PATHS[:4])
-    found = failed_gates(parity, None, Gates(max_stretch=limit))
-    assert [(one.kind, round(one.value or 0, 3), one.image) for one in found] == [
-        (FailureKind.LENGTH, *one) for one in expected
-    ]
+        ([1, 1, 1.2, 1.1], 1.001, [(FailureKind.LENGTH, 1.2, "2.jpg")]),
+        ([1, 0.5, 1.2, 1], 1.001, [(FailureKind.LENGTH, 0.5, "1.jpg")]),
+    ):
+        parity = differences(reference, reference * np.array(factors, np.float32)[:, None], PATHS[:4], {})
+        found = failed_gates(parity, None, Gates(max_stretch=limit))
+        assert [(one.kind, round(one.value or 0, 3), one.image) for one in found] == expected
 
 
 # Change of retrieval

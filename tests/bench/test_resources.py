@@ -95,7 +95,6 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment(engines, machine_state())
     assert found.cpu
     assert found.cores >= found.usable_cores > 0
-    assert found.load is not None
     assert {"numpy", "pillow"} <= found.versions.keys()
     assert found.thread_settings == {"OMP_NUM_THREADS": "3"}
     assert found.threads == {"torch": 3, "onnxruntime": None}
@@ -125,13 +124,11 @@ def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: N
     assert (found.gpu_clocks, found.gpu_max_mhz) == (Clocks(612, 918), 918)
 
 
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [("sse2 avx avx2", "avx2"), ("avx2 avx512f avx512_vnni", "avx512_vnni"), ("avx2 avx_vnni", "avx_vnni")],
-)
-def test_the_instruction_set(flags: str, name: str, tmp_path: Path) -> None:
-    write(tmp_path, {"proc/cpuinfo": f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}"})
-    assert instruction_set(tmp_path) == name
+def test_the_instruction_set(tmp_path: Path) -> None:
+    names = {"sse2 avx avx2": "avx2", "avx2 avx512f avx512_vnni": "avx512_vnni", "avx2 avx_vnni": "avx_vnni"}
+    for flags, name in names.items():
+        write(tmp_path, {"proc/cpuinfo": f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}"})
+        assert instruction_set(tmp_path) == name
     assert environment([], QUIET, root=tmp_path).cpu == "AMD EPYC"
 
 
@@ -180,7 +177,6 @@ def test_noise(tmp_path: Path) -> None:
 
 def test_gpus(nvml: dict[str, object]) -> None:
     gpu = open_gpu("cuda:1")
-    assert gpu
     assert (gpu.name, gpu.driver, gpu.max_mhz, gpu.clock_mhz) == ("NVIDIA H100", "580.65.06", 1980, 1410)
     assert gpu.joules == 5.0
     found = environment([Engine("cpu", "torch"), Engine("cuda:1"), Engine("cuda:0")], QUIET)  # the first GPU
@@ -188,7 +184,6 @@ def test_gpus(nvml: dict[str, object]) -> None:
     assert environment([Engine("cpu")], QUIET).gpu is None
     nvml.clear()
     gpu = open_gpu("cuda:1")
-    assert gpu
     assert (gpu.name, gpu.max_mhz, gpu.clock_mhz, gpu.joules) == (None,) * 4
     assert [open_gpu(device) for device in ("cpu", "cuda:0", "cuda:2")] == [None] * 3  # NVML does not know cuda:0
 
@@ -210,27 +205,23 @@ def test_clocks_of_the_fastest_core_and_of_gpus(tmp_path: Path, nvml: dict[str, 
 # Energy
 
 
-def sensor(root: Path, address: str, number: int, *channels: tuple[str, int, int], by_class: bool = True) -> Path:
-    """An INA3221 as JetPack 6 shows it: a device folder that the driver and the class link to."""
+def sensor(root: Path, address: str, number: int, *channels: tuple[str, int, int]) -> Path:
+    """An INA3221 as JetPack 6 shows it: a device folder that the driver links to."""
     device = root / "sys/devices/platform/bus@0/c240000.i2c/i2c-1" / address
     hwmon = device / f"hwmon/hwmon{number}"
     write(hwmon, {"name": "ina3221", "in7_label": "sum of shunt voltages"})
     for channel, (label, millivolts, milliamperes) in enumerate(channels, start=1):
         values = {f"in{channel}_label": label, f"in{channel}_input": millivolts, f"curr{channel}_input": milliamperes}
         write(hwmon, values)
-    links = {root / "sys/bus/i2c/drivers/ina3221" / address: device}
-    if by_class:
-        links[root / f"sys/class/hwmon/hwmon{number}"] = hwmon
-    for link, target in links.items():
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(target)
+    link = root / "sys/bus/i2c/drivers/ina3221" / address
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(device)  # some kernels do not list it in sys/class/hwmon
     return hwmon
 
 
-@pytest.mark.parametrize("by_class", [True, False])
-def test_the_input_rail_of_an_orin_nx_is_the_whole_module(tmp_path: Path, by_class: bool) -> None:
+def test_the_input_rail_of_an_orin_nx_is_the_whole_module(tmp_path: Path) -> None:
     channels = ("VDD_IN", 5000, 2000), ("VDD_CPU_GPU_CV", 5000, 800), ("VDD_SOC", 5000, 400)
-    sensor(tmp_path, "1-0040", 4, *channels, by_class=by_class)
+    sensor(tmp_path, "1-0040", 4, *channels)
     write(tmp_path / "sys/class/hwmon/hwmon0", {"name": "tmp451", "in1_label": "VDD_IN"})
     ((millivolts, milliamperes),) = power_rails(tmp_path)
     assert (millivolts.read_text(), milliamperes.read_text()) == ("5000\n", "2000\n")
@@ -242,7 +233,6 @@ def test_the_rails_of_an_agx_orin_add_up(tmp_path: Path) -> None:
     (second / "in1_input").unlink()  # disabled
     assert len(power_rails(tmp_path)) == 3
     found = measure_energy(Engine(), BATCH, 0.05, tmp_path)
-    assert found
     assert found.watts == pytest.approx(17.0)
 
 
@@ -253,15 +243,12 @@ def test_energy_of_rails_and_gpus(tmp_path: Path, nvml: dict[str, object]) -> No
     sensor(tmp_path, "1-0040", 3, ("VDD_IN", 5000, 1000))
     threads = set(threading.enumerate())
     found = measure_energy(engine, BATCH, 0.1, tmp_path)
-    assert found
     assert (found.source, found.batch, found.watts) == ("INA3221", 4, pytest.approx(5))
     assert found.seconds >= 0.1
     assert found.joules_per_embedding * 4 * (engine.runs - 1) == pytest.approx(found.watts * found.seconds)
     assert set(threading.enumerate()) <= threads
     found = measure_energy(Engine("cuda:1"), BATCH, 0.02, tmp_path)  # the counter of a GPU comes first
-    assert found
     assert (found.source, found.watts * found.seconds) == ("NVML", pytest.approx(1.5))
     nvml.clear()  # as on a Jetson, whose NVML has no energy counter
     found = measure_energy(Engine("cuda:1"), BATCH, 0.02, tmp_path)
-    assert found
     assert found.source == "INA3221"
