@@ -85,7 +85,7 @@ def sees_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
 
 
 def gives_nan_for(brightness: float) -> Alter:
-    """NaN for images whose mean is below `brightness`: 0 / 0."""
+    """NaN for images whose mean is below `brightness`: a root of a negative number."""
 
     def alter(constants: Constants, graph: onnx.GraphProto) -> None:
         constants.update(image_axes=np.array([1, 2, 3]), bar=np.array(brightness, np.float32), column=np.array([1]))
@@ -93,10 +93,9 @@ def gives_nan_for(brightness: float) -> Alter:
             graph,
             helper.make_node("Cast", [INPUT], ["pixels"], to=TensorProto.FLOAT),
             helper.make_node("ReduceMean", ["pixels", "image_axes"], ["brightness"], keepdims=0),
-            helper.make_node("GreaterOrEqual", ["brightness", "bar"], ["bright"]),
-            helper.make_node("Cast", ["bright"], ["divisor"], to=TensorProto.FLOAT),
-            helper.make_node("Sub", ["divisor", "divisor"], ["nothing"]),
-            helper.make_node("Div", ["nothing", "divisor"], ["nan_or_zero"]),
+            helper.make_node("Sub", ["brightness", "bar"], ["above"]),
+            helper.make_node("Sqrt", ["above"], ["nan_if_below"]),
+            helper.make_node("Sub", ["nan_if_below", "nan_if_below"], ["nan_or_zero"]),
             helper.make_node("Unsqueeze", ["nan_or_zero", "column"], ["added"]),
             helper.make_node("Add", ["{}", "added"], [OUTPUT]),
         )
@@ -128,7 +127,7 @@ def with_large_values(source: Path, out: Path) -> Path:
 def fp16(source: Path, out: Path) -> Path:
     """An export in FP16."""
     parts = split(onnx.load(source))
-    return _saved(parts.join(cast_to_fp16(parts.network)[0]), source, out, precision="fp16")
+    return saved(parts.join(cast_to_fp16(parts.network)[0]), source, out, precision="fp16")
 
 
 def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
@@ -142,17 +141,18 @@ def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
         if tensor.name.startswith("1.backbone.layer3.0.conv"):
             with np.errstate(over="ignore"):
                 tensor.CopyFrom(numpy_helper.from_array(whole[tensor.name].astype(np.float16), tensor.name))
-    return _saved(parts.join(half), source, out, precision="fp16")
+    return saved(parts.join(half), source, out, precision="fp16")
 
 
 def int8(source: Path, out: Path, target: QuantizationTarget, crops: Pixels) -> Path:
     """An export in INT8, calibrated on crops (N, height, width, 3) uint8."""
     parts, size = split(onnx.load(source)), load(source, "cpu").spec.input
     ranges = value_ranges(parts.network, crops, size, "minmax", target)
-    return _saved(parts.join(quantize(parts.network, ranges, target)), source, out, precision="int8")
+    return saved(parts.join(quantize(parts.network, ranges, target)), source, out, precision="int8")
 
 
-def _saved(model: onnx.ModelProto, source: Path, out: Path, **changes: object) -> Path:
+def saved(model: onnx.ModelProto, source: Path, out: Path, **changes: object) -> Path:
+    """A graph with the spec of an export, except for `changes`."""
     onnx.save(finalize(model, replace(load(source, "cpu").spec, **changes)), out)
     return out
 
@@ -170,7 +170,7 @@ def unit_length(source: Path, out: Path) -> Path:
     """An export with normalized output."""
     model = onnx.load(source)
     append(model.graph, helper.make_node("LpNormalization", ["{}"], [OUTPUT], axis=1, p=2))
-    return _saved(model, source, out, normalized_output=True)
+    return saved(model, source, out, normalized_output=True)
 
 
 def cut_in_half(source: Path, out: Path) -> Path:
@@ -191,8 +191,3 @@ def bakes_its_batch(constants: Constants, graph: onnx.GraphProto) -> None:
     size = graph.output[0].type.tensor_type.shape.dim[1].dim_value
     constants["baked.shape"] = np.array([1, size], np.int64)
     append(graph, helper.make_node("Reshape", ["{}", "baked.shape"], [OUTPUT]))
-
-
-def labeled(source: Path, out: Path, precision: str) -> Path:
-    """The same graph with another declared precision, as written by a tool that converts nothing."""
-    return _saved(onnx.load(source), source, out, precision=precision)

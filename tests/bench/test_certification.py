@@ -1,6 +1,7 @@
 """Models that pass are certified, models that fail lose an older certificate, incomplete benches change nothing."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pmm_edge
 from pmm_edge.bench.certification import verify, write_certificates
 from pmm_edge.bench.report import BenchReport, Failure, FailureKind
 from pmm_edge.data.dataset import data_sha256, scan
-from pmm_edge.errors import DataError, ModelError, PmmError
+from pmm_edge.errors import PmmError
 from pmm_edge.files import sha256
 from pmm_edge.runtime.certificate import certificate_path, check_certificate
 
@@ -48,9 +49,7 @@ def test_models_that_passed(report: BenchReport, tiny_checkpoint: Path, tmp_path
     assert (certificate.images, certificate.data, certificate.data_sha256) == (24, "tiny", report.data_sha256)
     assert certificate.pmm_edge == pmm_edge.__version__
     assert pmm_edge.load(paths_of(report)[0], "cpu", require_certificate=True).spec == certificate.spec
-    text = found.written[0].read_text()
-    assert str(tmp_path) not in text
-    assert ".jpg" not in text
+    assert not re.search(rf"{tmp_path}|\.jpg", found.written[0].read_text())
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -95,13 +94,5 @@ def test_verify(report: BenchReport, tiny_dataset: Path, tiny_checkpoint: Path, 
     found = verify([first, second], moved, reference=first)
     assert [len(item.failures) for item in found] == [2, 1]  # other images and another reference; another model
     assert found[1].certificate is None
-
-
-def test_verify_with_wrong_arguments(report: BenchReport, tmp_path: Path) -> None:
-    write_certificates(report)
     with pytest.raises(PmmError):
-        verify(paths_of(report), digest="0" * 64)
-    with pytest.raises(ModelError, match=r"none\.onnx"):
-        verify([*paths_of(report), tmp_path / "none.onnx"])
-    with pytest.raises(DataError):
-        verify(paths_of(report), tmp_path / "none")
+        verify([first, second], digest="0" * 64)

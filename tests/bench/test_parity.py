@@ -148,9 +148,6 @@ def test_the_declared_precision_is_that_of_the_weights(tiny_onnx: Path, tiny_che
     assert precision_failure(tiny_checkpoint, "int8") is None  # checkpoints are FP32 and are not checked
 
 
-# Differences and gates
-
-
 @pytest.fixture
 def reference() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
@@ -226,9 +223,6 @@ def test_length_gate(reference: np.ndarray) -> None:
         parity = differences(reference, reference * np.array(factors, np.float32)[:, None], PATHS[:4], {})
         found = failed_gates(parity, None, Gates(max_stretch=limit))
         assert [(one.kind, round(one.value or 0, 3), one.image) for one in found] == expected
-
-
-# Change of retrieval
 
 
 def test_the_interval_is_that_of_the_mean() -> None:

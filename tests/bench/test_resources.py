@@ -11,17 +11,7 @@ import pytest
 
 from pmm_edge.bench import resources
 from pmm_edge.bench.report import Clocks, Latency, WarningKind
-from pmm_edge.bench.resources import (
-    MachineState,
-    clock_range,
-    clock_reader,
-    environment,
-    machine_state,
-    measure_energy,
-    noise_warnings,
-    open_gpu,
-    power_rails,
-)
+from pmm_edge.bench.resources import MachineState, environment, measure_energy, noise_warnings, open_gpu
 from pmm_edge.machine import instruction_set, usable_cores
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec
@@ -92,7 +82,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     engines = Engine("cpu", "torch", 3), Engine("cpu"), Engine("cuda:0", "tensorrt")
-    found = environment(engines, machine_state())
+    found = environment(engines, resources.machine_state())
     assert found.cpu
     assert found.cores >= found.usable_cores > 0
     assert {"numpy", "pillow"} <= found.versions.keys()
@@ -117,7 +107,7 @@ def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: N
     (tmp_path / "bin/nvpmodel").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     latencies = [timed(gpu=Clocks(612, 714)), timed(gpu=Clocks(816, 918)), timed()]
-    found = environment([Engine("cuda:0", "tensorrt")], machine_state(tmp_path), latencies, tmp_path)
+    found = environment([Engine("cuda:0", "tensorrt")], resources.machine_state(tmp_path), latencies, tmp_path)
     assert (found.board, found.l4t, found.power_mode) == (board, "R36 (release), REVISION: 4.3", "MAXN_SUPER (0)")
     assert (found.cores, found.usable_cores, found.instruction_set) == (8, 6, "asimddp")
     assert (found.governors, found.clocks_locked) == (("schedutil",), True)
@@ -157,15 +147,9 @@ def test_noise(tmp_path: Path) -> None:
     assert not noise_warnings([timed()], QUIET._replace(load=None), tmp_path)
     (noisy,) = noise_warnings([timed(0.02), timed(0.2), timed(0.31)], QUIET, tmp_path)
     assert (noisy.kind, noisy.value, noisy.limit, noisy.count, noisy.total) == (WarningKind.NOISY, 0.31, 0.15, 2, 3)
-    write(
-        tmp_path,
-        {
-            "proc/loadavg": "7.25 3.10 1.00 3/120 4711",  # much ran a minute ago; now two others do
-            f"{CPU}/cpu0/thermal_throttle/core_throttle_count": 3,
-            "sys/class/hwmon/hwmon2/oc1_event_cnt": 1,
-        },
-    )
-    before = machine_state(tmp_path)
+    counts = {f"{CPU}/cpu0/thermal_throttle/core_throttle_count": 3, "sys/class/hwmon/hwmon2/oc1_event_cnt": 1}
+    write(tmp_path, {"proc/loadavg": "7.25 3.10 1.00 3/120 4711"} | counts)  # now two others run
+    before = resources.machine_state(tmp_path)
     assert (before.load, before.throttle_events) == (2, 4)
     write(tmp_path, {"sys/class/hwmon/hwmon2/oc1_event_cnt": 3})
     (found,) = noise_warnings([timed()], before._replace(load=0), tmp_path)
@@ -189,17 +173,17 @@ def test_gpus(nvml: dict[str, object]) -> None:
 
 
 def test_clocks_of_the_fastest_core_and_of_gpus(tmp_path: Path, nvml: dict[str, object]) -> None:
-    assert clock_reader("cpu", tmp_path)() == (None, None)
+    assert resources.clock_reader("cpu", tmp_path)() == (None, None)
     devices = tmp_path / "sys/class/devfreq"
     write(devices, {"17000000.gpu/cur_freq": 918_000_000, "15340000.vic/cur_freq": 115_200_000})
-    assert clock_reader("cuda:0", tmp_path)() == (None, 918)
+    assert resources.clock_reader("cuda:0", tmp_path)() == (None, 918)
     for core, khz in ((0, 800_000), (1, "<unknown>"), (10, 3_400_000)):
         write(tmp_path, {f"{CPU}/cpu{core}/cpufreq/scaling_cur_freq": khz})
-    assert clock_reader("cpu", tmp_path)() == (3400, None)
+    assert resources.clock_reader("cpu", tmp_path)() == (3400, None)
     (devices / "17000000.gpu/cur_freq").unlink()
-    assert clock_reader("cuda:1", tmp_path)() == (3400, 1410)
-    assert clock_range([1500, None, 1200, 1400]) == Clocks(1200, 1500)
-    assert clock_range([None, None]) is None
+    assert resources.clock_reader("cuda:1", tmp_path)() == (3400, 1410)
+    assert resources.clock_range([1500, None, 1200, 1400]) == Clocks(1200, 1500)
+    assert resources.clock_range([None, None]) is None
 
 
 # Energy
@@ -223,7 +207,7 @@ def test_the_input_rail_of_an_orin_nx_is_the_whole_module(tmp_path: Path) -> Non
     channels = ("VDD_IN", 5000, 2000), ("VDD_CPU_GPU_CV", 5000, 800), ("VDD_SOC", 5000, 400)
     sensor(tmp_path, "1-0040", 4, *channels)
     write(tmp_path / "sys/class/hwmon/hwmon0", {"name": "tmp451", "in1_label": "VDD_IN"})
-    ((millivolts, milliamperes),) = power_rails(tmp_path)
+    ((millivolts, milliamperes),) = resources.power_rails(tmp_path)
     assert (millivolts.read_text(), milliamperes.read_text()) == ("5000\n", "2000\n")
 
 
@@ -231,7 +215,7 @@ def test_the_rails_of_an_agx_orin_add_up(tmp_path: Path) -> None:
     sensor(tmp_path, "1-0040", 3, ("VDD_GPU_SOC", 20000, 500), ("VDD_CPU_CV", 20000, 100), ("VIN_SYS_5V0", 5000, 1000))
     second = sensor(tmp_path, "1-0041", 4, ("VDD_IN", 0, 0), ("VDDQ_VDD2_1V8AO", 5000, 300))
     (second / "in1_input").unlink()  # disabled
-    assert len(power_rails(tmp_path)) == 3
+    assert len(resources.power_rails(tmp_path)) == 3
     found = measure_energy(Engine(), BATCH, 0.05, tmp_path)
     assert found.watts == pytest.approx(17.0)
 

@@ -8,14 +8,7 @@ import pytest
 
 from pmm_edge.bench import timing
 from pmm_edge.bench.report import Latency
-from pmm_edge.bench.timing import (
-    Workload,
-    measure_cold_start,
-    measure_latency,
-    ratio_interval,
-    time_interleaved,
-    warm_up,
-)
+from pmm_edge.bench.timing import Workload, measure_cold_start, measure_latency, ratio_interval
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.runtime import Embedder, load
 from pmm_edge.spec import InputSpec, ModelSpec
@@ -40,7 +33,7 @@ class Machine:
 
     def time(self, *workloads: Workload) -> list[list[int]]:
         """Time for at least 50 runs and 2 s; return the number of runs in each turn."""
-        time_interleaved(workloads, 50, 2.0)
+        timing.time_interleaved(workloads, 50, 2.0)
         return [[len(turn) for turn in workload.turns] for workload in workloads]
 
 
@@ -71,7 +64,7 @@ def test_workloads_of_any_speed_get_the_same_turns(machine: Machine) -> None:
 def test_the_warm_up_ends_when_stable_or_late(
     seconds: list[float], typical: float | None, runs: int | None, machine: Machine
 ) -> None:
-    median = warm_up(machine.workload("a", *seconds).run)
+    median = timing.warm_up(machine.workload("a", *seconds).run)
     assert typical is None or median == pytest.approx(typical)
     assert runs is None or len(machine.calls) == runs
     assert machine.now < 5
