@@ -1,10 +1,12 @@
 """Small stand-ins that tests of several parts share: a network, and a data set on disk."""
 
+import json
 import pwd
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -94,6 +96,15 @@ class Outcome(NamedTuple):
     stderr: str
 
     @property
+    def ok(self) -> "Outcome":
+        assert self.exit_code == 0, self.stderr
+        return self
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.ok.stdout)
+
+    @property
     def error(self) -> str:
         """The error message of a command that was used wrongly and printed no result."""
         assert (self.exit_code, self.stdout) == (2, ""), self.stderr
@@ -113,5 +124,19 @@ def pmm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as ended:
             main()
         return Outcome(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def pmm_without() -> Callable[..., Outcome]:
+    """Run `pmm` in a new process in which some modules cannot be imported."""
+
+    def run(absent: str, *arguments: object) -> Outcome:
+        script = f"import sys; sys.modules.update(dict.fromkeys({absent.split()}))\n"
+        script += "from pmm_edge.cli import main; main()"
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
     return run

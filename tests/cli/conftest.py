@@ -1,9 +1,6 @@
-"""A run folder, as commands without arguments expect it, and a machine without some packages."""
+"""A run folder, as commands without arguments expect it."""
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,16 +19,3 @@ def run(
     shutil.copy(tiny_checkpoint, folder / "best.pt")
     shutil.copy(tiny_onnx, folder / "export" / "model.onnx")
     return folder
-
-
-@pytest.fixture
-def pmm_without() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `pmm` in a new process in which some modules cannot be imported."""
-
-    def run(absent: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        script = f"import sys; sys.modules.update(dict.fromkeys({absent.split()}))\n"
-        script += "from pmm_edge.cli import main; main()"
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    return run
