@@ -13,12 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import check_matrix, check_pair, distance_blocks, finite_rows, rows_per_block
+from pmm_edge.retrieval.distances import check_matrix, check_pair, distance_blocks, rows_per_block
 from pmm_edge.retrieval.reranking import rerank_distances
 from pmm_edge.spec import RetrievalFigures
 
 JUNK_PID = -1
 """Market-1501's label of images that are neither a person nor a distractor. They are dropped from the gallery."""
+_COUNT_FROM = 64  # with more images than this for each match, counting is faster than sorting
 PAPER_CUTOFF = 50  # the released evaluation code cuts rankings here before the average precision
 
 
@@ -100,7 +101,8 @@ def evaluate_distances(
     if array.dtype == np.float16:
         array = array.astype(np.float32)  # the same values; numpy compares them much faster
     checked, step = check_labels(labels, array.shape), rows_per_block(array.shape[1])
-    blocks = ((start, array[start : start + step].take(checked.kept, axis=1)) for start in range(0, len(array), step))
+    columns = checked.kept if len(checked.kept) < array.shape[1] else slice(None)
+    blocks = ((start, array[start : start + step, columns]) for start in range(0, len(array), step))
     return _figures(blocks, checked, max_rank, ap_cutoff)
 
 
@@ -108,14 +110,14 @@ class ProtocolLabels(NamedTuple):
     """Checked labels of (Q,) queries and of the gallery images that are not junk."""
 
     kept: NDArray[np.intp]  # indices of these gallery images, ascending; positions below are in this array
-    query_pids: NDArray[np.int64]
-    gallery_pids: NDArray[np.int64]
+    by_pid: NDArray[np.intp]  # positions grouped by identity, ascending within each
+    group: NDArray[np.intp]  # (Q, 2): start and stop of the query's identity in `by_pid`
     query_camids: NDArray[np.int64]
     gallery_camids: NDArray[np.int64]
 
     def matches(self, query: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Positions of the query's identity: the matches, from other cameras, and the images that are excluded."""
-        own = np.flatnonzero(self.gallery_pids == self.query_pids[query])
+        own = self.by_pid[slice(*self.group[query])]
         same_camera = self.gallery_camids[own] == self.query_camids[query]
         return own[~same_camera], own[same_camera]
 
@@ -134,7 +136,10 @@ def check_labels(labels: Sequence[ArrayLike], shape: tuple[int, ...]) -> Protoco
     kept = np.flatnonzero(checked[1] != JUNK_PID)
     if not len(kept):
         raise DataError(f"all {shape[1]:,} gallery images are junk (pid {JUNK_PID})", "Check the labels")
-    return ProtocolLabels(kept, checked[0], checked[1][kept], checked[2], checked[3][kept])
+    by_pid = np.argsort(checked[1][kept], kind="stable")
+    in_order = checked[1][kept][by_pid]
+    group = np.stack([np.searchsorted(in_order, checked[0], side) for side in ("left", "right")], axis=1)
+    return ProtocolLabels(kept, by_pid, group, checked[2], checked[3][kept])
 
 
 def _figures(
@@ -144,7 +149,7 @@ def _figures(
     ap_cutoff: int | None,
     report: Report = silent,
 ) -> RetrievalResult:
-    """Rank all queries and average. A block is `(first query, (rows, len(labels.kept)) distances)`, and is changed.
+    """Rank all queries and average. A block is `(first query, (rows, len(labels.kept)) distances)`.
 
     Equal distances rank by gallery index, as in a stable sort: a model that maps all images to one point gets no
     credit. One thread, because the steps are short and hold the GIL: two threads were often slower.
@@ -156,11 +161,13 @@ def _figures(
     ranks: list[NDArray[np.int64]] = []  # of each query's matches, ascending from 1
     top1 = np.full(queries, -1, np.int64)
     for start, block in blocks:
-        if not (finite := finite_rows(block)).all():
+        with np.errstate(invalid="ignore", over="ignore"):
+            finite = np.isfinite(block.sum(axis=1))
+        if not finite.all():
             problem = f"the distances of query {start + finite.argmin()} contain NaN or infinity"
             raise DataError(problem, "Check the embeddings that they were computed from")
-        for query, distances in enumerate(block, start):
-            matches, excluded = labels.matches(query)
+        for query, row in enumerate(block, start):
+            (matches, excluded), distances = labels.matches(query), row.copy()
             distances[excluded] = np.inf
             nearest = distances.argmin()
             if distances[nearest] < np.inf:
@@ -202,9 +209,13 @@ def _figures(
 def _ranks(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64]:
     """Find the ranks of the matches, ascending from 1, in a stable sort of the row."""
     values = row[matches]
-    # Images beyond the last match do not change a rank, and a trained model leaves few before it.
-    near = np.sort(row[row <= values.max()])
-    before = np.searchsorted(near, values, "left")
-    for slot in np.flatnonzero(np.searchsorted(near, values, "right") - before > 1):
+    near = np.flatnonzero(row <= values.max())  # images beyond the last match do not change a rank
+    if len(near) > _COUNT_FROM * len(values):  # a trained model leaves few
+        counts = [[np.count_nonzero(less(row, value)) for value in values] for less in (np.less, np.less_equal)]
+    else:
+        in_order = np.sort(row[near])
+        counts = [np.searchsorted(in_order, values, side).tolist() for side in ("left", "right")]
+    before, last = np.array(counts)
+    for slot in np.flatnonzero(last - before > 1):  # equal distances rank by gallery index
         before[slot] += np.count_nonzero(row[: matches[slot]] == values[slot])
     return np.sort(before) + 1

@@ -10,7 +10,7 @@ import pytest
 
 import pmm_edge as pmm
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval import distances, evaluate, evaluate_distances
+from pmm_edge.retrieval import distances, evaluate, evaluate_distances, metrics
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "retrieval_metrics.npz")
 GOLDEN_INPUTS = [GOLDEN[f"{side}_{what}"] for what in ("features", "pids", "camids") for side in ("query", "gallery")]
@@ -66,8 +66,9 @@ def test_golden_figures():
 
 
 @pytest.mark.parametrize("levels", [None, 200, 7, 1], ids=lambda levels: f"{levels} levels")
-@pytest.mark.parametrize("ap_cutoff", [None, 20])
-def test_figures_are_those_of_the_slow_reference(monkeypatch, levels, ap_cutoff):
+@pytest.mark.parametrize(("ap_cutoff", "count_from"), [(None, 0), (20, 1000)], ids=["by count", "by sort"])
+def test_figures_are_those_of_the_slow_reference(monkeypatch, levels, ap_cutoff, count_from):
+    monkeypatch.setattr(metrics, "_COUNT_FROM", count_from)
     monkeypatch.setattr(distances, "BLOCK_BYTES", 8 * 300 * 7)  # blocks of seven queries
     for seed in range(4):
         case = random_case(seed, levels=levels)
