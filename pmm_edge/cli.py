@@ -138,9 +138,7 @@ _precision, _tensorrt, _bundle = (partial(_opt, panel=name) for name in ("Precis
 @app.command()
 def export(
     checkpoint: Path | None = _arg(None, "Checkpoint, run folder or .onnx file. Default: newest run.", "CHECKPOINT"),
-    out: Path | None = _out(
-        None, "File to write: .onnx, or .engine for an .onnx CHECKPOINT. Default: in the run's export folder."
-    ),
+    out: Path | None = _out(None, ".onnx file to write, or .engine for an .onnx CHECKPOINT. Default: in the run."),
     input_form: InputForm | None = _opt(
         None,
         "uint8 (default): (N, H, W, 3) RGB, normalized in the graph. raw: float32 (N, 3, H, W) in 0..255, normalized in"
@@ -154,15 +152,11 @@ def export(
     calibration: Path | None = _precision(None, "Data set for INT8 and for FP16 range checks. Default: the run's."),
     layout: str | None = _precision(None, "Layout of that data set. Default: detected."),
     target: QuantizationTarget | None = _precision(None, "Runtime that the INT8 graph is for. Default: tensorrt."),
-    calibration_method: CalibrationMethod | None = _precision(
-        None, "How to choose activation ranges. Default: the best."
-    ),
+    calibration_method: CalibrationMethod | None = _precision(None, "Choice of activation ranges. Default: the best."),
     max_map_drop: float | None = _precision(None, "Maximum loss of mAP in points; sensitive layers stay in float32."),
     trt: bool = _tensorrt(False, "Also build a TensorRT engine for this machine's GPU.", "--trt"),
     batch_profile: str | None = _tensorrt(None, "Batch sizes of the engine. Default: 1,16,64.", metavar="MIN,OPT,MAX"),
-    workspace_gib: float | None = _tensorrt(
-        None, "Limit of scratch memory. Default: all.", "--workspace", metavar="GIB"
-    ),
+    workspace_gib: float | None = _tensorrt(None, "Maximum scratch memory.", "--workspace", metavar="GIB"),
     optimization_level: int | None = _tensorrt(None, "0 (fastest build) to 5 (longest search)."),
     hardware_compatible: bool = _tensorrt(False, "Support all GPUs since Ampere; not Jetson.", "--hardware-compatible"),
     version_compatible: bool = _tensorrt(False, "Build for later TensorRT versions as well.", "--version-compatible"),
@@ -207,9 +201,7 @@ def bench(
     layout: Layout = None,
     limit: int | None = _opt(None, "Use this many evenly spaced images, without retrieval."),
     device: Device = None,
-    explain: bool = _opt(
-        False, "Find the layer at which a failing ONNX model departs from the reference.", "--explain"
-    ),
+    explain: bool = _opt(False, "Find the first layer of a failing ONNX model that differs.", "--explain"),
     out: Path | None = _out(None, "Report; also writes .md and .html. Default: in the run folder.", "FILE.json"),
     as_json: Json = False,
     min_cosine: float | None = _gate(None, "Minimum cosine of any image. Default: fp32 0.9999, fp16 0.999, int8 0.95."),

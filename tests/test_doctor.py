@@ -13,16 +13,7 @@ import onnxruntime
 import pytest
 
 from pmm_edge import doctor
-from pmm_edge.doctor import (
-    COMMANDS,
-    Finding,
-    Status,
-    check_cache_folder,
-    check_packages,
-    isolated,
-    readiness,
-    shareable,
-)
+from pmm_edge.doctor import COMMANDS, Finding, Status, isolated, readiness, shareable
 from pmm_edge.errors import install
 
 NO_TENSORRT = Finding(Status.INFO, "TensorRT is not installed", install("trt"))
@@ -35,13 +26,13 @@ def states(onnxruntime_found: Finding, tensorrt: Finding = NO_TENSORRT) -> dict[
 
 
 def test_the_cache_folder(homeless: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = check_cache_folder()
+    found = doctor.check_cache_folder()
     assert found.status is Status.PROBLEM  # there is no home folder
     assert "PMM_HOME" in found.remedy
     (tmp_path / "file").touch()
     for folder, status in (("file/below", Status.PROBLEM), ("not/yet", Status.OK)):
         monkeypatch.setenv("PMM_HOME", str(tmp_path / folder))
-        assert check_cache_folder().status is status
+        assert doctor.check_cache_folder().status is status
         assert str(tmp_path) not in isolated("cache folder").detail
 
 
@@ -66,7 +57,7 @@ def test_packages_that_do_not_fit(versions: dict[str, str], monkeypatch: pytest.
     installed = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in versions.items()]
     monkeypatch.setattr(doctor, "distributions", lambda: installed)
     monkeypatch.setattr(Path, "exists", lambda path: True)  # the files of a driver
-    assert check_packages().status is Status.PROBLEM
+    assert doctor.check_packages().status is Status.PROBLEM
 
 
 @pytest.mark.parametrize(
