@@ -112,7 +112,6 @@ def test_the_command(pmm: Callable) -> None:
         assert shown in ended.stdout
     assert f"{Path.home()}/" not in ended.stdout
     assert str(Path(__file__).parents[1]) not in ended.stdout
-    assert "Did you mean 'embed'?" in pmm("doctor", "embd").error
 
 
 def test_a_bare_install(tmp_path: Path) -> None:
@@ -129,6 +128,4 @@ def test_a_bare_install(tmp_path: Path) -> None:
     assert [commands[name]["status"] for name in ("train", "embed")] == ["problem", "limited"]
     assert "error: train cannot work" in ended.stderr
     assert install("train") in ended.stderr
-    ended = run([*TRAIN, "onnxruntime", "cuda", "tensorrt"], "embed")
-    assert ended.returncode == 1
-    assert "error: embed cannot work" in ended.stderr
+    assert run([*TRAIN, "onnxruntime", "cuda", "tensorrt"], "embed").returncode == 1

@@ -114,12 +114,13 @@ def test_the_data_set_of_a_model(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_run(tmp_path: Path) -> None:
-    assert data_of(tmp_path / "model.onnx", tmp_path, "msmt17") == (tmp_path, "msmt17")
-    with pytest.raises(ModelError, match=r"model\.onnx does not exist"):
-        data_of(tmp_path / "model.onnx")
-    (tmp_path / "model.onnx").touch()
+    model = tmp_path / "model.onnx"
+    assert data_of(model, tmp_path, "msmt17") == (tmp_path, "msmt17")
+    with pytest.raises(ModelError):  # it does not exist
+        data_of(model)
+    model.touch()
     with pytest.raises(DataError, match="--data"):
-        data_of(tmp_path / "model.onnx")
+        data_of(model)
 
 
 def test_a_run_folder_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

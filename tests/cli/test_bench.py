@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import onnx
 import pytest
@@ -75,10 +76,7 @@ def test_a_failed_gate_is_exit_code_1(pmm: Callable, run: Path, tiny_onnx: Path)
 
 
 def test_an_interrupt_keeps_the_results(pmm: Callable, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pmm_edge.bench.parity.check_batches", interrupted)
+    monkeypatch.setattr("pmm_edge.bench.parity.check_batches", Mock(side_effect=KeyboardInterrupt))
     ended = pmm("bench", "--parity-only")
     assert ended.exit_code == 130
     assert str(run / "bench.json") in ended.stderr
