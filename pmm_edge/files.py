@@ -1,5 +1,7 @@
 """Files: typed JSON and TOML, atomic writes, hashes and cache folders."""
 
+import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -8,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,25 +115,14 @@ def written_whole(path: Path) -> Iterator[Path]:
     A process killed at any moment leaves the old file or the new one, never a part. Every OSError in the block is
     reported as an OutputError of `path`, so the block should only write and check the file.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _temporary(path) as temporary:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        with suppress(OSError):  # already renamed, or never created
-            temporary.unlink()
-
-
-def remove_unfinished(folder: Path, names: Sequence[str]) -> None:
-    """Remove what a killed `written_whole` left of files of these names (patterns), which nobody else is writing."""
-    for name in names:
-        for path in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
-            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -141,25 +132,66 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     Raises OutputError if `path` exists and is not empty, or cannot be written.
     """
     check_new_folder(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(path)  # also an empty folder
+        with _temporary(path, 0o777) as temporary:
+            yield temporary
+            temporary.replace(path)  # also an empty folder
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Yield a temporary folder that is removed at the end; an OSError in the block is reported as OutputError."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
+        with _temporary(Path(tempfile.gettempdir(), f"pmm-edge-{os.getuid()}"), 0o700) as folder:
+            yield folder
     except OSError as error:
         raise OutputError(f"cannot write temporary files: {error}", "Set TMPDIR to a folder with space left") from error
+
+
+@contextmanager
+def _temporary(path: Path, folder_mode: int = 0) -> Iterator[Path]:
+    """Create a locked temporary file, or a folder of this mode, next to `path`, and remove it at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(path)
+    with ExitStack() as stack:
+        while True:
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            temporary.mkdir(folder_mode) if folder_mode else temporary.touch(exist_ok=False)
+            stack.enter_context(_locked(temporary))
+            if temporary.exists():  # or another process has just removed it, because it was not locked yet
+                break
+        stack.callback(_remove, temporary)
+        yield temporary
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove the temporary files and folders of `path` that killed processes left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with _locked(left, fcntl.LOCK_NB) as unused:
+            if unused:
+                _remove(left)
+
+
+@contextmanager
+def _locked(path: Path, flags: int = 0) -> Iterator[bool]:
+    """Try to lock a file or folder; the system releases the locks of a killed process. Some file systems have none."""
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # already renamed or removed
+        path.unlink()
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Typed JSON and TOML name the wrong entry, files are written whole or not at all, and runs are found again."""
 
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +80,35 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert not (tmp_path / "folder").exists()
 
 
-def test_only_unfinished_files_of_these_names_are_removed(tmp_path: Path) -> None:
-    names = [f".{name}.tmp" for name in ("last.pt.0123abcd", "epoch-0001.pt.0123abcd", "last.pt", "other.pt.0123abcd")]
-    for name in names:
+def test_what_killed_processes_left_is_removed_by_the_next_of_the_same_name(tmp_path: Path) -> None:
+    path, names = tmp_path / "last[1].pt", [f".last[1].pt.{word}.tmp" for word in ("0123abcd", "mine")]
+    (tmp_path / ".last[1].pt.89abcdef.tmp").mkdir()
+    for name in (*names, ".last1.pt.0123abcd.tmp"):
         (tmp_path / name).touch()
-    remove_unfinished(tmp_path, ["last.pt", "epoch-*.pt"])
-    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
+    with written_whole(path) as temporary:
+        assert {each.name for each in tmp_path.iterdir()} == {temporary.name, *names[1:], ".last1.pt.0123abcd.tmp"}
+        remove_unfinished(path)
+        temporary.write_text("not removed while it is written")
+        with folder_written_whole(tmp_path / "bundle") as folder:
+            remove_unfinished(tmp_path / "bundle")
+            (folder / "part").touch()
+    assert path.is_file() and (tmp_path / "bundle" / "part").is_file()
+
+
+def test_a_file_removed_by_another_process_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, locked = fcntl.flock, list[None]()
+
+    def late(descriptor: int, flags: int) -> None:
+        if not locked:
+            next(tmp_path.iterdir()).unlink()
+        flock(descriptor, flags)
+        locked.append(None)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with written_whole(tmp_path / "file") as temporary:
+        assert temporary.exists()
+        temporary.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole" and len(locked) == 2
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

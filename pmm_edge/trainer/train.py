@@ -34,11 +34,11 @@ from pmm_edge.model import Checkpoint, ReidNetwork, build_model, save_checkpoint
 from pmm_edge.model.backbone import zero_init_residuals
 from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
 from pmm_edge.retrieval import evaluate
-from pmm_edge.runs import ABOUT, BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
+from pmm_edge.runs import BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
 from pmm_edge.spec import ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
-from pmm_edge.trainer.logging import METRICS, Journal, Meter
+from pmm_edge.trainer.logging import Journal, Meter
 from pmm_edge.trainer.state import Position, load_state, model_spec, restore_state, run_lock, save_state
 from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, train_step
 
@@ -166,7 +166,8 @@ def train(
         spec = checkpoint.spec if checkpoint else model_spec(chosen, network, feed.num_classes, dataset.name)
         position = msgspec.convert(checkpoint.training["position"], Position) if checkpoint else Position()
         if world.leads:
-            remove_unfinished(folder, (ABOUT, CONFIG, METRICS, LAST, BEST))
+            for name in (CONFIG, LAST, BEST):  # the other files are written again at once
+                remove_unfinished(folder / name)
 
         if chosen.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
