@@ -51,7 +51,7 @@ def decode_toml(kind: type[T], text: str, source: str) -> T:
     """Decode TOML into `kind` as `decode_json` does; an integer is accepted where a float is expected."""
     try:
         return msgspec.convert(tomllib.loads(text), type=kind)
-    except (msgspec.MsgspecError, tomllib.TOMLDecodeError, RecursionError) as reason:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as reason:  # ValueError: also for 5,000 digits
         raise PmmError(f"{source} is not valid: {reason}", "Correct that entry") from reason
 
 

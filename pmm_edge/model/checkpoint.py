@@ -4,7 +4,7 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -149,7 +149,16 @@ def load_any_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_ours(content: Any) -> bool:
-    return isinstance(content, dict) and content.get("format") == _FORMAT
+    """Whether the content of a file has the form that `save_checkpoint` writes."""
+    kinds = {"format": str, "spec": str, "weights": dict, "training": dict}
+    whole = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    return whole and content["format"] == _FORMAT and _is_state_dict(content["weights"])
+
+
+def _is_state_dict(content: Any) -> TypeGuard[Mapping[str, Tensor]]:
+    return isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
 
 
 _OUR_NAMES = {
@@ -202,9 +211,9 @@ def our_name(released_name: str) -> str:
 def _our_weights(content: Any, source: str) -> dict[str, Tensor]:
     """The tensors of a released checkpoint or its state dict under our names."""
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not _is_state_dict(tensors):
         raise ModelError(f"{source} does not contain a state dict", "Use a checkpoint of pmm train or of the authors")
-    weights = {our_name(str(name)): tensor for name, tensor in tensors.items()}
+    weights = {our_name(name): tensor for name, tensor in tensors.items()}
     if (convolution := weights.get("stage1.linear.weight")) is not None:
         weights["stage1.linear.weight"] = convolution.flatten(1)  # a 1x1 convolution is a linear layer
     return weights

@@ -33,15 +33,18 @@ class OnnxEmbedder(Embedder):
         if not path.is_file():
             raise ModelError(f"{path} does not exist", "Create it with pmm export")
         self._session, used = open_session(path, device)
-        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        try:
+            text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+            shapes = {tensor.name: tuple(tensor.shape[1:]) for tensor in (*inputs, *outputs)}
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{path} is damaged ({error})", "Copy it again, or export it again") from error
         if text is None:
             raise ModelError(
                 f"{path} has no pmm-edge spec: it was not made by pmm export, or a tool removed its metadata",
                 "Export it again with pmm export",
             )
         super().__init__(ModelSpec.from_json(text, str(path)), path, "onnxruntime", used)
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        shapes = {tensor.name: tuple(tensor.shape[1:]) for tensor in (*inputs, *outputs)}
         if shapes != {INPUT: self.spec.input.shape(1)[1:], OUTPUT: (self.spec.embedding_size,)}:
             raise ModelError(
                 f"the graph in {path} is not that of its spec: {shapes}", "Export it again with pmm export"

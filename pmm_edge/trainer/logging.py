@@ -67,8 +67,8 @@ class Journal:
         if not active:
             return
         path, last, kept = folder / METRICS, {"train": epoch, "evaluate": -1 if evaluated is None else evaluated}, ""
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with suppress(ValueError):  # a killed run may leave an incomplete line
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # an incomplete or damaged line
                 values = json.loads(line)
                 kept += line + "\n" if values["epoch"] <= last[values["kind"]] else ""
         with written_whole(path) as temporary:
