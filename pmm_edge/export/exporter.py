@@ -303,7 +303,8 @@ def export(
 
             copied = {name: getattr(spec, name) for name in ("checkpoint_sha256", "gflops", "parameters")}
             of_weights = replace(loaded.spec, **copied, tools=_versions("torch", "safetensors"))
-            kept = {name: tensor for name, tensor in loaded.weights.items() if CLASSIFIER not in name}
+            # Training keeps weights in channels_last, which the format does not support.
+            kept = {name: tensor.contiguous() for name, tensor in loaded.weights.items() if CLASSIFIER not in name}
             content = save(kept, metadata={METADATA_KEY: of_weights.to_json()})
             with written_whole(weights) as temporary:
                 temporary.write_bytes(content)
