@@ -18,6 +18,7 @@ from pmm_edge import __version__, render
 from pmm_edge.console import INTERRUPTED, err, note, print_json, print_plain, print_table, progress
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
+from pmm_edge.machine import in_torchrun
 from pmm_edge.spec import CalibrationMethod, InputForm, Precision, QuantizationTarget
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 
@@ -126,7 +127,7 @@ def train(
 
     with progress() as report:
         result = run(data, preset=preset, config=config, layout=layout, out=out, resume=resume, report=report, **given)
-    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints
+    if not in_torchrun() or os.environ["RANK"] == "0":  # one of several processes prints
         print_json(result) if as_json else render.show_training(result)
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
@@ -500,7 +501,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _reports_first(text: str) -> bool:
     """Whether this process prints an error: of torchrun's processes, only the first that meets it does."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if in_torchrun():
         with suppress(ModuleNotFoundError):  # the error may be about torch
             from pmm_edge.trainer.device import first_to_report
 

@@ -50,6 +50,12 @@ def threads(processes: int = 1) -> int:
     return max(1, int(usable_cores() / processes))
 
 
+def in_torchrun() -> bool:
+    """Whether torchrun started this process and others; a stray variable of another tool does not count."""
+    names = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    return all(os.environ.get(name) for name in names) and os.environ["WORLD_SIZE"] != "1"
+
+
 def governors(root: Path = Path("/")) -> set[str]:
     """Frequency governors of the cores; empty if the system does not report them."""
     return {text_of(file) for file in root.glob(f"{CPUFREQ}/scaling_governor")} - {""}

@@ -3,19 +3,25 @@
 import gc
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in the stubs
 
 from pmm_edge.errors import PmmError
+from pmm_edge.machine import in_torchrun
 from pmm_edge.runtime.torch_backend import is_out_of_memory, torch_device
 from pmm_edge.trainer.config import TrainConfig
+
+T = TypeVar("T")
+HEARTBEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process evaluates, writes files and reports."""
+        """Whether this process ranks, writes files and reports."""
         return self.rank == 0
 
     def any(self, *flags: bool) -> list[bool]:
@@ -40,13 +46,44 @@ class World:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in maximum]
 
-    def gather(self, values: list[Any]) -> list[Any]:
-        """Concatenate the lists of all processes in the order of their ranks."""
+    def gather(self, values: list[T], to_first: bool = False) -> list[T]:
+        """Concatenate the lists of all processes in the order of their ranks; `to_first`: [] in the others."""
         if self.size == 1:
             return values
-        of_each: list[Any] = [None] * self.size
-        dist.all_gather_object(of_each, values)
+        of_each: list[Any] = [()] * self.size
+        if to_first:
+            dist.gather_object(values, of_each if self.leads else None)
+        else:
+            dist.all_gather_object(of_each, values)
         return [value for of_one in of_each for value in of_one]
+
+    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors with those of the first process."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do work in the first process, however long it takes, and return its result in all.
+
+        torch ends a process that waits for another one for longer than the group's time limit, 30 minutes; so they
+        exchange signs of life meanwhile.
+        """
+        if self.size == 1:
+            return work()
+        done, result = threading.Event(), []
+
+        def exchange() -> None:
+            while not self.any(self.leads and done.wait(HEARTBEAT_SECONDS))[0]:
+                pass
+
+        with ThreadPoolExecutor(1) as pool:
+            exchanged = pool.submit(exchange)
+            try:
+                result = [work()] if self.leads else []
+            finally:
+                done.set()
+        exchanged.result()
+        return self.gather(result)[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -55,17 +92,13 @@ class World:
 
 
 def _from_environment() -> World:
-    found = os.environ
-    if found.get("WORLD_SIZE") in (None, "", "1"):
+    if not in_torchrun():
         return World()
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
     try:
-        size, rank, local_rank, _ = (int(found[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
-        return World(rank, size, local_rank, int(found.get("LOCAL_WORLD_SIZE", size)))
-    except (KeyError, ValueError) as error:
-        raise PmmError(
-            "WORLD_SIZE, RANK, LOCAL_RANK and MASTER_PORT are not all set to numbers, as torchrun does",
-            "Start several processes with torchrun, or unset WORLD_SIZE",
-        ) from error
+        return World(*(int(os.environ.get(name) or os.environ["WORLD_SIZE"]) for name in names))
+    except ValueError as error:
+        raise PmmError(f"{', '.join(names)} are not all numbers", "Start several processes with torchrun") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +31,7 @@ from pmm_edge.data.loader import Crops
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError, PmmWarning, did_you_mean
 from pmm_edge.files import remove_unfinished, written_whole
+from pmm_edge.machine import threads
 from pmm_edge.model import Checkpoint, ReidNetwork, build_model, save_checkpoint
 from pmm_edge.model.backbone import zero_init_residuals
 from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
@@ -142,9 +144,10 @@ def train(
             raise DataError(error.problem, moved or error.remedy) from error
         device, dtype = choose_machine(chosen, world)
         feed = Feed(dataset.train, chosen, world, device)
-        # Evaluation has the memory that the training images leave.
-        cache = int(chosen.cache_gib * 2**30) - world.local_size * feed.crops.cached_bytes if world.leads else 0
-        crops = Crops([*dataset.query.paths, *dataset.gallery.paths], chosen.height, chosen.width, cache)
+        # Evaluation has the memory that the training images leave; each process fills its own part of it.
+        cache, images = int(chosen.cache_gib * 2**30), [*dataset.query.paths, *dataset.gallery.paths]
+        cache -= world.local_size * feed.crops.cached_bytes
+        crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))
         fingerprint, root = dataset.fingerprint(), str(dataset.root.resolve())
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
@@ -207,11 +210,9 @@ def new_network(config: TrainConfig, num_classes: int, world: World = World()) -
     if weights == "none":
         zero_init_residuals(network.backbone)
     elif not {name for name in own if name.startswith("backbone.")} <= fitting.keys():
+        world.first(lambda: load_pretrained(network, config.backbone, weights))  # downloads them
         if not world.leads:
-            world.barrier()
-        load_pretrained(network, config.backbone, weights)  # the first process downloads, the others read its cache
-        if world.leads:
-            world.barrier()
+            load_pretrained(network, config.backbone, weights)
     if config.init_from:
         if not fitting:
             raise ModelError(f"no tensor of {config.init_from} fits the network", "Choose its backbone and method")
@@ -254,7 +255,7 @@ def fit(run: Run) -> bool:
     if cached < needed:
         size = f"--cache-gib {math.ceil(needed * 10) / 10:g}"
         run.warn(f"{cached:.2g} of {needed:.2g} GiB of decoded images fit into the cache; {size} holds all")
-    if position.before is None and world.leads:
+    if position.before is None:
         position.before = evaluate_network(run)
     while True:
         due = position.epoch == config.epochs or position.epoch % config.evaluate_every == 0
@@ -266,11 +267,10 @@ def fit(run: Run) -> bool:
             run.save()
         if position.epoch == config.epochs:
             return True
-        out_of_patience, stop = world.any(0 < config.patience <= position.stale, run.stop())
-        if out_of_patience:
+        if 0 < config.patience <= position.stale:
             run.journal.write(f"stopped: no better mAP in {position.stale} evaluations")
             return True
-        if stop:
+        if world.any(run.stop())[0]:
             run.save()
             run.journal.write(f"interrupted in epoch {position.epoch + 1}, step {position.step}; it is saved")
             return False
@@ -320,14 +320,13 @@ def train_epoch(run: Run) -> bool:
 
 def evaluate_epoch(run: Run) -> bool:
     """Evaluate, and save the network as best.pt if its mAP is the highest so far; False if interrupted."""
-    position = run.position
-    figures = evaluate_network(run) if run.world.leads else None
-    if run.world.any(run.world.leads and figures is None)[0]:
+    position, figures = run.position, evaluate_network(run)
+    if figures is None:
         return False
-    if figures:
-        position.stale += 1
-        if position.best is None or figures.mAP > position.best.mAP:
-            position.best, position.stale = figures, 0
+    position.stale += 1
+    if position.best is None or figures.mAP > position.best.mAP:
+        position.best, position.stale = figures, 0
+        if run.world.leads:
             best = Checkpoint(replace(run.spec, retrieval=figures), run.trainee.evaluated.state_dict())
             save_checkpoint(run.folder / BEST, best)
     position.evaluated = position.epoch
@@ -335,24 +334,33 @@ def evaluate_epoch(run: Run) -> bool:
 
 
 def evaluate_network(run: Run) -> RetrievalFigures | None:
-    """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted."""
-    crops, model, device = run.crops, run.trainee.evaluated, run.trainee.device
-    batch = min(EVALUATION_BATCH, run.config.batch // run.feed.count)  # the memory of a training step suffices
+    """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted.
+
+    Each process embeds a share of the batches, which do not depend on the number of processes; the first one ranks.
+    """
+    crops, model, device, world = run.crops, run.trainee.evaluated, run.trainee.device, run.world
+    batch = min(EVALUATION_BATCH, run.config.batch // run.config.accumulate)  # of the memory of a training step
     batches = np.array_split(np.arange(len(crops)), -(-len(crops) // batch))
+    first, end = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
     parts, was_training = [], model.training
+    world.copy_from_first(model.buffers())  # batch norm has seen other images in each process
     model.eval()
     try:
-        with torch.inference_mode(), closing(crops.prefetched(batches)) as ahead:
-            for number, images in enumerate(ahead, start=1):
-                if run.stop():
+        with torch.inference_mode(), closing(crops.prefetched(batches[first:end])) as ahead:
+            for done in range(0, len(batches), world.size):
+                if world.any(run.stop())[0]:
                     return None
-                parts.append(model(normalize(torch.from_numpy(images).to(device))).cpu().numpy())
-                run.report("embed", number, len(batches))
+                for images in islice(ahead, 1):  # none if this process has one batch less
+                    parts.append(model(normalize(torch.from_numpy(images).to(device))).cpu().numpy())
+                run.report("embed", min(done + world.size, len(batches)), len(batches))
     finally:
         model.train(was_training)
-    query, gallery = run.dataset.query, run.dataset.gallery
-    of_query, of_gallery = np.split(np.concatenate(parts), [len(query)])
-    result = evaluate(of_query, of_gallery, query.pids, gallery.pids, query.camids, gallery.camids)
-    figures = result.figures()
-    run.journal.record("evaluate", run.position.epoch, {**asdict(figures), "rank5": result.rank(5)})
-    return figures
+    embeddings, query, gallery = world.gather(parts, to_first=True), run.dataset.query, run.dataset.gallery
+
+    def rank() -> RetrievalFigures:
+        of_query, of_gallery = np.split(np.concatenate(embeddings), [len(query)])
+        result = evaluate(of_query, of_gallery, query.pids, gallery.pids, query.camids, gallery.camids)
+        run.journal.record("evaluate", run.position.epoch, {**asdict(result.figures()), "rank5": result.rank(5)})
+        return result.figures()
+
+    return world.first(rank)

@@ -6,14 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_training import CONFIG, journal, start, wait
 from torch.distributed import TCPStore
 
@@ -25,7 +27,7 @@ from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import World, choose_machine, first_to_report, joined, torch_errors_explained
 from pmm_edge.trainer.state import run_lock
 from pmm_edge.trainer.step import Feed
-from pmm_edge.trainer.train import train
+from pmm_edge.trainer.train import TrainResult, train
 
 SHORT = replace(CONFIG, epochs=2, batch=16, evaluate_every=2, ema=0.0)
 """Each of two processes takes two of the four identities."""
@@ -58,16 +60,20 @@ def test_torchrun_takes_the_steps_of_one_process_with_two_micro_batches(tiny_dat
 
 @pytest.fixture
 def store(monkeypatch):
-    """The store that torchrun hosts for its processes."""
-    hosted = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(hosted.port))
-    return hosted
+    """A function that hosts a store for processes, as each start of torchrun does."""
+    hosted = []
+
+    def host():
+        hosted.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(hosted[-1].port))
+
+    return host
 
 
 @pytest.fixture
 def both(store, tiny_dataset, tmp_path):
-    """Run `pmm train` in two processes; return their exit codes and outputs. `before` changes the second one."""
+    """Run `pmm train` in two processes; return their exit codes and outputs. `before` changes them."""
 
     def run(*flags, data=tiny_dataset, before=lambda rank: None):
         (tmp_path / "settings.toml").write_text(replace(SHORT, epochs=1, evaluate_every=1).to_toml())
@@ -78,6 +84,7 @@ def both(store, tiny_dataset, tmp_path):
             sys.argv = [*map(str, command)]
             main()
 
+        store()
         outputs = [tmp_path / f"output-{rank}.txt" for rank in "01"]
         torchrun = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         processes = [
@@ -116,10 +123,47 @@ def test_an_error_of_one_process_is_printed_and_ends_both(both):
     assert [len(errors(text)) for text in said] == [1, 1] and "an image of the second process" in said[1]
 
 
-def test_an_interruption_in_the_evaluation_ends_both(both, tmp_path):
+class SeenError(Exception):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:.*tensors fit the network")
+def test_a_shared_evaluation_sees_the_bits_of_one_process_and_may_outlast_the_time_limit(
+    both, tiny_dataset, tmp_path, monkeypatch
+):
+    def before(rank):
+        train_file.EVALUATION_BATCH = 5  # five batches: two and three
+        evaluate, numbers, start_group = train_file.evaluate, count(), dist.init_process_group
+
+        def slow(*features):
+            assert rank == 0, "the first process ranks"
+            number = next(numbers)
+            np.save(tmp_path / f"{number}.npy", np.concatenate(features[:2]))
+            time.sleep(6 if number else 0)
+            return evaluate(*features)
+
+        train_file.evaluate = slow
+        dist.init_process_group = lambda backend: start_group(backend, timeout=timedelta(seconds=4))
+
+    codes, said = both(before=before)
+    assert codes == [0, 0], said
+
+    def seen(*features):
+        raise SeenError(np.concatenate(features[:2]))
+
+    monkeypatch.setattr(train_file, "EVALUATION_BATCH", 5)
+    monkeypatch.setattr(train_file, "evaluate", seen)
+    for number, weights in enumerate(("", str(tmp_path / "run" / "last.pt"))):
+        with pytest.raises(SeenError) as alone:
+            train(tiny_dataset, config=replace(SHORT, init_from=weights), out=tmp_path / f"one-{number}")
+        assert np.array_equal(np.load(tmp_path / f"{number}.npy"), alone.value.args[0])
+
+
+def test_an_interruption_of_one_in_the_evaluation_ends_both(both, tmp_path):
     def before(rank):
         evaluate = train_file.evaluate_epoch
-        train_file.evaluate_epoch = lambda run: (os.kill(os.getpid(), signal.SIGTERM), evaluate(run))[1]
+        if rank == 1:
+            train_file.evaluate_epoch = lambda run: (os.kill(os.getpid(), signal.SIGTERM), evaluate(run))[1]
 
     codes, said = both(before=before)
     assert codes == [130, 130], said
@@ -142,15 +186,26 @@ def test_unreadable_images_are_counted_over_both_and_named_once(both, tiny_datas
 
 @pytest.mark.parametrize(
     ("values", "device", "gpus"),
-    [(("2",), "cpu", 0), (("two",), "cpu", 0), (SECOND, "cuda:0", 2), (SECOND, "cuda", 1), (SECOND, "auto", 1)],
+    [(("two", *SECOND[1:]), "cpu", 0), (SECOND, "cuda:0", 2), (SECOND, "cuda", 1), (SECOND, "auto", 1)],
 )
-def test_an_incomplete_environment_of_torchrun_or_too_few_gpus_are_refused(monkeypatch, values, device, gpus):
-    for name, value in zip_longest(NAMES, values):
-        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+def test_wrong_values_of_torchrun_or_too_few_gpus_are_refused(monkeypatch, values, device, gpus):
+    for name, value in zip(NAMES, values, strict=True):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(PmmError), joined(device):
         pass
+
+
+@pytest.mark.parametrize("missing", NAMES)
+def test_stray_variables_change_nothing(monkeypatch, missing, pmm, tmp_path):
+    for name, value in zip(NAMES, ("2", "1", "1", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with joined("cpu") as world:
+        assert world == World()
+    monkeypatch.setattr(train_file, "train", lambda *_, **__: TrainResult(tmp_path, 1, True, None, None))
+    assert pmm("train", "--json").json["epochs_done"] == 1
 
 
 def test_a_port_in_use_is_refused(monkeypatch):
@@ -164,6 +219,7 @@ def test_a_port_in_use_is_refused(monkeypatch):
 
 
 def test_an_error_is_reported_once_and_always_without_a_store(store, monkeypatch):
+    store()
     assert first_to_report("one") and not first_to_report("one") and first_to_report("other")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert first_to_report("one"), "a restarted training reports it again"
