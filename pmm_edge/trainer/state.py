@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from filelock import FileLock, Timeout
 
@@ -73,15 +74,19 @@ def load_state(folder: Path, config: TrainConfig, data: str) -> Checkpoint | Non
     path = folder / LAST
     if not path.exists():
         return None
-    checkpoint = load_checkpoint(path)
-    started, now = checkpoint.training.get("config", {}), asdict(config)
-    changed = [f"{name}: {now[name]!r}, was {started.get(name)!r}" for name in now if now[name] != started.get(name)]
+    checkpoint, now = load_checkpoint(path), asdict(config)
+    with _incomplete():
+        started, of_data = checkpoint.training["config"], checkpoint.training["data"]
+        changed = [
+            f"{name}: {value!r}, was {started.get(name)!r}" for name, value in now.items() if value != started.get(name)
+        ]
+        checkpoint.training["position"] = msgspec.convert(checkpoint.training["position"], Position)
     if changed:
         raise ModelError(
             f"{folder / CONFIG} was changed since the run started ({'; '.join(changed)})",
             "Restore it, or start a new run with these settings",
         )
-    if data != checkpoint.training["data"]:
+    if data != of_data:
         raise DataError(
             f"the images of the data set have changed since the run {folder} started",
             f"Restore the data set, or start a new run; --init-from {path} takes its weights",
@@ -91,8 +96,21 @@ def load_state(folder: Path, config: TrainConfig, data: str) -> Checkpoint | Non
 
 def restore_state(trainee: Trainee, checkpoint: Checkpoint) -> None:
     """Load the optimizer, gradient scaler and average of a checkpoint, whose weights the network already has."""
-    for name, part in trainee.stateful.items():
-        part.load_state_dict(checkpoint.training[name])
+    with _incomplete():
+        for name, part in trainee.stateful.items():
+            part.load_state_dict(checkpoint.training[name])
+
+
+@contextmanager
+def _incomplete() -> Iterator[None]:
+    """Report anything that `save_state` would not have written as a ModelError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, msgspec.MsgspecError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).splitlines()[:2])
+        raise ModelError(f"{LAST} is not a complete state of a run ({reason})", "Start a new run") from error
 
 
 def model_spec(config: TrainConfig, network: ReidNetwork, num_classes: int, dataset: str) -> ModelSpec:

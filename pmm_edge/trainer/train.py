@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -167,7 +166,7 @@ def train(
                 write_about_run(folder, replace(about, data=root))  # for later commands
         network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
         spec = checkpoint.spec if checkpoint else model_spec(chosen, network, feed.num_classes, dataset.name)
-        position = msgspec.convert(checkpoint.training["position"], Position) if checkpoint else Position()
+        position: Position = checkpoint.training["position"] if checkpoint else Position()
         if world.leads:
             for name in (CONFIG, LAST, BEST):  # the other files are written again at once
                 remove_unfinished(folder / name)
