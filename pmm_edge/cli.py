@@ -19,6 +19,7 @@ from pmm_edge.console import INTERRUPTED, err, note, print_json, print_plain, pr
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
 from pmm_edge.machine import in_torchrun
+from pmm_edge.runs import resolve_checkpoint
 from pmm_edge.spec import CalibrationMethod, InputForm, Precision, QuantizationTarget
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 
@@ -56,6 +57,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def _arguments(parameters: dict[str, Any], *others: str) -> dict[str, Any]:
     """The parameters of a command that its public function takes as well: all but `as_json` and `others`."""
     return {name: value for name, value in parameters.items() if name not in ("as_json", *others)}
+
+
+def _or_newest(path: Path | None) -> Path:
+    """The path, or the checkpoint of the newest run, which is then named."""
+    if path is None:
+        path = resolve_checkpoint(None)
+        note(f"[dim]the newest run is {escape(str(path.parent))}[/]")
+    return path
 
 
 def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -177,7 +186,7 @@ def export(
     - `pmm export best.pt --precision fp16 --trt --batch-profile 1,16,64`
     - `pmm export model.onnx --deepstream tracker/ --triton models/`
     """
-    arguments = _arguments(locals())
+    arguments = _arguments(locals()) | {"checkpoint": _or_newest(checkpoint)}
     from pmm_edge.export.exporter import export as run
 
     with progress() as report:
@@ -188,7 +197,7 @@ def export(
     if result.failures:
         raise result.failures[-1]
     if result.files and not result.engine:
-        note("next: [bold]pmm bench[/] compares it with the checkpoint")
+        note(f"next: [bold]{escape(render.bench_command(result))}[/] compares it with the checkpoint")
 
 
 _gate, _speed = partial(_opt, panel="Gates"), partial(_opt, panel="Speed")
@@ -197,13 +206,13 @@ _gate, _speed = partial(_opt, panel="Gates"), partial(_opt, panel="Speed")
 @app.command()
 def bench(
     models: list[Path] | None = _arg(None, "Models to check. Default: all exports of the reference's run.", "MODEL"),
-    reference: Path | None = _opt(None, "Checkpoint or run folder to compare with. Default: that of the models' run."),
+    reference: Path | None = _opt(None, "Checkpoint or run folder to compare with. Default: the models' checkpoint."),
     data: Path | None = _opt(None, "Data set, or folder of crops (without retrieval). Default: the run's."),
     layout: Layout = None,
     limit: int | None = _opt(None, "Use this many evenly spaced images, without retrieval."),
     device: Device = None,
     explain: bool = _opt(False, "Find the first layer of a failing ONNX model that differs.", "--explain"),
-    out: Path | None = _out(None, "Report; also writes .md and .html. Default: in the run folder.", "FILE.json"),
+    out: Path | None = _out(None, "Report; also writes .md and .html. Default: in the models' run.", "FILE.json"),
     as_json: Json = False,
     min_cosine: float | None = _gate(None, "Minimum cosine of any image. Default: fp32 0.9999, fp16 0.999, int8 0.95."),
     min_mean_cosine: float | None = _gate(None, "Minimum mean cosine. Default: fp16 0.9999, int8 0.99."),
@@ -229,7 +238,7 @@ def bench(
     - `pmm bench broken.onnx --parity-only --explain`
     - `pmm bench --compare monday/bench.json bench.json`
     """
-    arguments = _arguments(locals(), "compare")
+    arguments = _arguments(locals(), "compare") | ({} if models or compare else {"reference": _or_newest(reference)})
     if compare:
         from pmm_edge.bench.regression import compare_reports
 
@@ -369,7 +378,7 @@ def visualize(
     - `pmm visualize --what cams --data crops/ --images 20`
     - `pmm visualize model.onnx --what galleries --data market1501`
     """
-    arguments = _arguments(locals())
+    arguments = _arguments(locals()) | {"model": _or_newest(model)}
     from pmm_edge.pictures.album import visualize as run
 
     with progress() as report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from pmm_edge.console import note, out, percent, print_line, print_table
+from pmm_edge.runs import run_of
 from pmm_edge.spec import describe_precision
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def show_training(result: TrainResult) -> None:
     rows = [(name, *map(percent, vars(one).values())) for name, one in figures.items() if one]
     title = f"retrieval in %, unseen identities · {result.folder}"
     print_table(title, ["", "Rank-1", "mAP", "mINP", "mAP@50"], rows)
-    folder = escape(str(result.folder))
+    folder = escape(shlex.quote(str(result.folder)))
     if result.finished:
         note(f"next: [bold]pmm export {folder}[/] writes an ONNX file")
     else:
@@ -74,6 +76,13 @@ def show_export(result: ExportResult) -> None:
         print_table(title, ("file", "MB", "batch", "layers", "seconds"), [row])
     for kind, folder in result.bundles.items():
         note(f"{kind}: {escape(str(folder))} [dim](see its README.md)[/]")
+
+
+def bench_command(result: ExportResult) -> str:
+    """Return the command that compares exported files with their checkpoint, wherever both are."""
+    words, run = ["pmm", "bench", *(str(file.path) for file in result.files)], run_of(result.checkpoint)
+    words += ["--reference", str(result.checkpoint)] * (run is None or run_of(result.files[0].path) != run)
+    return shlex.join(words) + ("" if run else " --data DATA")
 
 
 def show_bench(result: BenchResult, tables: bool) -> None:

@@ -4,15 +4,19 @@ runs/20261122-174200-quick/
 run.json  run.lock  config.toml  log.txt  metrics.jsonl  tensorboard/  last.pt  best.pt  export/model.onnx  bench.json
 """
 
-from dataclasses import dataclass
-from datetime import datetime
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
-from pmm_edge.files import decode_json, encode_json, written_whole
+from pmm_edge.files import decode_json, encode_json, sha256, written_whole
 
 RUNS, EXPORT_FOLDER = Path("runs"), "export"
 ABOUT, CONFIG, BEST, LAST = "run.json", "config.toml", "best.pt", "last.pt"
+ELSEWHERE = RUNS / "elsewhere.txt"
+"""Names the last run that was started here in another folder, so that commands without arguments find it."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,24 @@ class AboutRun:
     data: str  # absolute path of the data set
     version: str  # of pmm-edge, which started the run
     layout: str | None = None  # of the data set, if the user gave one
+    started: str = ""  # UTC, ISO 8601
 
 
 def new_run_path(name: str) -> Path:
-    """The default folder of a new run, `runs/<time>-<name>`."""
-    return RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    """Create the default folder of a new run, `runs/<time>-<name>`, with a suffix if another run has just taken it."""
+    first, number = f"{datetime.now():%Y%m%d-%H%M%S}-{name}", 1
+    folder = RUNS / first
+    try:
+        RUNS.mkdir(exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()  # atomic: one of several processes succeeds
+                return folder
+            except FileExistsError:
+                number += 1
+                folder = RUNS / f"{first}-{number}"
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}", "Choose another folder with --out") from error
 
 
 def new_run_folder(about: AboutRun, folder: Path) -> Path:
@@ -35,7 +52,10 @@ def new_run_folder(about: AboutRun, folder: Path) -> Path:
     if folder.is_file() or ((folder / ABOUT).exists() and not never_began(folder)):
         problem = f"{folder} already holds a run or a file"
         raise OutputError(problem, "Continue that run with --resume, or choose another --out")
-    write_about_run(folder, about)
+    write_about_run(folder, replace(about, started=datetime.now(timezone.utc).isoformat()))
+    if RUNS.is_dir() and folder.parent.resolve() != RUNS.resolve():
+        with suppress(OSError):
+            ELSEWHERE.write_bytes(os.fsencode(folder.parent.resolve() / folder.name))
     return folder
 
 
@@ -61,15 +81,40 @@ def about_run(folder: Path) -> AboutRun | None:
 def resolve_checkpoint(path: Path | None) -> Path:
     """A file as given, `best.pt` of a run folder, or of the newest run for None; raise ModelError if it is missing."""
     if path is None:
-        found = sorted(RUNS.glob(f"*/{BEST}"), key=lambda best: best.stat().st_mtime)
-        if not found:
-            raise ModelError(f"no run with a {BEST} in {RUNS.resolve()}", "Run pmm train first, or name a checkpoint")
-        return found[-1]
+        if not (found := _runs()):
+            problem = f"no run with a {BEST} in {RUNS.resolve()}"
+            raise ModelError(problem, "Run pmm train first, or name a run folder or a checkpoint")
+        return found[0] / BEST
     file = path / BEST if path.is_dir() else path
     if not file.is_file():
         problem = f"{path} is a folder without {BEST}" if path.is_dir() else f"{path} does not exist"
         raise ModelError(problem, "Name a run folder, a checkpoint or a model file")
     return file
+
+
+def _runs() -> list[Path]:
+    """The folders in `runs/` that hold a best.pt and the one that `ELSEWHERE` names, those started last first."""
+    folders = sorted(best.parent for best in RUNS.glob(f"*/{BEST}"))
+    with suppress(OSError):
+        folders.append(Path(os.fsdecode(ELSEWHERE.read_bytes())))
+
+    def started(folder: Path) -> tuple[str, float]:
+        return getattr(about_run(folder), "started", ""), (folder / BEST).stat().st_mtime
+
+    return sorted((folder for folder in folders if (folder / BEST).is_file()), key=started, reverse=True)
+
+
+def find_checkpoint(model: Path, digest: str | None) -> Path | None:
+    """The checkpoint with this SHA-256 in the run or the folder of a model or in `runs/`; None if it is not there.
+
+    Without a SHA-256 it is best.pt of the model's run.
+    """
+    run = run_of(model)
+    if digest is None:
+        return run and run / BEST
+    folders = dict.fromkeys([*([run] if run else []), model.parent, *_runs()])
+    files = (file for folder in folders for file in sorted(folder.glob("*.pt")) if file.is_file())
+    return next((file for file in files if sha256(file) == digest), None)
 
 
 def run_of(file: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pmm_edge.files import (
     remove_unfinished,
     written_whole,
 )
-from pmm_edge.runs import AboutRun, about_run, data_of, new_run_folder, resolve_checkpoint
+from pmm_edge.runs import AboutRun, about_run, data_of, new_run_folder, new_run_path, resolve_checkpoint
 
 
 @dataclass
@@ -156,19 +157,44 @@ def test_a_run_folder_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
             resolve_checkpoint(missing)
     for age, run in enumerate(runs[:2]):
         (run / "best.pt").touch()
-        os.utime(run / "best.pt", (age, age))
+        os.utime(run / "best.pt", (9 - age, 9 - age))  # the older run ended later
     assert resolve_checkpoint(None) == runs[1] / "best.pt"
     assert resolve_checkpoint(runs[0]) == resolve_checkpoint(runs[0] / "best.pt") == runs[0] / "best.pt"
+
+
+def test_the_newest_run_may_be_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    about = AboutRun("quick", "data", "0")
+    new_run_folder(about, Path("../first"))
+    assert not list(Path().iterdir())
+    for folder in (new_run_path("quick"), Path("../caf\udce9")):
+        new_run_folder(about, folder)
+        (folder / "best.pt").touch()
+        assert resolve_checkpoint(None).samefile(folder / "best.pt")
+    (tmp_path / "caf\udce9" / "best.pt").unlink()
+    assert resolve_checkpoint(None).parent.parent == Path("runs")
+
+
+def test_runs_that_start_in_the_same_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(new_run_path, ["quick"] * 64))
+    assert len(set(folders)) == len(list(Path("runs").iterdir())) == 64
+    Path("file").touch()
+    monkeypatch.setattr("pmm_edge.runs.RUNS", Path("file"))
+    with pytest.raises(OutputError):
+        new_run_path("quick")
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     first, second = AboutRun("quick", "data", "0"), AboutRun("quick", "other", "0")
     new_run_folder(first, tmp_path)
-    assert about_run(new_run_folder(second, tmp_path)) == second  # the first one never started
+    assert about_run(new_run_folder(second, tmp_path)).data == "other"  # the first one never started
     (tmp_path / "config.toml").touch()
     for folder in (tmp_path, tmp_path / "config.toml", tmp_path / "config.toml" / "deep"):
         with pytest.raises(OutputError):
             new_run_folder(first, folder)
-    assert about_run(tmp_path) == second
+    assert about_run(tmp_path).data == "other"
     (tmp_path / "run.json").write_text("{}")
     assert about_run(tmp_path) is None

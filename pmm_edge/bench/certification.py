@@ -1,6 +1,7 @@
 """Certificates: `pmm bench` certifies the models that passed, `pmm verify` checks models against their certificates."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import msgspec
 
 from pmm_edge import __version__
-from pmm_edge.bench.report import BenchReport, ModelReport
+from pmm_edge.bench.report import BenchReport, FailureKind, ModelReport
 from pmm_edge.bench.tables import describe_warning
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import data_sha256, read
@@ -17,6 +18,9 @@ from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.runtime import load
 from pmm_edge.runtime.certificate import Certificate, certificate_path, check_certificate
 from pmm_edge.runtime.manifest import manifest_path, read_manifest
+
+_NO_VERDICT = (FailureKind.CANNOT_RUN, FailureKind.EMBEDDING_SIZE)
+"""Failures without a comparison."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,28 @@ class Certification:
 
 
 def write_certificates(report: BenchReport) -> Certification:
-    """Certify each model that passed, and remove the certificates of those that failed.
+    """Certify each model that passed, and remove the certificate of one that failed where it had passed before.
 
-    Others keep the certificate that they have. Raises OutputError if the one of a model that failed cannot be removed.
+    A valid certificate of the same file is only replaced or removed by a verdict on the same data and reference. Raises
+    OutputError if the one of a model that failed cannot be removed.
     """
     found = Certification()
     for model in report.models:
-        path = certificate_path(Path(model.path))
+        path, valid = certificate_path(Path(model.path)), None
+        with suppress(ModelError):
+            valid = check_certificate(model.path)
+        compared = model.sha256, report.reference.sha256, report.data_sha256
+        again = valid and (valid.sha256, valid.reference_sha256, valid.data_sha256) == compared
+        judged = not report.reference.failures and any(failure.kind not in _NO_VERDICT for failure in model.failures)
         try:
             if not model.failures:
-                _certificate(report, model).save(path)
+                certificate = _certificate(report, model)
+                if valid and not again:
+                    older = f"that of {valid.created[:10]}, on {valid.data} against {valid.reference}, stays valid"
+                    raise ModelError(older, f"Remove {path} to replace it")
+                certificate.save(path)
                 found.written.append(path)
-            elif path.exists():
+            elif again and judged:
                 path.unlink()
                 found.removed.append(path)
         except (PmmError, OSError) as error:

@@ -56,9 +56,14 @@ def charts(report: BenchReport) -> dict[str, list[tuple[str, str]]]:
         {name: [(one.batch, one.median_ms) for one in fastest(model, scope)] for name, model in models}
         for scope in ("model", "end to end")
     )
+    accuracy = {
+        name: [(median, 100 * model.retrieval.mAP) for _, median in latency[name][:1]] if model.retrieval else []
+        for name, model in models
+    }
     for section, title, lines, adjust in (
         ("parity", "Cosine distance to the reference; a model fails above its limit (dotted)", distances, cosine_axes),
         ("retrieval", "Cumulative matching characteristic (CMC), the reference on top", cmc, _cmc_axes),
+        ("speed", "Accuracy and latency of the smallest batch, model only; up and left is better", accuracy, _map_axes),
         ("speed", "Median latency per batch, model only", latency, _latency_axes),
         ("speed", "Median latency per batch, from image files", end_to_end, _latency_axes),
     ):
@@ -99,16 +104,25 @@ def _cmc_axes(axes: Any) -> None:
     axes.set_xticks([1, *range(10, last + 1, 10)])
 
 
-def _latency_axes(axes: Any) -> None:
+def _map_axes(axes: Any) -> None:
+    axes.set(xlabel="ms", ylabel="mAP (%)", xscale="log")
+    _log_ticks(axes.xaxis)
+
+
+def _log_ticks(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # latencies often span less than a decade
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _latency_axes(axes: Any) -> None:
     sizes = sorted({int(batch) for line in axes.lines for batch in line.get_xdata()})
     axes.set(xlabel="batch size", ylabel="ms", xscale="log", yscale="log")
     axes.set_xticks(sizes, map(str, sizes))
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # latencies often span less than a decade
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _log_ticks(axes.yaxis)
 
 
 def _svg(title: str, lines: Points, adjust: Callable[[Any], None]) -> str:

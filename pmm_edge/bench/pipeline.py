@@ -31,7 +31,7 @@ from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.files import check_output, sha256, written_whole
 from pmm_edge.images import evenly, read_crops
-from pmm_edge.runs import BEST, EXPORT_FOLDER, data_of, resolve_checkpoint, run_of
+from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve_checkpoint, run_of
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.cuda import GpuError
 from pmm_edge.runtime.embed_files import evaluate_dataset, find_images
@@ -72,7 +72,8 @@ def bench(
 
     Args:
         models: files that `pmm_edge.load` accepts; by default all exports of the reference's run.
-        reference: a model or a run folder; by default best.pt of the models' run or the newest run.
+        reference: a model or a run folder. By default the checkpoint that the first model was exported from, which is
+            searched in the folder and run of the model and in runs/; without `models`, that of the newest run.
         data: a data set (of this `layout`, if it is not recognized), whose queries and gallery are embedded, or a
             folder or list of crops, which shows parity without retrieval; by default the data set of the run.
         limit: embed at most this many images, spread evenly. Retrieval is then not evaluated.
@@ -80,24 +81,33 @@ def bench(
         gates: for all models, such as {"min_cosine": 0.99}; by default those of each model's precision.
         parity_only: skip timings, cold start and energy.
         explain: find the node at which a failing ONNX model departs from the reference.
-        out: name of bench.json; the other files are written next to it. By default in the run folder.
+        out: name of bench.json; the other files are written next to it. By default in the run folder of the first
+            model, or next to a model that is in none.
 
-    Raises ModelError if a model or the reference cannot be loaded, DataError if the images cannot be used, OutputError
-    if a file cannot be written, and PmmError if a batch size or the limit is less than 1.
+    Raises ModelError if a model or the reference cannot be loaded or if they come from different checkpoints, DataError
+    if the images cannot be used, OutputError if a file cannot be written, and PmmError if a batch size or the limit is
+    less than 1.
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise PmmError(f"the batch sizes are {list(batch_sizes)}", "Choose 1 or more, such as --batch-sizes 1,8")
     batch_sizes = sorted(set(batch_sizes))
-    base, exports = _find_models(models, reference)
-    source, layout = data_of(base, Path(data) if data else None, layout)
-    out = Path(out) if out else (run_of(base) or Path()) / "bench.json"
+    paths = [Path(models)] if isinstance(models, str | Path) else [Path(model) for model in models or ()]
+    base = Path(reference) if reference else None
+    if base or not paths:
+        base = resolve_checkpoint(base)
+        paths = paths or _exports_of(base)
+    out = Path(out) if out else (run_of(paths[0]) or paths[0].parent) / "bench.json"
     check_output(out, [".json"])
+    before = machine_state()
+    others = [_load(path, device, gates or {}) for path in paths]
+    base = base or _reference_of(others[0])
+    source, layout = data_of(base if run_of(base) else paths[0], Path(data) if data else None, layout)
     images = bench_images(source, limit, layout)
     rows = evenly(len(images.paths), parity.PROBES)
-    before = machine_state()
-    subjects = [_load(path, device, gates or {}) for path in (base, *exports)]
+    first = _load(base, device, gates or {})
+    _check_reference(first, others)
+    subjects = [first, *others]
     embedders = [subject.embedder for subject in subjects]
-    first, *others = subjects
     found = BenchReport(
         reference=first.figures,
         models=[subject.figures for subject in others],
@@ -139,20 +149,35 @@ def bench(
     return BenchResult(found, [out, summary, page], write_certificates(found))
 
 
-def _find_models(
-    models: str | Path | Sequence[str | Path] | None, reference: str | Path | None
-) -> tuple[Path, list[Path]]:
-    """Return the reference and the models to compare with it."""
-    paths = [Path(models)] if isinstance(models, str | Path) else [Path(model) for model in models or ()]
-    own = run_of(paths[0]) if paths and reference is None else None
-    base = own / BEST if own else resolve_checkpoint(Path(reference) if reference else None)
+def _exports_of(base: Path) -> list[Path]:
+    folder = base.parent if base.parent.name == EXPORT_FOLDER else base.parent / EXPORT_FOLDER
+    suffixes = (".onnx", ".engine", ".safetensors")
+    paths = sorted(path for path in folder.glob("*") if path.suffix in suffixes and path != base)
     if not paths:
-        folder = base.parent if base.parent.name == EXPORT_FOLDER else base.parent / EXPORT_FOLDER
-        suffixes = (".onnx", ".engine", ".safetensors")
-        paths = sorted(path for path in folder.glob("*") if path.suffix in suffixes and path != base)
-        if not paths:
-            raise ModelError(f"{folder} has no exported model", "Run pmm export first, or name the models")
-    return base, paths
+        raise ModelError(f"{folder} has no exported model", "Run pmm export first, or name the models")
+    return paths
+
+
+def _reference_of(model: Subject) -> Path:
+    """Find the checkpoint that a model was exported from, or raise ModelError."""
+    path, digest = model.embedder.path, model.embedder.spec.checkpoint_sha256
+    if found := find_checkpoint(path, digest):
+        return found
+    problem = f"the checkpoint that {path} was exported from (SHA-256 {digest}) is neither next to it nor in {RUNS}/"
+    remedy = "Pass it with --reference, or, where torch is not installed, an FP32 .onnx export of it"
+    raise ModelError(problem if digest else f"{path} does not say which checkpoint it was exported from", remedy)
+
+
+def _check_reference(reference: Subject, models: Sequence[Subject]) -> None:
+    """Raise ModelError if a model was exported from another checkpoint than the reference."""
+    base, spec = reference.embedder.path, reference.embedder.spec
+    digest = spec.checkpoint_sha256 or (reference.figures.sha256 if base.suffix in (".pt", ".pth") else None)
+    for path, own in ((model.embedder.path, model.embedder.spec.checkpoint_sha256) for model in models):
+        if digest and own and own != digest:
+            found = find_checkpoint(path, own)
+            problem = f"{path} was exported from {found or f'the checkpoint with SHA-256 {own}'}, not from {base}"
+            again = "Export it again, or pass that checkpoint with --reference"
+            raise ModelError(problem, f"Run pmm bench {path} --reference {found}" if found else again)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,14 +260,11 @@ def _diagnose(
     base, *models = subjects
     failed = [model for model in models if model.figures.failures and model.figures.parity]
     mistakes = diagnosis.wrong_inputs(base.embedder, base.crops, report) if failed else {}
-    checkpoints = {None, base.embedder.spec.checkpoint_sha256 or base.figures.sha256}
     for model in failed:
         figures, spec = model.figures, model.embedder.spec
         assert base.embeddings is not None and model.embeddings is not None and figures.parity is not None
         if all(invariant.held for invariant in figures.invariants):
             figures.likely_cause = diagnosis.likely_cause(base.embeddings[rows], model.embeddings[rows], spec, mistakes)
-            if figures.likely_cause is None and spec.checkpoint_sha256 not in checkpoints:
-                figures.likely_cause = LikelyCause(Cause.OTHER_CHECKPOINT)
         elif spec.precision == "fp16" and not np.isfinite(model.embeddings).all():
             figures.likely_cause = LikelyCause(Cause.FLOAT16_OVERFLOW)
         if explain:

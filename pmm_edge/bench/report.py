@@ -146,7 +146,6 @@ class Cause(Enum):
     STAGES_SWAPPED = "stages swapped"
     STAGES_NORMALIZED = "each stage normalized to unit length"
     FLOAT16_OVERFLOW = "values exceed the range of float16"
-    OTHER_CHECKPOINT = "exported from a different checkpoint"
 
 
 @dataclass(frozen=True)

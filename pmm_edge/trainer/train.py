@@ -150,7 +150,7 @@ def train(
         fingerprint, root = dataset.fingerprint(), str(dataset.root.resolve())
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
-        folder = world.gather([folder or new_run_path(chosen.preset)])[0]
+        folder = world.gather([folder or new_run_path(chosen.preset)] if world.leads else [])[0]
         if world.leads:
             stack.enter_context(run_lock(folder))
             if resume is None:

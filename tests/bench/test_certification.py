@@ -17,7 +17,7 @@ from pmm_edge.errors import PmmError
 from pmm_edge.files import sha256
 from pmm_edge.runtime.certificate import certificate_path, check_certificate
 
-FAILED = [Failure(FailureKind.CANNOT_RUN)]
+FAILED = [Failure(FailureKind.COSINE)]
 
 
 @pytest.fixture
@@ -61,6 +61,23 @@ def test_a_model_that_fails_loses_its_certificate(complete: bool, report: BenchR
     assert not certificate_path(Path(first.path)).exists()
     assert set(found.refused) == (set() if complete else {second.path})
     check_certificate(Path(second.path))  # an interrupted bench does not refute it
+
+
+def test_a_certificate_stays_unless_the_same_comparison_has_another_result(report: BenchReport) -> None:
+    write_certificates(report)
+    models = [replace(model, failures=FAILED) for model in report.models]
+    other = replace(report.reference, sha256="2" * 64)
+    for changes in ({"data_sha256": "2" * 64}, {"reference": other}, {"reference": replace(other, failures=FAILED)}):
+        assert write_certificates(replace(report, models=models, **changes)).removed == []
+        assert set(write_certificates(replace(report, **changes)).refused) == set(map(str, paths_of(report)))
+    cannot = [replace(model, failures=[Failure(FailureKind.CANNOT_RUN)]) for model in models]
+    assert write_certificates(replace(report, models=cannot)).removed == []
+    for path in paths_of(report):
+        assert check_certificate(path).data_sha256 == report.data_sha256
+    path = Path(shutil.copy(paths_of(report)[1], paths_of(report)[0]))
+    replace(check_certificate(path), sha256="2" * 64).save(certificate_path(path))  # of another file
+    write_certificates(replace(report, data_sha256="2" * 64))
+    assert check_certificate(path).data_sha256 == "2" * 64
 
 
 def test_a_bench_that_shows_too_little_certifies_nothing(report: BenchReport) -> None:

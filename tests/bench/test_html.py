@@ -98,7 +98,7 @@ def test_the_page_is_self_contained_and_accessible(text: str) -> None:
     (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv")]
     assert policy is not None
     assert policy.startswith("default-src 'none';")
-    assert len([element for element in page.all("div") if element.get("role") == "img" and element["aria-label"]]) == 4
+    assert len([element for element in page.all("div") if element.get("role") == "img" and element["aria-label"]]) == 5
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert len(page.all("caption")) == len(page.all("table"))
@@ -114,7 +114,7 @@ def test_charts_are_reproducible_and_values_may_be_nan() -> None:
     report.models[0].parity = replace(report.models[0].parity, cosine_quantiles=[float("nan")] * 101)
     drawn = charts(report)
     assert drawn == charts(report)
-    assert {section: len(found) for section, found in drawn.items()} == {"parity": 1, "retrieval": 1, "speed": 2}
+    assert {section: len(found) for section, found in drawn.items()} == {"parity": 1, "retrieval": 1, "speed": 3}
     assert not any(re.search(r' d="[^"]*(nan|inf)', svg) for found in drawn.values() for _, svg in found)
 
 

@@ -119,7 +119,11 @@ def test_images_with_the_same_embedding() -> None:
     good[5] = good[2]
     (pair,) = faults(good)
     assert (pair.image, pair.other_image, pair.images) == ("2.jpg", "5.jpg", 2)
-    assert faults(good, PROBES[[0, 1, 2, 3, 4, 2, 6, 7]]) == []  # the same image twice
+    for levels in (0, 1):  # the same image twice, in two files
+        crops = PROBES[[0, 1, 2, 3, 4, 2, 6, 7]].clip(0, 254)
+        crops[5] += np.uint8(levels)
+        assert faults(good, crops) == []
+    assert faults(np.repeat(good[:1], 8, axis=0), np.zeros_like(PROBES)) == []
 
 
 def test_unit_length() -> None:

@@ -2,19 +2,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import broken
 import onnx
 import pytest
+from certify import certify
 
 from pmm_edge.bench import BenchReport, bench, parity, pipeline
 from pmm_edge.bench.pipeline import bench_images
-from pmm_edge.bench.report import BenchWarning, Cause, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
+from pmm_edge.bench.report import BenchWarning, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
 from pmm_edge.errors import DataError, ModelError, PmmError
+from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.runs import AboutRun, new_run_folder
-from pmm_edge.runtime.certificate import certificate_path
+from pmm_edge.runtime.certificate import certificate_path, check_certificate
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(models: list[Path], reference: Path, data: Path, **options: object) -> BenchReport:
-    defaults = {"batch_sizes": (1, 2), "device": "cpu", "parity_only": True}
+    defaults = {"batch_sizes": (1, 2), "device": "cpu", "parity_only": True, "out": "bench.json"}
     return bench(models, reference=reference, data=data, **{**defaults, **options}).report
 
 
@@ -39,7 +42,8 @@ def kinds(model: ModelReport) -> list[FailureKind]:
 
 
 def test_everything_is_in_the_report(tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path) -> None:
-    result = bench(tiny_onnx, reference=tiny_checkpoint, data=tiny_dataset, batch_sizes=(2, 1, 2), device="cpu")
+    options = {"batch_sizes": (2, 1, 2), "device": "cpu", "out": "bench.json"}
+    result = bench(tiny_onnx, reference=tiny_checkpoint, data=tiny_dataset, **options)
     report = result.report
     assert report.passed
     assert [path.name for path in result.files] == ["bench.json", "bench.md", "report.html"]
@@ -113,16 +117,31 @@ def test_each_model_fails_alone(tiny_onnx: Path, tiny_dataset: Path, tmp_path: P
     assert (report.models[0].parity, report.models[0].latency) == (None, [])
 
 
-def test_an_export_of_another_checkpoint(
-    tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
+def test_the_reference_is_the_checkpoint_that_the_model_was_exported_from(
+    tiny_onnx: Path, tiny_checkpoint: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = broken.altered(tiny_onnx, tmp_path / "wrong.onnx", broken.changes_a_layer)
-    other = tmp_path / "other.pt"
-    other.write_bytes(tiny_checkpoint.read_bytes() + b" ")
-    (model,) = run([wrong], other, tiny_dataset, limit=4).models
-    assert FailureKind.COSINE in kinds(model)
-    assert model.likely_cause.cause is Cause.OTHER_CHECKPOINT
-    assert run([wrong], tiny_checkpoint, tiny_dataset, limit=4).models[0].likely_cause is None
+    monkeypatch.setattr(parity, "check_batches", lambda *args: [])
+    check = partial(bench, data=tiny_dataset, limit=2, device="cpu", parity_only=True)
+    older, newest = (new_run_folder(AboutRun("", str(tiny_dataset), "0"), Path("runs", n)) for n in ("older", "newest"))
+    save_checkpoint(newest / "best.pt", replace(load_checkpoint(tiny_checkpoint), training={"epochs": 1}))
+    (newest / "bench.json").write_text("mine")
+    Path("box").mkdir()
+    model = Path(shutil.copy(tiny_onnx, "box/model.onnx"))
+    certify(model)
+    for arguments in ({}, {"reference": newest}):
+        with pytest.raises(ModelError, match="--reference"):
+            check(model, **arguments)
+    for right in (Path("box/any.pt"), older / "best.pt"):
+        shutil.copy(tiny_checkpoint, right)
+        result = check(model)
+        assert (result.report.reference.path, result.files[0]) == (str(right), Path("box/bench.json"))
+        with pytest.raises(ModelError, match=f"--reference {right}"):
+            check([model], reference=newest)
+        right.unlink()
+    with pytest.raises(ModelError, match="--reference"):  # a checkpoint in no run
+        check(shutil.copy(tiny_checkpoint, "box/any.pt"))
+    assert (newest / "bench.json").read_text() == "mine"
+    check_certificate(model)
 
 
 def test_unit_length_embeddings_are_compared_by_direction(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:

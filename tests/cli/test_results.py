@@ -20,6 +20,7 @@ import pmm_edge
 from pmm_edge.bench.evaluation import evaluate_model
 from pmm_edge.errors import OutputError
 from pmm_edge.files import decode_toml
+from pmm_edge.render import bench_command
 from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.trainer.config import choose_config
 
@@ -85,11 +86,16 @@ def test_the_newest_run_is_exported_into_its_folder(
     pmm: Callable, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for age, name in enumerate(("new", "old")):
+    for age, name in enumerate(("old", "new")):
         run = new_run_folder(AboutRun(name, "data", "0"), Path("runs") / name)
         shutil.copy(tiny_checkpoint, run / "best.pt")
         os.utime(run / "best.pt", (1e9 - age, 1e9 - age))
-    printed = pmm("export", "--input-form", "raw", "--safetensors", "--deepstream", "tracker", "--json").json
+    ended = pmm("export", "--input-form", "raw", "--safetensors", "--deepstream", "tracker", "--json")
+    for shown in ("the newest run is runs/new\n", "pmm bench runs/new/export/model-raw.onnx "):
+        assert shown in ended.stderr
+    lone = Mock(checkpoint=Path("b.pt"), files=[Mock(path=Path("a b.onnx"))])
+    assert bench_command(lone) == "pmm bench 'a b.onnx' --reference b.pt --data DATA"
+    printed = ended.json
     assert printed["checkpoint"] == "runs/new/best.pt"
     paths = [item["path"] for item in printed["files"]]
     assert paths == ["runs/new/export/model-raw.onnx", "runs/new/export/model-raw.safetensors"]

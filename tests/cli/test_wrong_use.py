@@ -120,5 +120,7 @@ def test_wrong_use(folder: Path, pmm: Callable) -> None:
     shutil.rmtree("runs/one/export")
     assert "pmm export" in pmm("bench").error
     shutil.rmtree("runs")
+    (folder / "lone.pt").unlink()
+    assert "--reference" in pmm("bench", "model.onnx", "--data", "data").error
     for command in ("export", "visualize"):
         assert "pmm train" in pmm(command).error
