@@ -1,9 +1,8 @@
 """`pmm eval`: the retrieval of one model, optionally with mirror images and re-ranking."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
@@ -11,9 +10,8 @@ from pmm_edge.console import Report, about, percent, silent
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
-from pmm_edge.retrieval.metrics import JUNK_PID
-from pmm_edge.runtime import Embedder, embed_files, load
-from pmm_edge.runtime.embed_files import evaluate_dataset, save_npz
+from pmm_edge.runtime import Embedder, load
+from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset, save_npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +47,9 @@ def evaluate_model(
         check_cmc_plot(cmc)
     if features:
         check_output(features, [".npz"])
-    # Without junk, which no metric counts.
-    dataset = replace(dataset, gallery=dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID)))
+    dataset = dataset.without_junk()
     query, gallery = dataset.query, dataset.gallery
-    embedded = embed_files(embedder, [*query.paths, *gallery.paths], flip=flip, report=report)
+    embedded = embed_dataset(embedder, dataset, flip, report)
     kinds = {"plain": embedded.embeddings} | ({} if embedded.flipped is None else {"flip": embedded.flipped})
     if features:
         arrays: dict[str, ArrayLike] = {}

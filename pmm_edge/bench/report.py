@@ -253,6 +253,7 @@ class WarningKind(Enum):
 
     NO_IDENTITIES = "no identities"
     LIMITED = "limited"
+    UNREADABLE = "unreadable"
     PRECISION_NOT_CHECKED = "precision not checked"
     REFERENCE_BROKEN = "reference broken"
     SAME_FILE = "same file"
@@ -267,7 +268,7 @@ class BenchWarning:
     """A reason why figures are missing or less reliable."""
 
     kind: WarningKind
-    model: str = ""
+    model: str = ""  # of `unreadable`, the image
     value: float | None = None
     limit: float | None = None
     count: int | None = None

@@ -48,6 +48,7 @@ _BROKEN = dict.fromkeys(
 _WARNINGS = {
     WarningKind.NO_IDENTITIES: "retrieval is not evaluated: the images have no identities",
     WarningKind.LIMITED: "retrieval is not evaluated: it needs all {total:,} images, and {count:,} were used",
+    WarningKind.UNREADABLE: "cannot read image {model}: {detail}; all figures are without it",
     WarningKind.PRECISION_NOT_CHECKED: "the declared precisions were not checked, because the onnx package"
     f" is missing. {install('train')}",
     WarningKind.REFERENCE_BROKEN: "the reference {name} fails its own checks, so that no model was compared with it",

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import DISTRACTOR_PID, KNOWN_SETS, ReidDataset, SplitSize, problems, queries_with_match
-from pmm_edge.errors import DataError
-from pmm_edge.images import read_crop
+from pmm_edge.data.dataset import KNOWN_SETS, ReidDataset, SplitSize, problems, queries_with_match
+from pmm_edge.images import BadImage, try_crop
 from pmm_edge.machine import threads
-from pmm_edge.retrieval.metrics import JUNK_PID
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class DatasetWarningKind(str, Enum):
     UNUSABLE = "unusable"  # training or evaluation is impossible
     UNEXPECTED_SIZE = "unexpected-size"  # a split of a known data set does not have the published size
     UNTRAINED_IMAGES = "untrained-images"  # training images have a label that means "nobody"
+    UNCOUNTED_QUERIES = "uncounted-queries"  # so have queries
     TRAIN_TEST_OVERLAP = "train-test-overlap"  # identities are in the training set and in query or gallery
     UNMATCHED_QUERIES = "unmatched-queries"  # queries have no right answer in the gallery
 
@@ -55,14 +55,6 @@ class Analysis:
     warnings: list[DatasetWarning]
 
 
-@dataclass(frozen=True)
-class BadImage:
-    """An image file that cannot be decoded."""
-
-    path: Path
-    reason: str
-
-
 def analyze(dataset: ReidDataset) -> Analysis:
     """Count the images of a data set and check its labels. No image is opened."""
     found = [DatasetWarning(DatasetWarningKind.UNUSABLE, str(problem)) for problem in problems(dataset)]
@@ -76,14 +68,19 @@ def analyze(dataset: ReidDataset) -> Analysis:
             text = f"{name} has {size.images:,} images of {size.identities:,} identities, not the published {published}"
             found.append(DatasetWarning(DatasetWarningKind.UNEXPECTED_SIZE, text, name, images=size.images))
     for pid in (DISTRACTOR_PID, JUNK_PID):  # a data set that numbers identities from 0 would silently lose one
-        if images := int((dataset.train.pids == pid).sum()):
-            text = f"train: identity {pid} means nobody, so training skips its {images:,} images; renumber it if not"
-            found.append(DatasetWarning(DatasetWarningKind.UNTRAINED_IMAGES, text, "train", [pid], images))
+        for name, kind, use in (
+            ("train", DatasetWarningKind.UNTRAINED_IMAGES, "training"),
+            ("query", DatasetWarningKind.UNCOUNTED_QUERIES, "evaluation"),
+        ):
+            if images := int((dataset.splits[name].pids == pid).sum()):
+                text = f"{name}: identity {pid} means nobody, so {use} skips its {images:,} images; renumber it if not"
+                found.append(DatasetWarning(kind, text, name, [pid], images))
     train, query, gallery = (split.pids[split.pids > DISTRACTOR_PID] for split in dataset.splits.values())
     if pids := np.intersect1d(train, [*query, *gallery]).tolist():
         text = f"identities in the training set and in query or gallery, which inflates results: {_listed(pids)}"
         found.append(DatasetWarning(DatasetWarningKind.TRAIN_TEST_OVERLAP, text, pids=pids))
     unmatched = np.delete(dataset.query.pids, queries_with_match(dataset))
+    unmatched = unmatched[unmatched > DISTRACTOR_PID]
     if pids := np.unique(unmatched).tolist():
         share = f"{len(unmatched):,} of {len(dataset.query):,} queries"
         text = f"{share} have no match from another camera and do not count in an evaluation; pids: {_listed(pids)}"
@@ -98,18 +95,11 @@ def _listed(pids: Sequence[int]) -> str:
 
 def unreadable(paths: Sequence[Path], *, report: Report = silent) -> list[BadImage]:
     """Decode image files as training does, and return those that fail."""
-
-    def reason(path: Path) -> str | None:
-        try:
-            read_crop(path, 1, 1)
-        except DataError as error:
-            return str(error.__cause__ or error.problem)
-        return None
-
     bad: list[BadImage] = []
     with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:  # Pillow decodes without the GIL
         for start in range(0, len(paths), 256):  # chunks keep Ctrl-C fast
             chunk = paths[start : start + 256]
-            bad += [BadImage(path, why) for path, why in zip(chunk, pool.map(reason, chunk), strict=True) if why]
+            tried = pool.map(lambda path: try_crop(path, 1, 1), chunk)
+            bad += [crop for crop in tried if isinstance(crop, BadImage)]
             report("images", start + len(chunk), len(paths), f"{len(bad)} unreadable")
     return bad

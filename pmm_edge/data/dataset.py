@@ -11,7 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError, did_you_mean
 from pmm_edge.files import sha256
-from pmm_edge.images import IMAGE_SUFFIXES
-from pmm_edge.retrieval.metrics import JUNK_PID
+from pmm_edge.images import IMAGE_SUFFIXES, BadImage
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
 
-DISTRACTOR_PID = 0
-"""Identity of gallery images that show nobody in the query set; they count as wrong answers."""
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"  # the folders of Market-1501
 ANY_MARKET = "market-layout"
 """The layout of a folder in Market-1501's form that is not a known data set."""
@@ -81,6 +79,11 @@ class Split:
         rows = np.asarray(rows, np.intp)
         return Split([self.paths[row] for row in rows], self.pids[rows], self.camids[rows])
 
+    def without(self, bad: Sequence[BadImage]) -> Split:
+        """Without images that cannot be read."""
+        skipped = {image.path for image in bad}
+        return self.select([row for row, path in enumerate(self.paths) if path not in skipped])
+
     @property
     def identities(self) -> int:
         """Number of people, without junk and distractors."""
@@ -101,6 +104,10 @@ class ReidDataset:
     @property
     def splits(self) -> dict[str, Split]:
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
+
+    def without_junk(self) -> ReidDataset:
+        """What an evaluation needs to read: no metric counts junk in the gallery."""
+        return replace(self, gallery=self.gallery.select(np.flatnonzero(self.gallery.pids != JUNK_PID)))
 
     def fingerprint(self) -> str:
         """SHA-256 of the names and labels of all images and the file sizes of the training images.
@@ -150,7 +157,7 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
             found, (train, query, gallery) = _read_market(root, layout)
         else:
             nearby = [str(child) for child in (*sorted(root.iterdir()), root.resolve().parent) if is_dataset(child)]
-            hint = f"Did you mean {' or '.join(nearby[:3])}?" if nearby else "docs/datasets.md shows other layouts"
+            hint = f"Did you mean {' or '.join(nearby[:3])}?" if nearby else _how_to_arrange(root)
             raise DataError(f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}", hint)
     except OSError as error:
         remedy = "Check its permissions; docs/datasets.md shows which files a data set needs"
@@ -240,10 +247,20 @@ def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Pa
     return images
 
 
+def _how_to_arrange(folder: Path) -> str:
+    """What to do with a folder that has no known layout; the commonest one has a folder for each person."""
+    below = (path for depth in ("*/*", "*/*/*") for path in folder.glob(depth))
+    if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in below):
+        return "docs/datasets.md shows the layouts"
+    names = f"{TRAIN}, {QUERY} and {GALLERY}"
+    return f"Folders per person are not read: put the images into {names}, named PERSON_cCAMERA_IMAGE, as 0002_c1_07"
+
+
 def _split(images: Sequence[tuple[Path, int, int]], source: Path) -> Split:
     """The split of (path, identity, camera) of each image, read from `source`."""
     if not images:
-        raise DataError(f"{source} contains no images", "Download or unpack the data set again")
+        again = "Download or unpack the data set again"
+        raise DataError(f"{source} contains no images", _how_to_arrange(source) if source.is_dir() else again)
     paths, pids, camids = zip(*sorted(images), strict=True)
     return Split(list(paths), np.array(pids, np.int64), np.array(camids, np.int64))
 
@@ -266,7 +283,8 @@ def queries_with_match(dataset: ReidDataset) -> NDArray[np.intp]:
     cameras = defaultdict[int, set[int]](set)
     for pid, camid in zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True):
         cameras[pid].add(camid)
-    cameras.pop(JUNK_PID, None)
+    for nobody in (JUNK_PID, DISTRACTOR_PID):
+        cameras.pop(nobody, None)
     queries = zip(query.pids.tolist(), query.camids.tolist(), strict=True)
     return np.flatnonzero([bool(cameras[pid] - {camid}) for pid, camid in queries])
 

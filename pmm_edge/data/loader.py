@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.errors import DataError
-from pmm_edge.images import read_crop
+from pmm_edge.images import IN_FIGURES, BadImage, try_crop
 from pmm_edge.machine import threads
 
 CACHE_BYTES = 8 << 30  # the training set of Market-1501 at 384x128 takes 1.9 GB
@@ -21,7 +21,7 @@ class Crops:
     `height` and `width` are in pixels. Images that do not fit into `cache_bytes` are decoded again each time.
     `workers` is the number of decoding threads, by default one for each usable core. If the (N,) identities of the
     images, `pids`, are given, an unreadable image is replaced by the next readable one of its identity, the same in
-    every run; otherwise it is an error.
+    every run; otherwise it is an error, which takes them for the images of an evaluation.
     """
 
     def __init__(
@@ -72,17 +72,16 @@ class Crops:
     def _crop(self, index: int) -> NDArray[np.uint8]:
         if index < len(self._cache) and self._decoded[index]:
             return self._cache[index]
-        try:
-            crop = read_crop(self.paths[index], self.height, self.width)
-        except DataError as error:
+        crop = try_crop(self.paths[index], self.height, self.width)
+        if isinstance(crop, BadImage):
             if self.pids is None:
-                raise
-            self._unreadable[index] = error.problem
+                raise crop.error(IN_FIGURES)
+            self._unreadable[index] = str(crop)
             same = np.flatnonzero(self.pids == self.pids[index])
             for other in np.roll(same, -int(np.searchsorted(same, index))).tolist():
                 if other not in self._unreadable:
                     return self._crop(other)
-            raise DataError(f"no image of identity {self.pids[index]} can be read", error.remedy) from error
+            raise DataError(f"no image of identity {self.pids[index]} can be read: {crop}", "Replace its files")
         if index < len(self._cache):
             self._cache[index] = crop
             self._decoded[index] = True

@@ -255,7 +255,8 @@ def export(
             with suppress(DataError):  # the checkpoint is not in a run
                 data, layout = data_of(source, data, layout)
             if data and (calibration or data.is_dir()):
-                crops = quantize.read_calibration(data, spec.input, layout)
+                fewest = quantize.MIN_IMAGES if precision == "int8" else 1
+                crops = quantize.read_calibration(data, spec.input, layout, fewest)
             elif precision == "int8":
                 raise DataError("INT8 needs calibration images, and the run has no data set", "Add --calibration")
             else:

@@ -26,19 +26,20 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.checks import DatasetWarningKind, analyze
-from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, problems, read
+from pmm_edge.data.dataset import ReidDataset, problems, read
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmWarning
 from pmm_edge.export.graph import LAYERS, Parts, finalize, layer_names, multiply_adds
 from pmm_edge.files import temporary_folder
-from pmm_edge.images import Pixels, evenly, network_input, read_crops
+from pmm_edge.images import Pixels, evenly, network_input, readable_crops
 from pmm_edge.retrieval.distances import cosines
-from pmm_edge.runtime.embed_files import embed_files, evaluate_dataset
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID
+from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import FLOAT16_MAX, CalibrationMethod, InputSpec, ModelSpec, Quantization, QuantizationTarget
 
 METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
 MIN_IMAGES, MAX_IMAGES = 64, 192
-"""Crops needed for calibration, and the most that are read."""
+"""Crops that INT8 calibration needs, and the most that are read; FP16 checks ranges on what there is."""
 
 Ranges = dict[str, tuple[float, float]]
 """Tensor name -> smallest and largest value."""
@@ -72,26 +73,24 @@ class Calibration:
     """One of six, which measure the result; nothing is set or selected on them."""
 
 
-def read_calibration(root: Path, spec: InputSpec, layout: str | None = None) -> Calibration:
+def read_calibration(root: Path, spec: InputSpec, layout: str | None = None, fewest: int = MIN_IMAGES) -> Calibration:
     """Read calibration crops, spread evenly over the identities of the training split of the data set in `root`.
 
-    Warns with `PmmWarning` if people of the training split are also in query or gallery. Raises DataError if `root` is
-    not a data set or has too few training images, or an image cannot be read.
+    Warns with `PmmWarning` if people of the training split are also in query or gallery, and of each image that cannot
+    be read. Raises DataError if `root` is not a data set or fewer than `fewest` training images can be read.
     """
     dataset = read(root, layout)
     train = dataset.train
     people = [int(index) for index in np.argsort(train.pids, kind="stable") if train.pids[index] >= DISTRACTOR_PID]
     paths = [train.paths[people[place]] for place in evenly(len(people), MAX_IMAGES)]
-    if len(paths) < MIN_IMAGES:
-        raise DataError(
-            f"{root} has {len(paths)} training images, but calibration needs at least {MIN_IMAGES}",
-            "Name another data set with --calibration",
-        )
     for found in analyze(dataset).warnings:
         if found.kind is DatasetWarningKind.TRAIN_TEST_OVERLAP:
             text = f"calibration uses people that retrieval is evaluated on: {found.text}"
             warnings.warn(text, PmmWarning, stacklevel=2)
-    crops = read_crops(paths, spec.height, spec.width)
+    crops = readable_crops(paths, spec.height, spec.width, "calibration")[0] if paths else []
+    if len(crops) < fewest:
+        problem = f"{root} has {len(crops)} training images to calibrate on, fewer than {fewest}"
+        raise DataError(problem, "Name another data set with --calibration")
     # The crops are in the order of the identities, so each part covers nearly all of them.
     place = np.arange(len(crops)) % 6
     return Calibration(dataset, crops[(place != 2) & (place != 5)], crops[place == 2], crops[place == 5])
@@ -320,7 +319,7 @@ def quantize_network(
     one in float32.
     """
     assert spec.quantization
-    network, target, dataset = parts.network, spec.quantization.target, calibration.dataset
+    network, target, dataset = parts.network, spec.quantization.target, calibration.dataset.without_junk()
     methods = (method,) if method else METHODS
     if max_map_drop is not None:
         for problem in problems(dataset):
@@ -336,8 +335,7 @@ def quantize_network(
             return float(1 - cosines(load(candidate).embed(calibration.selection), reference).mean())
 
         def mean_ap(candidate: onnx.ModelProto) -> float:
-            embedded = embed_files(load(candidate), [*dataset.query.paths, *dataset.gallery.paths], report=report)
-            return evaluate_dataset(dataset, embedded.embeddings).mAP
+            return evaluate_dataset(dataset, embed_dataset(load(candidate), dataset, report=report).embeddings).mAP
 
         reference = load(network).embed(calibration.selection)
         calibrated = {

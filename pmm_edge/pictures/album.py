@@ -64,8 +64,8 @@ def visualize(
         seed: selects the images and the negatives.
         out: folder to write; default: `pictures` in the run folder. `device` is as in `pmm_edge.load`.
 
-    Raises UnsuitableError if the requested kind, or every kind, cannot be drawn; DataError if there are no images, or
-    one cannot be read; ModelError if a file is not a model; OutputError if the folder cannot be written.
+    Skips unreadable images with a warning. Raises UnsuitableError if the requested kind, or every kind, cannot be drawn;
+    DataError if no image can be read; ModelError if a file is not a model; OutputError if the folder cannot be written.
     """
     if not 1 <= images <= MOST or not 1 <= top <= MOST:
         raise PmmError(f"{images} images with {top} hits are out of range", f"Choose 1 to {MOST} of each")
@@ -93,7 +93,7 @@ def visualize(
         paths = [found.paths[rows[at]] for at in evenly(len(rows), OVERLAP_IMAGES)]
         attention = attention_of(path, paths, device=device, report=report)
         album.overlap = overlap(attention.maps, tuple(attention.spec.stages))
-        return cam_grid(attention, drawn(len(paths)))
+        return cam_grid(attention, drawn(len(attention.paths)))
 
     def galleries() -> Image.Image:
         valid = queries_with_match(labeled := dataset())

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pmm_edge.console import Report, silent
-from pmm_edge.images import read_crop, read_crops
+from pmm_edge.images import read_crop, readable_crops
 from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint
 from pmm_edge.model.mixing import grad_cam
 from pmm_edge.model.network import average_pool, max_pool
@@ -71,22 +71,23 @@ def attention_of(
 ) -> Attention:
     """Compute `stage_maps` of one or more image files, preprocessed as the checkpoint's spec says.
 
-    `device` is `cpu`, `cuda` or `cuda:N`; None uses a GPU if there is one. Raises what `checkpoint_with_heads` raises,
-    DataError if an image cannot be read, and ModelError if the device does not exist.
+    `device` is `cpu`, `cuda` or `cuda:N`; None uses a GPU if there is one. Skips unreadable images with a warning.
+    Raises what `checkpoint_with_heads` raises, DataError if no image can be read, ModelError for an unknown device.
     """
     loaded, place = checkpoint_with_heads(checkpoint), torch_device(device)
     network, size = loaded.network().to(place), loaded.spec.input
     prepare = Preprocess(replace(size, form="uint8")).to(place)
     maps, classes = [], []
+    crops, rows = readable_crops(paths, size.height, size.width, "the picture")
     what = f"attention of {loaded.spec.architecture}"
-    report(what, 0, len(paths))
-    for start in range(0, len(paths), BATCH):
-        crops = torch.from_numpy(read_crops(paths[start : start + BATCH], size.height, size.width)).to(place)
-        found, predicted = stage_maps(network, prepare(crops))
+    report(what, 0, len(crops))
+    for start in range(0, len(crops), BATCH):
+        batch = torch.from_numpy(crops[start : start + BATCH]).to(place)
+        found, predicted = stage_maps(network, prepare(batch))
         maps.append(found.cpu().numpy())
         classes.append(predicted.cpu().numpy())
-        report(what, start + len(crops), len(paths))
-    return Attention(loaded.spec, paths, np.concatenate(maps), np.concatenate(classes))
+        report(what, start + len(batch), len(crops))
+    return Attention(loaded.spec, [paths[row] for row in rows], np.concatenate(maps), np.concatenate(classes))
 
 
 def checkpoint_with_heads(path: Path) -> Checkpoint:

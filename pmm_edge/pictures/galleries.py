@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import DISTRACTOR_PID, ReidDataset, Split
-from pmm_edge.images import read_crop
+from pmm_edge.data.dataset import ReidDataset, Split
+from pmm_edge.images import read_crop, warn_skipped
 from pmm_edge.pictures.grid import Cell, grid
 from pmm_edge.retrieval import euclidean_distances, evaluate_distances
-from pmm_edge.retrieval.metrics import JUNK_PID, check_labels
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID, check_labels
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import Embeddings
 
@@ -43,11 +43,14 @@ def gallery_grid(
 ) -> Image.Image:
     """Embed some queries, given as indices into `dataset.query`, and the gallery; draw the `top` images of each query.
 
-    Raises DataError if an image cannot be read, or no query has a match in the gallery.
+    Unreadable images are skipped with a warning. Raises DataError if no query is left that has a match in the gallery.
     """
-    query = dataset.query.select(queries)
-    gallery = dataset.gallery.select(np.flatnonzero(dataset.gallery.pids != JUNK_PID))
-    embeddings = embed_files(embedder, [*query.paths, *gallery.paths], report=report).embeddings
+    query, gallery = dataset.query.select(queries), dataset.without_junk().gallery
+    embedded = embed_files(embedder, [*query.paths, *gallery.paths], skip_bad=True, report=report)
+    warn_skipped(bad := embedded.skipped, "the picture")
+    query, gallery, embeddings = query.without(bad), gallery.without(bad), embedded.embeddings
+    if not len(query) or not len(gallery):
+        raise bad[0].error("Replace it: no query, or nothing in the gallery, is left to draw")
     found = rank(embeddings[: len(query)], embeddings[len(query) :], query, gallery, top)
     return draw_rankings(found, query, gallery, f"{embedder.path.name} on {dataset.name}")
 

@@ -1,6 +1,7 @@
 """A-Hard-Mix: what stages II and III see in training, projected onto the pixels (paper section 2.2)."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pmm_edge.data.dataset import Split
-from pmm_edge.data.loader import identity_batches
-from pmm_edge.images import Pixels, read_crops
+from pmm_edge.data.loader import Crops, identity_batches
+from pmm_edge.errors import PmmWarning
+from pmm_edge.images import Pixels
 from pmm_edge.model import PMM, ReidNetwork
 from pmm_edge.model.backbone import STRIDE
 from pmm_edge.model.mixing import spread, top_blocks
@@ -53,8 +55,9 @@ def mixing_grid(path: Path, train: Split, *, count: int = 6, seed: int = 0, devi
     `path` is a PMM checkpoint trained with A-Hard-Mix, `train` its training set; `seed` selects the batch and the
     negatives; `device` is as in `attention_of`.
 
-    Raises UnsuitableError if the network does not mix features, was trained on other data, or is an export; DataError
-    if an image cannot be read; ModelError if the file is not a checkpoint.
+    Replaces unreadable images as training does. Raises UnsuitableError if the network does not mix features, was
+    trained on other data, or is an export; DataError if no image of an identity can be read; ModelError if the file is
+    not a checkpoint.
     """
     checkpoint = checkpoint_with_heads(path)
     size, (used, classes) = checkpoint.spec.input, class_indices(train)
@@ -62,7 +65,11 @@ def mixing_grid(path: Path, train: Split, *, count: int = 6, seed: int = 0, devi
         problem = f"the network has {checkpoint.spec.num_classes:,} classes, the training set {people:,} identities"
         raise UnsuitableError(problem, "Name the data set it was trained on with --data")
     batch = identity_batches(classes, max(PEOPLE, count), IMAGES_EACH, np.random.default_rng(seed))[0]
-    crops = read_crops([train.paths[row] for row in used[batch]], size.height, size.width)
+    paths = [train.paths[row] for row in used]
+    source = Crops(paths, size.height, size.width, cache_bytes=0, pids=train.pids[used])
+    crops = source.batch(batch)
+    for text in source.count_unreadable(source.take_unreadable(), len(used)):
+        warnings.warn(text, PmmWarning, stacklevel=2)
     found = mixed_batch(checkpoint.network(), crops, classes[batch], size, seed, device)
     return draw_mixing(found, range(0, len(batch), IMAGES_EACH)[:count])
 

@@ -78,11 +78,22 @@ def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[
 
 def check_matrix(values: ArrayLike, name: str) -> NDArray[Any]:
     """Return real numbers as a floating array with two dimensions; raise DataError for anything else."""
-    array = np.asarray(values)
+    array = as_array(values, name)
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iuf":
         problem = f"{name} have shape {array.shape} and dtype {array.dtype}"
         raise DataError(problem, "Pass a two-dimensional array of real numbers")
     return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
+def as_array(values: Any, name: str) -> NDArray[Any]:
+    """Return an array of numbers, sequences or a torch tensor, whatever its device; raise DataError for others."""
+    try:
+        if hasattr(values, "detach"):  # a tensor, which may need gradients; numpy has no bfloat16
+            values = values.detach().cpu()
+            values = values.float() if values.is_floating_point() and values.element_size() < 4 else values
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise DataError(f"{name} cannot be converted to an array ({error})", "Pass a numpy array") from error
 
 
 def finite_rows(embeddings: NDArray[np.floating]) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ For each query, gallery images of its own identity and camera are excluded, junk
 by distance. The metrics depend on the ranks of the matches: the remaining images of the query's identity.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import check_matrix, check_pair, distance_blocks, rows_per_block
+from pmm_edge.errors import DataError, PmmWarning
+from pmm_edge.retrieval.distances import as_array, check_matrix, check_pair, distance_blocks, rows_per_block
 from pmm_edge.retrieval.reranking import rerank_distances
 from pmm_edge.spec import RetrievalFigures
 
-JUNK_PID = -1
-"""Market-1501's label of images that are neither a person nor a distractor. They are dropped from the gallery."""
+JUNK_PID, DISTRACTOR_PID = -1, 0
+"""Market-1501's labels of gallery images in which nobody is sought. Junk is neither a person nor a distractor and is
+dropped; distractors show people outside the query set and count as wrong answers."""
 _COUNT_FROM = 64  # with more images than this for each match, counting is faster than sorting
 PAPER_CUTOFF = 50  # the released evaluation code cuts rankings here before the average precision
 
@@ -68,12 +70,13 @@ def evaluate(
     """Evaluate embeddings by Euclidean distance under the Market-1501 protocol.
 
     Gallery images of a query's own identity and camera are excluded. Junk (pid -1) is dropped, also from re-ranking;
-    distractors (pid 0 in Market-1501, which no query has) count as wrong answers. Queries without a match do not count.
+    distractors (pid 0) count as wrong answers. Queries without a match do not count, nor, with a `PmmWarning`, those of
+    pid 0 or -1: number identities from 1.
 
     Raises DataError for wrong shapes, NaN or infinity, or if no query has a match.
 
     Args:
-        query_features, gallery_features: (Q, D) and (G, D) real numbers.
+        query_features, gallery_features: (Q, D) and (G, D) real numbers; arrays, or tensors on any device.
         query_pids, gallery_pids, query_camids, gallery_camids: (Q,) and (G,) integer identities and cameras.
         max_rank: length of the CMC.
         ap_cutoff: cut rankings here for the average precision; 50 gives what the paper calls mAP.
@@ -127,7 +130,7 @@ def check_labels(labels: Sequence[ArrayLike], shape: tuple[int, ...]) -> Protoco
     checked = []
     names = "query pids", "gallery pids", "query camids", "gallery camids"
     for name, values, count in zip(names, labels, 2 * shape, strict=True):
-        array = np.asarray(values)
+        array = as_array(values, name)
         if array.shape != (count,):
             raise DataError(f"{name} have shape {array.shape}, expected ({count},)", "Pass one for each image")
         if not np.issubdtype(array.dtype, np.integer):
@@ -139,6 +142,10 @@ def check_labels(labels: Sequence[ArrayLike], shape: tuple[int, ...]) -> Protoco
     by_pid = np.argsort(checked[1][kept], kind="stable")
     in_order = checked[1][kept][by_pid]
     group = np.stack([np.searchsorted(in_order, checked[0], side) for side in ("left", "right")], axis=1)
+    if (nobody := checked[0] <= DISTRACTOR_PID).any():
+        text = f"{nobody.sum():,} of {shape[0]:,} queries have pid 0 (distractors) or less (junk) and do not count"
+        warnings.warn(f"{text}; number identities from 1", PmmWarning, stacklevel=3)
+        group[nobody] = 0  # distractors are different people
     return ProtocolLabels(kept, by_pid, group, checked[2], checked[3][kept])
 
 

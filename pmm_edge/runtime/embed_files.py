@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.checks import BadImage
 from pmm_edge.data.dataset import ReidDataset, is_dataset, read
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
 from pmm_edge.files import check_output, written_whole
-from pmm_edge.images import IMAGE_SUFFIXES, Pixels, read_crop
+from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import RetrievalResult, evaluate
 from pmm_edge.runtime.embedder import Embedder, Embeddings
@@ -161,18 +160,18 @@ def embed_files(
     for decoded in _decoded(found.paths, batch, size.height, size.width):
         crops = []
         for row, image in enumerate(decoded, start=done):
-            if not isinstance(image, DataError):
+            if not isinstance(image, BadImage):
                 rows.append(row)
                 crops.append(image)
             elif skip_bad:
-                skipped.append(BadImage(found.paths[row], str(image.__cause__ or image.problem)))
+                skipped.append(image)
             else:
-                raise image
+                raise image.error()
         if crops:
             pixels, target = np.stack(crops), embeddings[:, len(rows) - len(crops) : len(rows)]
             target[0] = embedder.embed_prepared(pixels)
-            if flip:  # a mirrored copy: back ends do not take the negative strides of a view
-                target[1] = embedder.embed_prepared(np.ascontiguousarray(pixels[:, :, ::-1]))
+            if flip:
+                target[1] = embedder.embed_prepared(pixels[:, :, ::-1])
         done += len(decoded)
         report(what, done, total, f"{done / (time.perf_counter() - start):,.0f} images/s")
     seconds = time.perf_counter() - start
@@ -192,6 +191,16 @@ def embed_files(
     return embedded
 
 
+def embed_dataset(
+    embedder: Embedder, dataset: ReidDataset, flip: bool = False, report: Report = silent
+) -> EmbeddedFiles:
+    """Embed the queries of a data set, followed by its gallery, to evaluate them: none can be skipped."""
+    try:
+        return embed_files(embedder, [*dataset.query.paths, *dataset.gallery.paths], flip=flip, report=report)
+    except DataError as error:
+        raise DataError(error.problem, IN_FIGURES) from error
+
+
 def evaluate_dataset(
     dataset: ReidDataset, embeddings: Embeddings, rerank: bool = False, report: Report = silent
 ) -> RetrievalResult:
@@ -201,19 +210,12 @@ def evaluate_dataset(
     return evaluate(embeddings[:count], embeddings[count:], *labels, rerank=rerank, report=report)
 
 
-def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | DataError]]:
+def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | BadImage]]:
     """Yield batches of (height, width, 3) uint8 images, decoding two batches ahead."""
-
-    def read_one(path: Path) -> Pixels | DataError:
-        try:
-            return read_crop(path, height, width)
-        except DataError as error:
-            return error
-
-    pending: deque[Iterator[Pixels | DataError]] = deque()
+    pending: deque[Iterator[Pixels | BadImage]] = deque()
     with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
         for start in range(0, len(paths), batch):
-            pending.append(pool.map(read_one, paths[start : start + batch]))
+            pending.append(pool.map(lambda path: try_crop(path, height, width), paths[start : start + batch]))
             if len(pending) > 2:
                 yield list(pending.popleft())
         yield from map(list, pending)

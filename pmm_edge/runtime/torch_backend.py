@@ -63,7 +63,7 @@ class TorchEmbedder(Embedder):
     def _run(self, images: Pixels | NDArray[np.float32], preprocess: nn.Module) -> Embeddings:
         try:
             with torch.inference_mode(), without_tf32() if self._target.type == "cuda" else nullcontext():
-                inputs = preprocess(torch.tensor(images, device=self._target))
+                inputs = preprocess(torch.tensor(np.ascontiguousarray(images), device=self._target))
                 return np.asarray(self.network(inputs).cpu())
         except (RuntimeError, MemoryError) as error:
             full, reason = is_out_of_memory(error), str(error).strip().partition("\n")[0] or type(error).__name__

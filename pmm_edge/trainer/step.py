@@ -17,12 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pmm_edge.data.augment import ERASE_PROBABILITY, augment
-from pmm_edge.data.dataset import DISTRACTOR_PID, Split
+from pmm_edge.data.dataset import Split
 from pmm_edge.data.loader import Crops, identity_batches
 from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
 from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import World
 from pmm_edge.trainer.logging import Meter
@@ -90,7 +91,7 @@ class Feed:
         self._config, self._device = config, device
         self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
         cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
-        self.crops = Crops(self.paths, config.height, config.width, cache, workers, self.classes)
+        self.crops = Crops(self.paths, config.height, config.width, cache, workers, train.pids[used])
 
     def batches(self, epoch: int) -> list[Indices]:
         """The batches of an epoch: indices into `paths`. The last one is cut to equal shards of whole identities."""

@@ -34,8 +34,8 @@ from pmm_edge.machine import threads
 from pmm_edge.model import Checkpoint, ReidNetwork, build_model, save_checkpoint
 from pmm_edge.model.backbone import zero_init_residuals
 from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
-from pmm_edge.retrieval import evaluate
 from pmm_edge.runs import BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
+from pmm_edge.runtime.embed_files import evaluate_dataset
 from pmm_edge.spec import ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
@@ -65,7 +65,7 @@ class Run:
     """A training in progress."""
 
     config: TrainConfig
-    dataset: ReidDataset
+    dataset: ReidDataset  # without junk
     fingerprint: str  # of the data set
     folder: Path
     world: World
@@ -144,7 +144,8 @@ def train(
         device, dtype = choose_machine(chosen, world)
         feed = Feed(dataset.train, chosen, world, device)
         # Evaluation has the memory that the training images leave; each process fills its own part of it.
-        cache, images = int(chosen.cache_gib * 2**30), [*dataset.query.paths, *dataset.gallery.paths]
+        judged = dataset.without_junk()
+        cache, images = int(chosen.cache_gib * 2**30), [*judged.query.paths, *judged.gallery.paths]
         cache -= world.local_size * feed.crops.cached_bytes
         crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))
         fingerprint, root = dataset.fingerprint(), str(dataset.root.resolve())
@@ -184,7 +185,7 @@ def train(
             if checkpoint:
                 restore_state(trainee, checkpoint)
             run = Run(
-                chosen, dataset, fingerprint, folder, world, feed, crops, spec, trainee, position, journal, stop, report
+                chosen, judged, fingerprint, folder, world, feed, crops, spec, trainee, position, journal, stop, report
             )
             finished = fit(run)
         return TrainResult(folder, position.epoch, finished, position.best, position.before, stop())
@@ -354,11 +355,10 @@ def evaluate_network(run: Run) -> RetrievalFigures | None:
                 run.report("embed", min(done + world.size, len(batches)), len(batches))
     finally:
         model.train(was_training)
-    embeddings, query, gallery = world.gather(parts, to_first=True), run.dataset.query, run.dataset.gallery
+    embeddings = world.gather(parts, to_first=True)
 
     def rank() -> RetrievalFigures:
-        of_query, of_gallery = np.split(np.concatenate(embeddings), [len(query)])
-        result = evaluate(of_query, of_gallery, query.pids, gallery.pids, query.camids, gallery.camids)
+        result = evaluate_dataset(run.dataset, np.concatenate(embeddings))
         run.journal.record("evaluate", run.position.epoch, {**asdict(result.figures()), "rank5": result.rank(5)})
         return result.figures()
 
