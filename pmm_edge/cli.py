@@ -484,6 +484,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # corrupt metadata, in a file that it does not name
             code = app(arguments, standalone_mode=False)
     except Exception as error:
         text, code = _explain(error)

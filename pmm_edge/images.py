@@ -74,8 +74,9 @@ def try_crop(path: Path, height: int, width: int) -> Pixels | BadImage:
         if path.exists() and not path.is_file():
             return BadImage(path, "it is not a regular file")  # opening a pipe would wait for a writer
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.load()  # before its EXIF is read, which ignores errors
             upright = _rgb(image)
-            if turn := _UPRIGHT.get(_orientation(image)):
+            if (turn := _UPRIGHT.get(_orientation(image))) is not None:  # to flip from left to right is 0
                 upright = upright.transpose(turn)
             return resize_crop(upright, height, width)
     except Exception as error:  # Pillow's decoders also raise struct.error, IndexError and others on corrupt files

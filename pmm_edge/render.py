@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from pmm_edge.bench.certification import Verification
     from pmm_edge.bench.evaluation import Evaluation
     from pmm_edge.bench.regression import Comparison
-    from pmm_edge.data.checks import Analysis, BadImage
+    from pmm_edge.data.checks import Analysis
     from pmm_edge.data.dataset import ReidDataset
     from pmm_edge.doctor import Diagnosis
     from pmm_edge.export import ExportResult
+    from pmm_edge.images import BadImage
     from pmm_edge.pictures.album import Album
     from pmm_edge.retrieval import RetrievalResult
     from pmm_edge.runtime.embed_files import EmbeddedFiles

@@ -77,20 +77,23 @@ def read_calibration(root: Path, spec: InputSpec, layout: str | None = None, few
     """Read calibration crops, spread evenly over the identities of the training split of the data set in `root`.
 
     Warns with `PmmWarning` if people of the training split are also in query or gallery, and of each image that cannot
-    be read. Raises DataError if `root` is not a data set or fewer than `fewest` training images can be read.
+    be read. Raises DataError if `root` is not a data set, has fewer than `fewest` training images, or fewer than nine
+    tenths of that can be read.
     """
     dataset = read(root, layout)
     train = dataset.train
     people = [int(index) for index in np.argsort(train.pids, kind="stable") if train.pids[index] >= DISTRACTOR_PID]
     paths = [train.paths[people[place]] for place in evenly(len(people), MAX_IMAGES)]
+    remedy = "Name another data set with --calibration"
+    if len(paths) < fewest:
+        raise DataError(f"{root} has {len(paths)} training images, but calibration needs at least {fewest}", remedy)
     for found in analyze(dataset).warnings:
         if found.kind is DatasetWarningKind.TRAIN_TEST_OVERLAP:
             text = f"calibration uses people that retrieval is evaluated on: {found.text}"
             warnings.warn(text, PmmWarning, stacklevel=2)
-    crops = readable_crops(paths, spec.height, spec.width, "calibration")[0] if paths else []
-    if len(crops) < fewest:
-        problem = f"{root} has {len(crops)} training images to calibrate on, fewer than {fewest}"
-        raise DataError(problem, "Name another data set with --calibration")
+    crops, rows = readable_crops(paths, spec.height, spec.width, "calibration")
+    if len(rows) < 0.9 * fewest:
+        raise DataError(f"only {len(rows)} of {len(paths)} training images of {root} can be read", remedy)
     # The crops are in the order of the identities, so each part covers nearly all of them.
     place = np.arange(len(crops)) % 6
     return Calibration(dataset, crops[(place != 2) & (place != 5)], crops[place == 2], crops[place == 5])

@@ -64,7 +64,7 @@ def visualize(
         seed: selects the images and the negatives.
         out: folder to write; default: `pictures` in the run folder. `device` is as in `pmm_edge.load`.
 
-    Skips unreadable images with a warning. Raises UnsuitableError if the requested kind, or every kind, cannot be drawn;
+    Skips unreadable images with a warning. Raises UnsuitableError if the kind, or every kind, cannot be drawn;
     DataError if no image can be read; ModelError if a file is not a model; OutputError if the folder cannot be written.
     """
     if not 1 <= images <= MOST or not 1 <= top <= MOST:

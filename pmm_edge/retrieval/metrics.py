@@ -4,7 +4,6 @@ For each query, gallery images of its own identity and camera are excluded, junk
 by distance. The metrics depend on the ranks of the matches: the remaining images of the query's identity.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import DataError, PmmWarning
+from pmm_edge.errors import DataError
 from pmm_edge.retrieval.distances import as_array, check_matrix, check_pair, distance_blocks, rows_per_block
 from pmm_edge.retrieval.reranking import rerank_distances
 from pmm_edge.spec import RetrievalFigures
@@ -70,8 +69,8 @@ def evaluate(
     """Evaluate embeddings by Euclidean distance under the Market-1501 protocol.
 
     Gallery images of a query's own identity and camera are excluded. Junk (pid -1) is dropped, also from re-ranking;
-    distractors (pid 0) count as wrong answers. Queries without a match do not count, nor, with a `PmmWarning`, those of
-    pid 0 or -1: number identities from 1.
+    distractors (pid 0 in Market-1501, which no query has) count as wrong answers. Queries without a match do not count.
+    A query of pid 0 is taken for a person: `evaluate_dataset` leaves out such queries of a data set.
 
     Raises DataError for wrong shapes, NaN or infinity, or if no query has a match.
 
@@ -142,10 +141,6 @@ def check_labels(labels: Sequence[ArrayLike], shape: tuple[int, ...]) -> Protoco
     by_pid = np.argsort(checked[1][kept], kind="stable")
     in_order = checked[1][kept][by_pid]
     group = np.stack([np.searchsorted(in_order, checked[0], side) for side in ("left", "right")], axis=1)
-    if (nobody := checked[0] <= DISTRACTOR_PID).any():
-        text = f"{nobody.sum():,} of {shape[0]:,} queries have pid 0 (distractors) or less (junk) and do not count"
-        warnings.warn(f"{text}; number identities from 1", PmmWarning, stacklevel=3)
-        group[nobody] = 0  # distractors are different people
     return ProtocolLabels(kept, by_pid, group, checked[2], checked[3][kept])
 
 

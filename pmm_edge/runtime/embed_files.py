@@ -18,7 +18,7 @@ from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
 from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_crop
 from pmm_edge.machine import threads
-from pmm_edge.retrieval.metrics import RetrievalResult, evaluate
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, RetrievalResult, evaluate
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
@@ -204,9 +204,13 @@ def embed_dataset(
 def evaluate_dataset(
     dataset: ReidDataset, embeddings: Embeddings, rerank: bool = False, report: Report = silent
 ) -> RetrievalResult:
-    """Evaluate embeddings of the queries of a data set followed by its gallery, as `pmm_edge.evaluate` does."""
+    """Evaluate embeddings of the queries of a data set followed by its gallery, as `pmm_edge.evaluate` does.
+
+    Distractors are different people with one number: as a query, a distractor has no match and does not count.
+    """
     query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
-    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    query_pids = np.where(query.pids == DISTRACTOR_PID, JUNK_PID, query.pids)
+    labels = query_pids, gallery.pids, query.camids, gallery.camids
     return evaluate(embeddings[:count], embeddings[count:], *labels, rerank=rerank, report=report)
 
 

@@ -12,7 +12,7 @@ import pytest
 from certify import certify
 
 from pmm_edge.bench import BenchReport, bench, parity, pipeline
-from pmm_edge.bench.pipeline import bench_images
+from pmm_edge.bench.pipeline import bench_images, readable_images
 from pmm_edge.bench.report import BenchWarning, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.model import load_checkpoint, save_checkpoint
@@ -193,6 +193,27 @@ def test_images_of_data_sets_folders_and_lists(tiny_dataset: Path, tmp_path: Pat
         images = bench_images(source)
         assert (len(images.paths), images.dataset) == (12, None)
         assert images.warning == BenchWarning(WarningKind.NO_IDENTITIES)
+
+
+def test_unreadable_images_are_left_out_and_named(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
+    images = bench_images(root)
+    bad = [images.paths[3], images.paths[20]]  # a query and a gallery image
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:99])
+    for data, skipped, count in ((root, bad, 22), (root / "query", bad[:1], 11)):
+        report = run([tiny_onnx], tiny_onnx, data)
+        found = [one.model for one in report.warnings if one.kind is WarningKind.UNREADABLE]
+        assert (report.images, found, report.models[0].parity is not None) == (
+            count,
+            [str(one) for one in skipped],
+            True,
+        )
+    for path in (root / "query").iterdir():
+        path.write_bytes(b"")
+    for data in (root, root / "query"):
+        with pytest.raises(DataError):
+            readable_images(bench_images(data))
 
 
 def test_sources_that_show_nothing_are_refused(tmp_path: Path, tiny_dataset: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from pmm_edge.data import dataset as datasets
 from pmm_edge.data.checks import DatasetWarningKind, analyze, unreadable
-from pmm_edge.data.dataset import ANY_MARKET, DISTRACTOR_PID, problems, queries_with_match, read, scan
+from pmm_edge.data.dataset import ANY_MARKET, problems, queries_with_match, read, scan
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval import evaluate
-from pmm_edge.retrieval.metrics import JUNK_PID
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
+from pmm_edge.runtime.embed_files import evaluate_dataset
 
 MARKET = (
     "0002_c1s1_000451_03.jpg 0002_c2s1_000500_01.jpg 0007_c1s6_028546_01.jpg.jpg",
@@ -158,6 +158,8 @@ def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, mo
     [
         (["bounding_box_train/0000_c1.jpg", "bounding_box_train/0000_c2.jpg"], ("untrained-images", "train", [0], 2)),
         (["bounding_box_train/-1_c1.jpg"], ("untrained-images", "train", [-1], 1)),
+        (["query/0000_c1.jpg", "query/0000_c2.jpg"], ("uncounted-queries", "query", [0], 2)),
+        (["query/-1_c1.jpg"], ("uncounted-queries", "query", [-1], 1)),
         (["query/0003_c2_1.jpg", "query/0044_c2.jpg"], ("unmatched-queries", "query", [3, 44], 2)),
         (["bounding_box_test/0007_c1.jpg", "bounding_box_test/0007_c2.jpg"], ("train-test-overlap", "", [7], 0)),
     ],
@@ -195,6 +197,15 @@ def test_a_folder_that_cannot_be_read(market):
     refused(market, market / "query")
 
 
+@pytest.mark.parametrize("place", ["0002/a.jpg", "train/0002/a.jpg", "bounding_box_train/0002/a.jpg"])
+def test_folders_per_person_get_an_explanation(tmp_path, place):
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).touch()
+    with pytest.raises(DataError) as error:
+        read(tmp_path)
+    assert "PERSON_cCAMERA" in error.value.remedy and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -216,14 +227,14 @@ def test_splits_that_cannot_be_used_can_still_be_read(market, old, new):
     assert [w.text for w in unusable] == [str(error.value)]
 
 
-@pytest.mark.parametrize(("pid", "counted"), [(DISTRACTOR_PID, 1), (JUNK_PID, 0), (3, 1), (4, 0)])
+@pytest.mark.parametrize(("pid", "counted"), [(DISTRACTOR_PID, 0), (JUNK_PID, 0), (3, 1), (4, 0)])
 def test_the_finding_about_queries_agrees_with_the_evaluation(market, pid, counted):
     dataset = read(market)
     query = replace(dataset.query, pids=np.array([3, pid]), camids=np.array([1, 3]), paths=2 * dataset.query.paths)
-    labels = (query.pids, dataset.gallery.pids, query.camids, dataset.gallery.camids)
-    assert evaluate(np.eye(2), np.ones((3, 2)), *labels).valid_queries == 1 + counted
-    assert queries_with_match(replace(dataset, query=query)).tolist() == [0, 1][: 1 + counted]
-    found = [(w.images, w.pids) for w in analyze(replace(dataset, query=query)).warnings if w.split == "query"]
+    dataset = replace(dataset, query=query)
+    assert evaluate_dataset(dataset, np.eye(5)).valid_queries == 1 + counted
+    assert queries_with_match(dataset).tolist() == [0, 1][: 1 + counted]
+    found = [(w.images, w.pids) for w in analyze(dataset).warnings if w.split == "query"]
     assert found == [(1, [pid])] * (1 - counted)
 
 

@@ -266,14 +266,14 @@ def test_search_keeps_the_fewest_most_sensitive_layers_in_float(
     def closeness(embeddings: np.ndarray) -> float:
         return float(cosines(float32, embeddings).mean())
 
-    def embed_files(embedder: pmm_edge.runtime.Embedder, *_: object, **__: object) -> SimpleNamespace:
+    def embed_dataset(embedder: pmm_edge.runtime.Embedder, *_: object, **__: object) -> SimpleNamespace:
         return SimpleNamespace(embeddings=embedder.embed(calibration.held_out))
 
     def drop(float_layers: list[str]) -> float:
         network = quantize.quantize(mini.network, ranges["tensorrt"], "tensorrt", float_layers)
         return 100 * (1 - closeness(run(mini.join(network), calibration.held_out)))
 
-    monkeypatch.setattr(quantize, "embed_files", embed_files)
+    monkeypatch.setattr(quantize, "embed_dataset", embed_dataset)
     monkeypatch.setattr(quantize, "evaluate_dataset", lambda _, found: SimpleNamespace(mAP=closeness(found)))
     for share in (0.7, 0.5, 0.2):
         allowed = share * drop([])
@@ -296,6 +296,25 @@ def test_unusable_calibration_data(people: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=str(data)) as caught:
             read_calibration(data, SIZE)
         assert "\n" not in str(caught.value)
+
+
+def test_unreadable_images_are_skipped_and_few_suffice_for_fp16(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = write_people(tmp_path / "data", train=64)
+    paths = sorted((data / "bounding_box_train").iterdir())
+    paths[4].write_bytes(paths[4].read_bytes()[:300])
+    with pytest.warns(PmmWarning, match=paths[4].name):
+        assert len(read_calibration(data, SIZE).ranges) == 42
+    for path in paths[7:]:
+        path.write_bytes(b"")
+    with pytest.raises(DataError), pytest.warns(PmmWarning):
+        read_calibration(data, SIZE)
+    with pytest.warns(PmmWarning, match=paths[4].name):
+        exported = export(tiny_checkpoint, out=tmp_path / "m.onnx", precision="fp16", calibration=data).files[0]
+    assert exported.largest_value
+    for path in paths[7:]:
+        path.unlink()
+    with pytest.raises(DataError, match="7 training images"):
+        read_calibration(data, SIZE)
 
 
 def test_people_of_the_test_split_give_a_warning(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Which images are drawn, and what is refused."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from pmm_edge.errors import PmmError
+from pmm_edge.errors import DataError, PmmError, PmmWarning
 from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.album import visualize
 
@@ -20,6 +22,23 @@ def test_cams_of_the_queries_or_of_all_images(tiny_checkpoint: Path, tiny_datase
         assert json.loads((out / "overlap.json").read_text())["pairs"] == album.overlap.pairs
         with Image.open(album.files["cams"]) as image:
             assert image.format == "PNG"
+
+
+def test_unreadable_images_are_skipped_and_named(tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
+    bad = [sorted((root / folder).iterdir())[2] for folder in ("query", "bounding_box_test", "bounding_box_train")]
+    for path in bad:
+        path.write_bytes(b"")
+    with pytest.warns(PmmWarning) as warned:
+        album = visualize(tiny_checkpoint, data=root, images=12, device="cpu", out=tmp_path / "out")
+    assert len(album.files) == 3 and album.overlap and album.overlap.images == 11
+    for path in bad:
+        assert any(str(path) in str(warning.message) for warning in warned)
+    for path in (root / "query").iterdir():
+        path.write_bytes(b"")
+    for what in ("cams", "galleries"):
+        with pytest.raises(DataError), pytest.warns(PmmWarning) if what == "galleries" else nullcontext():
+            visualize(tiny_checkpoint, what=what, data=root, device="cpu", out=tmp_path / "out")
 
 
 def test_what_cannot_be_drawn(tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import pmm_edge as pmm
 from pmm_edge.errors import DataError
@@ -108,6 +109,15 @@ def test_cmc_has_max_rank_values_for_a_shorter_gallery():
         result.rank(6)
     result = evaluate_distances([[0.5], [0.5]], [1, 1], [1], [0, 1], [0])  # no image is left for the first query
     assert (result.top1.tolist(), result.valid_queries) == ([-1, 0], 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_tensors_with_gradients_and_of_any_precision(dtype):
+    query, gallery = (torch.eye(4)[[0, 1]].to(getattr(torch, dtype)) for _ in range(2))
+    labels = [torch.tensor(values) for values in ([1, 2], [1, 2], [0, 0], [1, 1])]
+    assert evaluate(query.requires_grad_(), gallery.requires_grad_(), *labels).mAP == 1
+    with pytest.raises(DataError):
+        evaluate([query[0], query[1]], gallery.to_sparse(), *labels)
 
 
 GOOD = {

@@ -1,5 +1,6 @@
 """Finding images, embedding them in order, saving the result, and evaluating a data set."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 from PIL import Image
 
 import pmm_edge
+from pmm_edge.bench.evaluation import evaluate_model
 from pmm_edge.data.dataset import read, scan
 from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
+from pmm_edge.images import IN_FIGURES
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embed_files import evaluate_dataset, find_images
+from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset, find_images
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 NAMES = ["a/10.jpg", "a/2.PNG", "b.jpg", "c/d/e.jpeg"]
@@ -150,6 +153,23 @@ def test_flip_averages_an_image_and_its_mirror_image(
     tolerance = {"rtol": 1e-4, "atol": 1e-5 * np.abs(plain).max()}
     np.testing.assert_allclose(embedded.embeddings, plain, **tolerance)
     np.testing.assert_allclose(embedded.flipped, (plain + mirrored) / 2, **tolerance)
+
+
+def test_an_evaluation_reads_no_junk_and_skips_no_other_image(
+    onnx: Embedder, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
+    (root / "bounding_box_test" / "-1_c1s1_000000_00.jpg").touch()
+    dataset = read(root).without_junk()
+    assert len(embed_dataset(onnx, dataset).embeddings) == 24
+    assert evaluate_model(onnx.path, root, device="cpu").results["plain"].valid_queries == 12
+    for bad in (dataset.query.paths[3], dataset.gallery.paths[3]):
+        whole = bad.read_bytes()
+        bad.write_bytes(whole[:99])
+        with pytest.raises(DataError, match=bad.name) as caught:
+            embed_dataset(onnx, dataset)
+        assert caught.value.remedy == IN_FIGURES
+        bad.write_bytes(whole)
 
 
 @pytest.mark.parametrize("rerank", [False, True])

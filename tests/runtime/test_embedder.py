@@ -50,6 +50,23 @@ def test_lists_arrays_and_views_give_the_same(color: Embedder) -> None:
     np.testing.assert_allclose(color.embed([array[0]] * (CHUNK + 2)), np.repeat(expected[:1], CHUNK + 2, axis=0))
 
 
+@pytest.mark.parametrize("engine", ["onnx", "torch", "color"])
+def test_arrays_in_any_memory_layout(engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    embedder: Embedder = request.getfixturevalue(engine)
+    size = embedder.spec.input
+    array = np.stack(crops(*[(size.height, size.width)] * 3))
+    expected = embedder.embed(array)
+    mapped = np.memmap(tmp_path / "crops", np.uint8, "w+", shape=array.shape)
+    mapped[:] = array
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    backwards = array[::-1, :, ::-1, ::-1].copy()[::-1, :, ::-1, ::-1]  # negative strides
+    for same in (backwards, np.asfortranarray(array), frozen, mapped, np.repeat(array, 2, axis=2)[:, :, ::2]):
+        np.testing.assert_array_equal(embedder.embed(same), expected)
+        np.testing.assert_array_equal(embedder.embed(list(same)), expected)
+        np.testing.assert_array_equal(embedder.embed_prepared(same), expected)
+
+
 @pytest.mark.parametrize(
     "crop",
     [

@@ -133,26 +133,26 @@ def test_a_shared_evaluation_sees_the_bits_of_one_process_and_may_outlast_the_ti
 ):
     def before(rank):
         train_file.EVALUATION_BATCH = 5  # five batches: two and three
-        evaluate, numbers, start_group = train_file.evaluate, count(), dist.init_process_group
+        evaluate, numbers, start_group = train_file.evaluate_dataset, count(), dist.init_process_group
 
-        def slow(*features):
+        def slow(dataset, features):
             assert rank == 0, "the first process ranks"
             number = next(numbers)
-            np.save(tmp_path / f"{number}.npy", np.concatenate(features[:2]))
+            np.save(tmp_path / f"{number}.npy", features)
             time.sleep(6 if number else 0)
-            return evaluate(*features)
+            return evaluate(dataset, features)
 
-        train_file.evaluate = slow
+        train_file.evaluate_dataset = slow
         dist.init_process_group = lambda backend: start_group(backend, timeout=timedelta(seconds=4))
 
     codes, said = both(before=before)
     assert codes == [0, 0], said
 
-    def seen(*features):
-        raise SeenError(np.concatenate(features[:2]))
+    def seen(dataset, features):
+        raise SeenError(features)
 
     monkeypatch.setattr(train_file, "EVALUATION_BATCH", 5)
-    monkeypatch.setattr(train_file, "evaluate", seen)
+    monkeypatch.setattr(train_file, "evaluate_dataset", seen)
     for number, weights in enumerate(("", str(tmp_path / "run" / "last.pt"))):
         with pytest.raises(SeenError) as alone:
             train(tiny_dataset, config=replace(SHORT, init_from=weights), out=tmp_path / f"one-{number}")

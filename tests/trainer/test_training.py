@@ -85,7 +85,7 @@ def test_clipping_bounds_the_gradient(run, monkeypatch):
 def test_patience_stops_early(run, monkeypatch):
     labels = [np.array(label) for label in ([1, 2], [1, 2], [1, 1], [2, 2])]
     same = evaluate_distances(np.eye(2, dtype=np.float32), *labels)
-    monkeypatch.setattr("pmm_edge.trainer.train.evaluate", lambda *_: same)
+    monkeypatch.setattr("pmm_edge.trainer.train.evaluate_dataset", lambda *_: same)
     result = run(epochs=9, patience=2)
     assert result.finished and result.epochs_done == 3, "the first evaluation is the best, two more are not better"
 
@@ -129,6 +129,28 @@ def test_an_unreadable_image_is_replaced_and_named_and_too_many_stop_the_run(run
     shutil.rmtree(folder)
     with pytest.raises(DataError):
         run(max_bad_images=1)
+
+
+def test_the_error_about_an_identity_without_a_readable_image_names_both(run, tmp_path):
+    for image in (tmp_path / "data" / "bounding_box_train").glob("0003_*"):
+        image.write_bytes(b"")
+    with pytest.raises(DataError, match=r"identity 3 .*0003_c"):
+        run()
+
+
+def test_junk_is_not_read_and_a_query_of_nobody_does_not_count(run, tmp_path):
+    plain = run(epochs=1)
+    shutil.rmtree(plain.folder)
+    query = tmp_path / "data" / "query"
+    (query.parent / "bounding_box_test" / "-1_c1s1_000000_00.jpg").touch()
+    for folder, camera in (("query", 1), ("bounding_box_test", 2)):
+        shutil.copy(next(query.glob("0101*")), query.parent / folder / f"0000_c{camera}s1_000000_00.jpg")
+    with pytest.warns(PmmWarning, match="query"):
+        assert run(epochs=1).before.rank1 * 12 in range(13)
+    (bad := next(query.glob("0102*"))).write_bytes(b"")
+    shutil.rmtree(plain.folder)
+    with pytest.raises(DataError, match=bad.name), pytest.warns(PmmWarning):
+        run()
 
 
 def test_images_of_nobody_are_skipped_with_a_warning(run, tmp_path):
