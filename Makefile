@@ -14,7 +14,7 @@ BENCHMARKS := train_step data_pipeline retrieval evaluation inference embed
 	$(INSTALL) -e '.[train,dev,docs]'
 	touch $@
 
-.PHONY: install quickstart test lint docs bench clean help
+.PHONY: install quickstart test lowest lint docs bench clean help
 install: .venv/.dev  ## install pmm-edge and its development tools into .venv
 
 quickstart: .venv/.train  ## train on the built-in data set, export to ONNX, verify the export
@@ -24,6 +24,9 @@ quickstart: .venv/.train  ## train on the built-in data set, export to ONNX, ver
 
 test: install  ## run the tests in two processes
 	$(BIN)/pytest -n 2 --dist loadfile
+
+lowest: install  ## test what an edge box needs with the lowest allowed versions of its packages
+	tests/lowest_versions.sh $(PYTHON)
 
 lint: install  ## check format, lint, import rules and types
 	$(BIN)/ruff format --check .

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import distributions
-from importlib.util import find_spec
 from pathlib import Path
 
-from pmm_edge.errors import OutputError, PmmError, did_you_mean, install
+from pmm_edge.errors import CHECKPOINT_MODULES, EXPORT_MODULES, OutputError, PmmError, absent, did_you_mean, install
 from pmm_edge.files import cache_folder, decode_json, encode_json, with_tilde
 from pmm_edge.machine import text_of
 
@@ -190,14 +189,7 @@ def shareable(text: str) -> str:
     return " ".join(re.sub(folders, "…/", with_tilde(text)).split())
 
 
-def absent(*modules: str) -> str:
-    """Say which modules are not installed, without importing them; empty if all are."""
-    missing = ", ".join(module for module in modules if find_spec(module) is None)
-    return missing and f"{missing} not installed"
-
-
 EMBED = ("bench", "embed", "eval", "visualize")
-CHECKPOINT_MODULES = ("torch", "torchvision", "safetensors")
 TRAIN_MODULES = ("torch", "torchvision", "tensorboard", "tomli_w")
 
 
@@ -205,7 +197,7 @@ def readiness(command: str, onnxruntime: Finding, tensorrt: Finding) -> Finding:
     """Whether a command can work, from the findings about the engines."""
     onnx = f"onnxruntime: {onnxruntime.detail}" if onnxruntime.status is Status.PROBLEM else ""
     trt = "" if tensorrt.status is Status.OK else tensorrt.detail
-    torch, export = absent(*CHECKPOINT_MODULES), absent(*CHECKPOINT_MODULES, "onnx", "onnxscript")
+    torch, export = absent(*CHECKPOINT_MODULES), absent(*EXPORT_MODULES)
     base, train = install(), install("train")
     needs = [  # commands, why they cannot work, what to do
         (COMMANDS, absent("numpy", "PIL"), base),
@@ -216,7 +208,7 @@ def readiness(command: str, onnxruntime: Finding, tensorrt: Finding) -> Finding:
         (EMBED, onnx and torch and trt and "no engine that runs models", train),
     ]
     limits = [  # commands, what of them does not work, what to do
-        (["export"], export and f"only bundles of an exported .onnx file ({export})", train),
+        (["export"], export and f"only --deepstream of a raw .onnx file or --triton of a uint8 one ({export})", train),
         (EMBED, onnx and f"no .onnx files ({onnx})", base),
         (EMBED, torch and f"no .pt and .safetensors files ({torch})", train),
         (EMBED, trt and f"no .engine files ({trt})", ""),  # nothing to install on a machine without a GPU

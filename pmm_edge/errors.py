@@ -2,6 +2,11 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
+
+CHECKPOINT_MODULES = ("torch", "torchvision", "safetensors")
+EXPORT_MODULES = (*CHECKPOINT_MODULES, "onnx", "onnxscript")
+"""What loading and exporting a checkpoint import."""
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
@@ -14,6 +19,12 @@ def install(extra: str = "") -> str:
     """The remedy for a missing package, `Run pip install '.[train]' in a checkout of pmm-edge`."""
     target = f"'.[{extra}]'" if extra else "."
     return f"Run pip install {target} in a checkout of pmm-edge"
+
+
+def absent(*modules: str) -> str:
+    """Say which modules are not installed, `torch, onnx not installed`, without importing them; empty if all are."""
+    missing = ", ".join(module for module in modules if find_spec(module) is None)
+    return missing and f"{missing} not installed"
 
 
 class PmmError(Exception):

@@ -27,6 +27,11 @@ def instruction_set(root: Path = Path("/")) -> str:
     return next((name for name in _INSTRUCTION_SETS if name in flags), platform.machine())
 
 
+def sums_in_float16(root: Path = Path("/")) -> bool:
+    """Whether the processor adds vectors of float16: Arm with FP16 instructions, on which ONNX Runtime uses them."""
+    return "asimdhp" in cpuinfo(root).get("Features", "").split()
+
+
 def usable_cores(root: Path = Path("/")) -> float:
     """Number of cores that this process may use, by its affinity and the quotas of its control groups (1 or 2)."""
     found = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 
-from pmm_edge import doctor
+from pmm_edge import doctor, errors
 from pmm_edge.doctor import COMMANDS, Finding, Status, isolated, readiness, shareable
 from pmm_edge.errors import install
 
@@ -60,6 +60,7 @@ def test_packages_that_do_not_fit(versions: dict[str, str], monkeypatch: pytest.
     assert doctor.check_packages().status is Status.PROBLEM
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -84,17 +85,20 @@ def test_libraries_that_break_when_loaded(
     assert ready["export"].status is Status.PROBLEM
 
 
+@pytest.mark.torch
 def test_commands_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = states(WORKING)
     assert ready["trt"] == Finding(Status.PROBLEM, "cannot work: TensorRT is not installed", NO_TENSORRT.remedy)
     assert all(ready[name].status is Status.OK for name in ("train", "export", "verify", "data", "synth"))
     assert states(WORKING, WORKING)["trt"].status is Status.OK
-    monkeypatch.setattr(doctor, "find_spec", lambda module: None if module in TRAIN else module)
+    monkeypatch.setattr(errors, "find_spec", lambda module: None if module in TRAIN else module)
     ready = states(WORKING)
     assert ready["train"].status is ready["visualize"].status is Status.PROBLEM
     assert ready["train"].remedy == install("train")
     for name in ("bench", "embed", "eval", "export"):
         assert ready[name].status is Status.LIMITED
+    for text in ("--deepstream", "raw", "--triton", "uint8"):  # not both of one file
+        assert text in ready["export"].detail
     assert states(Finding(Status.PROBLEM, "broken"))["embed"].status is Status.PROBLEM  # nothing runs models
 
 
@@ -105,6 +109,7 @@ def test_nothing_that_is_shown_names_a_folder() -> None:
     assert shareable("see https://example.com/a/b and ~/a/b") == "see https://example.com/a/b and ~/a/b"
 
 
+@pytest.mark.torch
 def test_the_command(pmm: Callable) -> None:
     ended = pmm("doctor", "train", "export", "bench", "embed")
     assert ended.exit_code == 0, ended.stderr

@@ -38,20 +38,24 @@ from pmm_edge.runtime.embedder import Embeddings
 DEFAULT_GATES = {
     "fp32": Gates(),
     "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999, max_stretch=1.01),
+    "fp16, float16 sums": Gates(min_cosine=0.99, max_map_drop=0.1, min_mean_cosine=0.999, max_stretch=1.01),
     "int8": Gates(min_cosine=0.95, max_map_drop=0.5, min_mean_cosine=0.99, max_stretch=1.1),
 }
 """By precision. Rounding to 8 bits moves single embeddings, so INT8 is judged by the mean cosine and mAP."""
 
 
-def gates_for(precision: str, overrides: Mapping[str, float | None]) -> Gates:
-    """Return the gates of a model; None keeps the default. Raises PmmError for impossible values."""
+def gates_for(precision: str, overrides: Mapping[str, float | None], float16_sums: bool = False) -> Gates:
+    """Return the gates of a model; None keeps the default, which depends on its precision and `Embedder.float16_sums`.
+
+    Raises PmmError for impossible values.
+    """
     ranges = {"min_cosine": (-1, 1), "min_mean_cosine": (-1, 1), "max_map_drop": (0, 100), "max_stretch": (1, 1e6)}
     chosen = {name: value for name, value in overrides.items() if value is not None}
     for name, value in chosen.items():
         low, high = ranges.get(name, (1, 0))
         if not low <= value <= high:
             raise PmmError(f"the gate {name} is {value:g}", f"The gates are {', '.join(ranges)}; see docs/parity.md")
-    return replace(DEFAULT_GATES[precision], **chosen)
+    return replace(DEFAULT_GATES[precision + ", float16 sums" * float16_sums], **chosen)
 
 
 @dataclass

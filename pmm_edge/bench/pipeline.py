@@ -237,7 +237,8 @@ def _load(path: Path, device: str | None, gates: Mapping[str, float | None]) -> 
     spec = embedder.spec
     size = path.stat().st_size, spec.precision, spec.embedding_size, spec.gflops, spec.parameters
     runs_on = embedder.backend, embedder.device
-    figures = ModelReport(str(path), sha256(path), *size, *runs_on, parity.gates_for(spec.precision, gates))
+    chosen = parity.gates_for(spec.precision, gates, embedder.float16_sums)
+    figures = ModelReport(str(path), sha256(path), *size, *runs_on, chosen, embedder.float16_sums)
     return Subject(embedder, figures)
 
 

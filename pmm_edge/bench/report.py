@@ -290,6 +290,8 @@ class ModelReport:
     backend: str
     device: str
     gates: Gates
+    float16_sums: bool = False
+    """Whether FP16 sums are rounded to float16 after each addition, not to float32; the gates are then wider."""
     invariants: list[Invariant] = field(default_factory=list)
     parity: Parity | None = None
     retrieval: RetrievalFigures | None = None

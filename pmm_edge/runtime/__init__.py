@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pmm_edge.errors import ModelError, install
+from pmm_edge.errors import CHECKPOINT_MODULES, ModelError, absent, install
 from pmm_edge.runs import resolve_checkpoint
 from pmm_edge.runtime.certificate import CertificateError, check_certificate
 from pmm_edge.runtime.embed_files import embed_files
@@ -39,13 +39,11 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
 
         embedder = TensorRTEmbedder(path, device)
     elif path.suffix in (".pt", ".pth", ".safetensors"):
-        try:
-            from pmm_edge.runtime.torch_backend import load_torch
-        except ModuleNotFoundError as error:
-            raise ModelError(
-                f"{path} requires {error.name}, which is not installed",
-                f"{install('train')}, or load the .onnx file that pmm export writes",
-            ) from error
+        if missing := absent(*CHECKPOINT_MODULES):
+            remedy = f"{install('train')}, or use the .onnx file that pmm export writes"
+            raise ModelError(f"{path} cannot be loaded: {missing}", remedy)
+        from pmm_edge.runtime.torch_backend import load_torch
+
         embedder = load_torch(path, device)
     else:
         raise ModelError(

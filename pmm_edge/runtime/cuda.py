@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pmm_edge.errors import PmmError
+from pmm_edge.errors import PmmError, install
 
 OUT_OF_MEMORY = "The GPU may be out of memory; check nvidia-smi or tegrastats"
 
@@ -152,5 +152,5 @@ def _import_runtime() -> Any:
             return import_module(name)
     raise NotOnThisMachineError(
         "cuda-python is not installed",
-        "pip install 'cuda-python>=12.6,<13' for CUDA 12 (JetPack 6), 'cuda-python>=13' for CUDA 13 (JetPack 7)",
+        f"{install('jetson6')} for CUDA 12 (JetPack 6), with [jetson7] for CUDA 13 (JetPack 7)",
     )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.images import Pixels, prepare_crops
+from pmm_edge.machine import sums_in_float16
 from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.spec import ModelSpec
 
@@ -31,6 +32,12 @@ class Embedder(ABC):
 
     def __init__(self, spec: ModelSpec, path: Path, backend: str, device: str) -> None:
         self.spec, self.path, self.backend, self.device = spec, path, backend, device
+
+    @property
+    def float16_sums(self) -> bool:
+        """Whether sums of products are rounded to float16 after each addition, not to float32 (docs/precision.md)."""
+        kernels = self.backend == "onnxruntime" and self.device == "cpu" and self.spec.precision == "fp16"
+        return kernels and sums_in_float16()
 
     @property
     def chunk(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 from pmm_edge.bench import resources
 from pmm_edge.bench.report import Clocks, Latency, WarningKind
 from pmm_edge.bench.resources import MachineState, environment, measure_energy, noise_warnings, open_gpu
-from pmm_edge.machine import instruction_set, usable_cores
+from pmm_edge.machine import instruction_set, sums_in_float16, usable_cores
 from pmm_edge.runtime import Embedder
 from pmm_edge.spec import InputSpec, ModelSpec
 
@@ -120,6 +120,9 @@ def test_the_instruction_set(tmp_path: Path) -> None:
         write(tmp_path, {"proc/cpuinfo": f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}"})
         assert instruction_set(tmp_path) == name
     assert environment([], QUIET, root=tmp_path).cpu == "AMD EPYC"
+    for features, in_float16 in (("fp asimd", False), ("fp asimd fphp asimdhp asimddp", True)):
+        write(tmp_path, {"proc/cpuinfo": f"processor\t: 0\nFeatures\t: {features}"})
+        assert sums_in_float16(tmp_path) == in_float16
 
 
 @pytest.mark.parametrize(

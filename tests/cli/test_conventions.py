@@ -103,6 +103,7 @@ def test_warnings_and_errors_are_one_line(pmm: Callable, monkeypatch: pytest.Mon
     assert ".[train]" in pmm("data", "x").error
 
 
+@pytest.mark.torch
 def test_every_public_name_can_be_used() -> None:
     for name in pmm_edge.__all__:
         assert callable(getattr(pmm_edge, name))

@@ -28,6 +28,7 @@ SMALL = ["--train-identities", 2, "--test-identities", 1, "--cameras", 2, "--ima
 TINY = ["--height", 96, "--width", 64, "--epochs", 1, "--batch", 8, "--erase-size", 8, "--device", "cpu"]
 
 
+@pytest.mark.torch
 def test_a_run(pmm: Callable, tiny_dataset: Path, tmp_path: Path) -> None:
     printed = pmm("train", tiny_dataset, "-o", tmp_path / "run", *TINY, "--json").json
     assert (printed["folder"], printed["finished"]) == (str(tmp_path / "run"), True)
@@ -57,6 +58,7 @@ def test_print_config_of_a_run_trains_nothing(pmm: Callable, run: Path) -> None:
     assert sorted(run.iterdir()) == before
 
 
+@pytest.mark.torch
 def test_images_that_cannot_be_used(pmm: Callable, tiny_dataset: Path, tmp_path: Path) -> None:
     data = shutil.copytree(tiny_dataset, tmp_path / "data")
     train = sorted((data / "bounding_box_train").iterdir())
@@ -69,6 +71,7 @@ def test_images_that_cannot_be_used(pmm: Callable, tiny_dataset: Path, tmp_path:
     assert not list(tmp_path.glob("run/*.pt"))
 
 
+@pytest.mark.torch
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(tiny_dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = map(str, [sys.executable, "-m", "pmm_edge", "train", tiny_dataset, "--out", folder, *TINY])

@@ -137,6 +137,15 @@ def test_exported_file_is_not_exported_again(tiny_onnx: Path, no_work: None) -> 
             export(tiny_onnx, **options)
 
 
+def test_a_file_is_of_one_form_and_bundles_need_two(tiny_onnx: Path, raw_onnx: Path, tmp_path: Path) -> None:
+    for model, refused, form in ((tiny_onnx, "--deepstream", "raw"), (raw_onnx, "--triton", "uint8")):
+        with pytest.raises(ModelError) as caught:
+            export(model, deepstream=tmp_path / "tracker", triton=tmp_path / "models")
+        assert f"{refused} needs {form}" in caught.value.problem
+        assert f"--input-form {form}" in caught.value.remedy
+    assert not [*tmp_path.iterdir()]
+
+
 def test_exported_file_needs_no_torch(raw_onnx: Path, tmp_path: Path) -> None:
     script = """
 import sys
@@ -145,15 +154,16 @@ for absent in ("torch", "torchvision", "onnx", "onnxscript", "safetensors"):
 import pmm_edge.export
 result = pmm_edge.export(sys.argv[1], deepstream=sys.argv[2])
 assert not result.failures, result.failures
-try:
-    pmm_edge.export(sys.argv[3])
-except pmm_edge.PmmError as error:
-    print(error)
+for use in (pmm_edge.export, pmm_edge.load):
+    try:
+        use(sys.argv[3])
+    except pmm_edge.PmmError as error:
+        print(error)
 """
     checkpoint = tmp_path / "best.pt"
     checkpoint.touch()
     command = [sys.executable, "-c", script, raw_onnx, tmp_path / "tracker", checkpoint]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ".[train]" in ended.stdout
+    assert ended.stdout.count("torch, torchvision, safetensors") == ended.stdout.count(".[train]") == 2
     assert (tmp_path / "tracker" / "reid.onnx").read_bytes() == raw_onnx.read_bytes()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from color_network import color_network
 from PIL import Image
 
 import pmm_edge
+from pmm_edge.bench import pipeline
+from pmm_edge.bench.parity import gates_for
 from pmm_edge.data.loader import Crops
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.images import evenly, prepare_crops, read_crop, read_crops, resize_crop
@@ -35,6 +38,17 @@ def test_back_ends_agree_on_crops_of_any_size(onnx: Embedder, torch: Embedder) -
     assert first.shape == (4, 1536)
     assert first.dtype == second.dtype == np.float32
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * second.max())
+
+
+def test_float16_sums_are_those_of_onnxruntime_on_arm(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pmm_edge.runtime.embedder.sums_in_float16", lambda: True)
+    embedder = pmm_edge.load(tiny_onnx, "cpu")
+    for precision, device, expected in (("fp16", "cpu", True), ("fp32", "cpu", False), ("fp16", "cuda:0", False)):
+        embedder.spec, embedder.device = replace(embedder.spec, precision=precision), device
+        assert embedder.float16_sums is expected
+        monkeypatch.setattr(pipeline, "load", lambda *_: embedder)
+        figures = pipeline._load(tiny_onnx, None, {}).figures
+        assert (figures.float16_sums, figures.gates) == (expected, gates_for(precision, {}, expected))
 
 
 def test_lists_arrays_and_views_give_the_same(color: Embedder) -> None:
