@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from pmm_edge import __version__, render
-from pmm_edge.console import INTERRUPTED, err, note, print_json, print_plain, print_table, progress
+from pmm_edge.console import INTERRUPTED, note, print_json, print_plain, print_table, progress, protect_streams
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
 from pmm_edge.machine import in_torchrun
@@ -260,7 +260,7 @@ def bench(
     with progress() as report:
         result = run(**arguments, gates=gates, report=report)
     if as_json:
-        print_plain(result.report.to_json())
+        print_json({"passed": result.report.passed, **vars(result.report)})
     render.show_bench(result, tables=not as_json)
     if not result.report.complete:
         note(f"[yellow]interrupted[/]: the results so far are in {escape(str(result.files[0]))}")
@@ -480,6 +480,7 @@ FOREIGN_FLAGS = {
 
 def main() -> None:
     """Run `pmm`. A user's error is one line on standard error; `--debug` anywhere shows its traceback."""
+    protect_streams()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         with warnings.catch_warnings():
@@ -491,7 +492,7 @@ def main() -> None:
         if not text or len(arguments) < len(sys.argv) - 1:
             raise
         if _reports_first(text):
-            err().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+            note(f"[bold red]error:[/] {escape(text)}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

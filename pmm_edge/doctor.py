@@ -14,8 +14,9 @@ from enum import Enum
 from importlib.metadata import distributions
 from pathlib import Path
 
+from pmm_edge.console import print_json, print_plain
 from pmm_edge.errors import CHECKPOINT_MODULES, EXPORT_MODULES, OutputError, PmmError, absent, did_you_mean, install
-from pmm_edge.files import cache_folder, decode_json, encode_json, with_tilde
+from pmm_edge.files import cache_folder, decode_json, with_tilde
 from pmm_edge.machine import text_of
 
 COMMANDS = ("train", "export", "trt", "bench", "embed", "eval", "visualize", "verify", "data", "synth")
@@ -180,7 +181,8 @@ def main(name: str) -> None:
         found = CHECKS[name]()
     except Exception as error:  # a broken library may raise anything
         found = Finding(Status.PROBLEM, f"{type(error).__name__}: {error}")
-    sys.stdout.write("\n" + encode_json(found, indent=0) + "\n")
+    print_plain("\n")
+    print_json(found, indent=0)
 
 
 def shareable(text: str) -> str:

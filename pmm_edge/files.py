@@ -3,6 +3,7 @@
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -24,6 +25,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # Python's characters for the bytes of a path that is not UTF-8
 _AGAIN = "Create the file again with this version of pmm-edge"
 
 
@@ -36,14 +38,29 @@ def decode_json(
     Raises a PmmError of the type `error`, with the path of the wrong entry and `remedy`.
     """
     try:
-        return msgspec.json.decode(text, type=kind)
+        try:
+            return msgspec.json.decode(text, type=kind)
+        except msgspec.DecodeError as reason:
+            if isinstance(reason, msgspec.ValidationError):
+                raise
+            # msgspec refuses what `encode_json` writes for paths that are not UTF-8. A NaN becomes a wrong type.
+            return msgspec.convert(json.loads(text, parse_constant=str), type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as reason:
         raise error(f"{source} is not valid: {reason}", remedy) from reason
 
 
 def encode_json(value: object, indent: int = 2) -> str:
-    """Encode dataclasses, paths and built-in types as JSON; with `indent` 0, one line with sorted keys. NaN is null."""
-    text = msgspec.json.encode(value, enc_hook=os.fspath, order=None if indent else "sorted")
+    r"""Encode dataclasses, paths and built-in types as JSON; with `indent` 0, one line with sorted keys. NaN is null.
+
+    In paths that are not UTF-8, the byte 0xE9 becomes `\udce9`, which Python's `json` decodes to the same path.
+    """
+    order: Literal["sorted"] | None = None if indent else "sorted"
+    try:
+        text = msgspec.json.encode(value, enc_hook=os.fspath, order=order)
+    except UnicodeEncodeError:
+        plain = msgspec.to_builtins(value, enc_hook=os.fspath, order=order, str_keys=True)
+        without_nan = json.loads(json.dumps(plain), parse_constant=lambda _: None)
+        return json.dumps(without_nan, indent=2) + "\n" if indent else json.dumps(without_nan, separators=(",", ":"))
     return msgspec.json.format(text, indent=indent).decode() + "\n" if indent else text.decode()
 
 
@@ -113,8 +130,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path in the same folder, and rename it to `path` at the end.
 
     A process killed at any moment leaves the old file or the new one, never a part. Every OSError in the block is
-    reported as an OutputError of `path`, so the block should only write and check the file.
+    reported as an OutputError of `path`, so the block should only write and check the file. Behind a symbolic link, the
+    file that it points to is written.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
         with _temporary(path) as temporary:
             yield temporary
@@ -138,6 +157,19 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
             temporary.replace(path)  # also an empty folder
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+@contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """Yield a path for libraries that accept only UTF-8: `path` itself, or one through a temporary link."""
+    if not NOT_UTF8.search(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = NOT_UTF8.search(path.name)
+        link = Path(folder, f"file{path.suffix}" if whole else "folder")
+        link.symlink_to((path if whole else path.parent).absolute())
+        yield link if whole else link / path.name
 
 
 @contextmanager

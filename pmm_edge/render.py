@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from pmm_edge.console import note, out, percent, print_line, print_table
+from pmm_edge.console import note, out, percent, print_line, print_table, printable
 from pmm_edge.runs import run_of
 from pmm_edge.spec import describe_precision
 
@@ -130,14 +130,14 @@ def show_verification(found: Sequence[Verification]) -> None:
             report = report_of(certificate)
             assert report.parity and report.retrieval and report.retrieval_change
             change = 100 * report.retrieval_change.mAP.difference
-            text = (
+            for line in (
                 f"{item.model.name}: {certificate.spec.precision}, certified {certificate.created[:10]} against"
-                f" {certificate.reference} on {certificate.images:,} images of {certificate.data}\n"
+                f" {certificate.reference} on {certificate.images:,} images of {certificate.data}",
                 f"  cosine {report.parity.whole.cosine_min:.6f} (minimum {report.gates.min_cosine:g}), mAP"
-                f" {percent(report.retrieval.mAP)} {change:+.2f} (maximum drop {report.gates.max_map_drop:g} points)\n"
-                f"  digest {certificate.digest}"
-            )
-            print_line(escape(text))
+                f" {percent(report.retrieval.mAP)} {change:+.2f} (maximum drop {report.gates.max_map_drop:g} points)",
+                f"  digest {certificate.digest}",
+            ):
+                print_line(escape(line))
 
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
@@ -226,6 +226,6 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
     table = Table(show_header=False, box=None)
     for name, found in (*diagnosis["checks"].items(), *diagnosis["commands"].items()):
         color = colors[found.status.value]
-        remedy = f"\n[dim]{escape(found.remedy)}[/]" if found.remedy else ""
-        table.add_row(f"[{color}]{found.status.value}[/]", name, f"{escape(found.detail)}{remedy}")
+        remedy = f"\n[dim]{escape(printable(found.remedy))}[/]" if found.remedy else ""
+        table.add_row(f"[{color}]{found.status.value}[/]", name, f"{escape(printable(found.detail))}{remedy}")
     out().print(table)

@@ -119,7 +119,8 @@ def find_checkpoint(model: Path, digest: str | None) -> Path | None:
 
 def run_of(file: Path) -> Path | None:
     """The run folder that a checkpoint or an export lies in, or None."""
-    return next((folder for folder in file.resolve().parents[:2] if about_run(folder)), None)
+    places = (*file.absolute().parents[:2], *file.resolve().parents[:2])  # as given, or where a link leads
+    return next((folder for folder in places if about_run(folder)), None)
 
 
 def data_of(model: Path, data: Path | None = None, layout: str | None = None) -> tuple[Path, str | None]:

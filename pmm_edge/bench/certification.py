@@ -11,7 +11,7 @@ import msgspec
 from pmm_edge import __version__
 from pmm_edge.bench.report import BenchReport, FailureKind, ModelReport
 from pmm_edge.bench.tables import describe_warning
-from pmm_edge.console import Report, silent
+from pmm_edge.console import Report, printable, silent
 from pmm_edge.data.dataset import data_sha256, read
 from pmm_edge.errors import ModelError, OutputError, PmmError
 from pmm_edge.files import decode_json, encode_json, sha256
@@ -105,7 +105,7 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
 
 
 def _name(path: str) -> str:
-    return Path(path).resolve().name.encode("utf-8", "replace").decode()
+    return printable(Path(path).resolve().name)
 
 
 def _anonymous(value: Any) -> Any:

@@ -6,8 +6,8 @@ from pathlib import Path
 from numpy.typing import ArrayLike
 
 from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
-from pmm_edge.console import Report, about, percent, silent
-from pmm_edge.data.dataset import ReidDataset, scan
+from pmm_edge.console import Report, about, percent, printable, silent
+from pmm_edge.data.dataset import ReidDataset, scan, warn_ignored
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import Embedder, load
@@ -43,6 +43,7 @@ def evaluate_model(
     or ModelError if the data set or the model cannot be used, OutputError if a file cannot be written.
     """
     dataset, embedder = scan(data, layout), load(model, device)
+    warn_ignored(data, dataset.ignored)
     if cmc:
         check_cmc_plot(cmc)
     if features:
@@ -68,5 +69,5 @@ def evaluate_model(
             f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
             for name, one in results.items()
         }
-        save_cmc_plot(cmc, f"{dataset.name} · {model.name}", curves)
+        save_cmc_plot(cmc, printable(f"{dataset.name} · {model.name}"), curves)
     return Evaluation(embedder, dataset, results)

@@ -8,6 +8,7 @@ import jinja2
 from pmm_edge.bench import tables
 from pmm_edge.bench.charts import COLORS, DARK_COLORS, charts
 from pmm_edge.bench.report import BenchReport, ModelReport
+from pmm_edge.console import printable
 from pmm_edge.errors import install
 from pmm_edge.files import with_tilde, written_whole
 
@@ -19,7 +20,7 @@ def write_html(report: BenchReport, path: Path) -> None:
     """Write the report as one HTML file; raises OutputError."""
     text = render(report)
     with written_whole(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "replace"))  # paths that are not UTF-8 get question marks
+        temporary.write_text(printable(text, keep="\n"), encoding="utf-8")
 
 
 def render(report: BenchReport) -> str:

@@ -26,7 +26,7 @@ from pmm_edge.bench.report import (
 from pmm_edge.bench.resources import environment, machine_state, measure_energy, noise_warnings
 from pmm_edge.bench.tables import markdown
 from pmm_edge.bench.timing import measure_cold_start, measure_latency
-from pmm_edge.console import Report, silent
+from pmm_edge.console import Report, printable, silent
 from pmm_edge.data.checks import unreadable
 from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match
 from pmm_edge.errors import DataError, ModelError, PmmError
@@ -146,7 +146,7 @@ def bench(
     summary, page = out.with_suffix(".md"), out.with_name("report.html")
     page = page if out.name == "bench.json" else out.with_suffix(".html")
     with written_whole(summary) as temporary:
-        temporary.write_bytes(markdown(found).encode("utf-8", "replace"))  # file names may not be valid UTF-8
+        temporary.write_text(printable(markdown(found), keep="\n"), encoding="utf-8")
     write_html(found, page)
     return BenchResult(found, [out, summary, page], write_certificates(found))
 

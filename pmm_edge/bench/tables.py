@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pmm_edge.bench import report as bench
 from pmm_edge.bench.report import FailureKind, InvariantName, WarningKind
+from pmm_edge.console import printable
 from pmm_edge.errors import install
 from pmm_edge.files import with_tilde
 from pmm_edge.spec import FLOAT16_MAX
@@ -146,7 +147,7 @@ def named(report: bench.BenchReport) -> list[tuple[str, bench.ModelReport]]:
     shared = Counter(Path(model.path).name for model in models)
     found = [Path(model.path).name if shared[Path(model.path).name] == 1 else model.path for model in models]
     unique = [name if found.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(found)]
-    return list(zip(unique, models, strict=True))
+    return list(zip(map(printable, unique), models, strict=True))
 
 
 # Tables of at most 80 columns

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import KNOWN_SETS, ReidDataset, SplitSize, problems, queries_with_match
+from pmm_edge.data.dataset import KNOWN_SETS, ReidDataset, SplitSize, describe_ignored, problems, queries_with_match
 from pmm_edge.images import BadImage, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
@@ -33,6 +33,7 @@ class DatasetWarningKind(str, Enum):
     UNCOUNTED_QUERIES = "uncounted-queries"  # so have queries
     TRAIN_TEST_OVERLAP = "train-test-overlap"  # identities are in the training set and in query or gallery
     UNMATCHED_QUERIES = "unmatched-queries"  # queries have no right answer in the gallery
+    IGNORED_FILES = "ignored-files"  # images in other formats, pipes and other special files
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def analyze(dataset: ReidDataset) -> Analysis:
     known, counts = KNOWN_SETS.get(dataset.layout), {}
     for name, split in dataset.splits.items():
         junk, distractors = (int((split.pids == pid).sum()) for pid in (JUNK_PID, DISTRACTOR_PID))
-        size = SplitSize(split.identities, len(split) - junk)
+        size = split.size
         counts[name] = SplitCounts(size.identities, size.images, len(np.unique(split.camids)), distractors, junk)
         if known and size != (expected := known[name]):
             published = f"{expected.images:,} of {expected.identities:,}"
@@ -85,6 +86,9 @@ def analyze(dataset: ReidDataset) -> Analysis:
         share = f"{len(unmatched):,} of {len(dataset.query):,} queries"
         text = f"{share} have no match from another camera and do not count in an evaluation; pids: {_listed(pids)}"
         found.append(DatasetWarning(DatasetWarningKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched)))
+    if dataset.ignored:
+        text, images = describe_ignored(dataset.ignored), sum(dataset.ignored.values())
+        found.append(DatasetWarning(DatasetWarningKind.IGNORED_FILES, text, images=images))
     return Analysis(counts, known, found)
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import stat
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.console import Report, silent
-from pmm_edge.errors import DataError, did_you_mean
+from pmm_edge.console import Report, printable, silent
+from pmm_edge.errors import DataError, PmmWarning, did_you_mean
 from pmm_edge.files import sha256
 from pmm_edge.images import IMAGE_SUFFIXES, BadImage
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
@@ -62,6 +64,8 @@ _MARKET_NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})(?!\d)", re.ASCII)
 _MSMT17_LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")
 _MSMT17_LINE = re.compile(r"((?:[^/]*/)*\d+_\d+_(\d{1,9})_[^/]*)\s+(\d{1,9})\s*", re.ASCII)
 
+_OTHER_FORMATS = re.compile(r"\.(avif|cr2|dng|gif|hei[cf]|j2k|jfif|jp2|jpe|jxl|nef|p[bgnp]m|tga|tiff?)")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -89,17 +93,23 @@ class Split:
         """Number of people, without junk and distractors."""
         return int((np.unique(self.pids) > DISTRACTOR_PID).sum())
 
+    @property
+    def size(self) -> SplitSize:
+        """The size as papers count it."""
+        return SplitSize(self.identities, int((self.pids != JUNK_PID).sum()))
+
 
 @dataclass(frozen=True)
 class ReidDataset:
     """Training images, and query and gallery images of other identities for evaluation."""
 
-    name: str  # the layout if the data set is a known one, otherwise the name of its folder
+    name: str  # the layout if it is a known data set of the published size, otherwise the name of its folder, escaped
     root: Path
     train: Split
     query: Split
     gallery: Split
     layout: str = ANY_MARKET
+    ignored: Mapping[str, int] = field(default_factory=dict)  # see `find_files`
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -118,14 +128,14 @@ class ReidDataset:
         for split in self.splits.values():
             for path, pid, camid in zip(split.paths, split.pids, split.camids, strict=True):
                 size = path.stat().st_size if split is self.train and path.exists() else ""
-                digest.update(f"{path.name} {pid} {camid} {size}\n".encode())
+                digest.update(os.fsencode(f"{path.name} {pid} {camid} {size}\n"))
         return digest.hexdigest()
 
 
 def scan(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set and require that it can be trained and evaluated on. No image is opened.
 
-    `layout`, one of `LAYOUTS`, is recognized automatically if None; it selects one of the two kinds of CUHK03-NP.
+    `layout`, one of `LAYOUTS`, is recognized if None, and otherwise used; it selects one of the kinds of CUHK03-NP.
     Raises DataError if `root` is not a data set, has another layout or is incomplete, if a file name has no labels, or
     if `problems` finds something.
     """
@@ -147,24 +157,26 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
     kinds = _cuhk03_kinds(root)
     if layout in kinds:
         root = kinds[layout]
-    elif len(kinds) > 1:
+    elif layout is None and len(kinds) > 1:
         problem = f"{root} contains CUHK03-NP with detected and with labeled boxes"
         raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
+    ignored = Counter[str]()
     try:
-        if _is_msmt17(root):
-            found, (train, query, gallery) = _read_msmt17(root)
-        elif _is_market(root):
-            found, (train, query, gallery) = _read_market(root, layout)
+        if (_is_market(root) and layout not in _MSMT17_SETS) or layout in (*_MARKET_SETS, ANY_MARKET):
+            found, splits = _read_market(root, layout, ignored)
+        elif _is_msmt17(root) or layout:
+            found, splits = _read_msmt17(root, layout)
         else:
             nearby = [str(child) for child in (*sorted(root.iterdir()), root.resolve().parent) if is_dataset(child)]
             hint = f"Did you mean {' or '.join(nearby[:3])}?" if nearby else _how_to_arrange(root)
             raise DataError(f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}", hint)
     except OSError as error:
-        remedy = "Check its permissions; docs/datasets.md shows which files a data set needs"
+        remedy = "Check permissions and --layout; docs/datasets.md shows which files a data set needs"
         raise DataError(f"cannot read {error.filename or root}: {error.strerror}", remedy) from error
-    if layout not in (None, found):
-        raise DataError(f"{root} has the layout {found}, not {layout}", "Pass another folder or --layout")
-    return ReidDataset(root.name if found == ANY_MARKET else found, root, train, query, gallery, found)
+    published = KNOWN_SETS.get(found, {}).values()
+    name = found if [split.size for split in splits] == [*published] else printable(root.name)
+    train, query, gallery = splits
+    return ReidDataset(name, root, train, query, gallery, found, ignored)
 
 
 def is_dataset(root: Path) -> bool:
@@ -177,8 +189,9 @@ def _is_market(root: Path) -> bool:
 
 
 def _is_msmt17(root: Path) -> bool:
-    named = root.name.lower().startswith("msmt17") and (root / "train").is_dir()
-    return named or any((root / name).exists() for name in (*_MSMT17_LISTS, "mask_train_v2"))
+    # A single list may have strayed into any folder.
+    listed = sum((root / name).exists() for name in _MSMT17_LISTS) > 1 or root.name.lower().startswith("msmt17")
+    return (listed and (root / "train").is_dir()) or (root / "mask_train_v2").is_dir()
 
 
 def _cuhk03_kinds(root: Path) -> dict[str | None, Path]:
@@ -186,41 +199,90 @@ def _cuhk03_kinds(root: Path) -> dict[str | None, Path]:
     return {f"cuhk03-np-{kind}": root / kind for kind in ("detected", "labeled") if _is_market(root / kind)}
 
 
-def _read_market(root: Path, layout: str | None) -> tuple[str, list[Split]]:
-    splits = [_read_market_folder(root / name) for name in (TRAIN, QUERY, GALLERY)]
+def find_files(folder: Path, deep: bool, ignored: Counter[str], above: tuple[str, ...] = ()) -> list[Path]:
+    """The image files of a folder, sorted, without hidden ones; with `deep`, also of the folders in it.
+
+    Symbolic links are followed. `ignored` counts images of other formats by suffix, pipes and other special files, and
+    unreadable folders. `above` are the real paths of the folders that this one is in, to end loops of links.
+    """
+    found, here = [], os.path.realpath(folder)
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        if not above:
+            raise
+        ignored["unreadable folder"] += 1
+        return []
+    for entry in entries:
+        path, suffix = Path(entry.path), Path(entry.name).suffix.lower()
+        if entry.name.startswith("."):  # macOS leaves ._NAME.jpg
+            continue
+        try:
+            mode = entry.stat().st_mode
+        except OSError:
+            mode = stat.S_IFREG  # a broken link is an unreadable image
+        if stat.S_ISDIR(mode):
+            if deep and os.path.realpath(path) not in (*above, here):
+                found += find_files(path, deep, ignored, (*above, here))
+        elif not stat.S_ISREG(mode):
+            ignored["pipe, device or socket"] += 1
+        elif suffix in IMAGE_SUFFIXES:
+            found.append(path)
+        elif _OTHER_FORMATS.fullmatch(suffix):
+            ignored[suffix] += 1
+    return found if above else sorted(found)
+
+
+def describe_ignored(ignored: Mapping[str, int]) -> str:
+    """What `find_files` ignored; empty if nothing."""
+    counts = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(ignored.items()))
+    return counts and f"skipped: {counts}; only {', '.join(sorted(IMAGE_SUFFIXES))} files are read"
+
+
+def warn_ignored(source: Path, ignored: Mapping[str, int]) -> None:
+    """Issue a PmmWarning if `find_files` ignored anything."""
+    if ignored:
+        warnings.warn(f"{source}: {describe_ignored(ignored)}", PmmWarning, stacklevel=3)
+
+
+def no_images(source: Path, ignored: Mapping[str, int], remedy: str = "") -> DataError:
+    """The error for a folder or list without images."""
+    problem = f"{source} contains no images" + (f" ({describe_ignored(ignored)})" if ignored else "")
+    return DataError(problem, remedy or f"Name a folder or list of {', '.join(sorted(IMAGE_SUFFIXES))} files")
+
+
+def _read_market(root: Path, layout: str | None, ignored: Counter[str]) -> tuple[str, list[Split]]:
+    splits = [_read_market_folder(root / name, ignored) for name in (TRAIN, QUERY, GALLERY)]
     if layout in (*_MARKET_SETS, ANY_MARKET):
         return layout, splits
     # File names alone do not tell: other data sets, including the synthetic one, copy those of Market-1501.
     train, folder = splits[0], re.sub(r"[^a-z0-9]", "", root.name.lower())
-    size = SplitSize(train.identities, len(train))
     for known, (folder_name, file_name, _) in _MARKET_SETS.items():
         if all(re.match(file_name, path.name) for path in train.paths) and (
-            re.match(folder_name, folder) or size == KNOWN_SETS[known]["train"]
+            re.match(folder_name, folder) or train.size == KNOWN_SETS[known]["train"]
         ):
             return known, splits
     return ANY_MARKET, splits
 
 
-def _read_market_folder(folder: Path) -> Split:
-    images = []
-    for path in folder.iterdir():
-        # Market-1501 contains Thumbs.db files, and macOS leaves ._NAME.jpg.
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
+def _read_market_folder(folder: Path, ignored: Counter[str]) -> Split:
+    images, skipped = [], Counter[str]()
+    for path in find_files(folder, deep=False, ignored=skipped):
         match = _MARKET_NAME.match(path.name)
         if match is None:
             remedy = "Rename it to IDENTITY_cCAMERA..., such as 0002_c1s1_000451_03.jpg, or remove it"
             raise DataError(f"the name of {path} has no identity and camera", remedy)
         images.append((path, int(match[1]), int(match[2])))
-    return _split(images, folder)
+    ignored.update(skipped)
+    return _split(images, folder, skipped)
 
 
-def _read_msmt17(root: Path) -> tuple[str, list[Split]]:
+def _read_msmt17(root: Path, layout: str | None) -> tuple[str, list[Split]]:
     """Read the four lists. Identities there start at 0, a distractor elsewhere, for training and again for testing.
 
     Therefore training identities are shifted by one, and test identities follow the last training identity.
     """
-    version = "msmt17-v2" if (root / "mask_train_v2").is_dir() else "msmt17-v1"
+    version = layout or ("msmt17-v2" if (root / "mask_train_v2").is_dir() else "msmt17-v1")
     train_folder, test_folder = (root / name for name in _MSMT17_SETS[version][:2])
     train = [image for name in _MSMT17_LISTS[:2] for image in _read_msmt17_list(root / name, train_folder, 1)]
     splits = [_split(train, root / _MSMT17_LISTS[0])]
@@ -232,7 +294,7 @@ def _read_msmt17(root: Path) -> tuple[str, list[Split]]:
 
 def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Path, int, int]]:
     images = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
         match = _MSMT17_LINE.fullmatch(line)
         # A downloaded name, joined to a folder, must stay inside of it on any operating system.
         if match is None or not {"..", ".", ""}.isdisjoint(match[1].split("/")) or set(match[1]) & set("\\:\0"):
@@ -256,11 +318,10 @@ def _how_to_arrange(folder: Path) -> str:
     return f"Folders per person are not read: put the images into {names}, named PERSON_cCAMERA_IMAGE, as 0002_c1_07"
 
 
-def _split(images: Sequence[tuple[Path, int, int]], source: Path) -> Split:
+def _split(images: Sequence[tuple[Path, int, int]], source: Path, ignored: Mapping[str, int] | None = None) -> Split:
     """The split of (path, identity, camera) of each image, read from `source`."""
     if not images:
-        again = "Download or unpack the data set again"
-        raise DataError(f"{source} contains no images", _how_to_arrange(source) if source.is_dir() else again)
+        raise no_images(source, ignored or {}, _how_to_arrange(source) if source.is_dir() else "")
     paths, pids, camids = zip(*sorted(images), strict=True)
     return Split(list(paths), np.array(pids, np.int64), np.array(camids, np.int64))
 
@@ -297,6 +358,6 @@ def data_sha256(paths: Sequence[Path], root: Path, report: Report = silent) -> s
             line = f"{Path(os.path.relpath(path, root)).as_posix()}\0{sha256(path)}\n"
         except OSError as error:
             raise DataError(f"cannot hash {path} ({error})", "Check the data set with pmm data --decode") from error
-        digest.update(line.encode("utf-8", "surrogateescape"))
+        digest.update(os.fsencode(line))
         report("hashing the data", number, len(paths))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import CheckFailedError, ModelError, OutputError
-from pmm_edge.files import cache_folder, sha256, written_whole
+from pmm_edge.files import cache_folder, sha256, utf8_path, written_whole
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
 from pmm_edge.runtime.manifest import BuildSettings, EngineManifest, PrecisionCount, manifest_path, relative_onnx
@@ -121,7 +121,9 @@ def compile_network(
     # TensorRT 11 has only strongly typed networks and ignores the flag; TensorRT 10 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx_path)):
+    with utf8_path(onnx_path) as readable:
+        parsed = parser.parse_from_file(str(readable))
+    if not parsed:
         problems = []
         for problem in (parser.get_error(index) for index in range(parser.num_errors)):
             node = f"{problem.node_operator()} {problem.node_name()}".strip()

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from pmm_edge.console import printable
+
 MARGIN, GAP, WIDE_GAP = 20, 10, 30
 RIGHT, WRONG, INK, FAINT = "#0a7d33", "#c8102e", "#1a1a1a", "#5c5c5c"
 TITLE, HEAD, CAPTION = 20, 15, 12
@@ -51,7 +53,8 @@ def grid(
     lefts = [MARGIN + sum(widths[:column]) + sum(gaps[1 : column + 1]) for column in columns]
     width = max(lefts[-1] + widths[-1] + MARGIN, MIN_WIDTH)
     titles, under = (
-        textwrap.wrap(text, _characters(size, width - 2 * MARGIN)) for text, size in ((title, TITLE), (note, CAPTION))
+        textwrap.wrap(printable(text), _characters(size, width - 2 * MARGIN))
+        for text, size in ((title, TITLE), (note, CAPTION))
     )
     head_lines = max((head.count("\n") + 1 for head in heads), default=0)
     tops = [MARGIN + len(titles) * _line(TITLE) + head_lines * _line(HEAD) + GAP]
@@ -108,5 +111,5 @@ def _characters(size: int, room: int) -> int:
 
 def _fit(text: str, size: int, room: int) -> list[str]:
     most = _characters(size, room)
-    lines = ["".join(char if char.isprintable() else "?" for char in line) for line in text.split("\n")]
+    lines = [printable(line) for line in text.split("\n")]
     return [x if len(x) <= most else f"{x[: most // 2]}…{x[len(x) - (most - 1) // 2 :]}" for x in lines]

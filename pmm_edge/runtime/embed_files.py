@@ -1,7 +1,8 @@
 """Embed image files: find them, decode them on threads, embed them in a fixed order, save or evaluate the result."""
 
+import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, is_dataset, read
+from pmm_edge.data.dataset import ReidDataset, find_files, is_dataset, no_images, read, warn_ignored
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
-from pmm_edge.files import check_output, written_whole
+from pmm_edge.files import NOT_UTF8, check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, RetrievalResult, evaluate
@@ -38,13 +39,13 @@ class ImageList:
 def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
     """Find the images to embed, without opening them.
 
-    `source` is an image; a folder, searched recursively without hidden files; a data set (`layout`, if it is not
+    `source` is an image; a folder, searched by `find_files`; a data set (`layout`, if it is not
     recognized); a text file with one path per line, relative to its folder; or a sequence of paths. Raises DataError if
     it does not exist, cannot be read, or contains no images.
     """
     if not isinstance(source, str | Path):
         return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
-    source = Path(source)
+    source, ignored = Path(source), Counter[str]()
     if layout or (source.is_dir() and is_dataset(source)):
         dataset = read(source, layout)
         splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
@@ -52,23 +53,29 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         labels = {name: np.concatenate([getattr(one, name) for one in splits.values()]) for name in ("pids", "camids")}
         labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
         names = [path.relative_to(dataset.root).as_posix() for path in paths]
-        images = ImageList(dataset.layout, paths, names, labels, dataset)
+        images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
     elif source.is_dir():
-        files = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        shown = sorted(file for file in files if not any(part.startswith(".") for part in file.parts))
-        images = ImageList("folder", [source / file for file in shown], [file.as_posix() for file in shown])
+        try:
+            paths = find_files(source, deep=True, ignored=ignored)
+        except OSError as error:
+            raise DataError(f"cannot read {source}: {error.strerror}", "Check its permissions") from error
+        images = ImageList("folder", paths, [path.relative_to(source).as_posix() for path in paths])
     elif source.suffix.lower() in IMAGE_SUFFIXES and source.is_file():
         images = ImageList("image", [source], [source.name])
     else:
         try:
-            names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            # Reading a pipe would block. Names that are not UTF-8 must exist, or this is not a text file.
+            text = source.read_text("utf-8-sig", "surrogateescape") if source.is_file() else "\0"
+        except OSError:
+            text = "\0"
+        names = [line.strip() for line in text.split("\n") if line.strip()]
+        if "\0" in text or not all(os.path.lexists(source.parent / name) for name in names if NOT_UTF8.search(name)):
             problem = "is not a text file with one path per line" if source.exists() else "does not exist"
-            raise DataError(f"{source} {problem}", "Name an image, a folder, a data set or a list of paths") from error
+            raise DataError(f"{source} {problem}", "Name an image, a folder, a data set or a list of paths")
         images = ImageList("list", [source.parent / name for name in names], names)
     if not images.paths:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{source} contains no images", f"Name a folder with {kinds} files, or a list of their paths")
+        raise no_images(source, ignored)
+    warn_ignored(source, ignored)
     return images
 
 
@@ -86,10 +93,11 @@ class EmbeddedFiles:
     seconds: float  # from the first file to the last embedding
 
     def save(self, path: Path) -> None:
-        """Write the embeddings atomically.
+        r"""Write the embeddings atomically.
 
         `.npz`: arrays `embeddings`, `paths` (text), `spec` (JSON text), and the labels of a data set: `pids`, `camids`
-        and `split`. `.parquet`: the same columns, `spec` in the schema metadata under `pmm_edge.spec`.
+        and `split`. `.parquet`: the same columns, `spec` in the schema metadata under `pmm_edge.spec`;
+        bytes of paths that are not UTF-8 are escaped there, as in JSON (`\udce9`).
         """
         columns: dict[str, ArrayLike] = {"paths": self.images.names, "embeddings": self.embeddings}
         columns |= self.images.labels or {}
@@ -99,9 +107,10 @@ class EmbeddedFiles:
         import pyarrow as pa
         import pyarrow.parquet
 
+        columns["paths"] = [name.encode("utf-8", "backslashreplace").decode() for name in self.images.names]
         table = pa.table(columns | {"embeddings": list(self.embeddings)}, metadata={METADATA_KEY: self.spec.to_json()})
-        with written_whole(path) as temporary:
-            pyarrow.parquet.write_table(table, temporary)
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            pyarrow.parquet.write_table(table, file)
 
 
 def save_npz(path: Path, arrays: Mapping[str, ArrayLike]) -> None:

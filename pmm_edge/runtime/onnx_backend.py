@@ -14,6 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError, PmmWarning
+from pmm_edge.files import utf8_path
 from pmm_edge.images import Pixels, network_input
 from pmm_edge.machine import threads
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
@@ -125,7 +126,9 @@ def _session(path: Path, model: Path | bytes, providers: list[Any]) -> onnxrunti
     onnxruntime.set_default_logger_severity(_FATAL)  # its log repeats the exception
     try:
         # Without enable_fallback=0, ONNX Runtime prints the failure of a provider and continues with the next one.
-        return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        with utf8_path(path) as readable:
+            model = model if isinstance(model, bytes) else readable
+            return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # its exceptions have no common base class
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} cannot load {path} ({_message(error)})",

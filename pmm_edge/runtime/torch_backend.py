@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pmm_edge.errors import ModelError
+from pmm_edge.files import utf8_path
 from pmm_edge.images import Pixels
 from pmm_edge.model import load_checkpoint
 from pmm_edge.model.checkpoint import network_of
@@ -89,7 +90,7 @@ def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
         checkpoint = load_checkpoint(path)
         return TorchEmbedder(checkpoint.network(), checkpoint.spec, path, device)
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             spec = ModelSpec.from_json((file.metadata() or {})[METADATA_KEY], str(path))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
         network = network_of(spec)

@@ -145,7 +145,7 @@ def choose_config(
     values: Mapping[str, Any] = {}
     if isinstance(config, Path):
         try:
-            values = decode_toml(dict[str, Any], config.read_text(encoding="utf-8"), str(config))
+            values = decode_toml(dict[str, Any], config.read_text("utf-8", "surrogateescape"), str(config))
         except (OSError, UnicodeDecodeError) as error:
             raise PmmError(f"cannot read {config}: {error}", "Name a TOML file, as config.toml of a run") from error
         preset, config = str(values.get("preset", DEFAULT_PRESET)), None

@@ -2,14 +2,15 @@
 
 import json
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pmm_edge.files import written_whole
+from pmm_edge.console import printable
+from pmm_edge.files import utf8_path, written_whole
 
 LOG, METRICS, TENSORBOARD = "log.txt", "metrics.jsonl", "tensorboard"
 REPORT_SECONDS = 0.25
@@ -73,7 +74,10 @@ class Journal:
                 kept += line + "\n" if values["epoch"] <= last[values["kind"]] else ""
         with written_whole(path) as temporary:
             temporary.write_text(kept, encoding="utf-8")
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=0 if evaluated is None else epoch + 1)
+        self._stack = ExitStack()
+        board = self._stack.enter_context(utf8_path(folder / TENSORBOARD))
+        self._board = SummaryWriter(str(board), purge_step=0 if evaluated is None else epoch + 1)
+        self._stack.callback(self._board.close)
 
     def __enter__(self) -> "Journal":
         return self
@@ -82,11 +86,11 @@ class Journal:
         if error is not None:
             self.write(f"stopped by {type(error).__name__}: {error}")
         if self._active:
-            self._board.close()
+            self._stack.close()
 
     def write(self, text: str) -> None:
         """Add a line to log.txt."""
-        self._append(LOG, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        self._append(LOG, printable(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"))
 
     def record(self, kind: str, epoch: int, values: dict[str, float]) -> None:
         """Record the figures of an epoch in all files; `kind` is `train` or `evaluate`."""

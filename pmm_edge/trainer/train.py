@@ -148,7 +148,7 @@ def train(
         cache, images = int(chosen.cache_gib * 2**30), [*judged.query.paths, *judged.gallery.paths]
         cache -= world.local_size * feed.crops.cached_bytes
         crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))
-        fingerprint, root = dataset.fingerprint(), str(dataset.root.resolve())
+        fingerprint, root = dataset.fingerprint(), str(dataset.root.absolute())
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
         folder = world.gather([folder or new_run_path(chosen.preset)] if world.leads else [])[0]
@@ -157,7 +157,7 @@ def train(
             if resume is None:
                 new_run_folder(AboutRun(chosen.preset, root, pmm_edge.__version__, layout), folder)
                 with written_whole(folder / CONFIG) as temporary:
-                    temporary.write_text(chosen.to_toml(), encoding="utf-8")
+                    temporary.write_text(chosen.to_toml(), "utf-8", "surrogateescape")  # may name files
                 for finding in analyze(dataset).warnings:
                     warnings.warn(finding.text, PmmWarning, stacklevel=2)
         world.barrier()  # the other processes stop here if the first one is refused

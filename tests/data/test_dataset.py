@@ -76,7 +76,7 @@ def test_each_layout_is_recognized_and_can_be_named(tmp_path, monkeypatch, layou
     root = MAKERS[layout](tmp_path)
     dataset = scan(root)
     assert dataset.layout == scan(root, layout).layout == layout and dataset.root == root
-    assert dataset.name == ("warehouse" if layout == ANY_MARKET else layout)
+    assert dataset.name == root.name  # it has not the size of the known set
     assert dataset.train.identities == 2 and dataset.query.identities == 1
     assert datasets.is_dataset(root) and datasets.is_dataset(root.parent) == (root.parent.name == "CUHK03-NP")
     monkeypatch.chdir(root)
@@ -137,8 +137,9 @@ def test_cuhk03_np_must_say_which_kind(tmp_path):
 def test_a_wrong_layout_or_folder_is_refused(tmp_path):
     duke, msmt17 = MAKERS["dukemtmc-reid"](tmp_path), MAKERS["msmt17-v1"](tmp_path)
     refused(duke, "unknown layout dukemtmc", "Did you mean 'dukemtmc-reid'?", layout="dukemtmc")
-    refused(duke, "dukemtmc-reid, not msmt17-v1", layout="msmt17-v1")
-    refused(msmt17, "msmt17-v1, not msmt17-v2", layout="msmt17-v2")
+    refused(duke, duke / "list_train.txt", layout="msmt17-v1")
+    refused(msmt17, msmt17 / "mask_train_v2", layout="msmt17-v2")
+    refused(msmt17, msmt17 / "bounding_box_train", layout="market1501")
     refused(msmt17 / "test", f"Did you mean {msmt17}?")
 
 
@@ -147,10 +148,21 @@ def test_a_known_set_is_recognized_by_its_size_and_compared_with_it(tmp_path, mo
     assert scan(root).layout == ANY_MARKET
     sizes = {"train": datasets.SplitSize(2, 3), "query": datasets.SplitSize(1, 1), "gallery": datasets.SplitSize(2, 2)}
     monkeypatch.setitem(datasets.KNOWN_SETS, "dukemtmc-reid", sizes)
-    assert scan(root).layout == "dukemtmc-reid" and analyze(scan(root)).warnings == []
+    assert scan(root).layout == scan(root).name == "dukemtmc-reid" and analyze(scan(root)).warnings == []
     (root / "query" / "0002_c3_f0044158.jpg").touch()
     (different,) = analyze(scan(root)).warnings
     assert (different.kind, different.split, different.images) == (DatasetWarningKind.UNEXPECTED_SIZE, "query", 2)
+    assert scan(root).name == "occluded"
+
+
+def test_stray_files_and_names_do_not_change_the_layout(tmp_path):
+    root = make_market(tmp_path / "MSMT17", MARKET)
+    (root / "list_train.txt").write_text(MSMT17["list_train.txt"][0])
+    assert scan(root).layout == scan(root, ANY_MARKET).layout == ANY_MARKET
+    assert scan(root, "dukemtmc-reid").layout == "dukemtmc-reid"
+    for name in ("images_detected", "train", "list_train.txt"):
+        (tmp_path / "crops" / name).mkdir(parents=True)
+    assert not datasets.is_dataset(tmp_path / "crops") and not datasets.is_dataset(tmp_path / "crops/images_detected")
 
 
 @pytest.mark.parametrize(
