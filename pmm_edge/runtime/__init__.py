@@ -40,7 +40,7 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
         embedder = TensorRTEmbedder(path, device)
     elif path.suffix in (".pt", ".pth", ".safetensors"):
         if missing := absent(*CHECKPOINT_MODULES):
-            remedy = f"{install('train')}, or use the .onnx file that pmm export writes"
+            remedy = f"{install('train')}, or use an .onnx export of it (pmm bench: --reference)"
             raise ModelError(f"{path} cannot be loaded: {missing}", remedy)
         from pmm_edge.runtime.torch_backend import load_torch
 
