@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -62,6 +62,26 @@ def encode_json(value: object, indent: int = 2) -> str:
         without_nan = json.loads(json.dumps(plain), parse_constant=lambda _: None)
         return json.dumps(without_nan, indent=2) + "\n" if indent else json.dumps(without_nan, separators=(",", ":"))
     return msgspec.json.format(text, indent=indent).decode() + "\n" if indent else text.decode()
+
+
+def encode_sealed(value: object) -> str:
+    """Encode a dataclass as JSON with a `digest`, the SHA-256 of its other entries, which reveals damage and edits."""
+    content = msgspec.to_builtins(value)
+    return encode_json(content | {"digest": json_digest(content)})
+
+
+def decode_sealed(kind: type[T], text: bytes, source: str, error: type[PmmError], remedy: str) -> T:
+    """Decode what `encode_sealed` wrote, as `decode_json` does; also raise `error` if the digest does not match."""
+    value = decode_json(kind, text, source, error, remedy)
+    content = decode_json(dict[str, Any], text, source, error, remedy)
+    if content.pop("digest", None) != json_digest(content):
+        raise error(f"{source} was changed after it was written: its digest does not match", remedy)
+    return value
+
+
+def json_digest(content: dict[str, Any]) -> str:
+    """SHA-256 of JSON with sorted keys and no spaces."""
+    return hashlib.sha256(encode_json(content, indent=0).encode()).hexdigest()
 
 
 def decode_toml(kind: type[T], text: str, source: str) -> T:

@@ -18,6 +18,7 @@ from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.runtime import load
 from pmm_edge.runtime.certificate import Certificate, certificate_path, check_certificate
 from pmm_edge.runtime.manifest import manifest_path, read_manifest
+from pmm_edge.runtime.model_file import read_model
 
 _NO_VERDICT = (FailureKind.CANNOT_RUN, FailureKind.EMBEDDING_SIZE)
 """Failures without a comparison."""
@@ -75,7 +76,7 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
             not model.retrieval_change,
             "retrieval was not evaluated; it needs all images of a data set (no --limit)",
         ),
-        (sha256(path) != model.sha256, "the file has changed since it was measured"),
+        (read_model(path).sha256 != model.sha256, "the file has changed since it was measured"),
     ):
         if refused:
             raise ModelError(reason)
@@ -83,7 +84,7 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
         manifest = read_manifest(path)
         spec, manifest_sha256, onnx_sha256 = manifest.spec, sha256(manifest_path(path)), manifest.onnx_sha256
     else:
-        spec = load(path, "cpu").spec
+        spec = load(path, "cpu", require_certificate=None).spec
     return Certificate(
         model=_name(model.path),
         sha256=model.sha256,
@@ -146,7 +147,7 @@ def verify(
     for path in (*models, *([reference] if reference else [])):
         if not path.is_file():
             raise ModelError(f"{path} does not exist", "Name a file that pmm bench has measured")
-    data_hash, reference_hash = None, sha256(reference) if reference else None
+    data_hash, reference_hash = None, read_model(reference).sha256 if reference else None
     if data is not None:
         dataset = read(data, layout)
         data_hash = data_sha256([*dataset.query.paths, *dataset.gallery.paths], dataset.root, report)

@@ -30,12 +30,13 @@ from pmm_edge.console import Report, printable, silent
 from pmm_edge.data.checks import unreadable
 from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match
 from pmm_edge.errors import DataError, ModelError, PmmError
-from pmm_edge.files import check_output, sha256, written_whole
+from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import BadImage, evenly, read_crops
 from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve_checkpoint, run_of
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.cuda import GpuError
 from pmm_edge.runtime.embed_files import evaluate_dataset, find_images
+from pmm_edge.runtime.model_file import read_model
 
 
 @dataclass(frozen=True)
@@ -233,12 +234,12 @@ def _check_matches(dataset: ReidDataset) -> None:
 
 
 def _load(path: Path, device: str | None, gates: Mapping[str, float | None]) -> Subject:
-    embedder = load(path, device)
+    embedder, file = load(path, device, require_certificate=None), read_model(path)
     spec = embedder.spec
-    size = path.stat().st_size, spec.precision, spec.embedding_size, spec.gflops, spec.parameters
+    size = file.size, spec.precision, spec.embedding_size, spec.gflops, spec.parameters
     runs_on = embedder.backend, embedder.device
     chosen = parity.gates_for(spec.precision, gates, embedder.float16_sums)
-    figures = ModelReport(str(path), sha256(path), *size, *runs_on, chosen, embedder.float16_sums)
+    figures = ModelReport(str(path), file.sha256, *size, *runs_on, chosen, embedder.float16_sums)
     return Subject(embedder, figures)
 
 

@@ -5,13 +5,13 @@ model_config.proto of https://github.com/triton-inference-server/common.
 """
 
 import json
-import shutil
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from pmm_edge.export.tensorrt import BuiltEngine
 from pmm_edge.files import folder_written_whole
+from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
@@ -28,7 +28,8 @@ def deepstream_bundle(onnx: Path, folder: Path) -> None:
 
     `onnx` is an export with the input form `raw`. `folder` must be new or empty and is written atomically.
     """
-    spec, batch = OnnxEmbedder(onnx, "cpu").spec, 100
+    file, batch = open_model(onnx), 100
+    spec = OnnxEmbedder(file, "cpu").spec
     section = _fill(
         "deepstream_reid.yml",
         spec,
@@ -37,7 +38,7 @@ def deepstream_bundle(onnx: Path, folder: Path) -> None:
         network_mode=("fp32", "fp16", "int8").index(spec.precision),
     )
     with folder_written_whole(folder) as temporary:
-        shutil.copyfile(onnx, temporary / "reid.onnx")
+        (temporary / "reid.onnx").write_bytes(file.content)
         for name, text in (
             ("reid_section.yml", section),
             ("config_tracker_NvDCF.yml", _fill("deepstream_nvdcf.yml", spec, reid=section)),
@@ -52,12 +53,13 @@ def triton_bundle(onnx: Path, folder: Path, engine: BuiltEngine | None = None) -
     `onnx` is an export with the input form `uint8`, `engine` was built from it and is served instead. `folder` must be
     new or empty and is written atomically.
     """
-    spec = OnnxEmbedder(onnx, "cpu").spec
+    network = open_model(onnx)
+    spec = OnnxEmbedder(network, "cpu").spec
     batch = engine.manifest.settings.batch if engine else BatchProfile()
     platform, file = ("tensorrt_plan", "model.plan") if engine else ("onnxruntime_onnx", "model.onnx")
     with folder_written_whole(folder) as temporary:
         (temporary / "1").mkdir()
-        shutil.copyfile(engine.path if engine else onnx, temporary / "1" / file)
+        (temporary / "1" / file).write_bytes(engine.path.read_bytes() if engine else network.content)
         for name, template in (
             ("config.pbtxt", "triton_config.pbtxt"),
             ("client.py", "triton_client.py.txt"),

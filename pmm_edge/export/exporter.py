@@ -35,8 +35,10 @@ from pmm_edge.files import check_new_folder, check_place, sha256, written_whole
 from pmm_edge.images import Pixels
 from pmm_edge.retrieval.distances import cosines, unit_length
 from pmm_edge.runs import EXPORT_FOLDER, data_of, resolve_checkpoint
+from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.embedder import Embedder
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
+from pmm_edge.runtime.model_file import DIGEST_KEY, parse_model
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import (
     METADATA_KEY,
@@ -186,7 +188,7 @@ def export(
     out, deepstream, triton = (Path(path) if path else None for path in (out, deepstream, triton))
     loaded = None
     if source.suffix == ".onnx":
-        embedder = OnnxEmbedder(source, "cpu")
+        embedder = OnnxEmbedder(open_model(source), "cpu")
         spec, form = embedder.spec, embedder.spec.input.form
         wanted = (opset, normalize_output, static_batch, precision, safetensors, input_form or form)
         is_changed = wanted != (OPSET, False, None, "fp32", False, form)
@@ -205,7 +207,7 @@ def export(
         from pmm_edge.model import load_checkpoint
         from pmm_edge.runtime.torch_backend import CLASSIFIER, TorchEmbedder
 
-        loaded, form = load_checkpoint(source), input_form or "uint8"
+        loaded, form = load_checkpoint(source, open_model(source).content), input_form or "uint8"
         # Method and images are filled in after calibration.
         quantization = Quantization(target or "tensorrt", "minmax", 0) if precision == "int8" else None
         spec = replace(loaded.spec, normalized_output=normalize_output, precision=precision, quantization=quantization)
@@ -304,7 +306,7 @@ def export(
             with written_whole(path) as temporary:  # reports every OSError of this block as one of `path`
                 temporary.write_bytes(content)
                 report(f"exporting {path.name}", 1, 2, "comparing it with the checkpoint")
-                closeness = _verify(reference, OnnxEmbedder(temporary, "cpu"), images, path)
+                closeness = _verify(reference, OnnxEmbedder(parse_model(path, content), "cpu"), images, path)
             report(f"exporting {path.name}", 2, 2)
             exported.append(ExportedFile(path, spec, len(content), *closeness, largest, search))
         if safetensors:
@@ -314,7 +316,9 @@ def export(
             of_weights = replace(loaded.spec, **copied, tools=_versions("torch", "safetensors"))
             # Training keeps weights in channels_last, which the format does not support.
             kept = {name: tensor.contiguous() for name, tensor in loaded.weights.items() if CLASSIFIER not in name}
-            content = save(kept, metadata={METADATA_KEY: of_weights.to_json()})
+            metadata = {METADATA_KEY: of_weights.to_json()}
+            metadata[DIGEST_KEY] = parse_model(weights, save(kept, metadata)).digest
+            content = save(kept, metadata)
             with written_whole(weights) as temporary:
                 temporary.write_bytes(content)
             exported.insert(1, ExportedFile(weights, of_weights, len(content)))

@@ -7,6 +7,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from pmm_edge import __version__
 from pmm_edge.model.network import Head, ReidNetwork
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
+from pmm_edge.runtime.model_file import DIGEST_KEY, parse_model
 from pmm_edge.runtime.torch_backend import Preprocess
 from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
 
@@ -120,15 +122,17 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = 18) -> onnx.Mod
 
 
 def finalize(model: onnx.ModelProto, spec: ModelSpec, static_batch: int | None = None) -> onnx.ModelProto:
-    """Write producer, spec and batch size into a model, in place, and run ONNX's checker on it."""
+    """Write producer, spec, batch size and digest into a model, in place, and run ONNX's checker on it."""
     model.producer_name, model.producer_version = "pmm-edge", __version__
     model.graph.name, model.graph.doc_string = "pmm-edge", ""
-    model.ClearField("metadata_props")
-    helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
     if static_batch is not None:
         model.graph.ClearField("value_info")  # shapes with the dynamic batch
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_value = static_batch
+    properties = {METADATA_KEY: spec.to_json()}
+    helper.set_model_props(model, properties)
+    digest = parse_model(Path("model.onnx"), model.SerializeToString()).digest
+    helper.set_model_props(model, properties | {DIGEST_KEY: digest})
     onnx.checker.check_model(model, full_check=True)
     return model
 

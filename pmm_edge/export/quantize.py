@@ -34,6 +34,7 @@ from pmm_edge.images import Pixels, evenly, network_input, readable_crops
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID
 from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset
+from pmm_edge.runtime.model_file import parse_model
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import FLOAT16_MAX, CalibrationMethod, InputSpec, ModelSpec, Quantization, QuantizationTarget
 
@@ -327,55 +328,51 @@ def quantize_network(
     if max_map_drop is not None:
         for problem in problems(dataset):
             raise problem
-    with temporary_folder() as folder:
 
-        def load(candidate: onnx.ModelProto) -> OnnxEmbedder:
-            path = folder / "candidate.onnx"
-            path.write_bytes(finalize(parts.join(candidate), spec).SerializeToString())
-            return OnnxEmbedder(path, "cpu")
+    def load(candidate: onnx.ModelProto) -> OnnxEmbedder:
+        content = finalize(parts.join(candidate), spec).SerializeToString()
+        return OnnxEmbedder(parse_model(Path("candidate.onnx"), content), "cpu")
 
-        def loss(candidate: onnx.ModelProto) -> float:
-            return float(1 - cosines(load(candidate).embed(calibration.selection), reference).mean())
+    def loss(candidate: onnx.ModelProto) -> float:
+        return float(1 - cosines(load(candidate).embed(calibration.selection), reference).mean())
 
-        def mean_ap(candidate: onnx.ModelProto) -> float:
-            return evaluate_dataset(dataset, embed_dataset(load(candidate), dataset, report=report).embeddings).mAP
+    def mean_ap(candidate: onnx.ModelProto) -> float:
+        return evaluate_dataset(dataset, embed_dataset(load(candidate), dataset, report=report).embeddings).mAP
 
-        reference = load(network).embed(calibration.selection)
-        calibrated = {
-            name: value_ranges(network, calibration.ranges, spec.input, name, target, report) for name in methods
-        }
-        candidates = {name: quantize(network, ranges, target) for name, ranges in calibrated.items()}
-        best = methods[0] if method else min(methods, key=lambda name: loss(candidates[name]))
-        quantized, search = candidates[best], None
-        if max_map_drop is not None:
-            names, work, baseline = layer_names(network), multiply_adds(network), mean_ap(network)
-            tried = {0: (quantized, mean_ap(quantized))}
-            losses: dict[str, float] = {}
-            order: list[str] = []
+    reference = load(network).embed(calibration.selection)
+    calibrated = {name: value_ranges(network, calibration.ranges, spec.input, name, target, report) for name in methods}
+    candidates = {name: quantize(network, ranges, target) for name, ranges in calibrated.items()}
+    best = methods[0] if method else min(methods, key=lambda name: loss(candidates[name]))
+    quantized, search = candidates[best], None
+    if max_map_drop is not None:
+        names, work, baseline = layer_names(network), multiply_adds(network), mean_ap(network)
+        tried = {0: (quantized, mean_ap(quantized))}
+        losses: dict[str, float] = {}
+        order: list[str] = []
 
-            def holds(count: int) -> bool:
-                if count not in tried:
-                    candidate = quantize(network, calibrated[best], target, order[:count])
-                    tried[count] = candidate, mean_ap(candidate)
-                return 100 * (baseline - tried[count][1]) <= max_map_drop
+        def holds(count: int) -> bool:
+            if count not in tried:
+                candidate = quantize(network, calibrated[best], target, order[:count])
+                tried[count] = candidate, mean_ap(candidate)
+            return 100 * (baseline - tried[count][1]) <= max_map_drop
 
-            if not holds(0):
-                for number, node in enumerate(names):
-                    report("sensitivity of layers", number, len(names), names[node])
-                    losses[node] = loss(quantize(network, calibrated[best], target, only=[node]))
-                report("sensitivity of layers", len(names), len(names))
-                order = sorted(losses, key=losses.__getitem__, reverse=True)
-            fewest = bisect_left(range(len(order)), True, key=holds)
-            if order and fewest == len(order):
-                reason = "mAP drops by more than allowed even with all layers but one in float32"
-                raise CheckFailedError(reason, "Allow a larger --max-map-drop")
-            quantized, reached = tried[fewest]
-            total = sum(work.values())
-            layers = [
-                LayerSensitivity(names[node], losses[node], work[node] / total, float32=number < fewest)
-                for number, node in enumerate(order)
-            ]
-            search = SensitivitySearch(baseline, reached, layers)
+        if not holds(0):
+            for number, node in enumerate(names):
+                report("sensitivity of layers", number, len(names), names[node])
+                losses[node] = loss(quantize(network, calibrated[best], target, only=[node]))
+            report("sensitivity of layers", len(names), len(names))
+            order = sorted(losses, key=losses.__getitem__, reverse=True)
+        fewest = bisect_left(range(len(order)), True, key=holds)
+        if order and fewest == len(order):
+            reason = "mAP drops by more than allowed even with all layers but one in float32"
+            raise CheckFailedError(reason, "Allow a larger --max-map-drop")
+        quantized, reached = tried[fewest]
+        total = sum(work.values())
+        layers = [
+            LayerSensitivity(names[node], losses[node], work[node] / total, float32=number < fewest)
+            for number, node in enumerate(order)
+        ]
+        search = SensitivitySearch(baseline, reached, layers)
     float_layers = tuple(layer.layer for layer in search.layers if layer.float32) if search else ()
     quantization = Quantization(target, best, len(calibration.ranges), dataset.name, float_layers)
     return quantized, quantization, search

@@ -14,7 +14,8 @@ from typing import Any
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import CheckFailedError, ModelError, OutputError
-from pmm_edge.files import cache_folder, sha256, utf8_path, written_whole
+from pmm_edge.files import cache_folder, utf8_path, written_whole
+from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
 from pmm_edge.runtime.manifest import BuildSettings, EngineManifest, PrecisionCount, manifest_path, relative_onnx
@@ -47,7 +48,8 @@ def build_engine(
     run elsewhere, if a GPU, driver or package is missing, GpuError if the GPU failed, CheckFailedError if the graph is
     FP16 or INT8 but most of the engine is not. Then nothing is written.
     """
-    spec = OnnxEmbedder(onnx_path, "cpu").spec
+    file = open_model(onnx_path)
+    spec = OnnxEmbedder(file, "cpu").spec
     try:
         trt, cuda = import_tensorrt(), Cuda()  # its GPU stays the current one of this thread
     except NotOnThisMachineError as error:
@@ -60,7 +62,6 @@ def build_engine(
     machine = this_machine(trt, cuda)
     cuda.release()
     logger, started, cache = error_logger(trt), time.perf_counter(), None
-    onnx_sha256 = sha256(onnx_path)
     if settings.timing_cache:
         key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{machine.tensorrt} {machine.gpu}").strip("-")
         with suppress(OutputError):  # without a cache folder, the build only takes longer
@@ -88,7 +89,7 @@ def build_engine(
     manifest = EngineManifest(
         spec=spec,
         onnx=relative_onnx(out, onnx_path),
-        onnx_sha256=onnx_sha256,
+        onnx_sha256=file.sha256,
         engine_sha256=hashlib.sha256(plan).hexdigest(),
         engine_size=plan.nbytes,
         machine=machine,

@@ -1,6 +1,8 @@
 """Build networks; read and write checkpoints: ours, those of the paper's authors, and torchvision weights."""
 
 import errno
+import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,9 +135,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             raise OSError(errno.ENOSPC, "no space left on the disk") from error
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU. Raises ModelError if the file is missing, truncated or of another format."""
-    content = _read_torch_file(path)
+def load_checkpoint(path: Path, file: bytes | None = None) -> Checkpoint:
+    """Read a checkpoint, or the content of its file, onto the CPU; ModelError if it is missing, damaged or another."""
+    content = _read_torch_file(path, file)
     if not _is_ours(content):
         remedy = "Use best.pt or last.pt of a run; pmm_edge.load_released_checkpoint reads files of the paper's authors"
         raise ModelError(f"{path} is not a '{_FORMAT}'", remedy)
@@ -219,18 +221,23 @@ def _our_weights(content: Any, source: str) -> dict[str, Tensor]:
     return weights
 
 
-def _read_torch_file(path: Path) -> Any:
-    """Read a file of `torch.save` as data (tensors and plain values); no code is executed."""
-    if not path.is_file():
+def _read_torch_file(path: Path, content: bytes | None = None) -> Any:
+    """Read a file of `torch.save`, or its content, as data (tensors and plain values); no code is executed."""
+    if content is None and not path.is_file():
         raise ModelError(f"{path} does not exist", "Name a checkpoint; pmm train writes them to runs/*/best.pt")
     # Numpy scalars, in which research code often saves figures, are plain data but not on torch's list of safe types.
     scalar, kinds = np.float64(0).__reduce__()[0], (np.float32, np.float64, np.int32, np.int64)
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]  # as numpy 2 and 1 write it
     try:
-        with torch.serialization.safe_globals([*names, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # those of torch's reader have no common type
+        with path.open("rb") if content is None else io.BytesIO(content) as file:
+            # torch stores a CRC-32 of each tensor, and of all else, but does not compare them.
+            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
+                raise zipfile.BadZipFile(damaged)
+            file.seek(0)
+            with torch.serialization.safe_globals([*names, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # those of the readers have no common type
         raise ModelError(
-            f"{path} cannot be read as a checkpoint: it is truncated, not a file of torch, or contains more than data",
+            f"{path} cannot be read as a checkpoint: it is damaged, not a file of torch, or contains more than data",
             "Train again, or copy the file again",
         ) from error

@@ -19,6 +19,7 @@ from pmm_edge.model.mixing import grad_cam
 from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.grid import Cell, enlargement, grid
+from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.torch_backend import Preprocess, torch_device
 from pmm_edge.spec import ModelSpec
 
@@ -100,7 +101,7 @@ def checkpoint_with_heads(path: Path) -> Checkpoint:
             f"{path} is an export without classifiers, and Grad-CAM needs their gradient",
             "Name the checkpoint it was exported from; --what galleries accepts exports",
         )
-    return load_checkpoint(path)
+    return load_checkpoint(path, open_model(path).content)
 
 
 def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:

@@ -4,19 +4,17 @@ It names the SHA-256 of the model and has a digest of its own content, which rev
 It is not a signature: anyone who can write both files can write a new pair. Sign it or pin its `digest` against that.
 """
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from pmm_edge.errors import ModelError
-from pmm_edge.files import decode_json, encode_json, sha256, written_whole
+from pmm_edge.files import decode_sealed, encode_sealed, json_digest, sha256, written_whole
 from pmm_edge.runtime.manifest import check_files, manifest_path, read_manifest
+from pmm_edge.runtime.model_file import ModelFile, read_model
 from pmm_edge.spec import ModelSpec
-
-_BENCH = "Run pmm bench again"
 
 
 class CertificateError(ModelError):
@@ -30,8 +28,8 @@ class Certificate:
     """States that a model passed every gate of a complete bench. Files are named without their folders."""
 
     model: str
-    sha256: str
-    file_bytes: int
+    sha256: str  # of the file followed by its external data
+    file_bytes: int  # with its external data
     engine_manifest_sha256: str | None  # of the manifest of an engine, which defines its input; None for other models
     engine_onnx_sha256: str | None  # of the ONNX file that an engine was built from
     spec: ModelSpec
@@ -50,12 +48,12 @@ class Certificate:
     @property
     def digest(self) -> str:
         """SHA-256 of the content, to pin if a certificate must not be replaced."""
-        return _digest_of(msgspec.to_builtins(self))
+        return json_digest(msgspec.to_builtins(self))
 
     def save(self, path: Path) -> None:
         """Write the certificate atomically; raise OutputError if the file cannot be written."""
         with written_whole(path) as temporary:
-            temporary.write_text(encode_json(msgspec.to_builtins(self) | {"digest": self.digest}), encoding="utf-8")
+            temporary.write_text(encode_sealed(self), encoding="utf-8")
 
 
 def certificate_path(model: Path) -> Path:
@@ -71,37 +69,55 @@ def read_certificate(model: Path) -> Certificate:
     except OSError as error:
         problem = f"cannot read {path}, the certificate of {model}: {error.strerror}"
         raise CertificateError(problem, "Run pmm bench, which certifies models that pass") from error
-    content = decode_json(dict[str, Any], text, str(path), CertificateError, _BENCH)
-    certificate = decode_json(Certificate, text, str(path), CertificateError, _BENCH)
-    if content.pop("digest", None) != _digest_of(content):
-        raise CertificateError(f"{path} was changed after it was written: its digest does not match", _BENCH)
-    return certificate
+    return decode_sealed(Certificate, text, str(path), CertificateError, _remedy(model))
 
 
 def check_certificate(model: str | Path, digest: str | None = None) -> Certificate:
     """Compare a model with its certificate, without executing anything of the model.
 
-    Raises ModelError if the model does not exist, CertificateError if the certificate is missing, invalid, changed, of
-    another model or has another digest than the pinned one, or the model or the manifest of an engine has changed.
+    Raises ModelError if the model, or external data that it refers to, does not exist, CertificateError if the
+    certificate is missing, invalid, changed, of another model or has another digest than the pinned one, or the model
+    or the manifest of an engine has changed.
     """
-    model = Path(model)
+    return _certified(Path(model), digest)[1]
+
+
+def open_model(path: Path, require_certificate: bool | None = False) -> ModelFile:
+    """Read a model and check it: against its certificate if there is one, otherwise against its own digest.
+
+    Running the returned content, rather than the file, runs what was checked. `require_certificate` True refuses a
+    model without a certificate, None ignores certificates. Raises ModelError or CertificateError.
+    """
+    if require_certificate or (require_certificate is False and certificate_path(path).exists()):
+        file, certificate = _certified(path)
+        return replace(file, certificate=certificate)
+    file = read_model(path)
+    file.check()
+    return file
+
+
+def _certified(model: Path, digest: str | None = None) -> tuple[ModelFile, Certificate]:
     if not model.is_file():
         raise ModelError(f"{model} does not exist", "Name a model that pmm bench has certified")
-    certificate = read_certificate(model)
+    certificate, file = read_certificate(model), read_model(model)
     if digest is not None and digest.strip().lower() != certificate.digest:
         problem = f"{certificate_path(model)} has the digest {certificate.digest}, not {digest}"
         raise CertificateError(problem, "Use the certificate that was pinned")
-    if sha256(model) != certificate.sha256:
-        problem = f"{model} is not the {certificate.model} that was certified on {certificate.created[:10]}"
-        raise CertificateError(problem, _BENCH)
+    if file.sha256 != certificate.sha256:
+        of_another = f", or its certificate is that of {certificate.model}" * (certificate.model != model.name)
+        raise CertificateError(
+            f"{model} has changed since it was certified on {certificate.created[:10]} (other SHA-256){of_another}",
+            _remedy(model),
+        )
     if model.suffix == ".engine":
         manifest = read_manifest(model)
-        check_files(manifest, model)
+        check_files(manifest, file)
         found = sha256(manifest_path(model)), manifest.onnx_sha256
         if found != (certificate.engine_manifest_sha256, certificate.engine_onnx_sha256):
-            raise CertificateError(f"{manifest_path(model)} has changed since {model.name} was certified", _BENCH)
-    return certificate
+            problem = f"{manifest_path(model)} has changed since {model.name} was certified"
+            raise CertificateError(problem, _remedy(model))
+    return file, certificate
 
 
-def _digest_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(encode_json(content, indent=0).encode()).hexdigest()
+def _remedy(model: Path) -> str:
+    return f"Run pmm bench again, or remove {certificate_path(model)}"

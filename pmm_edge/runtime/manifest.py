@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from pmm_edge.errors import ModelError, PmmError
-from pmm_edge.files import decode_json, encode_json, sha256
+from pmm_edge.files import decode_sealed, encode_sealed
+from pmm_edge.runtime.model_file import ModelFile, read_model
 from pmm_edge.spec import ModelSpec
 
 _PROFILE = "Give minimum,optimal,maximum with 1 <= minimum <= optimal <= maximum, for example 1,16,64"
@@ -118,7 +119,7 @@ class EngineManifest:
             raise ValueError(f"{self.onnx!r} is not a relative path of a file")
 
     def to_json(self) -> str:
-        return encode_json(self)
+        return encode_sealed(self)
 
 
 def manifest_path(engine: Path) -> Path:
@@ -140,23 +141,22 @@ def onnx_of(manifest: EngineManifest, engine: Path) -> Path:
 
 
 def read_manifest(engine: Path) -> EngineManifest:
-    """Read the manifest of an engine; raise ModelError if either is missing or the manifest is invalid."""
+    """Read the manifest of an engine; raise ModelError if it is missing, invalid or changed."""
     path, remedy = manifest_path(engine), f"Build it here: {BuildSettings().command(engine.with_suffix('.onnx'))}"
-    if not engine.is_file():
-        raise ModelError(f"{engine} does not exist", remedy)
     try:
-        return decode_json(EngineManifest, path.read_bytes(), path.name)
+        return decode_sealed(EngineManifest, path.read_bytes(), path.name, ModelError, remedy)
     except (OSError, PmmError) as error:
         problem = error.problem if isinstance(error, PmmError) else error
         raise ModelError(f"cannot use {path}, the manifest of {engine}: {problem}", remedy) from error
 
 
-def check_files(manifest: EngineManifest, engine: Path) -> None:
+def check_files(manifest: EngineManifest, file: ModelFile) -> None:
     """Raise ModelError if the engine, or its ONNX file if that still exists, is not the one in the manifest."""
-    if sha256(engine) != manifest.engine_sha256:
+    engine = file.path
+    if file.sha256 != manifest.engine_sha256:
         raise _outdated(manifest, engine, f"{engine} is not the engine that {manifest_path(engine).name} describes")
     onnx = onnx_of(manifest, engine)
-    if onnx.is_file() and sha256(onnx) != manifest.onnx_sha256:
+    if onnx.is_file() and read_model(onnx).sha256 != manifest.onnx_sha256:
         raise _outdated(manifest, engine, f"{onnx} has changed since {engine.name} was built from it")
 
 

@@ -14,11 +14,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from pmm_edge.errors import ModelError, PmmWarning
-from pmm_edge.files import utf8_path
 from pmm_edge.images import Pixels, network_input
 from pmm_edge.machine import threads
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
 from pmm_edge.runtime.manifest import BatchProfile
+from pmm_edge.runtime.model_file import ModelFile
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -30,22 +30,20 @@ _LOCATION = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\)( co
 class OnnxEmbedder(Embedder):
     """An ONNX file of `pmm export`, run by ONNX Runtime; see `pmm_edge.load`."""
 
-    def __init__(self, path: Path, device: str | int | None = None) -> None:
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist", "Create it with pmm export")
-        self._session, used = open_session(path, device)
-        try:
-            text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-            inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-            shapes = {tensor.name: tuple(tensor.shape[1:]) for tensor in (*inputs, *outputs)}
-        except UnicodeDecodeError as error:
-            raise ModelError(f"{path} is damaged ({error})", "Copy it again, or export it again") from error
+    def __init__(self, file: ModelFile, device: str | int | None = None) -> None:
+        path, text = file.path, file.metadata.get(METADATA_KEY)
         if text is None:
             raise ModelError(
                 f"{path} has no pmm-edge spec: it was not made by pmm export, or a tool removed its metadata",
                 "Export it again with pmm export",
             )
+        self._session, used = open_session(path, device, file.content)
         super().__init__(ModelSpec.from_json(text, str(path)), path, "onnxruntime", used)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        try:
+            shapes = {tensor.name: tuple(tensor.shape[1:]) for tensor in (*inputs, *outputs)}
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{path} is damaged ({error})", "Copy it again, or export it again") from error
         if shapes != {INPUT: self.spec.input.shape(1)[1:], OUTPUT: (self.spec.embedding_size,)}:
             raise ModelError(
                 f"the graph in {path} is not that of its spec: {shapes}", "Export it again with pmm export"
@@ -74,11 +72,8 @@ class OnnxEmbedder(Embedder):
         return np.asarray(embeddings, dtype=np.float32)
 
 
-def open_session(
-    path: Path, device: str | int | None, content: bytes | None = None
-) -> tuple[onnxruntime.InferenceSession, str]:
-    """Open a session for a file or its content; return it and its device. A listed provider may fail to load."""
-    model = content or path
+def open_session(path: Path, device: str | int | None, model: bytes) -> tuple[onnxruntime.InferenceSession, str]:
+    """Open a session for the content of a file; return it and its device. A listed provider may fail to load."""
     kind, index = ("cuda", 0) if device is None else parse_device(device)
     if kind == "cpu" or (device is None and not driver_is_there()):
         return _session(path, model, [_CPU]), "cpu"
@@ -117,7 +112,7 @@ def open_session(
     return on_cpu, "cpu"
 
 
-def _session(path: Path, model: Path | bytes, providers: list[Any]) -> onnxruntime.InferenceSession:
+def _session(path: Path, model: bytes, providers: list[Any]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     # 0 lets ONNX Runtime choose, but it counts all cores. In a container or under taskset, surplus threads only wait.
@@ -126,9 +121,7 @@ def _session(path: Path, model: Path | bytes, providers: list[Any]) -> onnxrunti
     onnxruntime.set_default_logger_severity(_FATAL)  # its log repeats the exception
     try:
         # Without enable_fallback=0, ONNX Runtime prints the failure of a provider and continues with the next one.
-        with utf8_path(path) as readable:
-            model = model if isinstance(model, bytes) else readable
-            return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # its exceptions have no common base class
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} cannot load {path} ({_message(error)})",

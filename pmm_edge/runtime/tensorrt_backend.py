@@ -17,6 +17,7 @@ from pmm_edge.images import Pixels, network_input
 from pmm_edge.runtime.cuda import OUT_OF_MEMORY, Cuda, GpuError, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
 from pmm_edge.runtime.manifest import Machine, check_files, check_machine, onnx_of, read_manifest
+from pmm_edge.runtime.model_file import ModelFile
 
 
 def import_tensorrt() -> Any:
@@ -87,9 +88,9 @@ class TensorRTEmbedder(Embedder):
     enqueues layer by layer. Thread-safe: threads take turns, because they share one stream and its buffers.
     """
 
-    def __init__(self, path: Path, device: str | int | None = None, cuda_graphs: bool = True) -> None:
-        manifest = read_manifest(path)
-        check_files(manifest, path)
+    def __init__(self, file: ModelFile, device: str | int | None = None, cuda_graphs: bool = True) -> None:
+        path, manifest = file.path, read_manifest(file.path)
+        check_files(manifest, file)
         kind, index = parse_device("cuda" if device is None else device)
         if kind != "cuda":
             remedy = f"TensorRT runs only on GPUs; load {onnx_of(manifest, path)} instead"
@@ -103,7 +104,7 @@ class TensorRTEmbedder(Embedder):
         self.cuda_graphs = cuda_graphs
         self._logger, self._lock = error_logger(trt), threading.Lock()
         version_compatible = manifest.settings.version_compatible
-        self._engine = load_engine(trt, self._logger, path.read_bytes(), path, version_compatible)
+        self._engine = load_engine(trt, self._logger, file.content, path, version_compatible)
         self._contexts: dict[int, Any] = {}  # by batch size; a CUDA graph needs the context it was captured from
         self._graphs: dict[int, Callable[[], None]] = {}
         size, batch = self.spec.input, self._batch.maximum

@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pmm_edge.errors import ModelError
-from pmm_edge.files import utf8_path
 from pmm_edge.images import Pixels
 from pmm_edge.model import load_checkpoint
 from pmm_edge.model.checkpoint import network_of
 from pmm_edge.runtime.embedder import Embedder, Embeddings, parse_device
+from pmm_edge.runtime.model_file import ModelFile
 from pmm_edge.spec import METADATA_KEY, InputSpec, ModelSpec
 
 CLASSIFIER = ".classifier."  # in the name of every tensor that only training needs
@@ -84,19 +85,18 @@ def without_tf32() -> Iterator[None]:
         products.allow_tf32 = before
 
 
-def load_torch(path: Path, device: str | int | None = None) -> TorchEmbedder:
+def load_torch(file: ModelFile, device: str | int | None = None) -> TorchEmbedder:
     """Load a checkpoint (`.pt`) or exported weights (`.safetensors`); see `pmm_edge.load`."""
+    path = file.path
     if path.suffix != ".safetensors":
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, file.content)
         return TorchEmbedder(checkpoint.network(), checkpoint.spec, path, device)
     try:
-        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            spec = ModelSpec.from_json((file.metadata() or {})[METADATA_KEY], str(path))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        spec = ModelSpec.from_json(file.metadata[METADATA_KEY], str(path))
         network = network_of(spec)
         classifiers = {name: tensor for name, tensor in network.state_dict().items() if CLASSIFIER in name}
-        network.load_state_dict(classifiers | weights)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        network.load_state_dict(classifiers | safetensors.torch.load(file.content))
+    except (SafetensorError, KeyError, RuntimeError) as error:
         problem = f"{path} is not a complete file of pmm export --safetensors ({str(error).splitlines()[0]})"
         raise ModelError(problem, "Create it with pmm export --safetensors") from error
     return TorchEmbedder(network, spec, path, device)

@@ -30,6 +30,7 @@ def altered(source: Path, out: Path, alter: Alter) -> Path:
     alter(constants, model.graph)
     del model.graph.initializer[:]
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    del model.metadata_props[1:]  # the digest
     onnx.save(model, out)
     return out
 
@@ -181,6 +182,7 @@ def cut_in_half(source: Path, out: Path) -> Path:
         model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
     append(model.graph, helper.make_node("Slice", ["{}", "start", "stop", "axis"], [OUTPUT]))
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = width
+    del model.metadata_props[1:]  # the digest
     model.metadata_props[0].value = replace(spec, embedding_size=width, stages={"I": (0, 512)}).to_json()
     onnx.save(model, out)
     return out

@@ -43,7 +43,8 @@ def relabeled(onnx: Path, out: Path, **changes: object) -> Path:
     """The same graph with another spec."""
     model = onnx_package.load(onnx)
     metadata = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
-    metadata.value = replace(ModelSpec.from_json(metadata.value), **changes).to_json()
+    spec = replace(ModelSpec.from_json(metadata.value), **changes)
+    onnx_package.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})  # without the digest
     onnx_package.save(model, out)
     return out
 

@@ -5,21 +5,23 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from certify import certify
-from color_network import color_network
+from color_network import HEIGHT, WIDTH, color_network
 
 import pmm_edge
 from pmm_edge import runtime
 from pmm_edge.errors import ModelError
 from pmm_edge.files import sha256
 from pmm_edge.runtime.certificate import (
-    Certificate,
     CertificateError,
     certificate_path,
     check_certificate,
+    open_model,
     read_certificate,
 )
+from pmm_edge.runtime.model_file import ModelFile
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_a_changed_certificate_is_refused(changes: dict[str, object], model: Pat
 
 def test_swapped_certificates_name_the_other_model(model: Path) -> None:
     other = model.with_name("other.onnx")
-    other.write_bytes(model.read_bytes() + b"\x00")
+    other.write_bytes(model.read_bytes() + b"\x32\x00")  # an empty documentation
     mine, theirs = certificate_path(model), certificate_path(other)
     replace(read_certificate(model), model="other.onnx", sha256=sha256(other)).save(theirs)
     check_certificate(other)
@@ -122,18 +124,32 @@ def test_a_pinned_digest(model: Path) -> None:
         check_certificate(model, digest)
 
 
-def test_a_model_is_checked_again_after_loading(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = Path(shutil.copy(tiny_checkpoint, tmp_path / "best.pt"))
-    certify(path)
-    assert pmm_edge.load(path, "cpu", require_certificate=True).backend == "torch"
+def test_what_runs_is_what_was_checked(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = [np.full((HEIGHT, WIDTH, 3), 90, np.uint8)]
+    expected = pmm_edge.load(model, "cpu").embed(crops)
 
-    def then_replaced(path: Path) -> Certificate:
-        found = check_certificate(path)
-        path.write_bytes(path.read_bytes() + b"\x00")
-        return found
+    def then_removed(path: Path, required: bool | None) -> ModelFile:
+        file = open_model(path, required)
+        path.unlink()
+        return file
 
-    monkeypatch.setattr(runtime, "check_certificate", then_replaced)
-    with pytest.raises(ModelError):
-        pmm_edge.load(path, "cpu", require_certificate=True)
+    monkeypatch.setattr(runtime, "open_model", then_removed)
+    np.testing.assert_array_equal(pmm_edge.load(model, "cpu", require_certificate=True).embed(crops), expected)
+
+
+def test_a_certificate_next_to_a_model_is_checked_at_every_load(model: Path, tiny_checkpoint: Path) -> None:
+    checkpoint = Path(shutil.copy(tiny_checkpoint, model.with_name("best.pt")))
+    certify(checkpoint)
+    for path in (model, checkpoint):
+        assert pmm_edge.load(path, "cpu").path == path
+        with path.open("ab") as file:
+            file.write(b"\0")
+        for attempt in (check_certificate, pmm_edge.load):
+            with pytest.raises(CertificateError) as caught:
+                attempt(path)
+            assert "changed" in caught.value.problem and "is that of" not in caught.value.problem
+            assert str(certificate_path(path)) in caught.value.remedy
+    certificate_path(checkpoint).unlink()
+    assert pmm_edge.load(checkpoint, "cpu").backend == "torch"
+    shutil.copy(color_network(model.with_name("other.onnx"), dataset="another"), model)
+    assert pmm_edge.load(model, "cpu", require_certificate=None).spec.dataset == "another"

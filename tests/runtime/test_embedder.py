@@ -18,6 +18,7 @@ from pmm_edge.data.loader import Crops
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.images import evenly, prepare_crops, read_crop, read_crops, resize_crop
 from pmm_edge.runtime import Embedder, embed_files
+from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.embedder import CHUNK, parse_device
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 
@@ -134,7 +135,7 @@ except ModelError as error:
 def test_chunks_are_whole_batches(
     batch: int, count: int, runs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedder = OnnxEmbedder(color_network(tmp_path / "model.onnx", batch=batch), "cpu")
+    embedder = OnnxEmbedder(open_model(color_network(tmp_path / "model.onnx", batch=batch)), "cpu")
     run, ran = embedder._run, []
     monkeypatch.setattr(embedder, "_run", lambda images: (ran.append(len(images)), run(images))[1])
     small = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)

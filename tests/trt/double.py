@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from pmm_edge.runtime.model_file import read_model
+
 FP32, FP16, INT8 = (
     {"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": kind}} for kind in ("Float", "Half", "Int8")
 )
@@ -204,7 +206,7 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> SimpleNamespace:
         get_error = lambda self, index: ParserError(gpu.parser_errors[index])
 
         def parse_from_file(self, model):
-            self._network._onnx = Path(model).read_bytes()
+            self._network._onnx = read_model(Path(model)).content
             return not gpu.parser_errors
 
     class Builder(Strict):

@@ -12,6 +12,7 @@ from pmm_edge.errors import PmmError
 from pmm_edge.export.exporter import export
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.retrieval.distances import cosines
+from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.cuda import Cuda
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
 from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder, import_tensorrt
@@ -42,7 +43,7 @@ def test_fp32_agrees_with_onnx_runtime_at_every_batch_size(cuda_graphs: bool, en
     products = engine.manifest.precision.products
     assert products.get("FP32", 0) > 0
     assert not {"FP16", "INT8"} & products.keys()
-    embedder = TensorRTEmbedder(engine.path, cuda_graphs=cuda_graphs)
+    embedder = TensorRTEmbedder(open_model(engine.path), cuda_graphs=cuda_graphs)
     expected = pmm_edge.load(onnx, "cpu").embed(CROPS)
     for batch in (*range(1, 6), *range(5, 0, -1), 11):  # captured, then replayed
         assert cosines(expected[:batch], embedder.embed(CROPS[:batch])).min() >= 0.9999, batch

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import double
 import numpy as np
+import onnx as onnx_package
 import pytest
 from certify import model_report
 from color_network import color_network
@@ -20,7 +21,7 @@ from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.files import decode_json, sha256
 from pmm_edge.runtime import tensorrt_backend
-from pmm_edge.runtime.certificate import check_certificate
+from pmm_edge.runtime.certificate import check_certificate, open_model
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
 from pmm_edge.runtime.manifest import BatchProfile, BuildSettings, EngineManifest, Machine, manifest_path
 from pmm_edge.runtime.tensorrt_backend import TensorRTEmbedder
@@ -41,7 +42,7 @@ def expected(onnx: Path) -> np.ndarray:
 
 @pytest.fixture(params=[True, False], ids=["graphs", "layers"])
 def embedder(request: pytest.FixtureRequest, built: BuiltEngine) -> TensorRTEmbedder:
-    return TensorRTEmbedder(built.path, cuda_graphs=request.param)
+    return TensorRTEmbedder(open_model(built.path), cuda_graphs=request.param)
 
 
 def test_any_number_of_crops(embedder: TensorRTEmbedder, expected: np.ndarray) -> None:
@@ -73,7 +74,7 @@ def test_threads_share_an_embedder(built: BuiltEngine, expected: np.ndarray) -> 
 
 
 def test_one_graph_per_batch_size_and_all_are_freed(built: BuiltEngine, gpu: double.FakeGpu) -> None:
-    embedder = TensorRTEmbedder(built.path)
+    embedder = TensorRTEmbedder(open_model(built.path))
     for count in (1, 2, 4, 3, 4, 1, 8):
         embedder.embed(CROPS[:count])
     assert gpu.calls["cudaGraphInstantiate"] == 3  # 1 is padded to 2, 8 is 4 twice
@@ -227,7 +228,7 @@ def test_missing_and_unreadable_files(built: BuiltEngine, onnx: Path) -> None:
     path.unlink()
     refused(built.path, command)
     built.path.unlink()
-    refused(built.path, command)
+    refused(built.path, f"pmm export {onnx} --trt")
 
 
 @pytest.mark.parametrize(
@@ -297,10 +298,28 @@ def test_an_engine_is_certified_with_its_manifest(built: BuiltEngine, onnx: Path
     manifest = manifest_path(built.path)
     assert check_certificate(built.path).engine_manifest_sha256 == sha256(manifest)
     assert pmm_edge.load(built.path, require_certificate=True).backend == "tensorrt"
-    changed = replace(built.manifest, build_seconds=99.0).to_json()  # which loading alone does not notice
+    changed = replace(built.manifest, build_seconds=99.0).to_json()  # whose digest is right
     for path, content in ((manifest, changed.encode()), (onnx, b"another"), (built.path, b"another")):
         before = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(ModelError, match=path.name):
             check_certificate(built.path)
         path.write_bytes(before)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_external_data_of_the_onnx_file_is_part_of_it(onnx: Path) -> None:
+    onnx_package.save(
+        onnx_package.load(onnx), onnx, save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    engine = build_engine(onnx, onnx.with_suffix(".engine")).path
+    assert pmm_edge.load(engine).backend == "tensorrt"
+    weights = onnx.with_name("weights.bin")
+    weights.write_bytes(weights.read_bytes()[::-1])
+    refused(engine, f"pmm export {onnx} --trt --batch-profile 1,16,64", onnx)
+
+
+def test_a_damaged_manifest(built: BuiltEngine, onnx: Path) -> None:
+    path = manifest_path(built.path)
+    path.write_text(path.read_text().replace("0.485", "0.495"))
+    refused(built.path, f"pmm export {onnx} --trt --batch-profile 1,16,64", path)
