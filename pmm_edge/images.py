@@ -21,16 +21,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 Pixels = NDArray[np.uint8]
 
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")  # modes of a 16-bit gray PNG in different versions of Pillow
-_ORIENTATION = 0x0112  # the EXIF tag; its values, and what turns the stored image upright
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = (0, 3, 1, 5, 4, 6, 2)  # the Image.Transpose that turns an image of orientation 2 to 8 upright
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,8 @@ def try_crop(path: Path, height: int, width: int) -> Pixels | BadImage:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()  # before its EXIF is read, which ignores errors
             upright = _rgb(image)
-            if (turn := _UPRIGHT.get(_orientation(image))) is not None:  # to flip from left to right is 0
-                upright = upright.transpose(turn)
+            if 2 <= (orientation := _orientation(image)) <= 8:
+                upright = upright.transpose(Image.Transpose(_TURNS[orientation - 2]))
             return resize_crop(upright, height, width)
     except Exception as error:  # Pillow's decoders also raise struct.error, IndexError and others on corrupt files
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
@@ -113,11 +105,11 @@ def readable_crops(paths: Sequence[Path], height: int, width: int, use: str) -> 
     with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
         found = list(pool.map(lambda path: try_crop(path, height, width), paths))
     bad = [crop for crop in found if isinstance(crop, BadImage)]
-    crops = [crop for crop in found if not isinstance(crop, BadImage)]
-    if not crops:
-        raise bad[0].error(f"{use} found no readable image among {len(bad):,}; replace the files")
+    if len(bad) == len(found):
+        raise bad[0].error(f"Replace the files: {use} has no readable image")
     warn_skipped(bad, use)
-    return np.stack(crops), [row for row, crop in enumerate(found) if not isinstance(crop, BadImage)]
+    crops = {row: crop for row, crop in enumerate(found) if not isinstance(crop, BadImage)}
+    return np.stack(list(crops.values())), list(crops)
 
 
 def warn_skipped(bad: Iterable[BadImage], use: str) -> None:

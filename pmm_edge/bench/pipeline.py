@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,7 @@ from pmm_edge.data.checks import unreadable
 from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.files import check_output, written_whole
-from pmm_edge.images import BadImage, evenly, read_crops
+from pmm_edge.images import evenly, read_crops
 from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve_checkpoint, run_of
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.cuda import GpuError
@@ -104,7 +104,7 @@ def bench(
     others = [_load(path, device, gates or {}) for path in paths]
     base = base or _reference_of(others[0])
     source, layout = data_of(base if run_of(base) else paths[0], Path(data) if data else None, layout)
-    images, bad = readable_images(bench_images(source, limit, layout), report)
+    images = bench_images(source, limit, layout, report)
     rows = evenly(len(images.paths), parity.PROBES)
     first = _load(base, device, gates or {})
     _check_reference(first, others)
@@ -119,9 +119,8 @@ def bench(
         environment=environment(embedders, before),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         complete=False,
-        warnings=[BenchWarning(WarningKind.UNREADABLE, str(one.path), detail=one.reason) for one in bad],
+        warnings=images.warnings,
     )
-    found.warnings += [images.warning] if images.warning else []
     if find_spec("onnx") is None:
         found.warnings.append(BenchWarning(WarningKind.PRECISION_NOT_CHECKED))
     try:
@@ -190,11 +189,13 @@ class BenchImages:
     root: Path
     paths: list[Path]
     dataset: ReidDataset | None = None
-    warning: BenchWarning | None = None
+    warnings: list[BenchWarning] = field(default_factory=list)
 
 
-def bench_images(source: Path, limit: int | None = None, layout: str | None = None) -> BenchImages:
-    """Find the images of a data set, a folder of crops or a text file with one path per line; none is opened.
+def bench_images(
+    source: Path, limit: int | None = None, layout: str | None = None, report: Report = silent
+) -> BenchImages:
+    """Find the readable images of a data set, a folder of crops or a text file with one path per line.
 
     Raises DataError if there are none, `layout` is given for a list, or no query has a match.
     """
@@ -202,35 +203,25 @@ def bench_images(source: Path, limit: int | None = None, layout: str | None = No
         raise PmmError(f"the limit is {limit} images", "Choose 1 or more, such as --limit 100")
     images = find_images(source, layout)
     dataset, paths, root = images.dataset, images.paths, source if source.is_dir() else source.parent
+    warnings = [] if dataset else [BenchWarning(WarningKind.NO_IDENTITIES)]
     if dataset:
         root, paths = dataset.root, [*dataset.query.paths, *dataset.gallery.paths]
-        _check_matches(dataset)
-        if limit is None or limit >= len(paths):
-            return BenchImages(root, paths, dataset)
-    warning = BenchWarning(WarningKind.LIMITED, count=limit, total=len(paths))
-    kept = [paths[row] for row in evenly(len(paths), limit or len(paths))]
-    return BenchImages(root, kept, None, warning if dataset else BenchWarning(WarningKind.NO_IDENTITIES))
-
-
-def readable_images(images: BenchImages, report: Report = silent) -> tuple[BenchImages, list[BadImage]]:
-    """Leave out images that cannot be read: the models are still compared on the same images."""
-    bad, dataset = unreadable(images.paths, report=report), images.dataset
-    skipped = {image.path for image in bad}
-    paths = [path for path in images.paths if path not in skipped]
-    if not paths:
-        raise bad[0].error("Replace the files: none of them can be read")
+    if limit and limit < len(paths):
+        warnings = [BenchWarning(WarningKind.LIMITED, count=limit, total=len(paths))] if dataset else warnings
+        paths, dataset = [paths[row] for row in evenly(len(paths), limit)], None
+    # Without those that cannot be read: the models are still compared on the same images.
+    bad = {image.path: image for image in unreadable(paths, report=report)}
+    warnings += [BenchWarning(WarningKind.UNREADABLE, str(path), detail=image.reason) for path, image in bad.items()]
+    if not (kept := [path for path in paths if path not in bad]):
+        raise bad[paths[0]].error("Replace the files: none of them can be read")
     if dataset:
         dataset = replace(dataset, query=dataset.query.without(bad), gallery=dataset.gallery.without(bad))
-        _check_matches(dataset)
-    return replace(images, paths=paths, dataset=dataset), bad
-
-
-def _check_matches(dataset: ReidDataset) -> None:
-    if not len(queries_with_match(dataset)):
-        raise DataError(
-            f"no query of {dataset.root} has a match in the gallery from another camera",
-            "Correct the data set, or name one of its folders to check parity without retrieval",
-        )
+        if not len(queries_with_match(dataset)):
+            raise DataError(
+                f"no query of {root} has a match in the gallery from another camera",
+                "Correct the data set, or name one of its folders to check parity without retrieval",
+            )
+    return BenchImages(root, kept, dataset, warnings)
 
 
 def _load(path: Path, device: str | None, gates: Mapping[str, float | None]) -> Subject:

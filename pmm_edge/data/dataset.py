@@ -12,7 +12,7 @@ import re
 import stat
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pmm_edge.console import Report, printable, silent
 from pmm_edge.errors import DataError, PmmWarning, did_you_mean
 from pmm_edge.files import sha256
-from pmm_edge.images import IMAGE_SUFFIXES, BadImage
+from pmm_edge.images import IMAGE_SUFFIXES
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
 
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"  # the folders of Market-1501
@@ -83,10 +83,9 @@ class Split:
         rows = np.asarray(rows, np.intp)
         return Split([self.paths[row] for row in rows], self.pids[rows], self.camids[rows])
 
-    def without(self, bad: Sequence[BadImage]) -> Split:
+    def without(self, bad: Collection[Path]) -> Split:
         """Without images that cannot be read."""
-        skipped = {image.path for image in bad}
-        return self.select([row for row, path in enumerate(self.paths) if path not in skipped])
+        return self.select([row for row, path in enumerate(self.paths) if path not in bad])
 
     @property
     def identities(self) -> int:

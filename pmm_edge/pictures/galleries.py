@@ -47,10 +47,11 @@ def gallery_grid(
     """
     query, gallery = dataset.query.select(queries), dataset.without_junk().gallery
     embedded = embed_files(embedder, [*query.paths, *gallery.paths], skip_bad=True, report=report)
-    warn_skipped(bad := embedded.skipped, "the picture")
-    query, gallery, embeddings = query.without(bad), gallery.without(bad), embedded.embeddings
+    warn_skipped(embedded.skipped, "the picture")
+    bad, embeddings = {image.path for image in embedded.skipped}, embedded.embeddings
+    query, gallery = query.without(bad), gallery.without(bad)
     if not len(query) or not len(gallery):
-        raise bad[0].error("Replace it: no query, or nothing in the gallery, is left to draw")
+        raise embedded.skipped[0].error("Replace it: no query, or nothing in the gallery, is left to draw")
     found = rank(embeddings[: len(query)], embeddings[len(query) :], query, gallery, top)
     return draw_rankings(found, query, gallery, f"{embedder.path.name} on {dataset.name}")
 

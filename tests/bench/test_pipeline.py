@@ -12,7 +12,7 @@ import pytest
 from certify import certify
 
 from pmm_edge.bench import BenchReport, bench, parity, pipeline
-from pmm_edge.bench.pipeline import bench_images, readable_images
+from pmm_edge.bench.pipeline import bench_images
 from pmm_edge.bench.report import BenchWarning, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
 from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.model import load_checkpoint, save_checkpoint
@@ -183,16 +183,16 @@ def test_an_interrupt_keeps_what_was_measured(
 def test_images_of_data_sets_folders_and_lists(tiny_dataset: Path, tmp_path: Path) -> None:
     images = bench_images(tiny_dataset)
     assert images.paths == [*images.dataset.query.paths, *images.dataset.gallery.paths]
-    assert bench_images(tiny_dataset, limit=24).warning is images.warning is None
+    assert bench_images(tiny_dataset, limit=24).warnings == images.warnings == []
     limited = bench_images(tiny_dataset, limit=6)
     assert (limited.paths, limited.dataset) == (images.paths[::4], None)
-    assert limited.warning == BenchWarning(WarningKind.LIMITED, count=6, total=24)
+    assert limited.warnings == [BenchWarning(WarningKind.LIMITED, count=6, total=24)]
     lines = tmp_path / "list.txt"
     lines.write_text("\n".join(str(path) for path in (tiny_dataset / "query").iterdir()))
     for source in (tiny_dataset / "query", lines):
         images = bench_images(source)
         assert (len(images.paths), images.dataset) == (12, None)
-        assert images.warning == BenchWarning(WarningKind.NO_IDENTITIES)
+        assert images.warnings == [BenchWarning(WarningKind.NO_IDENTITIES)]
 
 
 def test_unreadable_images_are_left_out_and_named(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_unreadable_images_are_left_out_and_named(tiny_onnx: Path, tiny_dataset:
         path.write_bytes(b"")
     for data in (root, root / "query"):
         with pytest.raises(DataError):
-            readable_images(bench_images(data))
+            bench_images(data)
 
 
 def test_sources_that_show_nothing_are_refused(tmp_path: Path, tiny_dataset: Path) -> None:

@@ -308,13 +308,11 @@ def test_unreadable_images_are_skipped_and_few_suffice_for_fp16(tiny_checkpoint:
         path.write_bytes(b"")
     with pytest.raises(DataError), pytest.warns(PmmWarning):
         read_calibration(data, SIZE)
+    for path in paths[7:]:
+        path.unlink()
     with pytest.warns(PmmWarning, match=paths[4].name):
         exported = export(tiny_checkpoint, out=tmp_path / "m.onnx", precision="fp16", calibration=data).files[0]
     assert exported.largest_value
-    for path in paths[7:]:
-        path.unlink()
-    with pytest.raises(DataError, match="7 training images"):
-        read_calibration(data, SIZE)
 
 
 def test_people_of_the_test_split_give_a_warning(tmp_path: Path) -> None:
