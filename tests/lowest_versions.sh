@@ -24,8 +24,9 @@ lowest = [line.replace(">=", "==", 1) for line in (*project["dependencies"], *pr
 tools = [line for line in lowest if line.partition("==")[0] in ("matplotlib", "onnx", "tomli-w")]  # of the tests
 (work / "base.txt").write_text("\n".join(lowest[: len(project["dependencies"])]))
 (work / "tests.txt").write_text("\n".join([*tools, "pytest"]))
+checkpoint = write_tiny_checkpoint(work / "best.pt")
 for form in ("uint8", "raw"):
-    export(write_tiny_checkpoint(work / "best.pt"), out=work / f"{form}.onnx", input_form=form)
+    export(checkpoint, out=work / f"{form}.onnx", input_form=form)
 PY
 
 "${1:-python3}" -m venv "$work/venv"
