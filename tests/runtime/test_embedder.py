@@ -47,7 +47,7 @@ def test_float16_sums_are_those_of_onnxruntime_on_arm(tiny_onnx: Path, monkeypat
     for precision, device, expected in (("fp16", "cpu", True), ("fp32", "cpu", False), ("fp16", "cuda:0", False)):
         embedder.spec, embedder.device = replace(embedder.spec, precision=precision), device
         assert embedder.float16_sums is expected
-        monkeypatch.setattr(pipeline, "load", lambda *_: embedder)
+        monkeypatch.setattr(pipeline, "load", lambda *_, **__: embedder)
         figures = pipeline._load(tiny_onnx, None, {}).figures
         assert (figures.float16_sums, figures.gates) == (expected, gates_for(precision, {}, expected))
 
