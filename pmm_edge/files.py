@@ -185,7 +185,7 @@ def utf8_path(path: Path) -> Iterator[Path]:
     if not NOT_UTF8.search(str(path)):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with _temporary(Path(tempfile.gettempdir(), f"pmm-edge-{os.getuid()}"), 0o700) as folder:
         whole = NOT_UTF8.search(path.name)
         link = Path(folder, f"file{path.suffix}" if whole else "folder")
         link.symlink_to((path if whole else path.parent).absolute())

@@ -64,7 +64,8 @@ def start(work: Callable[[], object], output: Path, **environment: str) -> BaseP
 
 def _run(work: bytes, output: Path, environment: dict[str, str]) -> None:
     signal.alarm(60)
-    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    file = output.open("w", buffering=1)  # stays open when `pmm` replaces the streams
+    sys.stdout = sys.stderr = file
     os.environ.update(environment)
     torch.set_num_threads(1)
     code = 0
