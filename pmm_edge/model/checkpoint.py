@@ -231,8 +231,11 @@ def _read_torch_file(path: Path, content: bytes | None = None) -> Any:
     try:
         with path.open("rb") if content is None else io.BytesIO(content) as file:
             # torch stores a CRC-32 of each tensor, and of all else, but does not compare them.
-            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
-                raise zipfile.BadZipFile(damaged)
+            if zipfile.is_zipfile(file):
+                archive = zipfile.ZipFile(file)
+                # Nor does it read what a bit of the attributes, which no checksum covers, declares a folder.
+                if damaged := archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
+                    raise zipfile.BadZipFile(damaged)
             file.seek(0)
             with torch.serialization.safe_globals([*names, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]):
                 return torch.load(file, map_location="cpu", weights_only=True)
