@@ -1,12 +1,13 @@
 """A reID data set on disk: recognize its layout, and read identities and cameras from names and lists of files.
 
-Market-1501, DukeMTMC-reID and CUHK03-NP share one form of folder, MSMT17 has its own; docs/datasets.md shows each.
-No image is opened.
+Market-1501, DukeMTMC-reID and CUHK03-NP share one form of folder; MSMT17 and the CUHK03 that torchreid and fast-reid
+convert have their own. docs/datasets.md shows each. No image is opened.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -14,7 +15,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,8 @@ _MARKET_NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})(?!\d)", re.ASCII)
 _MSMT17_LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")
 _MSMT17_LINE = re.compile(r"((?:[^/]*/)*\d+_\d+_(\d{1,9})_[^/]*)\s+(\d{1,9})\s*", re.ASCII)
 
+# Camera pair, person of that pair, view and number. No pair has 10,000 people.
+_CUHK03_NAME = re.compile(r"([1-9])_(\d{3,4})_([12])_\d{1,3}\.png", re.ASCII)
 _OTHER_FORMATS = re.compile(r"\.(avif|cr2|dng|gif|hei[cf]|j2k|jfif|jp2|jpe|jxl|nef|p[bgnp]m|tga|tiff?)")
 
 
@@ -161,7 +164,9 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
         raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
     ignored = Counter[str]()
     try:
-        if (_is_market(root) and layout not in _MSMT17_SETS) or layout in (*_MARKET_SETS, ANY_MARKET):
+        if _is_converted_cuhk03(root) and layout in (None, kind := f"cuhk03-np-{root.name.removeprefix('images_')}"):
+            found, splits = kind, _read_converted_cuhk03(root)
+        elif (_is_market(root) and layout not in _MSMT17_SETS) or layout in (*_MARKET_SETS, ANY_MARKET):
             found, splits = _read_market(root, layout, ignored)
         elif _is_msmt17(root) or layout:
             found, splits = _read_msmt17(root, layout)
@@ -180,7 +185,7 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
 
 def is_dataset(root: Path) -> bool:
     """Whether a folder has one of the known layouts, complete or not."""
-    return _is_msmt17(root) or _is_market(root) or bool(_cuhk03_kinds(root))
+    return _is_msmt17(root) or _is_market(root) or _is_converted_cuhk03(root) or bool(_cuhk03_kinds(root))
 
 
 def _is_market(root: Path) -> bool:
@@ -195,7 +200,18 @@ def _is_msmt17(root: Path) -> bool:
 
 def _cuhk03_kinds(root: Path) -> dict[str | None, Path]:
     """The folders of the two kinds in `root`, by layout."""
-    return {f"cuhk03-np-{kind}": root / kind for kind in ("detected", "labeled") if _is_market(root / kind)}
+    folders = [root / kind for kind in ("detected", "labeled")]
+    found = [folder for kind in folders if _is_converted_cuhk03(folder := root / f"images_{kind.name}")]
+    found += [folder for folder in folders if _is_market(folder)]
+    return {f"cuhk03-np-{folder.name.removeprefix('images_')}": folder for folder in found}
+
+
+def _is_converted_cuhk03(root: Path) -> bool:
+    return root.name in ("images_detected", "images_labeled") and _cuhk03_lists(root).exists() and not _is_market(root)
+
+
+def _cuhk03_lists(root: Path) -> Path:
+    return root.with_name(f"splits_new_{root.name.removeprefix('images_')}.json")
 
 
 def find_files(folder: Path, deep: bool, ignored: Counter[str], above: tuple[str, ...] = ()) -> list[Path]:
@@ -274,6 +290,25 @@ def _read_market_folder(folder: Path, ignored: Counter[str]) -> Split:
         images.append((path, int(match[1]), int(match[2])))
     ignored.update(skipped)
     return _split(images, folder, skipped)
+
+
+def _read_converted_cuhk03(root: Path) -> list[Split]:
+    """Read the lists beside the folder, and labels from the file names: the lists number training identities from 0."""
+    source, splits = _cuhk03_lists(root), []
+    try:
+        (lists,) = json.loads(source.read_bytes())
+        for name in ("train", "query", "gallery"):
+            images = []
+            for path, *_ in lists[name]:  # a path on another machine; a Windows path accepts both slashes
+                pair, person, view = _CUHK03_NAME.fullmatch(PureWindowsPath(path).name).groups()  # type: ignore[union-attr]
+                images.append((root / PureWindowsPath(path).name, int(pair) * 10_000 + int(person), int(view)))
+            splits.append(_split(images, source))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        remedy = "Convert the release again with the script in docs/datasets.md"
+        raise DataError(f"{source} does not list the images of the new protocol", remedy) from error
+    if missing := [path for split in splits for path in split.paths if not path.is_file()]:
+        raise DataError(f"{source} lists {missing[0]}, which does not exist", "Convert the release again")
+    return splits
 
 
 def _read_msmt17(root: Path, layout: str | None) -> tuple[str, list[Split]]:

@@ -1,5 +1,6 @@
 """Layouts, splits and findings of small folders, each in the exact layout of a public data set."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,30 @@ def test_cuhk03_np_must_say_which_kind(tmp_path):
     assert scan(tmp_path / "CUHK03-NP", "cuhk03-np-labeled").root == labeled
     shutil.rmtree(labeled)
     refused(tmp_path / "CUHK03-NP", f"Did you mean {detected}?")
+
+
+def test_cuhk03_as_torchreid_converts_it(tmp_path):
+    pixels, root = tmp_path / "elsewhere", tmp_path / "cuhk03/images_detected"
+    pixels.mkdir()
+    root.parent.mkdir()
+    root.symlink_to(pixels)
+    lists = {"train": ["1_001_1_01.png", "1_002_2_06.png"], "query": ["2_003_1_01.png"], "gallery": ["2_003_2_06.png"]}
+    for name in [name for names in lists.values() for name in names]:
+        (pixels / name).touch()
+    text = json.dumps([{split: [[f"C:\\data\\{name}", 0, 0] for name in names] for split, names in lists.items()}])
+    assert not datasets.is_dataset(root)
+    (lists_file := tmp_path / "cuhk03/splits_new_detected.json").write_text(text)
+    refused(root.parent, f"Did you mean {root}?")
+    for folder, layout in ((root, None), (root.parent, "cuhk03-np-detected")):
+        dataset = scan(folder, layout)
+        assert (dataset.root, dataset.layout) == (root, "cuhk03-np-detected")
+        assert dataset.train.pids.tolist() == [10_001, 10_002] and dataset.query.pids.tolist() == [20_003]
+        assert dataset.gallery.camids.tolist() == [2] and dataset.train.paths[0] == root / "1_001_1_01.png"
+    refused(root, "cuhk03-np-labeled", layout="cuhk03-np-labeled")
+    (pixels / "2_003_1_01.png").unlink()
+    refused(root, f"{lists_file} lists {root / '2_003_1_01.png'}, which does not exist")
+    lists_file.write_text("[{}]")
+    refused(root, f"{lists_file} does not list the images")
 
 
 def test_a_wrong_layout_or_folder_is_refused(tmp_path):
