@@ -152,7 +152,7 @@ def test_cuhk03_as_torchreid_converts_it(tmp_path):
         assert (dataset.root, dataset.layout) == (root, "cuhk03-np-detected")
         assert dataset.train.pids.tolist() == [10_001, 10_002] and dataset.query.pids.tolist() == [20_003]
         assert dataset.gallery.camids.tolist() == [2] and dataset.train.paths[0] == root / "1_001_1_01.png"
-    refused(root, "cuhk03-np-labeled", layout="cuhk03-np-labeled")
+    refused(root, "bounding_box_train", "--layout", layout="cuhk03-np-labeled")
     (pixels / "2_003_1_01.png").unlink()
     refused(root, f"{lists_file} lists {root / '2_003_1_01.png'}, which does not exist")
     lists_file.write_text("[{}]")
