@@ -171,12 +171,14 @@ def export(
     hardware_compatible: bool = _tensorrt(False, "Support all GPUs since Ampere; not Jetson.", "--hardware-compatible"),
     version_compatible: bool = _tensorrt(False, "Build for later TensorRT versions as well.", "--version-compatible"),
     timing_cache: bool = _tensorrt(True, "Reuse layer timings of earlier builds."),
+    rtx: bool = _tensorrt(False, "Also build an engine for RTX GPUs; needs no GPU. See docs/rtx.md.", "--rtx"),
+    gpu: str | None = _tensorrt(None, "RTX GPUs of the engine. Default: sm80,sm86,sm89,sm120.", metavar="SM,..."),
     deepstream: Path | None = _bundle(None, "Write a folder for DeepStream's tracker.", metavar="DIR"),
     triton: Path | None = _bundle(None, "Add the network or engine to this Triton repository.", metavar="DIR"),
     triton_name: str | None = _bundle(None, "Name of the model there. Default: like pmm_resnet50.", metavar="NAME"),
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint to ONNX and, on request, TensorRT, DeepStream and Triton.
+    """Export a checkpoint to ONNX and, on request, TensorRT, TensorRT for RTX, DeepStream and Triton.
 
     The exported network has no classifiers and no mixing, batch norm is folded, and preprocessing is part of the graph.
     Each file is compared with the checkpoint before it is written.
@@ -184,6 +186,7 @@ def export(
     - `pmm export` exports the best checkpoint of the newest run
     - `pmm export runs/20261122-174200-quick --precision int8 --target cpu`
     - `pmm export best.pt --precision fp16 --trt --batch-profile 1,16,64`
+    - `pmm export best.pt --precision fp16 --rtx --gpu sm86,sm89`
     - `pmm export model.onnx --deepstream tracker/ --triton models/`
     """
     arguments = _arguments(locals()) | {"checkpoint": _or_newest(checkpoint)}
@@ -445,7 +448,7 @@ def data(
 
 @app.command()
 def doctor(
-    commands: list[str] | None = _arg(None, "Commands that must work; trt is pmm export --trt.", "COMMAND"),
+    commands: list[str] | None = _arg(None, "Commands that must work; trt and rtx are those of pmm export.", "COMMAND"),
     as_json: Json = False,
 ) -> None:
     """Show what is installed, what works, and what each command still needs.
@@ -468,7 +471,7 @@ FOREIGN_FLAGS = {
     "--imgsz": "The input size is set in training: pmm train --height and --width",
     "--half": "Use --precision fp16",
     "--int8": "Use --precision int8",
-    "--format": "pmm export writes ONNX; add --trt for TensorRT or --safetensors for PyTorch",
+    "--format": "pmm export writes ONNX; add --trt or --rtx for TensorRT, --safetensors for PyTorch",
     "--input": "Use --input-form",
     "--output": "Use --out",
     "--batch-size": "Use --batch (training), --batch-sizes (bench) or --batch-profile (TensorRT)",

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from pmm_edge.errors import CHECKPOINT_MODULES, EXPORT_MODULES, OutputError, Pmm
 from pmm_edge.files import cache_folder, decode_json, with_tilde
 from pmm_edge.machine import text_of
 
-COMMANDS = ("train", "export", "trt", "bench", "embed", "eval", "visualize", "verify", "data", "synth")
-"""What `pmm doctor` can check; `trt` is `pmm export --trt`."""
+COMMANDS = ("train", "export", "trt", "rtx", "bench", "embed", "eval", "visualize", "verify", "data", "synth")
+"""What `pmm doctor` can check; `trt` and `rtx` are `pmm export --trt` and `--rtx`."""
 PACKAGES = (
     *("pmm-edge", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "onnx", "onnxscript"),
-    *("safetensors", "tensorboard", "tomli-w", "matplotlib", "pyarrow", "tensorrt", "cuda-python"),
+    *("safetensors", "tensorboard", "tomli-w", "matplotlib", "pyarrow", "tensorrt", "tensorrt-rtx-cu13-libs"),
+    "cuda-python",
 )
 ADDITION = b64decode("CAg6NQoOCgF4CgF4EgF5IgNBZGQSAWdaDwoBeBIKCggIARIECgIIAWIPCgF5EgoKCAgBEgQKAggBQgQKABAN")
 """An ONNX model that computes y = x + x for one float32; the onnx package may be missing."""
@@ -59,7 +61,8 @@ def examine(commands: Sequence[str] = ()) -> Diagnosis:
             raise PmmError(f"unknown command '{name}'", f"{did_you_mean(name, COMMANDS)}Choose {', '.join(COMMANDS)}")
     with ThreadPoolExecutor() as pool:
         checks = dict(zip(CHECKS, pool.map(isolated, CHECKS), strict=True))
-    ready = {name: readiness(name, checks["ONNX Runtime"], checks["TensorRT"]) for name in COMMANDS}
+    engines = [checks[name] for name in ("ONNX Runtime", "TensorRT", "TensorRT for RTX")]
+    ready = {name: readiness(name, *engines) for name in COMMANDS}
     return {"checks": checks, "commands": ready}
 
 
@@ -132,30 +135,32 @@ def check_onnxruntime() -> Finding:
     return Finding(status, "; ".join(found), remedy)
 
 
-def check_tensorrt() -> Finding:
-    """Import TensorRT and open the GPU that it would run on."""
+def check_tensorrt(rtx: bool = False) -> Finding:
+    """Import TensorRT, or TensorRT for RTX, which also builds without a GPU, and open the GPU that it would run on."""
     from pmm_edge.runtime.cuda import Cuda
-    from pmm_edge.runtime.tensorrt_backend import import_tensorrt
+    from pmm_edge.runtime.tensorrt_backend import import_rtx, import_tensorrt
 
     try:
-        installed = import_tensorrt().__version__
+        installed = (import_rtx if rtx else import_tensorrt)().__version__
     except PmmError as error:
         return Finding(Status.INFO, error.problem, error.remedy)
     try:
         cuda = Cuda()
     except PmmError as error:
-        return Finding(Status.PROBLEM, f"{installed}, without a GPU: {error.problem}", error.remedy)
+        status, detail = (Status.LIMITED, "builds engines, ") if rtx else (Status.PROBLEM, "")
+        return Finding(status, f"{installed}, {detail}without a GPU: {error.problem}", error.remedy)
     cuda.release()
     return Finding(Status.OK, f"{installed} on {cuda.name} with CUDA {cuda.runtime_version}")
 
 
-CHECKS = {
+CHECKS: dict[str, Callable[[], Finding]] = {
     "system": check_system,
     "cache folder": check_cache_folder,
     "packages": check_packages,
     "GPU": check_gpus,
     "ONNX Runtime": check_onnxruntime,
     "TensorRT": check_tensorrt,
+    "TensorRT for RTX": partial(check_tensorrt, rtx=True),
 }
 
 
@@ -195,25 +200,27 @@ EMBED = ("bench", "embed", "eval", "visualize")
 TRAIN_MODULES = ("torch", "torchvision", "tensorboard", "tomli_w")
 
 
-def readiness(command: str, onnxruntime: Finding, tensorrt: Finding) -> Finding:
+def readiness(command: str, onnxruntime: Finding, tensorrt: Finding, rtx: Finding) -> Finding:
     """Whether a command can work, from the findings about the engines."""
     onnx = f"onnxruntime: {onnxruntime.detail}" if onnxruntime.status is Status.PROBLEM else ""
     trt = "" if tensorrt.status is Status.OK else tensorrt.detail
+    engines = trt if rtx.status is not Status.OK else ""
     torch, export = absent(*CHECKPOINT_MODULES), absent(*EXPORT_MODULES)
     base, train = install(), install("train")
     needs = [  # commands, why they cannot work, what to do
         (COMMANDS, absent("numpy", "PIL"), base),
         (["train"], absent(*TRAIN_MODULES), train),
-        (["export", "trt"], onnx, base),  # engines are built from a file that ONNX Runtime has checked
+        (["export", "trt", "rtx"], onnx, base),  # engines are built from a file that ONNX Runtime has checked
         (["trt"], trt, tensorrt.remedy),
+        (["rtx"], rtx.detail if rtx.status not in (Status.OK, Status.LIMITED) else "", rtx.remedy),
         (["visualize"], absent("matplotlib"), train),
-        (EMBED, onnx and torch and trt and "no engine that runs models", train),
+        (EMBED, onnx and torch and engines and "no engine that runs models", train),
     ]
     limits = [  # commands, what of them does not work, what to do
         (["export"], export and f"only --deepstream of a raw .onnx file or --triton of a uint8 one ({export})", train),
         (EMBED, onnx and f"no .onnx files ({onnx})", base),
         (EMBED, torch and f"no .pt and .safetensors files ({torch})", train),
-        (EMBED, trt and f"no .engine files ({trt})", ""),  # nothing to install on a machine without a GPU
+        (EMBED, engines and f"no .engine files ({engines})", ""),  # nothing to install on a machine without a GPU
         (["bench"], torch and "needs --reference MODEL.onnx, because the default reference is a checkpoint", ""),
         (["visualize"], torch and "only galleries of exported models", train),
         (["embed"], absent("pyarrow") and "no .parquet files", install("parquet")),

@@ -72,7 +72,9 @@ def show_export(result: ExportResult) -> None:
         manifest = engine.manifest
         layers = ", ".join(f"{number} {kind}" for kind, number in manifest.precision.layers.items())
         size, seconds = f"{manifest.engine_size / 1e6:.1f}", f"{manifest.build_seconds:.1f}"
-        title = f"built for {manifest.machine.gpu} with TensorRT {manifest.machine.tensorrt}"
+        settings, machine = manifest.settings, manifest.machine
+        gpu = machine.compute_capability if settings.gpus else machine.gpu
+        title = f"built for {gpu} with {settings.compiler} {machine.tensorrt}"
         row = (engine.path.name, size, str(manifest.settings.batch), layers, seconds)
         print_table(title, ("file", "MB", "batch", "layers", "seconds"), [row])
     for kind, folder in result.bundles.items():

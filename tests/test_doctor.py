@@ -22,7 +22,7 @@ TRAIN = ["torch", "torchvision", "onnx", "onnxscript", "safetensors", "tensorboa
 
 
 def states(onnxruntime_found: Finding, tensorrt: Finding = NO_TENSORRT) -> dict[str, Finding]:
-    return {command: readiness(command, onnxruntime_found, tensorrt) for command in COMMANDS}
+    return {command: readiness(command, onnxruntime_found, tensorrt, NO_TENSORRT) for command in COMMANDS}
 
 
 def test_the_cache_folder(homeless: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

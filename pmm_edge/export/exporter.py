@@ -37,7 +37,7 @@ from pmm_edge.retrieval.distances import cosines, unit_length
 from pmm_edge.runs import EXPORT_FOLDER, data_of, resolve_checkpoint
 from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.embedder import Embedder
-from pmm_edge.runtime.manifest import BatchProfile, BuildSettings
+from pmm_edge.runtime.manifest import RTX_DEFAULT, BatchProfile, BuildSettings
 from pmm_edge.runtime.model_file import DIGEST_KEY, parse_model
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import (
@@ -122,6 +122,8 @@ def export(
     hardware_compatible: bool = False,
     version_compatible: bool = False,
     timing_cache: bool = True,
+    rtx: bool = False,
+    gpu: str | None = None,
     report: Report = silent,
 ) -> ExportResult:
     """Export a checkpoint to ONNX, and optionally to TensorRT, DeepStream and Triton.
@@ -152,6 +154,8 @@ def export(
         triton: model repository to add the network (or, with `trt`, the engine) to.
         triton_name: name of the model there; default such as `pmm_resnet50_fp16_trt`.
         trt: build a TensorRT engine for this machine's GPU. The options after it are those of `BuildSettings`.
+        rtx: build an engine for RTX GPUs with TensorRT for RTX, on any machine.
+        gpu: the compute capabilities of these, such as `sm86,sm89`; default: `sm80,sm86,sm89,sm120`.
 
     Raises PmmError if options contradict each other, ModelError, DataError or OutputError if the network, the
     calibration data or a place to write to cannot be used, CheckFailedError if the export differs from the checkpoint
@@ -160,12 +164,16 @@ def export(
     # Validate the request before any work.
     int8 = {"--target": target, "--calibration-method": calibration_method, "--max-map-drop": max_map_drop}
     build = {"--batch-profile": batch_profile, "--workspace": workspace_gib, "--optimization-level": optimization_level}
-    build |= {"--hardware-compatible": hardware_compatible, "--version-compatible": version_compatible}
+    only_trt = {"--hardware-compatible": hardware_compatible, "--version-compatible": version_compatible}
+    if trt and rtx:
+        raise PmmError("--trt and --rtx build different engines", "Run pmm export once for each")
     for is_used, option, dependents in (
         (precision == "int8", "--precision int8", int8),
         (precision != "fp32", "--precision fp16 or int8", {"--calibration": calibration, "--layout": layout}),
         (triton, "--triton", {"--triton-name": triton_name}),
-        (trt, "--trt", build | {"--no-timing-cache": not timing_cache}),
+        (trt or rtx, "--trt or --rtx", build),
+        (trt, "--trt", only_trt | {"--no-timing-cache": not timing_cache}),
+        (rtx, "--rtx", {"--gpu": gpu}),
     ):
         given = [name for name, value in dependents.items() if value is not None and value is not False]
         if given and not is_used:
@@ -192,10 +200,15 @@ def export(
         spec, form = embedder.spec, embedder.spec.input.form
         wanted = (opset, normalize_output, static_batch, precision, safetensors, input_form or form)
         is_changed = wanted != (OPSET, False, None, "fp32", False, form)
-        if is_changed or not (trt or deepstream or triton) or (out and not (trt and out.suffix == ".engine")):
+        to_engine = trt or rtx
+        if (
+            is_changed
+            or not (to_engine or deepstream or triton)
+            or (out and not (to_engine and out.suffix == ".engine"))
+        ):
             raise PmmError(
                 f"{source} is exported already: only engines and bundles can be made from it, in the form {form}",
-                "Add --trt, --deepstream or --triton (--out names an .engine), or name the checkpoint",
+                "Add --trt, --rtx, --deepstream or --triton (--out names an .engine), or name the checkpoint",
             )
         files, static_batch = {form: source}, embedder.profile.maximum if embedder.profile else None
     else:
@@ -230,7 +243,7 @@ def export(
                     f"Name the checkpoint, or an export with --input-form {needed} and --{option} alone",
                 )
             files[needed] = first.with_name(f"{first.stem}-{needed}.onnx" if out else _file_name(spec, needed))
-    if (trt or deepstream) and spec.quantization and spec.quantization.target == "cpu":
+    if (trt or rtx or deepstream) and spec.quantization and spec.quantization.target == "cpu":
         raise ModelError(
             f"{first} is INT8 for CPUs, with zero points that TensorRT refuses", "Export it with --target tensorrt"
         )
@@ -238,13 +251,18 @@ def export(
     # Check what engines and bundles need, and every place to write to.
     level = BuildSettings.optimization_level if optimization_level is None else optimization_level
     batch = BatchProfile.chosen(batch_profile, static_batch)
-    settings = BuildSettings(batch, workspace_gib, level, hardware_compatible, version_compatible, timing_cache)
+    gpus = tuple(gpu.lower().split(",")) if gpu else RTX_DEFAULT if rtx else ()
+    settings = BuildSettings(batch, workspace_gib, level, hardware_compatible, version_compatible, timing_cache, gpus)
+    if rtx and spec.precision == "int8":
+        text = "TensorRT for RTX may not run INT8 convolutions in INT8: NVIDIA lists only INT8 weights"
+        warnings.warn(f"{text}. --precision fp16 is the one to use", PmmWarning, stacklevel=2)
     if trt and triton and batch.minimum != 1:
         raise PmmError(
             f"Triton sends single requests, but the smallest batch of the engine is {batch.minimum}",
             f"Build it with --batch-profile {replace(batch, minimum=1)}",
         )
-    engine_paths = {form: out if out and loaded is None else first.with_suffix(".engine")} if trt else {}
+    of_engine = out if out and loaded is None else settings.engine_path(first)
+    engine_paths = {form: of_engine} if trt or rtx else {}
     if trt and triton:
         engine_paths.setdefault(bundles.TRITON_FORM, files[bundles.TRITON_FORM].with_suffix(".engine"))
     weights = first.with_suffix(".safetensors")
@@ -336,7 +354,7 @@ def export(
         with _collect(failures):
             bundles.deepstream_bundle(files[bundles.DEEPSTREAM_FORM], deepstream)
             written["deepstream"] = deepstream
-    served = engines.get(bundles.TRITON_FORM)
+    served = engines.get(bundles.TRITON_FORM) if trt else None  # Triton does not run engines of TensorRT for RTX
     if model_folder and (served or not trt):
         with _collect(failures):
             bundles.triton_bundle(files[bundles.TRITON_FORM], model_folder, served)

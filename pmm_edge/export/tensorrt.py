@@ -18,9 +18,23 @@ from pmm_edge.files import cache_folder, utf8_path, written_whole
 from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
-from pmm_edge.runtime.manifest import BuildSettings, EngineManifest, PrecisionCount, manifest_path, relative_onnx
+from pmm_edge.runtime.manifest import (
+    BuildSettings,
+    EngineManifest,
+    Machine,
+    PrecisionCount,
+    manifest_path,
+    relative_onnx,
+)
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
-from pmm_edge.runtime.tensorrt_backend import error_logger, import_tensorrt, last_error, load_engine, this_machine
+from pmm_edge.runtime.tensorrt_backend import (
+    error_logger,
+    import_rtx,
+    import_tensorrt,
+    last_error,
+    load_engine,
+    this_machine,
+)
 from pmm_edge.spec import ModelSpec
 
 
@@ -39,7 +53,10 @@ def build_engine(
     report: Report = silent,
     also: Sequence[str] = (),
 ) -> BuiltEngine:
-    """Build a TensorRT engine for the GPU of this machine from a file of `pmm export`, and its manifest.
+    """Build an engine from a file of `pmm export`, and its manifest: for the GPU of this machine, or for RTX GPUs.
+
+    With `settings.gpus`, TensorRT for RTX builds a portable engine for these; it needs neither a GPU nor a driver, and
+    the precision of layers is not read back.
 
     The network is strongly typed: every layer runs in the type that the graph gives it, so that the ONNX file alone
     decides the precision. TF32 is off. `also` are further arguments of the command for another machine.
@@ -51,24 +68,50 @@ def build_engine(
     file = open_model(onnx_path)
     spec = OnnxEmbedder(file, "cpu").spec
     try:
-        trt, cuda = import_tensorrt(), Cuda()  # its GPU stays the current one of this thread
+        if settings.gpus:
+            trt, machine = import_rtx(), Machine("RTX", ",".join(settings.gpus), import_rtx().__version__, "")
+        else:
+            trt, cuda = import_tensorrt(), Cuda()  # its GPU stays the current one of this thread
+            machine = this_machine(trt, cuda)
+            cuda.release()
     except NotOnThisMachineError as error:
         # Folders of this machine do not exist on the target.
         command = settings.command(Path(onnx_path.name), Path(out.name), also)
         raise NotOnThisMachineError(
             f"{onnx_path} is ready, but its engine cannot be built here: {error}",
-            f"Copy it to the target and run: {command}",
+            f"{'Then' if settings.gpus else 'Copy it to the target and'} run: {command}",
         ) from error
-    machine = this_machine(trt, cuda)
-    cuda.release()
     logger, started, cache = error_logger(trt), time.perf_counter(), None
-    if settings.timing_cache:
+    if settings.timing_cache and not settings.gpus:  # TensorRT for RTX measures nothing when it builds
         key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{machine.tensorrt} {machine.gpu}").strip("-")
         with suppress(OutputError):  # without a cache folder, the build only takes longer
             cache = cache_folder() / "tensorrt" / f"{key}.timing"
     plan = compile_network(trt, logger, onnx_path, out.name, spec, settings, report, cache)
     seconds = time.perf_counter() - started
-    engine = load_engine(trt, logger, plan, out, settings.version_compatible)
+    precision = PrecisionCount({}, {}) if settings.gpus else read_precision(trt, logger, plan, out, spec, settings)
+    manifest = EngineManifest(
+        spec=spec,
+        onnx=relative_onnx(out, onnx_path),
+        onnx_sha256=file.sha256,
+        engine_sha256=hashlib.sha256(plan).hexdigest(),
+        engine_size=plan.nbytes,
+        machine=machine,
+        settings=settings,
+        precision=precision,
+        build_seconds=round(seconds, 1),
+    )
+    # If the process is killed between the two renames, the hashes differ and loading fails.
+    with written_whole(out) as engine_file, written_whole(manifest_path(out)) as manifest_file:
+        engine_file.write_bytes(plan)
+        manifest_file.write_text(manifest.to_json(), encoding="utf-8")
+    return BuiltEngine(out, manifest)
+
+
+def read_precision(
+    trt: Any, logger: Any, plan: Any, out: Path, spec: ModelSpec, settings: BuildSettings
+) -> PrecisionCount:
+    """Return what the inspector says about an engine; raise CheckFailedError if most of it is in another precision."""
+    engine = load_engine(trt, logger, plan, out, settings)
     inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
     if context is not None and context.set_input_shape(INPUT, spec.input.shape(settings.batch.optimal)):
         inspector.execution_context = context  # without a shape, the types of dynamic tensors are not reported
@@ -86,22 +129,7 @@ def build_engine(
                 f" ({', '.join(f'{count} {kind}' for kind, count in counted.items())}; {kept} stay in float)",
                 "Try another version of TensorRT",
             )
-    manifest = EngineManifest(
-        spec=spec,
-        onnx=relative_onnx(out, onnx_path),
-        onnx_sha256=file.sha256,
-        engine_sha256=hashlib.sha256(plan).hexdigest(),
-        engine_size=plan.nbytes,
-        machine=machine,
-        settings=settings,
-        precision=precision,
-        build_seconds=round(seconds, 1),
-    )
-    # If the process is killed between the two renames, the hashes differ and loading fails.
-    with written_whole(out) as engine_file, written_whole(manifest_path(out)) as manifest_file:
-        engine_file.write_bytes(plan)
-        manifest_file.write_text(manifest.to_json(), encoding="utf-8")
-    return BuiltEngine(out, manifest)
+    return precision
 
 
 def compile_network(
@@ -131,7 +159,7 @@ def compile_network(
             problems.append(f"node {node}: {problem.desc()}" if node else problem.desc())
         reason = " ".join("; ".join(problems).split()) or last_error(logger)
         raise ModelError(
-            f"TensorRT {trt.__version__} cannot parse {onnx_path}: {reason}",
+            f"{settings.compiler} {trt.__version__} cannot parse {onnx_path}: {reason}",
             "Export it again with pmm export, or upgrade TensorRT",
         )
     config = builder.create_builder_config()
@@ -144,6 +172,10 @@ def compile_network(
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.gpus:
+        config.num_compute_capabilities = len(settings.gpus)
+        for index, gpu in enumerate(settings.gpus):
+            config.set_compute_capability(getattr(trt.ComputeCapability, gpu.upper()), index)
     batch, shape = settings.batch, spec.input.shape
     profile = builder.create_optimization_profile()
     profile.set_shape(INPUT, shape(batch.minimum), shape(batch.optimal), shape(batch.maximum))
@@ -160,8 +192,10 @@ def compile_network(
         raise monitor.caught
     if plan is None:
         raise ModelError(
-            f"TensorRT {trt.__version__} cannot build {onnx_path}{last_error(logger)}",
-            "If memory ran out, choose a smaller --batch-profile or --workspace",
+            f"{settings.compiler} {trt.__version__} cannot build {onnx_path}{last_error(logger)}",
+            "Turing (sm75) needs --precision fp16; omit it or export FP16"
+            if "sm75" in settings.gpus
+            else "If memory ran out, choose a smaller --batch-profile or --workspace",
         )
     if timing_cache:
         with suppress(OutputError), written_whole(timing_cache) as temporary:  # without it, builds only take longer

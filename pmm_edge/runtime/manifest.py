@@ -15,6 +15,10 @@ from pmm_edge.files import decode_sealed, encode_sealed
 from pmm_edge.runtime.model_file import ModelFile, read_model
 from pmm_edge.spec import ModelSpec
 
+RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""Compute capabilities that TensorRT for RTX compiles for: Turing, Ampere (two), Ada, Blackwell, DGX Spark."""
+RTX_DEFAULT = ("sm80", "sm86", "sm89", "sm120")
+"""The default of TensorRT for RTX. Turing restricts what all GPUs of an engine can run."""
 _PROFILE = "Give minimum,optimal,maximum with 1 <= minimum <= optimal <= maximum, for example 1,16,64"
 
 
@@ -62,17 +66,30 @@ class BuildSettings:
     hardware_compatible: bool = False  # run on every GPU from Ampere on, slower. Not supported on Jetson
     version_compatible: bool = False  # run with later versions of TensorRT, slower
     timing_cache: bool = True  # reuse layer timings in the next build with the same GPU and TensorRT
+    gpus: tuple[str, ...] = ()  # of an engine of TensorRT for RTX, out of RTX_GPUS; empty for TensorRT
 
     def __post_init__(self) -> None:
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= 1 << 20:  # also refuses NaN
             raise PmmError(f"invalid workspace of {self.workspace_gib:g} GiB", "Give at most the GPU memory")
         if not 0 <= self.optimization_level <= 5:
             raise PmmError(f"invalid optimization level {self.optimization_level}", "Give 0 to 5")
+        if unknown := ",".join(name for name in self.gpus if name not in RTX_GPUS):
+            raise PmmError(f"TensorRT for RTX has no GPU '{unknown}'", f"Choose from {','.join(RTX_GPUS)}")
+
+    @property
+    def compiler(self) -> str:
+        """`TensorRT` or `TensorRT for RTX`; their engines are not interchangeable."""
+        return "TensorRT for RTX" if self.gpus else "TensorRT"
+
+    def engine_path(self, onnx: Path) -> Path:
+        """Return where the engine of an ONNX file is written by default: `model.engine` or `model-rtx.engine`."""
+        return onnx.with_name(f"{onnx.stem}-rtx.engine") if self.gpus else onnx.with_suffix(".engine")
 
     def command(self, onnx: Path, engine: Path | None = None, also: Sequence[str] = ()) -> str:
         """Return the `pmm` command that builds `engine`, by default next to `onnx`, with further arguments `also`."""
-        words = ["pmm", "export", str(onnx), "--trt", "--batch-profile", str(self.batch)]
-        words += ["--out", str(engine)] * (engine not in (None, onnx.with_suffix(".engine")))
+        words = ["pmm", "export", str(onnx), *(["--rtx", "--gpu", ",".join(self.gpus)] if self.gpus else ["--trt"])]
+        words += ["--batch-profile", str(self.batch)]
+        words += ["--out", str(engine)] * (engine not in (None, self.engine_path(onnx)))
         words += ["--workspace", f"{self.workspace_gib or 0:g}"] * (self.workspace_gib is not None)
         words += ["--optimization-level", str(self.optimization_level)] * (self.optimization_level != 3)
         words += ["--hardware-compatible"] * self.hardware_compatible
@@ -83,7 +100,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What an engine depends on."""
+    """What an engine depends on. TensorRT for RTX needs no GPU to build: `gpu` is `RTX`, `cuda` is empty."""
 
     gpu: str
     compute_capability: str
@@ -93,7 +110,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class PrecisionCount:
-    """Number of layers per data type (`FP32`, `FP16`, `INT8`, ..., `unknown`), as the engine reports it."""
+    """Number of layers per data type (`FP32`, `FP16`, `INT8`, ..., `unknown`), as the engine reports it.
+
+    Empty for TensorRT for RTX, which chooses kernels on the GPU that runs the engine.
+    """
 
     layers: dict[str, int]  # all that compute, without copies
     products: dict[str, int]  # convolutions and matrix products only
@@ -164,14 +184,18 @@ def check_machine(manifest: EngineManifest, engine: Path, here: Machine) -> None
     """Raise ModelError if the engine was built for another GPU or TensorRT and is not compatible with this one."""
     built, settings = manifest.machine, manifest.settings
     old, new = _numbers(built.tensorrt), _numbers(here.tensorrt)
-    if settings.hardware_compatible:
+    if settings.gpus:
+        gpu_fits = f"sm{here.compute_capability.replace('.', '')}" in settings.gpus
+    elif settings.hardware_compatible:
         gpu_fits = _numbers(here.compute_capability) >= (8, 0)  # Ampere
     else:
         gpu_fits = (here.gpu, here.compute_capability) == (built.gpu, built.compute_capability)
     # Version-compatible engines run with later versions, and those of TensorRT 10 also with 11 (NVIDIA's rule).
     later = settings.version_compatible and bool(old) and old <= new and new[0] - old[0] <= 1
     if not gpu_fits or not (later or here.tensorrt == built.tensorrt):
-        first, second = (f"{one.gpu} ({one.compute_capability}) and TensorRT {one.tensorrt}" for one in (built, here))
+        first, second = (
+            f"{one.gpu} ({one.compute_capability}) and {settings.compiler} {one.tensorrt}" for one in (built, here)
+        )
         raise _outdated(manifest, engine, f"{engine} was built for {first}; this machine has {second}")
 
 

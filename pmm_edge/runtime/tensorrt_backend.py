@@ -1,4 +1,4 @@
-"""TensorRT engines on the GPU that they were built for."""
+"""Engines of TensorRT on the GPU that they were built for, and of TensorRT for RTX on any GPU that they list."""
 
 import threading
 import weakref
@@ -12,12 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.errors import ModelError, install
+from pmm_edge.errors import ModelError, OutputError, install
+from pmm_edge.files import cache_folder, written_whole
 from pmm_edge.images import Pixels, network_input
 from pmm_edge.runtime.cuda import OUT_OF_MEMORY, Cuda, GpuError, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT, OUTPUT, Embedder, Embeddings, parse_device
-from pmm_edge.runtime.manifest import Machine, check_files, check_machine, onnx_of, read_manifest
+from pmm_edge.runtime.manifest import BuildSettings, Machine, check_files, check_machine, onnx_of, read_manifest
 from pmm_edge.runtime.model_file import ModelFile
+
+
+def import_rtx() -> Any:
+    """Import `tensorrt_rtx`, or the bindings that it re-exports; raise NotOnThisMachineError if both are missing."""
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        with suppress(ImportError, OSError):
+            return import_module(name)
+    raise NotOnThisMachineError("TensorRT for RTX is not installed", f"{install('rtx')}, for Python 3.10 to 3.12")
 
 
 def import_tensorrt() -> Any:
@@ -59,17 +68,41 @@ def last_error(logger: Any) -> str:
     return f" ({logger.errors[-1]})" if logger.errors else ""
 
 
-def load_engine(trt: Any, logger: Any, plan: Any, path: Path, version_compatible: bool) -> Any:
+def load_engine(trt: Any, logger: Any, plan: Any, path: Path, settings: BuildSettings) -> Any:
     """Deserialize an engine from a buffer; raise ModelError, which names `path`, if TensorRT refuses it."""
     runtime = trt.Runtime(logger)
-    if version_compatible:
+    if settings.version_compatible:
         # Such an engine contains the runtime it was built with. That is code; the SHA-256 of the file is checked.
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        problem = f"TensorRT {trt.__version__} cannot load {path}{last_error(logger)}"
-        raise ModelError(problem, "Build it again on this machine with pmm export --trt")
+        problem = f"{settings.compiler} {trt.__version__} cannot load {path}{last_error(logger)}"
+        raise ModelError(
+            problem, f"Build it again on this machine with pmm export {'--rtx' if settings.gpus else '--trt'}"
+        )
     return engine
+
+
+class RuntimeCache:
+    """The kernels that TensorRT for RTX compiles at the first run of an engine, kept in a file for the next process."""
+
+    def __init__(self, trt: Any, engine: Any, key: str) -> None:
+        self._path: Path | None = None
+        self.config = config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # The default compiles in the background and would leave its temporary kernels in a captured CUDA graph.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._cache = config.create_runtime_cache()
+        with suppress(OutputError, OSError):  # without a cache folder, each process compiles again
+            self._path = cache_folder() / "tensorrt-rtx" / f"{key}.kernels"
+            self._cache.deserialize(self._path.read_bytes())  # False for one of another GPU, driver or release
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write the cache; a failure only costs time in the next process."""
+        if self._path:
+            with suppress(OutputError), written_whole(self._path) as temporary:
+                temporary.write_bytes(self._cache.serialize())
 
 
 class _Buffer(NamedTuple):
@@ -95,16 +128,20 @@ class TensorRTEmbedder(Embedder):
         if kind != "cuda":
             remedy = f"TensorRT runs only on GPUs; load {onnx_of(manifest, path)} instead"
             raise ModelError(f"{path} cannot run on the device {device}", remedy)
-        self._trt = trt = import_tensorrt()
-        self._cuda = cuda = Cuda(index)
+        try:
+            self._trt = trt = import_rtx() if manifest.settings.gpus else import_tensorrt()
+            self._cuda = cuda = Cuda(index)
+        except NotOnThisMachineError as error:
+            remedy = f"{error.remedy}, or load {onnx_of(manifest, path)} instead"
+            raise NotOnThisMachineError(f"{path} cannot run here: {error.problem}", remedy) from error
         self._release = weakref.finalize(self, cuda.release)
         check_machine(manifest, path, this_machine(trt, cuda))
         super().__init__(manifest.spec, path, "tensorrt", f"cuda:{index}")
         self.profile = self._batch = manifest.settings.batch
         self.cuda_graphs = cuda_graphs
         self._logger, self._lock = error_logger(trt), threading.Lock()
-        version_compatible = manifest.settings.version_compatible
-        self._engine = load_engine(trt, self._logger, file.content, path, version_compatible)
+        self._engine = load_engine(trt, self._logger, file.content, path, manifest.settings)
+        self._jit = RuntimeCache(trt, self._engine, manifest.engine_sha256) if manifest.settings.gpus else None
         self._contexts: dict[int, Any] = {}  # by batch size; a CUDA graph needs the context it was captured from
         self._graphs: dict[int, Callable[[], None]] = {}
         size, batch = self.spec.input, self._batch.maximum
@@ -168,7 +205,8 @@ class TensorRTEmbedder(Embedder):
     def _enqueue_layers(self, batch: int) -> None:
         """Enqueue the network; at the first use of a batch size, create its context and capture its graph."""
         if batch not in self._contexts:
-            context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self._engine.create_execution_context(self._jit.config if self._jit else strategy)
             if context is None:
                 raise GpuError(f"TensorRT cannot prepare {self.path}{last_error(self._logger)}", OUT_OF_MEMORY)
             context.set_device_memory(self._scratch, self._scratch_size)
@@ -180,10 +218,13 @@ class TensorRTEmbedder(Embedder):
             if not accepted:
                 problem = f"{self.path} does not accept a batch of {batch}, contrary to its manifest"
                 raise ModelError(problem + last_error(self._logger), "Build it again with pmm export --trt")
-            if self.cuda_graphs:
+            if self.cuda_graphs or self._jit:
                 # The first run after a change of shape does extra work, which cannot be captured.
                 self._execute(context, batch)
                 self._cuda.synchronize()
+            if self._jit:
+                self._jit.save()
+            if self.cuda_graphs:
                 self._graphs[batch] = self._cuda.capture(lambda: self._execute(context, batch))
             self._contexts[batch] = context
         if self.cuda_graphs:

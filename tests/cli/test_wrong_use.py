@@ -48,6 +48,9 @@ WRONG_USE = {
     "export lone.pt --out /proc/model.onnx": "cannot write /proc/model.onnx",
     "export lone.pt --target cpu": "--precision int8",
     "export lone.pt --batch-profile 1,2,3": "--trt",
+    "export lone.pt --gpu sm86": "--rtx",
+    "export lone.pt --rtx --trt": "--rtx",
+    "export lone.pt --rtx --gpu sm86,sm90": "sm90",
     # bench, verify
     "bench --batch-sizes 1;8": "--batch-sizes 1,8",
     "bench model.onnx --reference lone.pt": "--data",
@@ -61,7 +64,7 @@ WRONG_USE = {
     "verify model.onnx --data none": "none",
     # eval, embed, visualize
     "eval missing.onnx data": "missing.onnx",
-    "eval missing.engine data": "Build it here",
+    "eval missing.engine data": "pmm export missing.onnx --trt",
     "eval model.onnx none": "none",
     EVAL + "--layout market150": "Did you mean 'market1501'?",
     EVAL + "--device 63": "63",
@@ -106,7 +109,6 @@ def folder(run: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (here / "file").write_text("weights")
     for blocked in ("blocked.onnx", "taken.safetensors", "built.engine", "blocked.npz"):
         (here / blocked).mkdir()
-    monkeypatch.setattr("pmm_edge.bench.evaluation.embed_files", None)
     monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "_decoded", None)
     monkeypatch.setattr("pmm_edge.export.graph.onnx_graph", None)
     return here

@@ -42,7 +42,6 @@ class FakeGpu:
         self.queues: list[list[Callable[[], None]]] = [[]]  # of the stream, then of the graph that is captured
         self.clock = 0.0  # milliseconds of work done: 1 per copy, 10 per image
         self.layers: list[Any] = [FP32]  # what the inspector reports
-        self.parser_errors: list[tuple[str, str, str]] = []  # node, operator and description
         self.error = ""  # in the log, with which the next call of TensorRT fails
         self.built: list[Any] = []  # the configuration of each build
 
@@ -193,21 +192,13 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> SimpleNamespace:
     class INetworkDefinition:
         pass
 
-    class ParserError(tuple):
-        node_name = lambda self: self[0]
-        node_operator = lambda self: self[1]
-        desc = lambda self: self[2]
-
     class OnnxParser(Strict):
         def __init__(self, network, logger):
             self._network = network
 
-        num_errors = property(lambda self: len(gpu.parser_errors))
-        get_error = lambda self, index: ParserError(gpu.parser_errors[index])
-
         def parse_from_file(self, model):
             self._network._onnx = read_model(Path(model)).content
-            return not gpu.parser_errors
+            return True
 
     class Builder(Strict):
         def __init__(self, logger):
@@ -224,16 +215,9 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> SimpleNamespace:
             gpu.built.append(config)
             if failed(self._logger):
                 return None
-            monitor = config.progress_monitor
-            monitor.phase_start("Building", None, 2)
-            monitor.phase_start("Timing", "Building", 4)
-            goes_on = all(monitor.step_complete("Timing", step) for step in range(3))  # finishes early
-            monitor.phase_finish("Timing")
-            goes_on &= monitor.step_complete("Building", 0)
-            monitor.phase_finish("Building")
             if config._cache is not None:
                 config._cache += b"timings"
-            return IHostMemory(pickle.dumps((config._profile, network._onnx))) if goes_on else None
+            return IHostMemory(pickle.dumps((config._profile, network._onnx)))
 
     class Runtime(Strict):
         engine_host_code_allowed = False
@@ -304,3 +288,45 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> SimpleNamespace:
 
     public = {name: value for name, value in locals().items() if isinstance(value, type)}
     return SimpleNamespace(**public, __version__=version)
+
+
+def tensorrt_rtx(gpu: FakeGpu, version: str = "1.7.1.116") -> SimpleNamespace:
+    """`tensorrt_rtx` over one GPU: the runtime, which compiles when a context is created."""
+    trt = tensorrt(gpu, version)
+    DynamicShapesKernelSpecializationStrategy = IntEnum("DynamicShapesKernelSpecializationStrategy", ["LAZY", "EAGER"])
+
+    class IRuntimeCache(Strict):
+        _content = b""
+
+        def serialize(self):
+            return trt.IHostMemory(self._content + b"kernels")
+
+        def deserialize(self, blob):
+            if blob.startswith(b"kernels"):
+                self._content = blob
+            return blob.startswith(b"kernels")
+
+    class IRuntimeConfig(Strict):
+        dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+        create_runtime_cache = lambda self: IRuntimeCache()
+
+        def set_runtime_cache(self, cache):
+            self._cache = cache
+            return True
+
+        def set_execution_context_allocation_strategy(self, strategy):
+            self._strategy = strategy
+
+    class ICudaEngine(trt.ICudaEngine):
+        create_runtime_config = lambda self: IRuntimeConfig()
+
+        def create_execution_context(self, runtime_config=None):
+            eager = DynamicShapesKernelSpecializationStrategy.EAGER  # a graph would keep temporary kernels
+            assert runtime_config.dynamic_shapes_kernel_specialization_strategy == eager
+            return super().create_execution_context(runtime_config._strategy)
+
+    class Runtime(trt.Runtime):
+        deserialize_cuda_engine = lambda self, serialized_engine: ICudaEngine(serialized_engine, self._logger)
+
+    own = {name: value for name, value in locals().items() if isinstance(value, type)}
+    return SimpleNamespace(**vars(trt) | own)

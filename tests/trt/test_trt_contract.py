@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ TENSORRT = (
     "tensorrt-cu12-bindings==10.13.0.35",
     "tensorrt-cu13-bindings==11.4.0.106",
 )
+RTX = "tensorrt-rtx-cu13-bindings==1.7.1.116", "tensorrt-rtx-cu13-libs==1.7.1.116"
+"""A compiler with its libraries, which needs no GPU."""
 CUDA = {  # the oldest supported version, what `<13` installs, and CUDA 13
     "cuda-python==12.6.0": "cuda.cudart",
     "cuda-bindings==12.9.10": "cuda.bindings.runtime",
@@ -55,8 +58,8 @@ def run(*command: str) -> None:
         stop(f"the real bindings are not available: {error}: {getattr(error, 'stderr', '')}")
 
 
-def installed(package: str) -> Path:
-    """Install a package into a cached folder, once."""
+def installed(package: str, *more: str) -> Path:
+    """Install packages into a cached folder, once."""
     cache = REPOSITORY / ".cache" / "tensorrt-bindings"
     folder = cache / f"{package}-{sys.implementation.cache_tag}"
     if folder.is_dir():
@@ -64,20 +67,21 @@ def installed(package: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         made, source = Path(temporary, "made"), Path(temporary, "empty.c")
-        options = ["--no-deps"] if package in TENSORRT else []
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(made), *options, package)
+        options = ["--no-deps"] if package in TENSORRT or more else []
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(made), *options, package, *more)
         if package in TENSORRT:
             source.write_text(EMPTY)
             major = package.partition("==")[2].partition(".")[0]
             for library in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
                 run("gcc", "-shared", "-fPIC", str(source), "-o", str(made / f"lib{library}.so.{major}"))
-        made.rename(folder)
+        with suppress(OSError):  # another process was faster
+            made.rename(folder)
     return folder
 
 
 def run_with(package: str, script: str) -> str:
     """Return what a script prints with the real bindings of a package."""
-    folder = installed(package)
+    folder = installed(*RTX) if package == RTX[0] else installed(package)
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": f"{folder}:{REPOSITORY}"}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -86,13 +90,14 @@ def run_with(package: str, script: str) -> str:
 
 def api_of(package: str) -> dict[str, Any]:
     """Return the members of a class, the number of a constant, the docstring of anything else, for every name."""
-    module = CUDA.get(package, "tensorrt_bindings")
+    module = "tensorrt_rtx_bindings" if package == RTX[0] else CUDA.get(package, "tensorrt_bindings")
     return json.loads(run_with(package, DESCRIBE.replace("MODULE", repr(module))))
 
 
-@pytest.mark.parametrize("package", TENSORRT)
+@pytest.mark.parametrize("package", [*TENSORRT, RTX[0]])
 def test_the_double_of_tensorrt_is_real(package: str) -> None:
-    api, fake = api_of(package), vars(double.tensorrt(double.FakeGpu()))
+    make = double.tensorrt_rtx if package == RTX[0] else double.tensorrt
+    api, fake = api_of(package), vars(make(double.FakeGpu()))
     assert len(fake) > 20
     for name, kind in fake.items():
         if name != "__version__":
@@ -143,6 +148,8 @@ monitor.phase_start("Building", None, 2)
 assert monitor.step_complete("Building", 0)
 monitor.phase_finish("Building")
 assert [progress[1] for progress in reported] == [0, 1, 2], reported
+assert {{"node_name", "node_operator", "desc"}} <= set(dir(trt.ParserError))
+assert {{"num_errors", "get_error"}} <= set(dir(trt.OnnxParser))
 assert list(trt.Dims((1, 96, 64, 3))) == [1, 96, 64, 3]
 assert 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 """

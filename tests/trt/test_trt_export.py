@@ -89,21 +89,6 @@ def test_an_engine_that_is_mostly_in_another_precision_is_not_written(
         assert files_beside(onnx) == []
 
 
-def test_parser_errors_name_the_node(gpu: double.FakeGpu, onnx: Path) -> None:
-    gpu.parser_errors = [("node_7", "GridSample", "no importer\n registered"), ("", "", "and more")]
-    with pytest.raises(ModelError, match="node GridSample node_7: no importer registered; and more"):
-        build(onnx)
-
-
-def test_a_failed_build_reports_the_error_and_keeps_the_old_engine(built: BuiltEngine, gpu: double.FakeGpu) -> None:
-    before = built.path.read_bytes()
-    gpu.error = "could not find any\nimplementation"
-    with pytest.raises(ModelError, match="could not find any implementation"):
-        build(built.path.with_suffix(".onnx"))
-    assert built.path.read_bytes() == before
-    assert read_manifest(built.path) == built.manifest
-
-
 def test_what_is_refused(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     static = color_network(tmp_path / "static.onnx", batch=4)
@@ -118,27 +103,6 @@ def test_what_is_refused(gpu: double.FakeGpu, onnx: Path, tmp_path: Path) -> Non
     ):
         with pytest.raises(error, match=named):
             export(source, trt=True, **options)
-
-
-def test_progress_shows_the_outermost_phase_with_the_inner_one(gpu: double.FakeGpu, onnx: Path) -> None:
-    heard: list[tuple[str, int, int, str]] = []
-    build_engine(onnx, onnx.with_suffix(".engine"), report=lambda *reported: heard.append((*reported, "")[:4]))
-    assert heard == [
-        ("model.engine: Building", 0, 2, ""),
-        *(("model.engine: Building", 0, 2, f"Timing {step}/4") for step in (0, 1, 2, 3, 4)),
-        ("model.engine: Building", 1, 2, ""),
-        ("model.engine: Building", 2, 2, ""),
-    ]
-
-
-def test_ctrl_c_cancels_the_build(gpu: double.FakeGpu, onnx: Path) -> None:
-    def report(what: str, done: int, total: int, detail: str = "") -> None:
-        if "2/4" in detail:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(onnx, onnx.with_suffix(".engine"), report=report)
-    assert files_beside(onnx) == []
 
 
 def test_the_timing_cache(gpu: double.FakeGpu, onnx: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -289,11 +253,20 @@ print(pmm_edge.load({str(onnx.with_suffix(".engine"))!r}).embed(np.zeros((2, 30,
 def test_the_doctor_opens_the_gpu(gpu: double.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     found = check_tensorrt()
     assert found == Finding(Status.OK, "10.3.0 on Orin with CUDA 12.6")
-    assert readiness("trt", found, found).status is Status.OK
+    none = Finding(Status.INFO, "not installed")
+    assert readiness("trt", found, found, none).status is Status.OK
     broken = Finding(Status.PROBLEM, "ImportError: broken")  # exports are checked with ONNX Runtime
-    assert readiness("trt", broken, found).status is Status.PROBLEM
-    assert gpu.calls["cudaStreamDestroy"] == 1
+    assert readiness("trt", broken, found, none).status is Status.PROBLEM
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", double.tensorrt_rtx(gpu))
+    assert check_tensorrt(rtx=True).status is Status.OK
+    assert gpu.calls["cudaStreamDestroy"] == 2
     gpu.fails["cudaGetDeviceCount"] = 2
     assert check_tensorrt().status is Status.PROBLEM
+    builds = check_tensorrt(rtx=True)
+    assert builds.status is Status.LIMITED
+    assert readiness("rtx", found, none, builds).status is Status.OK
+    assert (
+        readiness("rtx", found, found, none).status is readiness("rtx", broken, found, builds).status is Status.PROBLEM
+    )
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert check_tensorrt().status is Status.INFO

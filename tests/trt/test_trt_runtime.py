@@ -323,3 +323,24 @@ def test_a_damaged_manifest(built: BuiltEngine, onnx: Path) -> None:
     path = manifest_path(built.path)
     path.write_text(path.read_text().replace("0.485", "0.495"))
     refused(built.path, f"pmm export {onnx} --trt --batch-profile 1,16,64", path)
+
+
+def test_an_engine_of_tensorrt_for_rtx(
+    built: BuiltEngine, gpu: double.FakeGpu, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs on the GPUs that it was built for, with the release that built it, and keeps its compiled kernels."""
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", double.tensorrt_rtx(gpu, "1.7.1"))
+    settings = replace(built.manifest.settings, gpus=("sm80", "sm86"))
+    manifest = replace(built.manifest, settings=settings, machine=Machine("RTX", "sm80,sm86", "1.7.1", ""))
+    manifest_path(built.path).write_text(manifest.to_json())
+    refused(built.path, "--rtx --gpu sm80,sm86 --batch-profile 2,3,4 --out " + str(built.path))
+    gpu.major, gpu.minor = 8, 6
+    for kernels in (b"kernels", b"kernelskernels"):
+        close(pmm_edge.load(built.path).embed(CROPS[:3]), expected[:3])
+        (cache,) = (tmp_path / "home" / "tensorrt-rtx").iterdir()
+        assert cache.read_bytes() == kernels
+    cache.write_bytes(b"of another GPU")
+    close(pmm_edge.load(built.path).embed(CROPS[:3]), expected[:3])
+    assert cache.read_bytes() == b"kernels"
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", double.tensorrt_rtx(gpu, "1.8.0"))
+    refused(built.path, "--out " + str(built.path))
