@@ -15,6 +15,7 @@ from certify import certify
 
 from pmm_edge.bench import pipeline
 from pmm_edge.runtime.certificate import certificate_path, read_certificate
+from pmm_edge.runtime.model_file import DIGEST_KEY
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,7 @@ def test_a_failed_gate_is_exit_code_1(pmm: Callable, run: Path, tiny_onnx: Path)
     scale = next(node for node in model.graph.node if node.op_type == "Mul").input[1]
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == scale)
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 255, scale))
+    onnx.helper.set_model_props(model, {one.key: one.value for one in model.metadata_props if one.key != DIGEST_KEY})
     broken = run / "export" / "broken.onnx"
     onnx.save(model, broken)
     ended = pmm("bench", broken, "--parity-only", "--limit", 6)

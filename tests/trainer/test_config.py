@@ -68,7 +68,7 @@ def test_a_wrong_setting_is_refused(tmp_path, toml, remedy):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "text.toml").write_bytes(b'init_from = "\xff"')
+    (tmp_path / "text.toml").write_text("epochs = 1", "utf-16")
     for path in (tmp_path, tmp_path / "missing.toml", tmp_path / "text.toml"):
         with pytest.raises(PmmError) as caught:
             choose_config(config=path)
