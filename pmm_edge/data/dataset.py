@@ -321,9 +321,8 @@ def _read_msmt17(root: Path, layout: str | None) -> tuple[str, list[Split]]:
     train = [image for name in _MSMT17_LISTS[:2] for image in _read_msmt17_list(root / name, train_folder, 1)]
     splits = [_split(train, root / _MSMT17_LISTS[0])]
     first_pid = 1 + int(splits[0].pids.max())
-    for name in _MSMT17_LISTS[2:]:
-        splits.append(_split(_read_msmt17_list(root / name, test_folder, first_pid), root / name))
-    return version, splits
+    tests = [root / name for name in _MSMT17_LISTS[2:]]
+    return version, splits + [_split(_read_msmt17_list(path, test_folder, first_pid), path) for path in tests]
 
 
 def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Path, int, int]]:

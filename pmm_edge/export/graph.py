@@ -1,7 +1,5 @@
 """From a trained network to an ONNX graph: strip and fuse in PyTorch, trace, cut into parts, count the work."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from copy import deepcopy

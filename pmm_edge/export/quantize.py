@@ -1,7 +1,5 @@
 """Reduce a network's precision: cast it to FP16, or calibrate it and quantize as many layers to INT8 as mAP allows."""
 
-from __future__ import annotations
-
 import io
 import logging
 import warnings

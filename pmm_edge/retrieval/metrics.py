@@ -211,13 +211,14 @@ def _figures(
 def _ranks(row: NDArray[Any], matches: NDArray[np.intp]) -> NDArray[np.int64]:
     """Find the ranks of the matches, ascending from 1, in a stable sort of the row."""
     values = row[matches]
-    near = np.flatnonzero(row <= values.max())  # images beyond the last match do not change a rank
-    if len(near) > _COUNT_FROM * len(values):  # a trained model leaves few
-        counts = [[np.count_nonzero(less(row, value)) for value in values] for less in (np.less, np.less_equal)]
+    near = row <= values.max()  # images beyond the last match do not change a rank
+    if np.count_nonzero(near) > _COUNT_FROM * len(values):  # a trained model leaves few
+        compared = row < values[:, None]
+        before = np.array([*map(np.count_nonzero, compared)])
+        last = np.array([*map(np.count_nonzero, np.less_equal(row, values[:, None], out=compared))])
     else:
         in_order = np.sort(row[near])
-        counts = [np.searchsorted(in_order, values, side).tolist() for side in ("left", "right")]
-    before, last = np.array(counts)
+        before, last = (np.searchsorted(in_order, values, side) for side in ("left", "right"))
     for slot in np.flatnonzero(last - before > 1):  # equal distances rank by gallery index
         before[slot] += np.count_nonzero(row[: matches[slot]] == values[slot])
     return np.sort(before) + 1
