@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -185,7 +185,7 @@ def utf8_path(path: Path) -> Iterator[Path]:
     if not NOT_UTF8.search(str(path)):
         yield path
         return
-    with _temporary(Path(tempfile.gettempdir(), f"pmm-edge-{os.getuid()}"), 0o700) as folder:
+    with _scratch() as folder:
         whole = NOT_UTF8.search(path.name)
         link = Path(folder, f"file{path.suffix}" if whole else "folder")
         link.symlink_to((path if whole else path.parent).absolute())
@@ -196,10 +196,15 @@ def utf8_path(path: Path) -> Iterator[Path]:
 def temporary_folder() -> Iterator[Path]:
     """Yield a temporary folder that is removed at the end; an OSError in the block is reported as OutputError."""
     try:
-        with _temporary(Path(tempfile.gettempdir(), f"pmm-edge-{os.getuid()}"), 0o700) as folder:
+        with _scratch() as folder:
             yield folder
     except OSError as error:
         raise OutputError(f"cannot write temporary files: {error}", "Set TMPDIR to a folder with space left") from error
+
+
+def _scratch() -> AbstractContextManager[Path]:
+    """Create a temporary folder of this user in TMPDIR, and remove it at the end."""
+    return _temporary(Path(tempfile.gettempdir(), f"pmm-edge-{os.getuid()}"), 0o700)
 
 
 @contextmanager

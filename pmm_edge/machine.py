@@ -1,4 +1,7 @@
-"""The processor and its settings, as the kernel shows them. `root` is the root of the file system, for tests."""
+"""The processor and its settings, as the kernel shows them, and the processes that torchrun starts on it.
+
+`root` is the root of the file system, for tests.
+"""
 
 import os
 import platform

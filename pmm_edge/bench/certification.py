@@ -16,7 +16,7 @@ from pmm_edge.data.dataset import data_sha256, read
 from pmm_edge.errors import ModelError, OutputError, PmmError
 from pmm_edge.files import decode_json, encode_json, sha256
 from pmm_edge.runtime import load
-from pmm_edge.runtime.certificate import Certificate, certificate_path, check_certificate
+from pmm_edge.runtime.certificate import Certificate, certificate_path, check_certificate, open_model
 from pmm_edge.runtime.manifest import manifest_path, read_manifest
 from pmm_edge.runtime.model_file import read_model
 
@@ -67,7 +67,7 @@ def write_certificates(report: BenchReport) -> Certification:
 
 def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
     """Return a certificate without folders and names of images, which show people; ModelError if one is refused."""
-    path, manifest_sha256, onnx_sha256 = Path(model.path), None, None
+    file, manifest_sha256, onnx_sha256 = open_model(Path(model.path), require_certificate=None), None, None
     for refused, reason in (
         (not report.complete, "the bench was interrupted"),
         (report.reference.failures, "the reference failed"),
@@ -76,15 +76,15 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
             not model.retrieval_change,
             "retrieval was not evaluated; it needs all images of a data set (no --limit)",
         ),
-        (read_model(path).sha256 != model.sha256, "the file has changed since it was measured"),
+        (file.sha256 != model.sha256, "the file has changed since it was measured"),
     ):
         if refused:
             raise ModelError(reason)
-    if path.suffix == ".engine":
-        manifest = read_manifest(path)
-        spec, manifest_sha256, onnx_sha256 = manifest.spec, sha256(manifest_path(path)), manifest.onnx_sha256
+    if file.path.suffix == ".engine":
+        manifest = read_manifest(file.path)
+        spec, manifest_sha256, onnx_sha256 = manifest.spec, sha256(manifest_path(file.path)), manifest.onnx_sha256
     else:
-        spec = load(path, "cpu", require_certificate=None).spec
+        spec = load(file, "cpu").spec
     return Certificate(
         model=_name(model.path),
         sha256=model.sha256,

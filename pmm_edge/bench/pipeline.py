@@ -34,9 +34,9 @@ from pmm_edge.files import check_output, written_whole
 from pmm_edge.images import evenly, read_crops
 from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve_checkpoint, run_of
 from pmm_edge.runtime import embed_files, load
+from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.cuda import GpuError
 from pmm_edge.runtime.embed_files import evaluate_dataset, find_images
-from pmm_edge.runtime.model_file import read_model
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ def bench_images(
 
 
 def _load(path: Path, device: str | None, gates: Mapping[str, float | None]) -> Subject:
-    embedder, file = load(path, device, require_certificate=None), read_model(path)
+    file = open_model(path, require_certificate=None)
+    embedder = load(file, device)
     spec = embedder.spec
     size = file.size, spec.precision, spec.embedding_size, spec.gflops, spec.parameters
     runs_on = embedder.backend, embedder.device

@@ -14,7 +14,7 @@ from typing import Any
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import CheckFailedError, ModelError, OutputError
-from pmm_edge.files import cache_folder, utf8_path, written_whole
+from pmm_edge.files import cache_folder, written_whole
 from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.cuda import Cuda, NotOnThisMachineError
 from pmm_edge.runtime.embedder import INPUT
@@ -26,6 +26,7 @@ from pmm_edge.runtime.manifest import (
     manifest_path,
     relative_onnx,
 )
+from pmm_edge.runtime.model_file import ModelFile
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.runtime.tensorrt_backend import (
     error_logger,
@@ -86,7 +87,7 @@ def build_engine(
         key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{machine.tensorrt} {machine.gpu}").strip("-")
         with suppress(OutputError):  # without a cache folder, the build only takes longer
             cache = cache_folder() / "tensorrt" / f"{key}.timing"
-    plan = compile_network(trt, logger, onnx_path, out.name, spec, settings, report, cache)
+    plan = compile_network(trt, logger, file, out.name, spec, settings, report, cache)
     seconds = time.perf_counter() - started
     precision = PrecisionCount({}, {}) if settings.gpus else read_precision(trt, logger, plan, out, spec, settings)
     manifest = EngineManifest(
@@ -135,7 +136,7 @@ def read_precision(
 def compile_network(
     trt: Any,
     logger: Any,
-    onnx_path: Path,
+    file: ModelFile,
     name: str,
     spec: ModelSpec,
     settings: BuildSettings,
@@ -150,16 +151,14 @@ def compile_network(
     # TensorRT 11 has only strongly typed networks and ignores the flag; TensorRT 10 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    with utf8_path(onnx_path) as readable:
-        parsed = parser.parse_from_file(str(readable))
-    if not parsed:
+    if not parser.parse(file.content):
         problems = []
         for problem in (parser.get_error(index) for index in range(parser.num_errors)):
             node = f"{problem.node_operator()} {problem.node_name()}".strip()
             problems.append(f"node {node}: {problem.desc()}" if node else problem.desc())
         reason = " ".join("; ".join(problems).split()) or last_error(logger)
         raise ModelError(
-            f"{settings.compiler} {trt.__version__} cannot parse {onnx_path}: {reason}",
+            f"{settings.compiler} {trt.__version__} cannot parse {file.path}: {reason}",
             "Export it again with pmm export, or upgrade TensorRT",
         )
     config = builder.create_builder_config()
@@ -192,7 +191,7 @@ def compile_network(
         raise monitor.caught
     if plan is None:
         raise ModelError(
-            f"{settings.compiler} {trt.__version__} cannot build {onnx_path}{last_error(logger)}",
+            f"{settings.compiler} {trt.__version__} cannot build {file.path}{last_error(logger)}",
             "Turing (sm75) needs --precision fp16; omit it or export FP16"
             if "sm75" in settings.gpus
             else "If memory ran out, choose a smaller --batch-profile or --workspace",

@@ -13,7 +13,9 @@ from pmm_edge.runtime.model_file import ModelFile
 __all__ = ["Embedder", "embed_files", "load"]
 
 
-def load(path: str | Path, device: str | int | None = None, require_certificate: bool | None = False) -> Embedder:
+def load(
+    path: str | Path | ModelFile, device: str | int | None = None, require_certificate: bool | None = False
+) -> Embedder:
     """Load a network.
 
         embedder = pmm_edge.load("model.onnx")
@@ -21,7 +23,7 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
 
     Args:
         path: `.onnx` runs in ONNX Runtime, `.engine` in TensorRT, a checkpoint `.pt`, `.safetensors` or a run folder
-            (for its `best.pt`) in PyTorch.
+            (for its `best.pt`) in PyTorch. Or a file that `open_model` has read and checked.
         device: `cpu`, `cuda`, `cuda:N` or the index of a GPU. By default a GPU if the engine can use one, otherwise the
             CPU; a `PmmWarning` says when ONNX Runtime cannot use an existing GPU.
         require_certificate: refuse a model without a certificate of `pmm bench`. A certificate next to the model is
@@ -30,7 +32,8 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
     Raises ModelError if the file is missing or damaged or its device is not available, CertificateError if the
     certificate is missing or does not match, NotOnThisMachineError or GpuError if an `.engine` cannot run here.
     """
-    path = resolve_checkpoint(Path(path)) if Path(path).is_dir() else Path(path)
+    file, path = (path, path.path) if isinstance(path, ModelFile) else (None, Path(path))
+    path = resolve_checkpoint(path) if path.is_dir() else path
     backend: Callable[[ModelFile, str | int | None], Embedder]
     if path.suffix == ".onnx":
         from pmm_edge.runtime.onnx_backend import OnnxEmbedder
@@ -49,7 +52,7 @@ def load(path: str | Path, device: str | int | None = None, require_certificate:
         raise ModelError(
             f"cannot load {path}: unknown suffix", "Name a .onnx, .engine, .pt or .safetensors file made by pmm-edge"
         )
-    file = open_model(path, require_certificate)
+    file = file or open_model(path, require_certificate)
     embedder = backend(file, device)
     if file.certificate and embedder.spec != file.certificate.spec:
         raise CertificateError(f"the certificate of {path} has another spec than the model", "Run pmm bench again")

@@ -39,9 +39,9 @@ class ImageList:
 def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
     """Find the images to embed, without opening them.
 
-    `source` is an image; a folder, searched by `find_files`; a data set (`layout`, if it is not
-    recognized); a text file with one path per line, relative to its folder; or a sequence of paths. Raises DataError if
-    it does not exist, cannot be read, or contains no images.
+    `source` is an image; a folder, searched by `find_files`; a data set (`layout`, if it is not recognized); a text
+    file with one path per line, relative to its folder; or a sequence of paths. Raises DataError if it does not exist,
+    cannot be read, or contains no images.
     """
     if not isinstance(source, str | Path):
         return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])

@@ -14,14 +14,11 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
-
-from pmm_edge.runtime.model_file import read_model
 
 FP32, FP16, INT8 = (
     {"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": kind}} for kind in ("Float", "Half", "Int8")
@@ -196,8 +193,8 @@ def tensorrt(gpu: FakeGpu, version: str = "10.3.0") -> SimpleNamespace:
         def __init__(self, network, logger):
             self._network = network
 
-        def parse_from_file(self, model):
-            self._network._onnx = read_model(Path(model)).content
+        def parse(self, model):
+            self._network._onnx = model
             return True
 
     class Builder(Strict):
