@@ -1,7 +1,4 @@
-"""The processor and its settings, as the kernel shows them, and the processes that torchrun starts on it.
-
-`root` is the root of the file system, for tests.
-"""
+"""The processor as the kernel shows it (`root` is the root of the file system, for tests), and torchrun's processes."""
 
 import os
 import platform

@@ -72,10 +72,7 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
         (not report.complete, "the bench was interrupted"),
         (report.reference.failures, "the reference failed"),
         (model.sha256 == report.reference.sha256, "it is the same file as the reference"),
-        (
-            not model.retrieval_change,
-            "retrieval was not evaluated; it needs all images of a data set (no --limit)",
-        ),
+        (not model.retrieval_change, "retrieval was not evaluated; it needs all images of a data set (no --limit)"),
         (file.sha256 != model.sha256, "the file has changed since it was measured"),
     ):
         if refused:

@@ -182,11 +182,7 @@ def export(
         (opset in OPSETS, f"opset {opset}", f"Choose {OPSETS[0]} to {OPSETS[-1]}"),
         (static_batch is None or static_batch >= 1, f"static batch {static_batch}", "Choose 1 or more"),
         (max_map_drop is None or 0 <= max_map_drop <= 100, f"mAP drop {max_map_drop}", "Choose a value such as 0.5"),
-        (
-            re.fullmatch(_NAME, triton_name or "default"),
-            f"model name '{triton_name}'",
-            "Use letters, digits, _, . and -",
-        ),
+        (re.fullmatch(_NAME, triton_name or "default"), f"model name '{triton_name}'", "Use letters, digits, . _ -"),
     ):
         if not is_valid:
             raise PmmError(f"invalid {value}", remedy)
@@ -201,11 +197,8 @@ def export(
         wanted = (opset, normalize_output, static_batch, precision, safetensors, input_form or form)
         is_changed = wanted != (OPSET, False, None, "fp32", False, form)
         to_engine = trt or rtx
-        if (
-            is_changed
-            or not (to_engine or deepstream or triton)
-            or (out and not (to_engine and out.suffix == ".engine"))
-        ):
+        is_misnamed = out is not None and not (to_engine and out.suffix == ".engine")
+        if is_changed or is_misnamed or not (to_engine or deepstream or triton):
             raise PmmError(
                 f"{source} is exported already: only engines and bundles can be made from it, in the form {form}",
                 "Add --trt, --rtx, --deepstream or --triton (--out names an .engine), or name the checkpoint",
