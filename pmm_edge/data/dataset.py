@@ -77,6 +77,8 @@ class Split:
     paths: list[Path]
     pids: NDArray[np.int64]
     camids: NDArray[np.int64]
+    tracks: NDArray[np.int64] | None = None
+    """(N,): images of one tracklet, consecutive frames of one person, have the same number; None without tracklets."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -84,7 +86,8 @@ class Split:
     def select(self, rows: Sequence[int] | NDArray[np.intp]) -> Split:
         """The images at these indices."""
         rows = np.asarray(rows, np.intp)
-        return Split([self.paths[row] for row in rows], self.pids[rows], self.camids[rows])
+        tracks = None if self.tracks is None else self.tracks[rows]
+        return Split([self.paths[row] for row in rows], self.pids[rows], self.camids[rows], tracks)
 
     def without(self, bad: Collection[Path]) -> Split:
         """Without images that cannot be read."""
