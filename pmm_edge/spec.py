@@ -1,7 +1,7 @@
 """ModelSpec: what a consumer of a network must know, in the checkpoint, in ONNX metadata and next to engines."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pmm_edge.errors import ModelError
@@ -12,6 +12,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FLOAT16_MAX = 65504.0
 
 InputForm = Literal["uint8", "raw", "normalized"]
+Distance = Literal["euclidean", "cosine"]  # cosine: 1 minus the cosine similarity, in 0..2
 Method = Literal["pmm", "bdb", "baseline"]
 Mix = Literal["a-hard-mix", "dropblock", "cutout", "cutmix", "a-cutmix", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -69,6 +70,59 @@ class RetrievalFigures:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Two images at a distance of at most `distance` show the same person. Rates are in 0..1.
+
+    Each interval contains, with 95 % probability, the rate at this threshold of as many other people in front of the
+    same cameras.
+    """
+
+    fmr: float  # nominal false-match rate: `distance` is the largest with at most this share of the impostor pairs
+    distance: float
+    false_matches: int  # impostor pairs at this distance or less, of `Calibration.impostor_pairs`
+    fmr_interval: tuple[float, float]
+    tmr: float  # true-match rate: share of the genuine pairs
+    tmr_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class DistanceThresholds:
+    """Decision thresholds for one distance."""
+
+    eer: float  # equal error rate, in 0..1: where the rates of false matches and of missed matches are equal
+    thresholds: tuple[Threshold, ...]  # of the nominal rates that the data supports, largest rate first
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Decision thresholds from pairs of a query and a gallery image of different cameras (`pmm calibrate`)."""
+
+    dataset: str
+    data_sha256: str  # of its query and gallery images, as in certificates
+    identities: int  # of the queries
+    genuine_pairs: int  # of one person
+    impostor_pairs: int  # of different people
+    embedding_size: int  # of the network that the thresholds belong to
+    euclidean: DistanceThresholds
+    cosine: DistanceThresholds
+
+    def threshold(self, fmr: float = 1e-3, distance: Distance = "euclidean") -> Threshold:
+        """Return the threshold of a nominal false-match rate; raise ModelError if there is none."""
+        found = {"euclidean": self.euclidean, "cosine": self.cosine}[distance].thresholds
+        for threshold in found:
+            if math.isclose(threshold.fmr, fmr):
+                return threshold
+        rates = ", ".join(f"{threshold.fmr:g}" for threshold in found) or "none"
+        problem = f"there is no {distance} threshold for a false-match rate of {fmr:g}; {self.dataset} supports {rates}"
+        raise ModelError(problem, "Choose one of these rates, or run pmm calibrate on more people")
+
+    def of_unit_length(self) -> "Calibration":
+        """The same decisions for embeddings scaled to unit length: their Euclidean distance is sqrt(2 x cosine)."""
+        scaled = (replace(one, distance=math.sqrt(2 * max(one.distance, 0))) for one in self.cosine.thresholds)
+        return replace(self, euclidean=replace(self.cosine, thresholds=tuple(scaled)))
+
+
+@dataclass(frozen=True)
 class Quantization:
     """How an INT8 graph was made."""
 
@@ -92,9 +146,10 @@ class ModelSpec:
     mix_blocks: int | None = None  # K, the number of blocks that mixing replaces in training (paper section 2.2)
     block_size: tuple[int, int] = (3, 2)  # height and width of a block on the feature map
     mix: Mix = "a-hard-mix"
-    distance: Literal["euclidean"] = "euclidean"
+    distance: Distance = "euclidean"
     dataset: str | None = None
     retrieval: RetrievalFigures | None = None
+    calibration: Calibration | None = None  # decision thresholds; None before pmm calibrate
     checkpoint_sha256: str | None = None  # of the checkpoint that was exported; None in the checkpoint itself
     normalized_output: bool = False  # embeddings have unit L2 length
     precision: Precision = "fp32"
@@ -109,6 +164,9 @@ class ModelSpec:
         for name, value in {**sizes, "block height": self.block_size[0], "block width": self.block_size[1]}.items():
             if not 1 <= value <= 10_000_000:
                 raise ValueError(f"{name} {value} is out of range")
+        if self.calibration and self.calibration.embedding_size != self.embedding_size:
+            of_another = f"thresholds of embeddings of {self.calibration.embedding_size} values"
+            raise ValueError(f"{of_another} do not apply to {self.embedding_size} values")
 
     def to_json(self) -> str:
         """One line of JSON with sorted keys."""
