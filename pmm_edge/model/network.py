@@ -23,8 +23,8 @@ def average_pool(features: Tensor) -> Tensor:
 
 def max_pool(features: Tensor) -> Tensor:
     """Global max pooling: (N, C, H, W) -> (N, C). The gradient goes to one position, even if several are equal."""
-    if torch.are_deterministic_algorithms_enabled():  # adaptive pooling has no deterministic gradient on a GPU
-        return features.flatten(2).max(dim=2).values
+    if features.is_cuda:  # adaptive pooling would copy the map to channels-first memory, and is not deterministic
+        return features.permute(0, 2, 3, 1).flatten(1, 2).max(dim=1).values
     return F.adaptive_max_pool2d(features, 1).flatten(1)
 
 

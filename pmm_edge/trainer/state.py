@@ -96,9 +96,13 @@ def load_state(folder: Path, config: TrainConfig, data: str) -> Checkpoint | Non
 
 def restore_state(trainee: Trainee, checkpoint: Checkpoint) -> None:
     """Load the optimizer, gradient scaler and average of a checkpoint, whose weights the network already has."""
+    groups = trainee.optimizer.param_groups
+    of_device = [{name: group[name] for name in ("lr", "capturable")} for group in groups]  # the run may have moved
     with _incomplete():
         for name, part in trainee.stateful.items():
             part.load_state_dict(checkpoint.training[name])
+        for group, own in zip(trainee.optimizer.param_groups, of_device, strict=True):
+            group.update(own)
 
 
 @contextmanager

@@ -179,6 +179,7 @@ class Trainee:
     average: AveragedModel | None  # moving average of the weights
     device: torch.device
     dtype: torch.dtype  # autocast type
+    replays: "StepGraph | None" = None  # on one GPU
 
     @property
     def stateful(self) -> dict[str, Any]:
@@ -200,14 +201,69 @@ def prepare(
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device).to(memory_format=torch.channels_last).train()
     if config.compile:
-        network.backbone.compile()  # no compiler can follow Grad-CAM, which asks autograd for a gradient in the middle
+        # No compiler can follow Grad-CAM, which asks autograd for a gradient in the middle.
+        for part in (network.backbone, network.bottleneck) if network.max_heads else (network.backbone,):
+            part.compile()
     device_ids = [device] if device.type == "cuda" else None
     forward = DistributedDataParallel(network, device_ids) if world.size > 1 else network
     update = get_ema_multi_avg_fn(config.ema)
     average = AveragedModel(network, multi_avg_fn=update, use_buffers=True) if config.ema else None
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    # In float16 the scaler decides in each step whether to update, and several processes exchange gradients.
+    replays = StepGraph() if device.type == "cuda" and world.size == 1 and dtype != torch.float16 else None
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=replays is not None
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainee(network, forward, optimizer, scaler, average, device, dtype)
+    return Trainee(network, forward, optimizer, scaler, average, device, dtype, replays)
+
+
+class StepGraph:
+    """The step as a CUDA graph: the GPU replays its kernels without waiting for Python to launch each of them.
+
+    The first steps run one kernel after the other, because cuDNN, cuBLAS and torch.compile set themselves up in them.
+    The graph is captured from shards of the size of the first step; smaller ones, at the end of an epoch, are never
+    replayed. The same seeds give the same random numbers in both ways.
+    """
+
+    def __init__(self) -> None:
+        self._eager_steps = 3
+        self._shapes: list[torch.Size] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, trainee: Trainee, shards: list[Shard], config: TrainConfig) -> dict[str, Tensor]:
+        """Take a step, replayed if it can be."""
+        device, shapes = trainee.device, [shard.crops.shape for shard in shards]
+        self._shapes = self._shapes or shapes
+        if self._eager_steps or shapes != self._shapes:
+            self._eager_steps = max(0, self._eager_steps - 1)
+            return _update(trainee, shards, config, [_generator(device, shard) for shard in shards])
+        if self._graph is None:
+            self._shards = [Shard(torch.empty_like(crops), torch.empty_like(pids), 0) for crops, pids, _ in shards]
+            self._generators = [torch.Generator(device) for _ in shards]
+            for group in trainee.optimizer.param_groups:
+                group["lr"] = torch.as_tensor(group["lr"], device=device)
+            graph = torch.cuda.CUDAGraph()
+            for generator in self._generators:
+                graph.register_generator_state(generator)
+            # Other threads may use CUDA meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._results = _update(trainee, self._shards, config, self._generators)
+            self._graph = graph
+        for mine, given, generator in zip(self._shards, shards, self._generators, strict=True):
+            mine.crops.copy_(given.crops)
+            mine.pids.copy_(given.pids)
+            generator.manual_seed(given.seed)
+        self._graph.replay()
+        return {name: value.clone() for name, value in self._results.items()}
+
+
+def set_learning_rate(trainee: Trainee, rate: float) -> None:
+    """Set the learning rate of the next step without waiting for the device."""
+    for group in trainee.optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # where a CUDA graph reads it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,13 +271,29 @@ def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tu
 
     Returns the mean loss of the shards and its parts, on the device: reading them waits for it.
     """
+    if trainee.replays:
+        means = trainee.replays.step(trainee, shards, config)
+    else:
+        means = _update(trainee, shards, config, [_generator(trainee.device, shard) for shard in shards])
+    if trainee.average:
+        trainee.average.update_parameters(trainee.network)
+    return means.pop("loss"), means
+
+
+def _generator(device: torch.device, shard: Shard) -> torch.Generator:
+    return torch.Generator(device).manual_seed(shard.seed)
+
+
+def _update(
+    trainee: Trainee, shards: list[Shard], config: TrainConfig, generators: list[torch.Generator]
+) -> dict[str, Tensor]:
     trainee.optimizer.zero_grad(set_to_none=True)
     results = []
-    for number, shard in enumerate(shards, start=1):
+    for number, (shard, generator) in enumerate(zip(shards, generators, strict=True), start=1):
         # Processes exchange gradients once per step, with the last shard.
         forward, last = trainee.forward, number == len(shards)
         with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext():
-            loss, parts = _shard_loss(trainee, shard, config)
+            loss, parts = _shard_loss(trainee, shard, config, generator)
             trainee.scaler.scale(loss / len(shards)).backward()
         results.append({"loss": loss.detach(), **parts})
     if config.clip_norm:
@@ -229,14 +301,12 @@ def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tu
         nn.utils.clip_grad_norm_(trainee.network.parameters(), config.clip_norm)
     trainee.scaler.step(trainee.optimizer)
     trainee.scaler.update()
-    if trainee.average:
-        trainee.average.update_parameters(trainee.network)
-    means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
-    return means.pop("loss"), means
+    return {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
 
 
-def _shard_loss(trainee: Trainee, shard: Shard, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator(trainee.device).manual_seed(shard.seed)
+def _shard_loss(
+    trainee: Trainee, shard: Shard, config: TrainConfig, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
     erase_probability = 1.0 if config.mix == "cutout" else ERASE_PROBABILITY
     images = augment(shard.crops, config.erase_size, generator, erase_probability)
     network, pids, mixed = trainee.network, shard.pids, None

@@ -41,7 +41,7 @@ from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
 from pmm_edge.trainer.logging import Journal, Meter
 from pmm_edge.trainer.state import Position, load_state, model_spec, restore_state, run_lock, save_state
-from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, train_step
+from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, set_learning_rate, train_step
 
 EVALUATION_BATCH = 64
 SAVE_SECONDS = 30  # between two saves of last.pt without an evaluation: on a GPU, saving may take longer than an epoch
@@ -288,8 +288,7 @@ def train_epoch(run: Run) -> bool:
     meter, rate = Meter(), 0.0
     for shards in feed.shards(batches, epoch, position.step, meter):
         rate = learning_rate(config, epoch, (position.step + 0.5) / len(batches))
-        for group in run.trainee.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(run.trainee, rate)
         loss, parts = train_step(run.trainee, shards, config)
         meter.add(loss, parts, position.step, len(batches[position.step]))
         position.step += 1
