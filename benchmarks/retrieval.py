@@ -18,7 +18,7 @@ import numpy as np
 from machine import machine
 from numpy.typing import NDArray
 
-from pmm_edge.retrieval import RetrievalResult, euclidean_distances, evaluate_distances
+from pmm_edge.retrieval import RetrievalResult, evaluate_distances, pairwise_distances
 
 QUERIES, GALLERY, IDENTITIES, DISTRACTORS, CAMERAS = 3368, 15913, 750, 2793, 6
 REPEATS = 7
@@ -42,7 +42,7 @@ def market_like(seed: int = 0) -> tuple[NDArray[np.float32], Labels]:
         spread = np.where(pids == 0, 1.6, 1.1)[:, None]
         return (centers[pids] * (pids > 0)[:, None] + spread * rng.standard_normal((len(pids), 64))).astype(np.float32)
 
-    distances = euclidean_distances(embed(query_pids), embed(gallery_pids))
+    distances = pairwise_distances(embed(query_pids), embed(gallery_pids))
     cameras = rng.integers(0, CAMERAS, QUERIES), rng.integers(0, CAMERAS, GALLERY)
     return distances, (query_pids, gallery_pids, *cameras)
 

@@ -20,7 +20,7 @@ from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
 from pmm_edge.machine import in_torchrun
 from pmm_edge.runs import resolve_checkpoint
-from pmm_edge.spec import CalibrationMethod, InputForm, Precision, QuantizationTarget
+from pmm_edge.spec import CalibrationMethod, Distance, InputForm, Precision, QuantizationTarget
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 
 app = typer.Typer(
@@ -307,6 +307,7 @@ def evaluate(
     model: Model,
     data: Path = _arg(..., "Data set folder; pmm data describes it.", "DATA"),
     layout: Layout = None,
+    distance: Distance = _opt("euclidean", "Distance by which images are ranked; cosine is 1 - cosine."),
     rerank: bool = _opt(False, "Also show k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3).", "--rerank"),
     flip: bool = _opt(False, "Also show the mean embedding of each image and its mirror image.", "--flip"),
     cmc: Path | None = _opt(None, "Plot the CMC, ranks 1 to 50.", metavar="FILE.png|.svg"),
@@ -320,6 +321,7 @@ def evaluate(
 
     - `pmm eval runs/20261122-174200-quick market1501`
     - `pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png`
+    - `pmm eval model.onnx market1501 --distance cosine`, as most trackers match
     """
     arguments = _arguments(locals())
     from pmm_edge.bench.evaluation import evaluate_model as run

@@ -145,7 +145,8 @@ def show_verification(found: Sequence[Verification]) -> None:
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
     """The JSON form of `pmm eval`; figures in 0..1."""
     rows = [{"name": name, "figures": _figures(result)} for name, result in found.results.items()]
-    facts = {"model": found.embedder.path, "data": found.dataset.root, **_fields(found.embedder, "backend", "device")}
+    facts = {"model": found.embedder.path, "data": found.dataset.root, "distance": found.distance}
+    facts |= _fields(found.embedder, "backend", "device")
     counts = {"queries": found.results["plain"].valid_queries, "gallery": len(found.dataset.gallery)}
     return {**facts, **counts, "figures": rows[0]["figures"], "rows": rows}
 
@@ -161,7 +162,8 @@ def show_evaluation(found: Evaluation) -> None:
     figures = {name: _figures(result) for name, result in found.results.items()}
     names = [model if name == "plain" else f"{model} + {name}" for name in figures]
     rows = [(name, *map(percent, values.values())) for name, values in zip(names, figures.values(), strict=True)]
-    title = f"{found.dataset.name}: {queries:,} queries, {len(found.dataset.gallery):,} gallery images"
+    counts = f"{queries:,} queries, {len(found.dataset.gallery):,} gallery images"
+    title = f"{found.dataset.name}: {counts}, {found.distance} distance"
     print_table(title, ("model", *figures["plain"]), rows)
     note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
 

@@ -148,7 +148,8 @@ class ModelSpec:
     mix: Mix = "a-hard-mix"
     distance: Distance = "euclidean"
     dataset: str | None = None
-    retrieval: RetrievalFigures | None = None
+    retrieval: RetrievalFigures | None = None  # by Euclidean distance
+    retrieval_cosine: RetrievalFigures | None = None  # by cosine distance, as trackers match
     calibration: Calibration | None = None  # decision thresholds; None before pmm calibrate
     checkpoint_sha256: str | None = None  # of the checkpoint that was exported; None in the checkpoint itself
     normalized_output: bool = False  # embeddings have unit L2 length

@@ -12,6 +12,7 @@ from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import Embedder, load
 from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset, save_npz
+from pmm_edge.spec import Distance
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class Evaluation:
     embedder: Embedder
     dataset: ReidDataset
     results: dict[str, RetrievalResult]
+    distance: Distance
 
 
 def evaluate_model(
@@ -28,6 +30,7 @@ def evaluate_model(
     data: Path,
     *,
     layout: str | None = None,
+    distance: Distance = "euclidean",
     rerank: bool = False,
     flip: bool = False,
     cmc: Path | None = None,
@@ -37,10 +40,11 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluate retrieval under the Market-1501 protocol.
 
-    `rerank` adds k-reciprocal re-ranking, `flip` the mean embedding of each image and its mirror image. `cmc` is a .png
-    or .svg file for a plot of the CMC, `features` an .npz file with the arrays `query_features`, `query_pids`,
-    `query_camids` and `query_names`, the same for `gallery_`, and with `flip` `query_features_flip`. Raises DataError
-    or ModelError if the data set or the model cannot be used, OutputError if a file cannot be written.
+    Images are ranked by Euclidean or by cosine `distance`, which is 1 - cosine. `rerank` adds k-reciprocal re-ranking,
+    `flip` the mean embedding of each image and its mirror image. `cmc` is a .png or .svg file for a plot of the CMC,
+    `features` an .npz file with the arrays `query_features`, `query_pids`, `query_camids` and `query_names`, the same
+    for `gallery_`, and with `flip` `query_features_flip`. Raises DataError or ModelError if the data set or the model
+    cannot be used, OutputError if a file cannot be written.
     """
     dataset, embedder = scan(data, layout), load(model, device)
     warn_ignored(data, dataset.ignored)
@@ -63,11 +67,11 @@ def evaluate_model(
     for reranked in (False, True)[: 1 + rerank]:
         for kind, embeddings in kinds.items():
             name = kind if not reranked else "re-ranking" if kind == "plain" else f"{kind} + re-ranking"
-            results[name] = evaluate_dataset(dataset, embeddings, reranked, about(kind, report))
+            results[name] = evaluate_dataset(dataset, embeddings, reranked, distance, about(kind, report))
     if cmc:
         curves = {
             f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
             for name, one in results.items()
         }
-        save_cmc_plot(cmc, printable(f"{dataset.name} · {model.name}"), curves)
-    return Evaluation(embedder, dataset, results)
+        save_cmc_plot(cmc, printable(f"{dataset.name} · {model.name} · {distance} distance"), curves)
+    return Evaluation(embedder, dataset, results, distance)

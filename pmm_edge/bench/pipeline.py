@@ -36,7 +36,7 @@ from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.cuda import GpuError
-from pmm_edge.runtime.embed_files import evaluate_dataset, find_images
+from pmm_edge.runtime.embed_files import cosine_figures, evaluate_dataset, find_images
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,7 @@ def _embed(
         if dataset and np.isfinite(subject.embeddings).all():
             subject.retrieval = evaluate_dataset(dataset, subject.embeddings)
             figures.retrieval, figures.cmc = subject.retrieval.figures(), subject.retrieval.cmc.tolist()
+            figures.retrieval_cosine = cosine_figures(dataset, subject.embeddings)
         unit = spec.normalized_output
         figures.invariants = parity.check_embeddings(subject.embeddings, paths, rows, subject.crops, unit)
         figures.invariants += parity.check_batches(embedder, subject.crops, probes, batch_sizes, report)

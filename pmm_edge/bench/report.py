@@ -295,6 +295,7 @@ class ModelReport:
     invariants: list[Invariant] = field(default_factory=list)
     parity: Parity | None = None
     retrieval: RetrievalFigures | None = None
+    retrieval_cosine: RetrievalFigures | None = None
     cmc: list[float] = field(default_factory=list)
     retrieval_change: RetrievalChange | None = None
     failures: list[Failure] = field(default_factory=list)

@@ -173,7 +173,7 @@ def parity_table(report: bench.BenchReport) -> Table:
 
 
 def retrieval_table(report: bench.BenchReport) -> Table | None:
-    """mAP, Rank-1 and mINP, each with the change and its interval; None if retrieval was not evaluated."""
+    """Retrieval with changes and their intervals, and mAP by cosine distance; None if it was not evaluated."""
     rows, title = [], "Retrieval in %, with the change in points and its 95 % interval"
     for name, model in named(report):
         cells = []
@@ -182,11 +182,12 @@ def retrieval_table(report: bench.BenchReport) -> Table | None:
             cells.append(_cell(value and 100 * value, ".2f"))
             if change:
                 cells[-1] += f" {points(change.difference)}\n({points(change.low)}…{points(change.high)})"
-        rows.append((name, *cells))
+        by_cosine = getattr(model.retrieval_cosine, "mAP", None)
+        rows.append((name, *cells, _cell(by_cosine and 100 * by_cosine, ".2f")))
         if model.retrieval_change and model is report.models[0]:
             title += f", {model.retrieval_change.queries:,} queries"
     measured = any(model.retrieval for _, model in named(report))
-    return Table(title, ("model", "mAP", "Rank-1", "mINP"), rows) if measured else None
+    return Table(title, ("model", "mAP", "Rank-1", "mINP", "mAP by\ncosine"), rows) if measured else None
 
 
 def latency_table(report: bench.BenchReport, scope: bench.Scope) -> Table | None:

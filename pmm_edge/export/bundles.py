@@ -9,13 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from pmm_edge.console import percent, printable
 from pmm_edge.export.tensorrt import BuiltEngine
 from pmm_edge.files import folder_written_whole
 from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
-from pmm_edge.spec import METADATA_KEY, InputForm, ModelSpec
+from pmm_edge.spec import METADATA_KEY, Distance, InputForm, ModelSpec
 
 DEEPSTREAM_FORM: InputForm = "raw"
 """The tracker feeds floats with one scale for all channels, so it cannot normalize with ImageNet's three."""
@@ -86,6 +87,14 @@ def triton_name(spec: ModelSpec, as_engine: bool) -> str:
     return "_".join([*words, *["cpu"] * for_cpu, *["trt"] * as_engine])
 
 
+def _figures(spec: ModelSpec, distance: Distance) -> str:
+    """Describe the checkpoint's retrieval by a distance, on one line."""
+    found = spec.retrieval_cosine if distance == "cosine" else spec.retrieval
+    if found is None:
+        return f"not measured; `pmm eval MODEL DATA --distance {distance}` measures it"
+    return printable(f"mAP {percent(found.mAP)} %, Rank-1 {percent(found.rank1)} % on {spec.dataset}")
+
+
 def _fill(template: str, spec: ModelSpec, **values: object) -> str:
     """Fill in a file of `templates/`: `$name` is a value, `$$` a dollar sign."""
     text = (files("pmm_edge.export") / "templates" / template).read_text(encoding="utf-8")
@@ -100,6 +109,8 @@ def _fill(template: str, spec: ModelSpec, **values: object) -> str:
         precision=spec.precision,
         input=INPUT,
         output=OUTPUT,
+        by_euclidean=_figures(spec, "euclidean"),
+        by_cosine=_figures(spec, "cosine"),
         length="have unit length already and do not change" if spec.normalized_output else "are longer",
         **values,
     )

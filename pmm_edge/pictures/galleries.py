@@ -11,7 +11,7 @@ from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, Split
 from pmm_edge.images import read_crop, warn_skipped
 from pmm_edge.pictures.grid import Cell, grid
-from pmm_edge.retrieval import euclidean_distances, evaluate_distances
+from pmm_edge.retrieval import evaluate_distances, pairwise_distances
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, check_labels
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import Embeddings
@@ -64,7 +64,7 @@ def rank(
     The features are (Q, D) and (G, D), with rows as in `query` and `gallery`. Raises DataError if a feature is NaN or
     infinite, or no query has a match in the gallery.
     """
-    distances = euclidean_distances(query_features, gallery_features)
+    distances = pairwise_distances(query_features, gallery_features)
     labels = (query.pids, gallery.pids, query.camids, gallery.camids)
     result = evaluate_distances(distances, *labels)
     checked = check_labels(labels, distances.shape)

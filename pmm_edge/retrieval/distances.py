@@ -1,12 +1,13 @@
-"""Euclidean distances and cosines between embeddings, in numpy."""
+"""Euclidean and cosine distances between embeddings, in numpy."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.errors import DataError
+from pmm_edge.spec import Distance
 
 BLOCK_BYTES = 32 << 20
 """Maximum size of a block of the float64 distance matrix."""
@@ -16,29 +17,32 @@ BLOCK_BYTES = 32 << 20
 _ROUNDING = 2e-14
 
 
-def euclidean_distances(query_features: ArrayLike, gallery_features: ArrayLike) -> NDArray[np.float32]:
-    """Compute the Euclidean distances between (Q, D) and (G, D) embeddings: (Q, G) float32.
+def pairwise_distances(
+    query_features: ArrayLike, gallery_features: ArrayLike, distance: Distance = "euclidean"
+) -> NDArray[np.float32]:
+    """Compute the distances between (Q, D) and (G, D) embeddings: (Q, G) float32.
 
-    The distance of identical embeddings is exactly 0, whatever their norm. Raises DataError for wrong shapes, NaN or
-    infinity.
+    The cosine distance is 1 - cosine, in 0..2. The distance of identical embeddings is exactly 0, whatever their norm.
+    Raises DataError for wrong shapes, NaN or infinity and, by cosine, for embeddings of length 0.
     """
-    query, gallery = check_pair(query_features, gallery_features)
+    query, gallery = check_pair(query_features, gallery_features, distance)
     distances = np.empty((len(query), len(gallery)), np.float32)
-    for start, block in distance_blocks(query, gallery):
+    for start, block in distance_blocks(query, gallery, distance):
         distances[start : start + len(block)] = block
     return distances
 
 
 def distance_blocks(
-    query: NDArray[Any], gallery: NDArray[Any], square: bool = False
+    query: NDArray[Any], gallery: NDArray[Any], distance: Distance | Literal["squared"] = "euclidean"
 ) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Yield `(first query, (rows, G) Euclidean distances)` of checked features, float32 or, squared, float64.
+    """Yield `(first query, (rows, G) distances)` of the pair that `check_pair` returned for the same distance.
 
-    Block after block: the 3,368 x 15,913 distances of Market-1501 are never in memory at once.
+    They are float32, and float64 for `squared` Euclidean distances. Block after block: the 3,368 x 15,913 distances of
+    Market-1501 are never in memory at once.
 
     ||q - g||² = ||q||² + ||g||² - 2 q·g suffers from cancellation: in float32, the distance of identical embeddings
     of norm 5,000 would be several units. In float64 the error stays below one float32 step of the embeddings, and
-    smaller values are set to 0.
+    smaller values are set to 0. The cosine distance is ||q - g||² / 2 for unit vectors, with the same precision.
     """
     wide_gallery = gallery.astype(np.float64, copy=False)
     gallery_norms = np.einsum("ij,ij->i", wide_gallery, wide_gallery)
@@ -52,7 +56,11 @@ def distance_blocks(
         squared += gallery_norms
         # At such a small distance both norms are nearly equal. This also removes negative values.
         squared[squared < _ROUNDING * norms] = 0.0
-        yield start, squared if square else np.sqrt(squared, out=squared).astype(np.float32)
+        if distance == "cosine":
+            squared *= 0.5
+        elif distance == "euclidean":
+            np.sqrt(squared, out=squared)
+        yield start, squared if distance == "squared" else squared.astype(np.float32)
 
 
 def rows_per_block(columns: int) -> int:
@@ -60,20 +68,38 @@ def rows_per_block(columns: int) -> int:
     return max(1, BLOCK_BYTES // (8 * columns))
 
 
-def check_pair(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return finite embeddings as (Q, D) and (G, D) floating arrays; raise DataError for anything else."""
+def check_pair(
+    query_features: ArrayLike, gallery_features: ArrayLike, distance: Distance = "euclidean"
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return finite embeddings as (Q, D) and (G, D) floating arrays, for cosine distances as float64 unit vectors.
+
+    Raises DataError for anything else, and for unit vectors of embeddings that are all zeros.
+    """
+    if distance not in get_args(Distance):
+        raise DataError(f"the distance is '{distance}'", f"Choose {' or '.join(get_args(Distance))}")
     pair = []
     for features, name in ((query_features, "query features"), (gallery_features, "gallery features")):
         array = check_matrix(features, name)
         if not (finite := finite_rows(array)).all():
             remedy = "Check the images and the model's precision (FP16 overflows above 65,504)"
             raise DataError(f"{name} contain NaN or infinity, first in row {finite.argmin()}", remedy)
-        pair.append(array)
+        pair.append(_unit_vectors(array, name) if distance == "cosine" else array)
     query, gallery = pair
     if query.shape[1] != gallery.shape[1]:
         problem = f"query embeddings have {query.shape[1]} values, gallery embeddings {gallery.shape[1]}"
         raise DataError(problem, "Compute both with the same model")
     return query, gallery
+
+
+def _unit_vectors(array: NDArray[Any], name: str) -> NDArray[np.float64]:
+    wide = array.astype(np.float64)
+    largest = np.maximum(wide.max(axis=1), -wide.min(axis=1))
+    if not largest.all():
+        problem = f"{name} contain embeddings of length 0, which have no cosine, first in row {largest.argmin()}"
+        raise DataError(problem, "Use Euclidean distance, or check the model: it has no output for these images")
+    wide /= largest[:, None]  # their squares neither overflow nor underflow
+    wide /= np.sqrt(np.einsum("ij,ij->i", wide, wide))[:, None]
+    return wide
 
 
 def check_matrix(values: ArrayLike, name: str) -> NDArray[Any]:

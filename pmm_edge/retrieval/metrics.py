@@ -15,7 +15,7 @@ from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval.distances import as_array, check_matrix, check_pair, distance_blocks, rows_per_block
 from pmm_edge.retrieval.reranking import rerank_distances
-from pmm_edge.spec import RetrievalFigures
+from pmm_edge.spec import Distance, RetrievalFigures
 
 JUNK_PID, DISTRACTOR_PID = -1, 0
 """Market-1501's labels of gallery images in which nobody is sought. Junk is neither a person nor a distractor and is
@@ -64,15 +64,17 @@ def evaluate(
     max_rank: int = 50,
     ap_cutoff: int | None = None,
     rerank: bool = False,
+    distance: Distance = "euclidean",
     report: Report = silent,
 ) -> RetrievalResult:
-    """Evaluate embeddings by Euclidean distance under the Market-1501 protocol.
+    """Evaluate embeddings by Euclidean or cosine distance under the Market-1501 protocol.
 
     Gallery images of a query's own identity and camera are excluded. Junk (pid -1) is dropped, also from re-ranking;
     distractors (pid 0 in Market-1501, which no query has) count as wrong answers. Queries without a match do not count.
     A query of pid 0 is taken for a person: `evaluate_dataset` leaves out such queries of a data set.
 
-    Raises DataError for wrong shapes, NaN or infinity, or if no query has a match.
+    Raises DataError for wrong shapes, NaN or infinity, if no query has a match, or if an embedding has no cosine
+    because its length is 0.
 
     Args:
         query_features, gallery_features: (Q, D) and (G, D) real numbers; arrays, or tensors on any device.
@@ -80,6 +82,7 @@ def evaluate(
         max_rank: length of the CMC.
         ap_cutoff: cut rankings here for the average precision; 50 gives what the paper calls mAP.
         rerank: rank by k-reciprocal re-ranked distances (k1 20, k2 6, lambda 0.3).
+        distance: `cosine` ranks by 1 - cosine, as most trackers match.
         report: called with the number of ranked queries, or of images with known neighbors if `rerank`.
 
     Example:
@@ -87,12 +90,12 @@ def evaluate(
         >>> result.rank(1), result.mAP
         (1.0, 1.0)
     """
-    query, gallery = check_pair(query_features, gallery_features)
+    query, gallery = check_pair(query_features, gallery_features, distance)
     labels = check_labels((query_pids, gallery_pids, query_camids, gallery_camids), (len(query), len(gallery)))
     gallery = gallery[labels.kept]  # now: distances of junk cost time, and it must not be a neighbor in re-ranking
-    if rerank:
+    if rerank:  # cosine distances: Euclidean ones of the unit vectors that the pair now holds
         return _figures([(0, rerank_distances(query, gallery, report=report))], labels, max_rank, ap_cutoff)
-    return _figures(distance_blocks(query, gallery), labels, max_rank, ap_cutoff, report)
+    return _figures(distance_blocks(query, gallery, distance), labels, max_rank, ap_cutoff, report)
 
 
 def evaluate_distances(

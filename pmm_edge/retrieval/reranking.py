@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.retrieval.distances import check_pair, distance_blocks
+from pmm_edge.spec import Distance
 
 K1 = 20  # neighbors for the k-reciprocal sets
 K2 = 6  # neighbors whose encodings are averaged (local query expansion)
@@ -42,15 +43,16 @@ class SparseRows(NamedTuple):
 
 
 def rerank_distances(
-    query_features: ArrayLike, gallery_features: ArrayLike, report: Report = silent
+    query_features: ArrayLike, gallery_features: ArrayLike, distance: Distance = "euclidean", report: Report = silent
 ) -> NDArray[np.float32]:
     """Compute the re-ranked distances between (Q, D) and (G, D) embeddings: (Q, G) float32.
 
     `(1 - LAMBDA) * Jaccard distance of the k-reciprocal neighbors + LAMBDA * squared Euclidean distance`, where the
-    latter is divided by the largest of the query (equation 12, and the authors' code). `report` is called with the
-    number of images whose neighbors are known, which takes most of the time.
+    latter is divided by the largest of the query (equation 12, and the authors' code). By cosine, embeddings are first
+    scaled to unit length: half the squared Euclidean distance is then 1 - cosine. `report` is called with the number
+    of images whose neighbors are known, which takes most of the time.
     """
-    query, gallery = check_pair(query_features, gallery_features)
+    query, gallery = check_pair(query_features, gallery_features, distance)
     # float16 would overflow in the squares of `_encode`.
     images = np.concatenate([query, gallery], dtype=np.result_type(query, gallery, np.float32))
     original = np.empty((len(query), len(gallery)), np.float32)
@@ -70,7 +72,7 @@ def _neighbors(
     """
     neighbors, farthest = np.empty((len(images), count), np.int32), np.empty(len(images))
     queries = len(original)
-    for start, squared in distance_blocks(images, images, square=True):
+    for start, squared in distance_blocks(images, images, "squared"):
         stop = start + len(squared)
         largest = squared.max(axis=1)
         farthest[start:stop] = np.where(largest > 0, largest, 1.0)  # all images are identical: their distances stay 0

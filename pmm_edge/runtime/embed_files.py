@@ -21,7 +21,7 @@ from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_cr
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, RetrievalResult, evaluate
 from pmm_edge.runtime.embedder import Embedder, Embeddings
-from pmm_edge.spec import METADATA_KEY, ModelSpec
+from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec, RetrievalFigures
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +211,11 @@ def embed_dataset(
 
 
 def evaluate_dataset(
-    dataset: ReidDataset, embeddings: Embeddings, rerank: bool = False, report: Report = silent
+    dataset: ReidDataset,
+    embeddings: Embeddings,
+    rerank: bool = False,
+    distance: Distance = "euclidean",
+    report: Report = silent,
 ) -> RetrievalResult:
     """Evaluate embeddings of the queries of a data set followed by its gallery, as `pmm_edge.evaluate` does.
 
@@ -220,7 +224,14 @@ def evaluate_dataset(
     query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
     query_pids = np.where(query.pids == DISTRACTOR_PID, JUNK_PID, query.pids)
     labels = query_pids, gallery.pids, query.camids, gallery.camids
-    return evaluate(embeddings[:count], embeddings[count:], *labels, rerank=rerank, report=report)
+    return evaluate(embeddings[:count], embeddings[count:], *labels, rerank=rerank, distance=distance, report=report)
+
+
+def cosine_figures(dataset: ReidDataset, embeddings: Embeddings) -> RetrievalFigures | None:
+    """Retrieval by cosine distance; None if an embedding has length 0, as an untrained network may output."""
+    if not embeddings.any(axis=1).all():
+        return None
+    return evaluate_dataset(dataset, embeddings, distance="cosine").figures()
 
 
 def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | BadImage]]:

@@ -35,7 +35,7 @@ from pmm_edge.model import Checkpoint, ReidNetwork, build_model, save_checkpoint
 from pmm_edge.model.backbone import zero_init_residuals
 from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
 from pmm_edge.runs import BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
-from pmm_edge.runtime.embed_files import evaluate_dataset
+from pmm_edge.runtime.embed_files import cosine_figures, evaluate_dataset
 from pmm_edge.spec import ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
@@ -255,8 +255,8 @@ def fit(run: Run) -> bool:
     if cached < needed:
         size = f"--cache-gib {math.ceil(needed * 10) / 10:g}"
         run.warn(f"{cached:.2g} of {needed:.2g} GiB of decoded images fit into the cache; {size} holds all")
-    if position.before is None:
-        position.before = evaluate_network(run)
+    if position.before is None and (found := evaluate_network(run)):
+        position.before, _ = found
     while True:
         due = position.epoch == config.epochs or position.epoch % config.evaluate_every == 0
         if due and position.step == 0 and position.epoch != position.evaluated:
@@ -319,23 +319,26 @@ def train_epoch(run: Run) -> bool:
 
 def evaluate_epoch(run: Run) -> bool:
     """Evaluate, and save the network as best.pt if its mAP is the highest so far; False if interrupted."""
-    position, figures = run.position, evaluate_network(run)
-    if figures is None:
+    position, found = run.position, evaluate_network(run)
+    if found is None:
         return False
+    figures, cosine = found
     position.stale += 1
     if position.best is None or figures.mAP > position.best.mAP:
         position.best, position.stale = figures, 0
         if run.world.leads:
-            best = Checkpoint(replace(run.spec, retrieval=figures), run.trainee.evaluated.state_dict())
+            spec = replace(run.spec, retrieval=figures, retrieval_cosine=cosine)
+            best = Checkpoint(spec, run.trainee.evaluated.state_dict())
             save_checkpoint(run.folder / BEST, best)
     position.evaluated = position.epoch
     return True
 
 
-def evaluate_network(run: Run) -> RetrievalFigures | None:
+def evaluate_network(run: Run) -> tuple[RetrievalFigures, RetrievalFigures | None] | None:
     """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted.
 
-    Each process embeds a share of the batches, which do not depend on the number of processes; the first one ranks.
+    Returns the figures by Euclidean distance and, if they are the best so far, those by cosine distance. Each process
+    embeds a share of the batches, which do not depend on the number of processes; the first one ranks.
     """
     crops, model, device, world = run.crops, run.trainee.evaluated, run.trainee.device, run.world
     batch = min(EVALUATION_BATCH, run.config.batch // run.config.accumulate)  # of the memory of a training step
@@ -356,9 +359,11 @@ def evaluate_network(run: Run) -> RetrievalFigures | None:
         model.train(was_training)
     embeddings = world.gather(parts, to_first=True)
 
-    def rank() -> RetrievalFigures:
-        result = evaluate_dataset(run.dataset, np.concatenate(embeddings))
+    def rank() -> tuple[RetrievalFigures, RetrievalFigures | None]:
+        rows, best = np.concatenate(embeddings), run.position.best
+        result = evaluate_dataset(run.dataset, rows)
         run.journal.record("evaluate", run.position.epoch, {**asdict(result.figures()), "rank5": result.rank(5)})
-        return result.figures()
+        is_best = best is None or result.mAP > best.mAP
+        return result.figures(), cosine_figures(run.dataset, rows) if is_best else None
 
     return world.first(rank)

@@ -54,6 +54,7 @@ def test_everything_is_in_the_report(tiny_onnx: Path, tiny_checkpoint: Path, tin
     assert (model.backend, model.device, model.embedding_size) == ("onnxruntime", "cpu", 1536)
     assert model.file_bytes == tiny_onnx.stat().st_size
     assert base.parity is None
+    assert model.retrieval_cosine is not None and model.retrieval_cosine.mAP > 0
     assert (len(model.cmc), model.cmc[0]) == (50, model.retrieval.rank1)
     assert model.retrieval_change.queries == 12
     assert {one.name for one in model.invariants} == set(InvariantName) - {InvariantName.UNIT_LENGTH}

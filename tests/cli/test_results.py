@@ -21,6 +21,7 @@ from pmm_edge.bench.evaluation import evaluate_model
 from pmm_edge.errors import OutputError
 from pmm_edge.files import decode_toml
 from pmm_edge.render import bench_command
+from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.trainer.config import choose_config
 
@@ -153,6 +154,12 @@ def test_eval(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
         for suffix, way in (("", "plain"), ("_flip", "flip")):
             both = (saved[f"{side}_features{suffix}"] for side in ("query", "gallery"))
             assert pmm_edge.evaluate(*both, *labels).mAP == pytest.approx(results[way].mAP)
+        by_cosine = pmm(*arguments, "--distance", "cosine", "--json").json
+        assert (printed["distance"], by_cosine["distance"]) == ("euclidean", "cosine")
+        unit = (unit_length(saved[f"{side}_features_flip"]) for side in ("query", "gallery"))
+        expected = pmm_edge.evaluate(*unit, *labels, rerank=True).mAP
+        assert by_cosine["rows"][3]["figures"]["mAP"] == pytest.approx(expected)
+    assert "cosine" in pmm("eval", tiny_onnx, tiny_dataset, "--distance", "manhattan").error
     shown = pmm(*arguments, "--layout", "market1501").stdout
     assert "tiny: 12 queries" in shown  # not Market-1501, whatever --layout says
     for result in results.values():

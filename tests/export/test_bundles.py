@@ -21,7 +21,8 @@ import pmm_edge
 from pmm_edge.errors import ModelError, OutputError
 from pmm_edge.export import ExportResult, export
 from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
-from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization
+from pmm_edge.retrieval.distances import cosines
+from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization, RetrievalFigures
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,22 @@ def test_input_of_the_tracker_gives_the_embeddings(deepstream: Path, tiny_onnx: 
     (embeddings,) = session.run(None, {"images": planes})
     assert embeddings.shape[1] == reid["reidFeatureSize"]
     np.testing.assert_allclose(embeddings, pmm_edge.load(tiny_onnx, "cpu").embed(crops), rtol=1e-4, atol=1e-4)
+
+
+def test_readmes_state_retrieval_by_the_distance_of_the_consumer(
+    raw_onnx: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    figures = {
+        "retrieval": RetrievalFigures(0.675, 0.493, 0, 0),
+        "retrieval_cosine": RetrievalFigures(0.6, 0.484, 0, 0),
+    }
+    for known in ({}, figures):
+        for onnx, bundle in ((raw_onnx, deepstream_bundle), (tiny_onnx, triton_bundle)):
+            folder = tmp_path / f"{onnx.stem}{len(known)}"
+            bundle(relabeled(onnx, tmp_path / "x.onnx", **known), folder)
+            text = (folder / "README.md").read_text()
+            assert ("48.4 %" in text, "49.3 %" in text) == (bool(known), bool(known))
+            assert ("--distance cosine" in text) == (not known)
 
 
 def test_network_mode_is_the_precision(raw_onnx: Path, tmp_path: Path) -> None:
@@ -172,15 +189,19 @@ def server(triton: Path) -> Iterator[str]:
     service.stop(None).wait()
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_client_ranks_images_by_their_embeddings(
-    server: str, triton: Path, tiny_onnx: Path, tiny_dataset: Path
+    distance: str, server: str, triton: Path, tiny_onnx: Path, tiny_dataset: Path
 ) -> None:
     images = sorted((tiny_dataset / "query").iterdir())[:5]
-    command = [sys.executable, triton / "client.py", "--url", server, *images]
+    command = [sys.executable, triton / "client.py", "--url", server, "--distance", distance, *images]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     embeddings = pmm_edge.load(tiny_onnx, "cpu").embed(pmm_edge.images.read_crops(images, 96, 64))
-    distances = np.linalg.norm(embeddings - embeddings[0], axis=1)
+    if distance == "cosine":
+        distances = 1 - cosines(embeddings, embeddings[[0] * 5])
+    else:
+        distances = np.linalg.norm(embeddings - embeddings[0], axis=1)
     printed = [line.split(maxsplit=1) for line in ended.stdout.splitlines()]
     assert [path for _, path in printed] == [str(images[index]) for index in np.argsort(distances, kind="stable")]
     np.testing.assert_allclose([float(value) for value, _ in printed], np.sort(distances), atol=2e-3)

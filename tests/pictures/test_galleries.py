@@ -8,7 +8,7 @@ import pytest
 import pmm_edge
 from pmm_edge.data.dataset import Split, read
 from pmm_edge.pictures.galleries import draw_rankings, gallery_grid, rank
-from pmm_edge.retrieval import euclidean_distances, evaluate
+from pmm_edge.retrieval import evaluate, pairwise_distances
 
 
 def split_of(count: int, seed: int, least: int) -> Split:
@@ -22,7 +22,7 @@ def test_the_order_is_that_of_retrieval_and_of_the_protocol() -> None:
     # Whole numbers of few values: many distances tie.
     features = [random.integers(0, 3, (count, 3)).astype(np.float32) for count in (20, 90)]
     assert {-1, 0} <= set(gallery.pids.tolist())
-    distances = euclidean_distances(*features)
+    distances = pairwise_distances(*features)
     result = evaluate(*features, query.pids, gallery.pids, query.camids, gallery.camids)
     for number, ranking in enumerate(rank(*features, query, gallery, top=90)):
         same = (gallery.pids == query.pids[number]) & (gallery.camids == query.camids[number])

@@ -64,6 +64,13 @@ def test_distances_are_those_of_the_slow_reference(monkeypatch, k1, k2, lambda_v
     np.testing.assert_allclose(result, slow_rerank(query, gallery, k1, k2, lambda_value), atol=1e-6)
 
 
+def test_cosine_is_the_euclidean_distance_of_unit_vectors():
+    query, gallery = clustered(2)
+    result = rerank_distances(query, gallery, "cosine")
+    units = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (query, gallery))
+    np.testing.assert_allclose(result, slow_rerank(*units, reranking.K1, reranking.K2, reranking.LAMBDA), atol=1e-6)
+
+
 def test_degenerate_inputs():
     result = rerank_distances(np.ones((3, 4)), np.ones((60, 4)))
     assert np.isfinite(result).all() and (result >= 0).all() and (result <= 1).all()

@@ -95,6 +95,20 @@ def test_embeddings_give_the_figures_of_their_distances_without_junk():
     assert reranked.mAP == evaluate(query, gallery[kept], *without_junk, rerank=True).mAP
 
 
+@pytest.mark.parametrize("rerank", [False, True])
+def test_by_cosine_the_length_of_an_embedding_does_not_matter(rerank):
+    rng = np.random.default_rng(3)
+    _, *labels = random_case(3)
+    units = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in rng.standard_normal((2, 300, 16))]
+    units[0] = units[0][:40]
+    scaled = (side * rng.uniform(0.1, 10, (len(side), 1)) for side in units)
+    result = evaluate(*scaled, *labels, rerank=rerank, distance="cosine")
+    assert_same_figures(result, evaluate(*units, *labels, rerank=rerank))
+    with pytest.raises(DataError, match=r"gallery features .* row 7"):
+        units[1][7] = 0
+        evaluate(*units, *labels, rerank=rerank, distance="cosine")
+
+
 def test_a_model_that_maps_all_images_to_one_point_gets_no_credit():
     pids, camids, features = np.repeat(np.arange(1, 51), 4), np.tile([0, 1, 2, 3], 50), np.full((200, 16), 3.7)
     result = evaluate(features[::4], features, pids[::4], pids, camids[::4], camids)

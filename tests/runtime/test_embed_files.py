@@ -14,9 +14,10 @@ from pmm_edge.bench.evaluation import evaluate_model
 from pmm_edge.data.dataset import read, scan
 from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
 from pmm_edge.images import IN_FIGURES
+from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset, find_images
-from pmm_edge.spec import METADATA_KEY, ModelSpec
+from pmm_edge.runtime.embed_files import cosine_figures, embed_dataset, evaluate_dataset, find_images
+from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec
 
 NAMES = ["a/10.jpg", "a/2.PNG", "b.jpg", "c/d/e.jpeg"]
 
@@ -172,14 +173,23 @@ def test_an_evaluation_reads_no_junk_and_skips_no_other_image(
         bad.write_bytes(whole)
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("rerank", [False, True])
-def test_evaluate_dataset_is_evaluate(rerank: bool, tiny_dataset: Path) -> None:
+def test_evaluate_dataset_is_evaluate(rerank: bool, distance: Distance, tiny_dataset: Path) -> None:
     dataset, rng = scan(tiny_dataset), np.random.default_rng(0)
     query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
     pids = np.concatenate([query.pids, gallery.pids])
     features = rng.standard_normal((pids.max() + 1, 8))[pids] + rng.standard_normal((len(pids), 8))
     labels = query.pids, gallery.pids, query.camids, gallery.camids
-    expected = pmm_edge.evaluate(features[:count], features[count:], *labels, rerank=rerank)
-    result = evaluate_dataset(dataset, features.astype(np.float32), rerank)
+    expected = pmm_edge.evaluate(features[:count], features[count:], *labels, rerank=rerank, distance=distance)
+    result = evaluate_dataset(dataset, features.astype(np.float32), rerank, distance)
     np.testing.assert_array_equal(result.cmc, expected.cmc)
     assert result.mAP == pytest.approx(expected.mAP)
+
+
+def test_cosine_figures(tiny_dataset: Path) -> None:
+    dataset = scan(tiny_dataset)
+    features = np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32)
+    assert cosine_figures(dataset, features) == evaluate_dataset(dataset, unit_length(features)).figures()
+    features[5] = 0.0
+    assert cosine_figures(dataset, features) is None

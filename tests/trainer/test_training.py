@@ -53,6 +53,7 @@ def test_the_best_checkpoint_has_the_average_and_its_figures_and_nothing_for_res
     result = run(ema=0.5, evaluate_every=2)
     best, last = (load_checkpoint(result.folder / name) for name in ("best.pt", "last.pt"))
     assert best.spec.retrieval == result.best and 0 < result.best.mAP <= 1
+    assert 0 < best.spec.retrieval_cosine.mAP <= 1 and last.spec.retrieval_cosine is None
     assert (best.spec.num_classes, best.spec.input.height, best.training) == (4, 48, {})
     average = last.training["average"]
     assert not torch.equal(best.weights["stage1.linear.weight"], last.weights["stage1.linear.weight"])
