@@ -422,18 +422,21 @@ def synth(
 
 @app.command()
 def data(
-    folder: Path = _arg(..., "Data set folder.", "DATA"),
+    folder: Path = _arg(..., "Data set folder or CSV file.", "DATA"),
     layout: Layout = None,
     decode: bool = _opt(False, "Decode every image; exit code 1 if one is unreadable.", "--decode"),
     as_json: Json = False,
 ) -> None:
-    """Describe a data set: identities, cameras and images per split, and anything that looks wrong.
+    r"""Describe a data set: identities, cameras and images per split, and anything that looks wrong.
 
     Images are counted as in papers: distractors (0000) are included, junk (-1) is not. Layouts: market1501,
-    dukemtmc-reid, cuhk03-np-detected, cuhk03-np-labeled, msmt17-v1, msmt17-v2 and market-layout.
+    dukemtmc-reid, occluded-duke, cuhk03-np-detected, cuhk03-np-labeled, msmt17-v1, msmt17-v2, mars, market-layout,
+    folders (a folder per person) and csv (columns path, pid, camid and split). In folders:REGEX, the first group of the
+    regular expression is the camera in a path.
 
     - `pmm data /data/Market-1501-v15.09.15`
     - `pmm data /data/CUHK03-NP --layout cuhk03-np-labeled --decode`
+    - `pmm data people/ --layout 'folders:cam(\d+)'`
     """
     from pmm_edge.data.checks import analyze, unreadable
     from pmm_edge.data.dataset import read

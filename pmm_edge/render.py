@@ -207,6 +207,7 @@ def show_album(album: Album) -> None:
 def dataset_facts(dataset: ReidDataset, analysis: Analysis, bad: Sequence[BadImage] | None) -> dict[str, Any]:
     """The JSON form of `pmm data`; `unreadable` is null if the images were not decoded."""
     facts = {"name": dataset.name, "folder": dataset.root, "layout": dataset.layout, "splits": analysis.splits}
+    facts |= vars(dataset.reading)
     return {**facts, "expected": analysis.known, "warnings": analysis.warnings, "unreadable": bad}
 
 
@@ -215,6 +216,9 @@ def show_dataset(dataset: ReidDataset, analysis: Analysis, bad: Sequence[BadImag
     kinds = ("identities", "cameras", "images", "distractors", "junk")
     rows = [(name, *(f"{getattr(counts, kind):,}" for kind in kinds)) for name, counts in analysis.splits.items()]
     print_table(f"{dataset.root} · {dataset.layout}", ("", *kinds), rows)
+    names = [f"{number} {name}" for number, name in [*dataset.reading.cameras.items()][:LISTED]]
+    cameras = dataset.reading.camera_rule.value + f" ({', '.join(names)})" * bool(names)
+    print_line(escape(printable(f"cameras: {cameras} · split: {dataset.reading.split_rule.value}")))
     for warning in analysis.warnings:
         print_line(f"[yellow]warning:[/] {escape(warning.text)}")
     _show_unreadable("unreadable", bad or [])

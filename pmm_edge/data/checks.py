@@ -10,6 +10,7 @@ import numpy as np
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import KNOWN_SETS, ReidDataset, SplitSize, describe_ignored, problems, queries_with_match
+from pmm_edge.data.people import CameraRule, SplitRule
 from pmm_edge.images import BadImage, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
@@ -33,6 +34,8 @@ class DatasetWarningKind(str, Enum):
     UNCOUNTED_QUERIES = "uncounted-queries"  # so have queries
     TRAIN_TEST_OVERLAP = "train-test-overlap"  # identities are in the training set and in query or gallery
     UNMATCHED_QUERIES = "unmatched-queries"  # queries have no right answer in the gallery
+    NO_CAMERAS = "no-cameras"  # a folder per person without cameras
+    CHOSEN_QUERIES = "chosen-queries"  # the data set does not say which images are for training, or queries
     IGNORED_FILES = "ignored-files"  # images in other formats, pipes and other special files
 
 
@@ -86,6 +89,16 @@ def analyze(dataset: ReidDataset) -> Analysis:
         share = f"{len(unmatched):,} of {len(dataset.query):,} queries"
         text = f"{share} have no match from another camera and do not count in an evaluation; pids: {_listed(pids)}"
         found.append(DatasetWarning(DatasetWarningKind.UNMATCHED_QUERIES, text, "query", pids, len(unmatched)))
+    if dataset.reading.camera_rule is CameraRule.NONE:
+        text = "no cameras are known, so queries match images of their own camera and figures are too high; name the"
+        text += " cameras by sub-folders of each person, by file names like c1_001.jpg, or by --layout folders:REGEX"
+        found.append(DatasetWarning(DatasetWarningKind.NO_CAMERAS, text))
+    if (rule := dataset.reading.split_rule) is not SplitRule.GIVEN:
+        half = "every second person, in sorted order, is for training; " * (rule is SplitRule.BY_IDENTITY)
+        images = dataset.query.tracks is None
+        cause, unit = ("no split is given", "image") if images else ("info/ does not list the queries", "tracklet")
+        text = f"{cause}: {half}a person's first {unit} in each camera that has several of them is a query"
+        found.append(DatasetWarning(DatasetWarningKind.CHOSEN_QUERIES, text, "query", images=len(dataset.query)))
     if dataset.ignored:
         text, images = describe_ignored(dataset.ignored), sum(dataset.ignored.values())
         found.append(DatasetWarning(DatasetWarningKind.IGNORED_FILES, text, images=images))

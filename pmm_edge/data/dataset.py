@@ -1,7 +1,8 @@
 """A reID data set on disk: recognize its layout, and read identities and cameras from names and lists of files.
 
 Market-1501, DukeMTMC-reID and CUHK03-NP share one form of folder; MSMT17 and the CUHK03 that torchreid and fast-reid
-convert have their own. docs/datasets.md shows each. No image is opened.
+convert have their own. `people` reads MARS, folders per person and CSV files. docs/datasets.md shows each. No image is
+opened.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report, printable, silent
+from pmm_edge.data import people
+from pmm_edge.data.people import Reading
 from pmm_edge.errors import DataError, PmmWarning, did_you_mean
 from pmm_edge.files import sha256
 from pmm_edge.images import IMAGE_SUFFIXES
@@ -29,6 +32,7 @@ from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"  # the folders of Market-1501
 ANY_MARKET = "market-layout"
 """The layout of a folder in Market-1501's form that is not a known data set."""
+MARS, FOLDERS, CSV = "mars", "folders", "csv"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class SplitSize:
 _MARKET_SETS = {
     "market1501": (r"market1501|market$", r"\d{4}_c\ds\d_\d{6}_\d\d", (751, 12_936, 750, 3_368, 750, 15_913)),
     "dukemtmc-reid": (r"duke(mtmc)?(reid)?$", r"\d{4}_c\d_f\d{7}", (702, 16_522, 702, 2_228, 1_110, 17_661)),
+    "occluded-duke": (r"occludedduke(mtmc)?(reid)?$", r"\d{4}_c\d_f\d{7}", (702, 15_618, 519, 2_210, 1_110, 17_661)),
     "cuhk03-np-detected": (r"(cuhk03(np)?)?detected$", r"\d{4}_c[12]_\d+\.", (767, 7_365, 700, 1_400, 700, 5_332)),
     "cuhk03-np-labeled": (r"(cuhk03(np)?)?labell?ed$", r"\d{4}_c[12]_\d+\.", (767, 7_368, 700, 1_400, 700, 5_328)),
 }
@@ -58,7 +63,7 @@ KNOWN_SETS = {
     for layout, (_, _, size) in (_MARKET_SETS | _MSMT17_SETS).items()
 }
 """Published sizes of the splits of known data sets, by layout."""
-LAYOUTS = (*KNOWN_SETS, ANY_MARKET)
+LAYOUTS = (*KNOWN_SETS, MARS, ANY_MARKET, FOLDERS, CSV)
 # Up to nine digits: longer numbers are not labels and would overflow.
 _MARKET_NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,9})(?!\d)", re.ASCII)
 # The published 32,621 training images are those of the first two lists.
@@ -67,6 +72,9 @@ _MSMT17_LINE = re.compile(r"((?:[^/]*/)*\d+_\d+_(\d{1,9})_[^/]*)\s+(\d{1,9})\s*"
 
 # Camera pair, person of that pair, view and number. No pair has 10,000 people.
 _CUHK03_NAME = re.compile(r"([1-9])_(\d{3,4})_([12])_\d{1,3}\.png", re.ASCII)
+# Folders that hold a split, not a person.
+_SPLIT_NAMES = {*people.SPLITS, "test", "val", "validation", "train_all", TRAIN, GALLERY, "bbox_train", "bbox_test"}
+_PER_PERSON = "For a folder per person, name the folders train, query and gallery, or put the people into one folder"
 _OTHER_FORMATS = re.compile(r"\.(avif|cr2|dng|gif|hei[cf]|j2k|jfif|jp2|jpe|jxl|nef|p[bgnp]m|tga|tiff?)")
 
 
@@ -115,6 +123,7 @@ class ReidDataset:
     gallery: Split
     layout: str = ANY_MARKET
     ignored: Mapping[str, int] = field(default_factory=dict)  # see `find_files`
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -141,7 +150,8 @@ def scan(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set and require that it can be trained and evaluated on. No image is opened.
 
     `layout`, one of `LAYOUTS`, is recognized if None, and otherwise used; it selects one of the kinds of CUHK03-NP.
-    Raises DataError if `root` is not a data set, has another layout or is incomplete, if a file name has no labels, or
+    `folders:REGEX` is a folder per person with the camera in the first group of the expression. Raises DataError if
+    `root` is not a data set, has another layout or is incomplete, if a file name or a row has no labels, or
     if `problems` finds something.
     """
     dataset = read(root, layout)
@@ -152,10 +162,12 @@ def scan(root: Path, layout: str | None = None) -> ReidDataset:
 
 def read(root: Path, layout: str | None = None) -> ReidDataset:
     """Read a data set like `scan`, but accept splits that cannot be trained or evaluated on."""
-    if layout not in (None, *LAYOUTS):
+    kind, _, pattern = (layout or "").partition(":")
+    if (kind and kind not in LAYOUTS) or (pattern and kind != FOLDERS):
         remedy = f"{did_you_mean(layout, LAYOUTS)}Choose one of {', '.join(LAYOUTS)}"
         raise DataError(f"unknown layout {layout}", remedy)
-    if not root.is_dir():
+    is_csv = kind == CSV or (not kind and root.suffix.lower() == ".csv" and root.is_file())
+    if not (root.is_dir() or is_csv):
         raise DataError(f"{root} is not a folder", f"Pass the folder that contains {TRAIN}/, or run pmm synth")
     if root.name in ("", ".."):  # folder names matter below, and "." has none
         root = root.resolve()
@@ -165,30 +177,51 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
     elif layout is None and len(kinds) > 1:
         problem = f"{root} contains CUHK03-NP with detected and with labeled boxes"
         raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
-    ignored = Counter[str]()
+    ignored, rows, reading = Counter[str](), people.Rows(), Reading()
     try:
-        if _is_converted_cuhk03(root) and layout in (None, kind := f"cuhk03-np-{root.name.removeprefix('images_')}"):
+        if is_csv:
+            found, (rows, reading) = CSV, people.read_csv(root)
+        elif kind == FOLDERS:
+            found, (rows, reading) = layout or "", _read_people(root, layout, ignored)
+        elif kind == MARS or (not kind and _is_mars(root)):
+            trained, tested = (find_files(root / name, True, ignored) for name in ("bbox_train", "bbox_test"))
+            found, (rows, reading) = MARS, people.label_mars(trained, tested, root / "info")
+        elif _is_converted_cuhk03(root) and layout in (None, kind := f"cuhk03-np-{root.name.removeprefix('images_')}"):
             found, splits = kind, _read_converted_cuhk03(root)
         elif (_is_market(root) and layout not in _MSMT17_SETS) or layout in (*_MARKET_SETS, ANY_MARKET):
             found, splits = _read_market(root, layout, ignored)
         elif _is_msmt17(root) or layout:
             found, splits = _read_msmt17(root, layout)
+        elif nearby := [str(child) for child in (*sorted(root.iterdir()), root.resolve().parent) if is_dataset(child)]:
+            problem = f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}"
+            raise DataError(problem, f"Did you mean {' or '.join(nearby[:3])}?")
         else:
-            nearby = [str(child) for child in (*sorted(root.iterdir()), root.resolve().parent) if is_dataset(child)]
-            hint = f"Did you mean {' or '.join(nearby[:3])}?" if nearby else _how_to_arrange(root)
-            raise DataError(f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}", hint)
+            found, (rows, reading) = FOLDERS, _read_people(root, None, ignored)
     except OSError as error:
         remedy = "Check permissions and --layout; docs/datasets.md shows which files a data set needs"
         raise DataError(f"cannot read {error.filename or root}: {error.strerror}", remedy) from error
+    if rows:
+        if empty := [split for split in people.SPLITS if not rows[split]]:
+            remedy = "Add images, or choose them with folders named train, query and gallery or with a CSV file"
+            raise DataError(f"{root} has no images for {empty[0]}", remedy)
+        splits = [_split(rows[split], root) for split in people.SPLITS]
     published = KNOWN_SETS.get(found, {}).values()
     name = found if [split.size for split in splits] == [*published] else printable(root.name)
     train, query, gallery = splits
-    return ReidDataset(name, root, train, query, gallery, found, ignored)
+    return ReidDataset(name, root, train, query, gallery, found, ignored, reading)
 
 
 def is_dataset(root: Path) -> bool:
-    """Whether a folder has one of the known layouts, complete or not."""
-    return _is_msmt17(root) or _is_market(root) or _is_converted_cuhk03(root) or bool(_cuhk03_kinds(root))
+    """Whether a folder has one of the known layouts, complete or not, or a file is a CSV file of labels.
+
+    A folder per person may as well be any folder of images, so that it must be named as such: `--layout folders`.
+    """
+    known = _is_msmt17(root) or _is_market(root) or _is_mars(root) or _is_converted_cuhk03(root)
+    return known or bool(_cuhk03_kinds(root)) or people.is_csv(root)
+
+
+def _is_mars(root: Path) -> bool:
+    return (root / "bbox_train").is_dir() and (root / "bbox_test").is_dir()
 
 
 def _is_market(root: Path) -> bool:
@@ -345,21 +378,38 @@ def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Pa
     return images
 
 
-def _how_to_arrange(folder: Path) -> str:
-    """What to do with a folder that has no known layout; the commonest one has a folder for each person."""
-    below = (path for depth in ("*/*", "*/*/*") for path in folder.glob(depth))
-    if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in below):
-        return "docs/datasets.md shows the layouts"
-    names = f"{TRAIN}, {QUERY} and {GALLERY}"
-    return f"Folders per person are not read: put the images into {names}, named PERSON_cCAMERA_IMAGE, as 0002_c1_07"
+def _read_people(root: Path, layout: str | None, ignored: Counter[str]) -> tuple[people.Rows, Reading]:
+    """Read a folder per person, in folders for the splits or in `root` itself."""
+    names = {child.name for child in root.iterdir() if child.is_dir()}
+    splits = next((given for given in (people.SPLITS, ("train", "test")) if {*given} <= names), ("",))
+    unused = {name for name in names - {*splits} if (name in _SPLIT_NAMES or splits[0]) and name[0] != "."}
+    if unused and not splits[0]:
+        problem = f"{root} contains {', '.join(sorted(unused))}, but not {TRAIN}, {QUERY} and {GALLERY}"
+        raise DataError(problem, _PER_PERSON)
+    found = Counter({f"folder {name}": 1 for name in unused})
+    files = {}
+    for split in splits:
+        images = find_files(root / split, deep=True, ignored=found)
+        files[split] = [path for path in images if path.parent != root / split]
+        found["image in no person's folder"] += len(images) - len(files[split])
+    if not any(files.values()):
+        remedy = _PER_PERSON if images else "docs/datasets.md shows the layouts"
+        raise DataError(f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}, or a folder per person", remedy)
+    deepest = max((path for images in files.values() for path in images), key=lambda path: len(path.parts))
+    if layout is None and len(deepest.relative_to(root).parts) - bool(splits[0]) > 3:  # any folder of images
+        problem = f"{root} is no known data set: {deepest} is deeper than PERSON/CAMERA/IMAGE"
+        raise DataError(problem, "Pass --layout folders if its folders are people, or see docs/datasets.md")
+    ignored.update(+found)
+    return people.label_people(files, root, (layout or "").partition(":")[2])
 
 
-def _split(images: Sequence[tuple[Path, int, int]], source: Path, ignored: Mapping[str, int] | None = None) -> Split:
-    """The split of (path, identity, camera) of each image, read from `source`."""
+def _split(images: Sequence[people.Row], source: Path, ignored: Mapping[str, int] | None = None) -> Split:
+    """The split of (path, identity, camera[, tracklet]) of each image, read from `source`."""
     if not images:
-        raise no_images(source, ignored or {}, _how_to_arrange(source) if source.is_dir() else "")
-    paths, pids, camids = zip(*sorted(images), strict=True)
-    return Split(list(paths), np.array(pids, np.int64), np.array(camids, np.int64))
+        nested = source.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in source.glob("*/*"))
+        raise no_images(source, ignored or {}, _PER_PERSON if nested else "")
+    paths, *labels = zip(*sorted(images), strict=True)
+    return Split(list(paths), *(np.array(label, np.int64) for label in labels))
 
 
 def problems(dataset: ReidDataset) -> list[DataError]:

@@ -46,13 +46,14 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
     if not isinstance(source, str | Path):
         return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
     source, ignored = Path(source), Counter[str]()
-    if layout or (source.is_dir() and is_dataset(source)):
+    if layout or is_dataset(source):
         dataset = read(source, layout)
         splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
         paths = [path for split in splits.values() for path in split.paths]
         labels = {name: np.concatenate([getattr(one, name) for one in splits.values()]) for name in ("pids", "camids")}
         labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
-        names = [path.relative_to(dataset.root).as_posix() for path in paths]
+        root = dataset.root.parent if dataset.root.is_file() else dataset.root
+        names = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
         images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
     elif source.is_dir():
         try:
