@@ -1,13 +1,15 @@
 """Decode, resize and normalize person crops. Training and every runtime share this code."""
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from pmm_edge.errors import DataError, PmmWarning
@@ -19,6 +21,9 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 Pixels = NDArray[np.uint8]
+Crop = Pixels | Image.Image | str | os.PathLike[str]
+"""One crop: an (H, W, 3) uint8 array, an image that Pillow has opened or made, or the path of an image file."""
+ColorOrder = Literal["rgb", "bgr"]
 
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")  # modes of a 16-bit gray PNG in different versions of Pillow
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -66,21 +71,21 @@ def try_crop(path: Path, height: int, width: int) -> Pixels | BadImage:
         if path.exists() and not path.is_file():
             return BadImage(path, "it is not a regular file")  # opening a pipe would wait for a writer
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.load()  # before its EXIF is read, which ignores errors
-            upright = _rgb(image)
-            if 2 <= (orientation := _orientation(image)) <= 8:
-                upright = upright.transpose(Image.Transpose(_TURNS[orientation - 2]))
-            return resize_crop(upright, height, width)
+            return resize_crop(_upright(image), height, width)
     except Exception as error:  # Pillow's decoders also raise struct.error, IndexError and others on corrupt files
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
         return BadImage(path, reason)
 
 
-def _orientation(image: Image.Image) -> int:
+def _upright(image: Image.Image) -> Image.Image:
+    """Convert to RGB and turn upright as the EXIF orientation says."""
+    image.load()  # before its EXIF is read, which ignores errors
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # corrupt metadata does not make the pixels unreadable
-        return 1
+        orientation = 1
+    upright = _rgb(image)
+    return upright.transpose(Image.Transpose(_TURNS[orientation - 2])) if 2 <= orientation <= 8 else upright
 
 
 def read_crop(path: Path, height: int, width: int) -> Pixels:
@@ -124,17 +129,67 @@ def evenly(count: int, most: int) -> list[int]:
     return [number * count // kept for number in range(kept)]
 
 
-def prepare_crops(crops: Sequence[Pixels] | Pixels, height: int, width: int, first: int = 0) -> Pixels:
-    """Check crops, (H, W, 3) uint8 RGB arrays of any size or one (N, H, W, 3) array, and resize them to the input size.
+def prepare_crops(
+    crops: Sequence[Crop] | Pixels, height: int, width: int, first: int = 0, order: ColorOrder = "rgb"
+) -> Pixels:
+    """Check crops and resize them to the input size, on several threads: (N, height, width, 3) uint8 RGB.
 
-    `first` is the index of the first crop, for messages. Returns (N, height, width, 3) uint8 RGB. Raises DataError if a
-    crop is empty, gray, not uint8, or has an alpha channel.
+    `order` is that of the channels of arrays; other crops have their own. `first` is the index of the first crop, for
+    messages. Raises DataError if a crop is empty or cannot be read, or an array is gray, not uint8 or has an alpha
+    channel.
     """
-    for number, crop in enumerate(crops, start=first):
-        _check_crop(crop, number)
+
+    def prepare(crop: Crop, number: int) -> Pixels:
+        if isinstance(crop, str | os.PathLike):
+            return read_crop(Path(crop), height, width)
+        if isinstance(crop, Image.Image):
+            try:
+                if 0 in crop.size:
+                    raise ValueError("it has no pixels")
+                return resize_crop(_upright(crop), height, width)
+            except Exception as error:  # a file that Pillow has opened is decoded here; see `try_crop`
+                name = f"crop {number} {getattr(crop, 'filename', '')}".rstrip()
+                raise DataError(f"{name} cannot be read: {error}", "Leave it out") from error
+        check_pixels(crop, f"crop {number}")
+        # Pillow reverses the channels while it copies them, which costs nothing.
+        image = Image.frombytes("RGB", crop.shape[1::-1], crop.tobytes(), "raw", order.upper())
+        return resize_crop(image, height, width)
+
     if isinstance(crops, np.ndarray) and crops.shape[1:3] == (height, width):
-        return crops  # in any memory layout; see `network_input`
-    return np.stack([resize_crop(Image.fromarray(crop), height, width) for crop in crops])
+        check_pixels(crops[0], f"crop {first}")
+        return crops if order == "rgb" else crops[..., ::-1]  # in any memory layout; see `network_input`
+    numbers = range(first, first + len(crops))
+    if len(crops) == 1:
+        return prepare(crops[0], first)[None]
+    with ThreadPoolExecutor(min(threads(), len(crops)), thread_name_prefix="resize") as pool:
+        return np.stack(list(pool.map(prepare, crops, numbers)))
+
+
+def cut_boxes(frame: Pixels, boxes: ArrayLike) -> list[Pixels]:
+    """Cut boxes, (N, 4) x1 y1 x2 y2 in pixels, out of an (H, W, 3) uint8 frame, without copying: N crops.
+
+    Corners are rounded to whole pixels and clipped to the frame; x2 and y2 are exclusive. Raises DataError with the
+    indices of all boxes that are not finite or have no pixel in the frame.
+    """
+    check_pixels(frame, "frame")
+    try:
+        corners = np.asarray(boxes, np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the boxes are no array of numbers ({error})", "Pass an (N, 4) array") from error
+    if not corners.size:
+        return []
+    if corners.ndim != 2 or corners.shape[1] != 4:
+        raise DataError(f"the boxes have shape {corners.shape}, expected (N, 4)", "Pass x1, y1, x2, y2 of each box")
+    height, width = frame.shape[:2]
+    finite = np.asarray(np.isfinite(corners).all(axis=1))
+    x1, y1, x2, y2 = np.rint(np.where(finite[:, None], corners, 0)).clip(0, [width, height] * 2).astype(int).T
+    if len(bad := np.flatnonzero(~finite | (x2 <= x1) | (y2 <= y1))):
+        which = f"box{'es' * (len(bad) > 1)} {', '.join(map(str, bad))} of {len(corners)}"
+        raise DataError(
+            f"{which}: no pixels in the frame of {width}x{height}; box {bad[0]} is {corners[bad[0]].tolist()}",
+            "Leave them out; a box is x1, y1, x2, y2 in pixels of the frame",
+        )
+    return [frame[top:bottom, left:right] for left, top, right, bottom in zip(x1, y1, x2, y2, strict=True)]
 
 
 def network_input(images: Pixels, spec: InputSpec) -> NDArray[np.uint8] | NDArray[np.float32]:
@@ -151,17 +206,18 @@ def normalize(planes: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float3
     return (planes / np.float32(255) - mean) / std
 
 
-def _check_crop(crop: object, number: int) -> None:
-    if not isinstance(crop, np.ndarray):
-        remedy = "Pass (height, width, 3) uint8 RGB arrays; use pmm_edge.embed_files for files"
-        raise DataError(f"crop {number} is a {type(crop).__name__}, not an array", remedy)
-    channels = crop.shape[2:]
+def check_pixels(array: object, name: str) -> None:
+    """Raise DataError, which names the array, unless it is (H, W, 3) uint8 with at least one pixel."""
+    if not isinstance(array, np.ndarray):
+        problem = f"{name} is a {type(array).__name__}, not an array, a PIL image or a path"
+        raise DataError(problem, "Pass (height, width, 3) uint8 arrays")
+    channels = array.shape[2:]
     for wrong, problem, remedy in (
-        (crop.ndim == 2 or channels == (1,), "is gray", "Repeat its channel three times"),
-        (channels == (4,), "has an alpha channel", "Pass crop[:, :, :3]"),
-        (channels != (3,), "is no RGB image", "Pass a list of (height, width, 3) arrays"),
-        (0 in crop.shape, "has no pixels", "Leave out boxes outside the frame"),
-        (crop.dtype != np.uint8, "is not uint8", "Pass uint8 RGB values of 0 to 255; pmm-edge normalizes"),
+        (array.ndim == 2 or channels == (1,), "is gray", "Repeat its channel three times"),
+        (channels == (4,), "has an alpha channel", f"Pass {name.split()[0]}[:, :, :3]"),
+        (channels != (3,), "is no RGB image", "Pass (height, width, 3) arrays"),
+        (0 in array.shape, "has no pixels", "Leave it out"),
+        (array.dtype != np.uint8, "is not uint8", "Pass uint8 values of 0 to 255; pmm-edge normalizes"),
     ):
         if wrong:
-            raise DataError(f"crop {number} of shape {crop.shape} and type {crop.dtype} {problem}", remedy)
+            raise DataError(f"{name} of shape {array.shape} and type {array.dtype} {problem}", remedy)

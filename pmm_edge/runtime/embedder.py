@@ -1,14 +1,17 @@
 """Embedder: one interface to every engine that runs a network."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from pmm_edge.errors import DataError, ModelError
-from pmm_edge.images import Pixels, prepare_crops
+from pmm_edge.images import ColorOrder, Crop, Pixels, cut_boxes, prepare_crops
 from pmm_edge.machine import sums_in_float16
 from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.spec import ModelSpec
@@ -44,20 +47,38 @@ class Embedder(ABC):
         """Number of crops to embed at once: at least two batches of the profile's maximum, which can overlap."""
         return CHUNK if self.profile is None else self.profile.maximum * max(2, CHUNK // self.profile.maximum)
 
-    def embed(self, crops: Sequence[Pixels] | Pixels) -> Embeddings:
+    def embed(self, crops: Sequence[Crop] | Pixels, order: ColorOrder = "rgb") -> Embeddings:
         """Embed crops of people: (N, D) float32, of unit length if `spec.normalized_output`.
 
-        `crops` are (H, W, 3) uint8 RGB arrays of any size, or one (N, H, W, 3) array. OpenCV reads BGR: pass
-        `crop[:, :, ::-1]`. Raises DataError if a crop is empty, grayscale, has an alpha channel, or is not uint8.
+        `crops` is a list of (H, W, 3) uint8 arrays of any size, paths and PIL images, or one (N, H, W, 3) array.
+        `order` is the order of the channels of arrays: OpenCV reads `bgr`. Files and PIL images are turned upright as
+        their EXIF orientation says. Raises DataError, which names the crop or file, if an array is empty, grayscale,
+        not uint8 or has an alpha channel, or an image cannot be read.
         """
-        if isinstance(crops, np.ndarray) and crops.ndim == 3:
-            raise DataError(f"expected a list of crops, got one array of shape {crops.shape}", "Pass [crop]")
+        if isinstance(crops, str | os.PathLike | Image.Image) or (isinstance(crops, np.ndarray) and crops.ndim == 3):
+            found = (
+                f"one array of shape {crops.shape}" if isinstance(crops, np.ndarray) else f"one {type(crops).__name__}"
+            )
+            raise DataError(f"expected a list of crops, got {found}", "Pass [crop]")
+        if order not in get_args(ColorOrder):
+            raise DataError(f"unknown color order '{order}'", f"Pass {' or '.join(get_args(ColorOrder))}")
         size, chunk = self.spec.input, self.chunk
         embeddings = [
-            self.embed_prepared(prepare_crops(crops[start : start + chunk], size.height, size.width, start))
+            self.embed_prepared(prepare_crops(crops[start : start + chunk], size.height, size.width, start, order))
             for start in range(0, len(crops), chunk)
         ]
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.spec.embedding_size), np.float32)
+
+    def embed_boxes(self, frame: Pixels, boxes: ArrayLike, order: ColorOrder = "rgb") -> Embeddings:
+        """Embed the people in a frame: (N, D) float32, one row for each box, as a tracker needs them.
+
+            features = embedder.embed_boxes(frame, detections[:, :4], order="bgr")  # a frame of OpenCV
+
+        `frame` is an (H, W, 3) uint8 array, `boxes` are (N, 4) x1 y1 x2 y2 in pixels, integers or floats. Boxes are
+        rounded to whole pixels and clipped to the frame; only their pixels are read. Raises DataError with the indices
+        of all boxes that are not finite or have no pixel in the frame.
+        """
+        return self.embed(cut_boxes(frame, boxes), order)
 
     @abstractmethod
     def embed_prepared(self, images: Pixels) -> Embeddings:

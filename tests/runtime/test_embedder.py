@@ -16,7 +16,7 @@ from pmm_edge.bench import pipeline
 from pmm_edge.bench.parity import gates_for
 from pmm_edge.data.loader import Crops
 from pmm_edge.errors import DataError, ModelError
-from pmm_edge.images import evenly, prepare_crops, read_crop, read_crops, resize_crop
+from pmm_edge.images import cut_boxes, evenly, prepare_crops, read_crop, read_crops, resize_crop
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.embedder import CHUNK, parse_device
@@ -91,15 +91,90 @@ def test_arrays_in_any_memory_layout(engine: str, request: pytest.FixtureRequest
         np.zeros((20, 10, 4), np.uint8),
         np.zeros((20, 10, 3), np.float32),
         np.zeros((3, 20, 10), np.uint8),
-        Image.new("RGB", (10, 20)),
+        Image.new("RGB", (0, 20)),
+        3.5,
+        None,
     ],
 )
 def test_invalid_crops_are_named(crop: object, color: Embedder) -> None:
     with pytest.raises(DataError, match="crop 1"):
         color.embed([*crops((20, 10)), crop])
+    with pytest.raises(DataError, match="color order"):
+        color.embed([], order="RGB")
+    for one in (crops((20, 10))[0], "a.jpg", Path("a.jpg"), Image.new("RGB", (10, 20))):
+        with pytest.raises(DataError) as caught:
+            color.embed(one)
+        assert "[crop]" in caught.value.remedy
+
+
+def test_paths_images_and_arrays_of_either_order_give_the_same(color: Embedder, tmp_path: Path) -> None:
+    size = color.spec.input.height, color.spec.input.width
+    arrays = crops((50, 40), (31, 17), size)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path, array in zip(paths, arrays, strict=True):
+        Image.fromarray(np.rot90(array)).save(path, exif=exif)  # turned upright when it is read
+    expected = np.concatenate([color.embed([array]) for array in arrays])
+    bgr = [array[..., ::-1] for array in arrays]
+    opened = [Image.open(path) for path in paths]
+    for same in (arrays, paths, [*map(str, paths)], opened, [paths[0], arrays[1], opened[2]]):
+        np.testing.assert_array_equal(color.embed(same), expected)
+    for same in (bgr, [np.ascontiguousarray(array) for array in bgr], [bgr[0], opened[1], str(paths[2])]):
+        np.testing.assert_array_equal(color.embed(same, order="bgr"), expected)
+    np.testing.assert_array_equal(color.embed(bgr[2][None], order="bgr"), expected[2:])
+    assert not np.allclose(color.embed(bgr), expected)
+    paths[1].write_bytes(paths[1].read_bytes()[:-500])
+    for bad in (paths[1], str(tmp_path / "missing.jpg")):
+        with pytest.raises(DataError, match=Path(bad).name):
+            color.embed([arrays[0], bad])
+    with pytest.raises(DataError, match=r"crop 1 .*1\.png"):
+        color.embed([arrays[0], Image.open(paths[1])])
+
+
+def test_boxes_are_the_slices_of_a_frame(color: Embedder) -> None:
+    random, (frame,) = np.random.default_rng(1), crops((90, 160))
+    corners = np.sort(random.uniform(-30, 190, (40, 2, 2)), axis=1).reshape(40, 4)
+    slices, inside = [], []
+    for box in corners:
+        x1, y1, x2, y2 = (int(np.clip(round(value), 0, 160 - 70 * (k % 2))) for k, value in enumerate(box))
+        if x2 > x1 and y2 > y1:
+            inside.append(box)
+            slices.append(frame[y1:y2, x1:x2])
+    assert 20 < len(slices) < 40
+    expected = color.embed(slices)
+    assert expected.dtype == np.float32 and expected.shape == (len(slices), 8)
+    for boxes in (np.array(inside), np.array(inside, np.float32), [box.tolist() for box in inside]):
+        np.testing.assert_array_equal(color.embed_boxes(frame, boxes), expected)
+    np.testing.assert_array_equal(color.embed_boxes(frame, np.rint(inside).astype(int)), expected)
+    np.testing.assert_array_equal(color.embed_boxes(frame[..., ::-1], inside, order="bgr"), expected)
+    assert all(np.shares_memory(cut, frame) for cut in cut_boxes(frame, inside))
+    for none in ([], np.empty((0, 4)), np.empty((0, 4), np.int64)):
+        assert color.embed_boxes(frame, none).shape == (0, 8)
+
+
+def test_boxes_without_pixels_are_named_by_index(color: Embedder) -> None:
+    (frame,) = crops((90, 160))
+    good = [10, 10, 30, 50]
+    bad = {
+        1: [30, 10, 30, 50],
+        2: [30, 50, 10, 10],
+        4: [np.nan, 0, 9, 9],
+        5: [0, 0, np.inf, 9],
+        6: [160, 0, 170, 9],
+        7: [-9, -9, 0, 9],
+        8: [5, 90, 9, 1e30],
+        9: [5.1, 5, 5.4, 9],
+    }
     with pytest.raises(DataError) as caught:
-        color.embed(crops((20, 10))[0])
-    assert "[crop]" in caught.value.remedy
+        color.embed_boxes(frame, [bad.get(index, good) for index in range(11)])
+    assert "boxes 1, 2, 4, 5, 6, 7, 8, 9 of 11" in caught.value.problem
+    for boxes in ([good[:3]], good, [[good]], [good, good[:2]], [["a"] * 4], np.zeros((2, 6))):
+        with pytest.raises(DataError, match="boxes"):
+            color.embed_boxes(frame, boxes)
+    for other in (frame[..., 0], frame.astype(np.float32), frame[:0], frame[None], Image.fromarray(frame), "a.jpg"):
+        with pytest.raises(DataError, match="frame"):
+            color.embed_boxes(other, [good])
 
 
 def test_embed_normalized_is_embed_after_preprocessing(torch: Embedder, color: Embedder) -> None:
