@@ -26,14 +26,14 @@ HEIGHT, WIDTH = 384, 128
 FEW = SyntheticConfig(train_identities=8, test_identities=2, cameras=2, images=4)
 
 
-def random_checkpoint(path: Path, backbone: str) -> Path:
+def random_checkpoint(path: Path, backbone: str, height: int = HEIGHT, width: int = WIDTH) -> Path:
     """Write a checkpoint with random weights."""
-    network = build_model("pmm", num_classes=751, backbone=backbone, height=HEIGHT, width=WIDTH)
+    network = build_model("pmm", num_classes=751, backbone=backbone, height=height, width=width)
     spec = ModelSpec(
         architecture="pmm",
         backbone=backbone,
         num_classes=751,
-        input=InputSpec(HEIGHT, WIDTH),
+        input=InputSpec(height, width),
         embedding_size=1536,
         stages=network.stages,
         mix_blocks=network.mix_blocks,

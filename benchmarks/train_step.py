@@ -3,7 +3,7 @@
 The textbook step sends the true-class logits back through the whole network twice to get the gradient at the map (with
 `retain_graph`, as Grad-CAM is usually written), and ranks and mixes blocks sample by sample. "mixing only" is Grad-CAM,
 ranking and mixing of both stages on maps of the same size, forward and backward. The floor is the number of
-floating-point operations of the step at the rate of a large matrix product.
+floating-point operations of the step at the rate of a large matrix product. `gpu_check.py` uses these parts as well.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --dtype bf16 --batch 16
@@ -21,6 +21,8 @@ from machine import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pmm_edge.model import PMM, StageOutput
@@ -28,11 +30,13 @@ from pmm_edge.model.backbone import map_size
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, top_blocks
 from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.runtime.torch_backend import torch_device
-from pmm_edge.trainer.config import PRESETS
+from pmm_edge.trainer.config import PRESETS, choose_config
 from pmm_edge.trainer.step import PAPER_EPOCHS, Shard, prepare, train_step
 
 PRODUCT_SIDES = {"cpu": 2048, "cuda": 8192}
 """Side of the square matrices whose product gives the rate of the floor."""
+ADAM_BYTES = 28
+"""Adam reads weight, gradient and both moments of a parameter and writes all but the gradient, in float32."""
 MARKET_PEOPLE = 751
 """Training identities of Market-1501; an epoch draws as many images of each as a batch does."""
 
@@ -90,15 +94,15 @@ def main() -> None:
 
     device = torch_device(options.device)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    operations = _operations(options)
+    operations = operations_of(options)
     steps = {
-        "pmm train": _step(PMM, options, device, dtype),
-        "textbook Grad-CAM": _step(TextbookPMM, options, device, dtype),
+        "pmm train": step_of(PMM, options, device, dtype),
+        "textbook Grad-CAM": step_of(TextbookPMM, options, device, dtype),
         "mixing only": _mixing(options, device, dtype),
-        "floor": _matrix_product(device, dtype),
+        "floor": matrix_product(device, dtype),
     }
     # Interleaved, so that a drift of the machine affects all alike; the first round warms up.
-    rounds = [{name: _seconds(step, device) for name, step in steps.items()} for _ in range(options.repeat + 1)][1:]
+    rounds = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(options.repeat + 1)][1:]
     for taken in rounds:
         taken["floor"] *= operations / (2 * PRODUCT_SIDES[device.type] ** 3)
 
@@ -120,12 +124,24 @@ def main() -> None:
     console.print(f"the paper's {PAPER_EPOCHS} epochs on Market-1501 at this rate: {hours:.2g} hours")
 
 
-def _step(network: type[PMM], options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:
+def step_of(
+    network: type[PMM],
+    options: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    graph: bool = True,
+) -> Callable:
+    """A function that takes a step of the paper's training; without `graph`, never as a CUDA graph."""
     torch.manual_seed(0)
-    trainee = prepare(network(751, options.backbone), PRESETS["market1501"], device, dtype)
+    settings = {"height": options.height, "width": options.width, "compile": compiled}
+    config = choose_config("market1501", settings={**settings, "erase_size": min(64, options.width)})
+    trainee = prepare(network(MARKET_PEOPLE, options.backbone, config.mix_blocks), config, device, dtype)
+    if network is TextbookPMM or not graph:
+        trainee.replays = None  # the loops of the textbook wait for the GPU, which a graph cannot
     crops = torch.randint(0, 256, (options.batch, options.height, options.width, 3), dtype=torch.uint8).to(device)
     pids = (torch.arange(options.batch) // 4).to(device)
-    return lambda: train_step(trainee, [Shard(crops, pids, seed=0)], PRESETS["market1501"])
+    return lambda: train_step(trainee, [Shard(crops, pids, seed=0)], config)
 
 
 def _mixing(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:
@@ -146,35 +162,69 @@ def _mixing(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     return run
 
 
-def _matrix_product(device: torch.device, dtype: torch.dtype) -> Callable:
+def matrix_product(device: torch.device, dtype: torch.dtype) -> Callable:
     side = PRODUCT_SIDES[device.type]
     left, right = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
     return lambda: ((left @ right)[0, 0], None)
 
 
-def _operations(options: argparse.Namespace) -> float:
-    """Floating-point operations of a step: those of two images on the meta device, scaled."""
-    with torch.device("meta"):
-        network = PMM(751, options.backbone)
-        images = torch.empty(2, 3, options.height, options.width)
-    # Only convolutions and matrix products count, so a sum over the logits of each head can replace the losses.
+def operations_of(options: argparse.Namespace) -> float:
+    """Floating-point operations of a step: those of two images, scaled."""
     with FlopCounterMode(display=False) as counter:
-        features = network.backbone(images)
-        maximum = max_pool(network.bottleneck(features))
-        heads = zip(
-            (network.stage1, network.stage2, network.stage3), (average_pool(features), maximum, maximum), strict=True
-        )
-        torch.stack([head(vector)[1].sum() for head, vector in heads]).sum().backward()
+        _forward_and_backward(options, 2, torch.float32)
     return counter.get_total_flops() * options.batch / 2
 
 
-def _seconds(step: Callable, device: torch.device) -> float:
+def traffic_of(options: argparse.Namespace, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a step must move, and bytes that it moves with a kernel for each operator.
+
+    Both count every input and output of an operator once, and the update of the weights. The first one counts only
+    convolutions and matrix products, as if all that lies between them (batch norm, ReLU, sums, pooling) were fused.
+    """
+    with _Traffic() as counter:
+        parameters = _forward_and_backward(options, options.batch, dtype)
+    return counter.products + ADAM_BYTES * parameters, counter.every + ADAM_BYTES * parameters
+
+
+class _Traffic(TorchDispatchMode):
+    products = every = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, output)) if isinstance(leaf, Tensor)]
+            moved = sum(min(one.nbytes, one.untyped_storage().nbytes()) for one in tensors)  # less if it is expanded
+            self.every += moved
+            aten = torch.ops.aten
+            if function.overloadpacket in (aten.convolution, aten.convolution_backward, aten.mm, aten.addmm):
+                self.products += moved
+        return output
+
+
+def _forward_and_backward(options: argparse.Namespace, batch: int, dtype: torch.dtype) -> int:
+    """Trace a step on the meta device, which computes nothing; return the number of parameters."""
+    with torch.device("meta"):
+        network = PMM(MARKET_PEOPLE, options.backbone).to(dtype)
+        images = torch.empty(batch, 3, options.height, options.width, dtype=dtype)
+    # Only convolutions and matrix products matter, so a sum over the logits of each head can replace the losses.
+    features = network.backbone(images)
+    maximum = max_pool(network.bottleneck(features))
+    heads = zip(
+        (network.stage1, network.stage2, network.stage3), (average_pool(features), maximum, maximum), strict=True
+    )
+    torch.stack([head(vector)[1].sum() for head, vector in heads]).sum().backward()
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def seconds(step: Callable, device: torch.device, count: int = 1) -> float:
+    """Seconds per step of `count` steps, after which the device is waited for."""
     start = time.perf_counter()
-    loss, _ = step()
+    for _ in range(count):
+        loss, _ = step()
     loss.item()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / count
 
 
 if __name__ == "__main__":
