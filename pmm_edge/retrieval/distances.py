@@ -14,7 +14,7 @@ BLOCK_BYTES = 32 << 20
 
 # Squared distances below this fraction of the squared norm are rounding errors of the matrix product: float64
 # has a step of 2e-16, and thousands of terms add up. As a distance it is 1.4e-7 of the norm, about one float32 step.
-_ROUNDING = 2e-14
+ROUNDING = 2e-14
 
 
 def pairwise_distances(
@@ -55,7 +55,7 @@ def distance_blocks(
         squared += norms
         squared += gallery_norms
         # At such a small distance both norms are nearly equal. This also removes negative values.
-        squared[squared < _ROUNDING * norms] = 0.0
+        squared[squared < ROUNDING * norms] = 0.0
         if distance == "cosine":
             squared *= 0.5
         elif distance == "euclidean":
