@@ -305,7 +305,7 @@ def verify(
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Path = _arg(..., "Data set folder; pmm data describes it.", "DATA"),
+    data: list[Path] = _arg(..., "Data sets; pmm data describes them.", "DATA"),
     layout: Layout = None,
     distance: Distance = _opt("euclidean", "Distance by which images are ranked; cosine is 1 - cosine."),
     rerank: bool = _opt(False, "Also show k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3).", "--rerank"),
@@ -317,18 +317,24 @@ def evaluate(
 ) -> None:
     """Evaluate retrieval under the Market-1501 protocol: Rank-k, mAP and mINP.
 
-    The PMM paper's mAP is mAP@50: its evaluation cuts each ranking at 50. docs/evaluation.md explains every figure.
+    Several data sets give one table, and with --json a list. The PMM paper's mAP is mAP@50: its evaluation cuts each
+    ranking at 50. docs/evaluation.md explains every figure.
 
     - `pmm eval runs/20261122-174200-quick market1501`
     - `pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png`
+    - `pmm eval model.onnx market1501 msmt17 people.csv`
     - `pmm eval model.onnx market1501 --distance cosine`, as most trackers match
     """
     arguments = _arguments(locals())
-    from pmm_edge.bench.evaluation import evaluate_model as run
+    from pmm_edge.bench.evaluation import evaluate_across as run
 
     with progress() as report:
         found = run(**arguments, report=report)
-    print_json(render.evaluation_facts(found)) if as_json else render.show_evaluation(found)
+    if as_json:
+        facts = [render.evaluation_facts(one) for one in found]
+        print_json(facts if len(facts) > 1 else facts[0])
+    else:
+        render.show_evaluation(found[0]) if len(found) == 1 else render.show_evaluations(found)
     render.show_written(features, cmc)
 
 

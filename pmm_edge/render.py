@@ -168,6 +168,18 @@ def show_evaluation(found: Evaluation) -> None:
     note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
 
 
+def show_evaluations(found: Sequence[Evaluation]) -> None:
+    """Print the retrieval of one model on several data sets."""
+    rows = []
+    for one in found:
+        images = f"{len(one.dataset.query):,} + {len(one.dataset.gallery):,}"
+        for name, result in one.results.items():
+            title = one.dataset.name if name == "plain" else f"{one.dataset.name} + {name}"
+            rows.append((title, images, *map(percent, (result.rank(1), result.mAP, result.mINP))))
+    title = f"{found[0].embedder.path.name}, {found[0].distance} distance"
+    print_table(title, ("data set", "query + gallery images", "Rank-1", "mAP", "mINP"), rows)
+
+
 def embedding_facts(found: EmbeddedFiles, model: Path, written: Path) -> dict[str, Any]:
     """The JSON form of `pmm embed`."""
     rows, size = found.embeddings.shape

@@ -1,13 +1,18 @@
 """`pmm eval`: the retrieval of one model, optionally with mirror images and re-ranking."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import ArrayLike
 
 from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
 from pmm_edge.console import Report, about, percent, printable, silent
+from pmm_edge.data.checks import DatasetWarningKind, analyze
 from pmm_edge.data.dataset import ReidDataset, scan, warn_ignored
+from pmm_edge.errors import PmmError, PmmWarning
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import Embedder, load
@@ -26,7 +31,7 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: Path,
+    model: Path | Embedder,
     data: Path,
     *,
     layout: str | None = None,
@@ -46,8 +51,12 @@ def evaluate_model(
     for `gallery_`, and with `flip` `query_features_flip`. Raises DataError or ModelError if the data set or the model
     cannot be used, OutputError if a file cannot be written.
     """
-    dataset, embedder = scan(data, layout), load(model, device)
+    dataset = scan(data, layout)
+    embedder, name = (model, model.path.name) if isinstance(model, Embedder) else (load(model, device), model.name)
     warn_ignored(data, dataset.ignored)
+    for warning in analyze(dataset).warnings:
+        if warning.kind in (DatasetWarningKind.NO_CAMERAS, DatasetWarningKind.CHOSEN_QUERIES):
+            warnings.warn(f"{data}: {warning.text}", PmmWarning, stacklevel=2)
     if cmc:
         check_cmc_plot(cmc)
     if features:
@@ -66,12 +75,29 @@ def evaluate_model(
     results = {}
     for reranked in (False, True)[: 1 + rerank]:
         for kind, embeddings in kinds.items():
-            name = kind if not reranked else "re-ranking" if kind == "plain" else f"{kind} + re-ranking"
-            results[name] = evaluate_dataset(dataset, embeddings, reranked, distance, about(kind, report))
+            row = kind if not reranked else "re-ranking" if kind == "plain" else f"{kind} + re-ranking"
+            results[row] = evaluate_dataset(dataset, embeddings, reranked, distance, about(kind, report))
     if cmc:
         curves = {
             f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
             for name, one in results.items()
         }
-        save_cmc_plot(cmc, printable(f"{dataset.name} · {model.name} · {distance} distance"), curves)
+        save_cmc_plot(cmc, printable(f"{dataset.name} · {name} · {distance} distance"), curves)
     return Evaluation(embedder, dataset, results, distance)
+
+
+def evaluate_across(
+    model: Path, data: Sequence[Path], *, layout: str | None = None, device: str | None = None, **options: Any
+) -> list[Evaluation]:
+    """Evaluate a model on data sets as `evaluate_model` does, with its other `options`.
+
+    All data sets are read before the first one is evaluated. Raises PmmError if there are several and a file to write.
+    """
+    if len(data) == 1:
+        return [evaluate_model(model, data[0], layout=layout, device=device, **options)]
+    if options.get("cmc") or options.get("features"):
+        raise PmmError("--cmc and --features write one data set", "Evaluate the data sets one by one")
+    for path in data:
+        scan(path, layout)
+    embedder, report = load(model, device), options.pop("report", silent)
+    return [evaluate_model(embedder, path, layout=layout, report=about(path.name, report), **options) for path in data]

@@ -256,3 +256,20 @@ def test_synth(pmm: Callable, tmp_path: Path) -> None:
     with Image.open(sheet) as image:
         assert image.format == "JPEG"
     assert "bounding_box_test" in pmm("synth", tmp_path / "other", *SMALL).stdout
+
+
+def test_eval_on_several_data_sets(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people"
+    for path in [*tiny_dataset.glob("query/*"), *tiny_dataset.glob("bounding_box_test/*")]:
+        (people / path.name[:4]).mkdir(parents=True, exist_ok=True)
+        (people / path.name[:4] / f"{path.parent.name}{path.name[4:]}").symlink_to(path)
+    arguments = ("eval", tiny_onnx, tiny_dataset, people, "--device", "cpu")
+    both = pmm(*arguments, "--json")
+    alone = pmm("eval", tiny_onnx, tiny_dataset, "--device", "cpu", "--json").json
+    assert both.json[0] == alone and [one["data"] for one in both.json] == [str(tiny_dataset), str(people)]
+    assert (both.json[1]["queries"], both.json[1]["gallery"]) == (6, 6)  # two people of three cameras with two images
+    assert str(people) in both.stderr  # the split was chosen
+    shown = pmm(*arguments, "--flip").ok.stdout
+    assert [shown.count(name) for name in ("tiny", "people", "12 + 12", "6 + 6", "+ flip")] == [2] * 5
+    assert "--cmc" in pmm(*arguments, "--cmc", tmp_path / "cmc.png").error
+    assert "nowhere" in pmm(*arguments, tmp_path / "nowhere").error
