@@ -20,7 +20,7 @@ from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
 from pmm_edge.machine import in_torchrun
 from pmm_edge.runs import resolve_checkpoint
-from pmm_edge.spec import CalibrationMethod, Distance, InputForm, Precision, QuantizationTarget
+from pmm_edge.spec import CalibrationMethod, Distance, HardwareCompatibility, InputForm, Precision, QuantizationTarget
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 
 app = typer.Typer(
@@ -168,7 +168,9 @@ def export(
     batch_profile: str | None = _tensorrt(None, "Batch sizes of the engine. Default: 1,16,64.", metavar="MIN,OPT,MAX"),
     workspace_gib: float | None = _tensorrt(None, "Maximum scratch memory.", "--workspace", metavar="GIB"),
     optimization_level: int | None = _tensorrt(None, "0 (fastest build) to 5 (longest search)."),
-    hardware_compatible: bool = _tensorrt(False, "Support all GPUs since Ampere; not Jetson.", "--hardware-compatible"),
+    hardware_compatible: HardwareCompatibility | None = _tensorrt(
+        None, "Support more GPUs: ampere: all since Ampere. same: all of this compute capability. Not for Jetson."
+    ),
     version_compatible: bool = _tensorrt(False, "Build for later TensorRT versions as well.", "--version-compatible"),
     timing_cache: bool = _tensorrt(True, "Reuse layer timings of earlier builds."),
     rtx: bool = _tensorrt(False, "Also build an engine for RTX GPUs; needs no GPU. See docs/rtx.md.", "--rtx"),

@@ -114,11 +114,15 @@ def progress() -> Iterator[Report]:
 
     def report(what: str, done: int, total: int, detail: str = "") -> None:
         if what not in tasks:
+            bars.start()  # not before: without a terminal, even empty bars end with an empty line
             tasks[what] = bars.add_task(printable(what), total=total, detail="")
         bars.update(tasks[what], completed=done, total=total, detail=printable(detail))
 
-    with bars:
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def note(text: str) -> None:

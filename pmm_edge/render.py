@@ -77,6 +77,8 @@ def show_export(result: ExportResult) -> None:
         title = f"built for {gpu} with {settings.compiler} {machine.tensorrt}"
         row = (engine.path.name, size, str(manifest.settings.batch), layers, seconds)
         print_table(title, ("file", "MB", "batch", "layers", "seconds"), [row])
+        if engine.trtexec:
+            note(f"[dim]NVIDIA's tool builds and times the same with: {escape(engine.trtexec)}[/]")
     for kind, folder in result.bundles.items():
         note(f"{kind}: {escape(str(folder))} [dim](see its README.md)[/]")
 

@@ -18,6 +18,8 @@ Mix = Literal["a-hard-mix", "dropblock", "cutout", "cutmix", "a-cutmix", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
 QuantizationTarget = Literal["tensorrt", "cpu"]
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
+HardwareCompatibility = Literal["ampere", "same"]
+"""GPUs that run a hardware-compatible engine: all since Ampere, or all with the compute capability of the builder's."""
 
 
 @dataclass(frozen=True)

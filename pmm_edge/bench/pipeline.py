@@ -35,7 +35,7 @@ from pmm_edge.images import evenly, read_crops
 from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve_checkpoint, run_of
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.certificate import open_model
-from pmm_edge.runtime.cuda import GpuError
+from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
 from pmm_edge.runtime.embed_files import cosine_figures, evaluate_dataset, find_images
 
 
@@ -73,7 +73,8 @@ def bench(
         result.report.models[0].parity.whole.cosine_min
 
     Args:
-        models: files that `pmm_edge.load` accepts; by default all exports of the reference's run.
+        models: files that `pmm_edge.load` accepts; by default all exports of the reference's run, without engines that
+            need a GPU or package that is missing here: a warning of the report says why.
         reference: a model or a run folder. By default the checkpoint that the first model was exported from, which is
             searched in the folder and run of the model and in runs/; without `models`, that of the newest run.
         data: a data set (of this `layout`, if it is not recognized), whose queries and gallery are embedded, or a
@@ -86,9 +87,9 @@ def bench(
         out: name of bench.json; the other files are written next to it. By default in the run folder of the first
             model, or next to a model that is in none.
 
-    Raises ModelError if a model or the reference cannot be loaded or if they come from different checkpoints, DataError
-    if the images cannot be used, OutputError if a file cannot be written, and PmmError if a batch size or the limit is
-    less than 1.
+    Raises ModelError if a model or the reference cannot be loaded or if they come from different checkpoints,
+    NotOnThisMachineError if a named engine cannot run here, DataError if the images cannot be used, OutputError if a
+    file cannot be written, and PmmError if a batch size or the limit is less than 1.
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise PmmError(f"the batch sizes are {list(batch_sizes)}", "Choose 1 or more, such as --batch-sizes 1,8")
@@ -101,7 +102,15 @@ def bench(
     out = Path(out) if out else (run_of(paths[0]) or paths[0].parent) / "bench.json"
     check_output(out, [".json"])
     before = machine_state()
-    others = [_load(path, device, gates or {}) for path in paths]
+    others, missing = list[Subject](), list[BenchWarning]()
+    for path in paths:
+        try:
+            others.append(_load(path, device, gates or {}))
+        except NotOnThisMachineError as error:
+            if models or (path == paths[-1] and not others):
+                raise
+            # One of all exports of a run, such as an engine for another machine.
+            missing.append(BenchWarning(WarningKind.NOT_MEASURED, detail=str(error)))
     base = base or _reference_of(others[0])
     source, layout = data_of(base if run_of(base) else paths[0], Path(data) if data else None, layout)
     images = bench_images(source, limit, layout, report)
@@ -119,7 +128,7 @@ def bench(
         environment=environment(embedders, before),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         complete=False,
-        warnings=images.warnings,
+        warnings=missing + images.warnings,
     )
     if find_spec("onnx") is None:
         found.warnings.append(BenchWarning(WarningKind.PRECISION_NOT_CHECKED))

@@ -43,6 +43,7 @@ from pmm_edge.runtime.onnx_backend import OnnxEmbedder
 from pmm_edge.spec import (
     METADATA_KEY,
     CalibrationMethod,
+    HardwareCompatibility,
     InputForm,
     ModelSpec,
     Precision,
@@ -119,7 +120,7 @@ def export(
     batch_profile: BatchProfile | str | None = None,
     workspace_gib: float | None = None,
     optimization_level: int | None = None,
-    hardware_compatible: bool = False,
+    hardware_compatible: HardwareCompatibility | None = None,
     version_compatible: bool = False,
     timing_cache: bool = True,
     rtx: bool = False,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import threading
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ class BuiltEngine:
 
     path: Path
     manifest: EngineManifest
+    trtexec: str
+    """The command that builds such an engine with NVIDIA's `trtexec` and times it; empty for TensorRT for RTX."""
 
 
 def build_engine(
@@ -67,7 +70,8 @@ def build_engine(
     FP16 or INT8 but most of the engine is not. Then nothing is written.
     """
     file = open_model(onnx_path)
-    spec = OnnxEmbedder(file, "cpu").spec
+    graph = OnnxEmbedder(file, "cpu")
+    spec = graph.spec
     try:
         if settings.gpus:
             trt, machine = import_rtx(), Machine("RTX", ",".join(settings.gpus), import_rtx().__version__, "")
@@ -105,7 +109,25 @@ def build_engine(
     with written_whole(out) as engine_file, written_whole(manifest_path(out)) as manifest_file:
         engine_file.write_bytes(plan)
         manifest_file.write_text(manifest.to_json(), encoding="utf-8")
-    return BuiltEngine(out, manifest)
+    trtexec = "" if settings.gpus else trtexec_command(graph, settings, trt.__version__)
+    return BuiltEngine(out, manifest, trtexec)
+
+
+def trtexec_command(graph: OnnxEmbedder, settings: BuildSettings, version: str) -> str:
+    """Return the command that builds the engine of a graph with the `trtexec` of a TensorRT version and times it."""
+    words, batch = ["trtexec", f"--onnx={graph.path}"], settings.batch
+    if not graph.profile:  # trtexec refuses shapes for a static graph
+        for name, size in (("min", batch.minimum), ("opt", batch.optimal), ("max", batch.maximum)):
+            words.append(f"--{name}Shapes={INPUT}:{'x'.join(map(str, graph.spec.input.shape(size)))}")
+    # Types are those of the graph: TensorRT 11 has no --fp16 and --int8, and its networks are always strongly typed.
+    words += ["--stronglyTyped"] * (int(version.split(".")[0]) < 11)
+    words += ["--noTF32", "--useCudaGraph", f"--builderOptimizationLevel={settings.optimization_level}"]
+    if settings.workspace_gib is not None:
+        words.append(f"--memPoolSize=workspace:{int(settings.workspace_gib * (1 << 30))}B")
+    if settings.hardware_compatible:
+        level = {"ampere": "ampere+", "same": "sameComputeCapability"}[settings.hardware_compatible]
+        words.append(f"--hardwareCompatibilityLevel={level}")
+    return shlex.join(words + ["--versionCompatible"] * settings.version_compatible)
 
 
 def read_precision(
@@ -168,7 +190,14 @@ def compile_network(
     if settings.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace_gib * (1 << 30)))
     if settings.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        levels = trt.HardwareCompatibilityLevel
+        same = getattr(levels, "SAME_COMPUTE_CAPABILITY", None)
+        if settings.hardware_compatible == "same" and same is None:
+            raise NotOnThisMachineError(
+                f"TensorRT {trt.__version__} has no --hardware-compatible same, which came with 10.9",
+                "Upgrade TensorRT, or use --hardware-compatible ampere",
+            )
+        config.hardware_compatibility_level = same if settings.hardware_compatible == "same" else levels.AMPERE_PLUS
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if settings.gpus:

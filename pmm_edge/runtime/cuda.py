@@ -152,5 +152,5 @@ def _import_runtime() -> Any:
             return import_module(name)
     raise NotOnThisMachineError(
         "cuda-python is not installed",
-        f"{install('jetson6')} for CUDA 12 (JetPack 6), with [jetson7] for CUDA 13 (JetPack 7)",
+        f"{install('trt')}, with [rtx] for TensorRT for RTX, [jetson6] on JetPack 6, [jetson7] on JetPack 7",
     )

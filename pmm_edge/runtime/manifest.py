@@ -13,7 +13,7 @@ from typing import Literal
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.files import decode_sealed, encode_sealed
 from pmm_edge.runtime.model_file import ModelFile, read_model
-from pmm_edge.spec import ModelSpec
+from pmm_edge.spec import HardwareCompatibility, ModelSpec
 
 RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """Compute capabilities that TensorRT for RTX compiles for: Turing, Ampere (two), Ada, Blackwell, DGX Spark."""
@@ -63,7 +63,7 @@ class BuildSettings:
     batch: BatchProfile = BatchProfile()
     workspace_gib: float | None = None  # limit of the scratch memory of a layer; None for all memory of the GPU
     optimization_level: int = 3  # 0 builds fastest, 5 searches longest; 3 is the default of TensorRT
-    hardware_compatible: bool = False  # run on every GPU from Ampere on, slower. Not supported on Jetson
+    hardware_compatible: HardwareCompatibility | None = None  # run on other GPUs too, slower. Not supported on Jetson
     version_compatible: bool = False  # run with later versions of TensorRT, slower
     timing_cache: bool = True  # reuse layer timings in the next build with the same GPU and TensorRT
     gpus: tuple[str, ...] = ()  # of an engine of TensorRT for RTX, out of RTX_GPUS; empty for TensorRT
@@ -92,7 +92,7 @@ class BuildSettings:
         words += ["--out", str(engine)] * (engine not in (None, self.engine_path(onnx)))
         words += ["--workspace", f"{self.workspace_gib or 0:g}"] * (self.workspace_gib is not None)
         words += ["--optimization-level", str(self.optimization_level)] * (self.optimization_level != 3)
-        words += ["--hardware-compatible"] * self.hardware_compatible
+        words += ["--hardware-compatible", self.hardware_compatible] if self.hardware_compatible else []
         words += ["--version-compatible"] * self.version_compatible
         words += ["--no-timing-cache"] * (not self.timing_cache)
         return shlex.join([*words, *also])
@@ -186,8 +186,10 @@ def check_machine(manifest: EngineManifest, engine: Path, here: Machine) -> None
     old, new = _numbers(built.tensorrt), _numbers(here.tensorrt)
     if settings.gpus:
         gpu_fits = f"sm{here.compute_capability.replace('.', '')}" in settings.gpus
-    elif settings.hardware_compatible:
-        gpu_fits = _numbers(here.compute_capability) >= (8, 0)  # Ampere
+    elif settings.hardware_compatible == "ampere":
+        gpu_fits = _numbers(here.compute_capability) >= (8, 0)
+    elif settings.hardware_compatible == "same":
+        gpu_fits = here.compute_capability == built.compute_capability
     else:
         gpu_fits = (here.gpu, here.compute_capability) == (built.gpu, built.compute_capability)
     # Version-compatible engines run with later versions, and those of TensorRT 10 also with 11 (NVIDIA's rule).

@@ -190,6 +190,9 @@ def test_the_command(rtx: Any, record_property: Callable, pmm: Callable, tmp_pat
     assert "\n" not in str(caught.value)
     assert str(engine) in caught.value.problem
     assert str(path) in caught.value.remedy
+    ended = pmm("bench", engine, "--reference", path, "--data", tmp_path)
+    assert (ended.exit_code, ended.stdout) == (1, "")
+    assert ended.stderr == f"error: {caught.value}\n"
     engine.write_bytes(engine.read_bytes()[:-1])
     assert pmm("verify", engine).exit_code == 1
 

@@ -97,8 +97,11 @@ def api_of(package: str) -> dict[str, Any]:
 @pytest.mark.parametrize("package", [*TENSORRT, RTX[0]])
 def test_the_double_of_tensorrt_is_real(package: str) -> None:
     make = double.tensorrt_rtx if package == RTX[0] else double.tensorrt
-    api, fake = api_of(package), vars(make(double.FakeGpu()))
+    api, version = api_of(package), package.partition("==")[2]
+    fake = vars(make(double.FakeGpu(), version))
     assert len(fake) > 20
+    same = "SAME_COMPUTE_CAPABILITY" in api["HardwareCompatibilityLevel"]
+    assert package == RTX[0] or same == hasattr(fake["HardwareCompatibilityLevel"], "SAME_COMPUTE_CAPABILITY")
     for name, kind in fake.items():
         if name != "__version__":
             check_class(name, kind, api[name])

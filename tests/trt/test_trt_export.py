@@ -47,7 +47,7 @@ def test_the_manifest_describes_the_engine(built: BuiltEngine, gpu: double.FakeG
 
 
 def test_settings_reach_tensorrt(gpu: double.FakeGpu, onnx: Path) -> None:
-    build(onnx, BuildSettings(BatchProfile(1, 2, 8), 1.5, 5, True, True, timing_cache=False))
+    build(onnx, BuildSettings(BatchProfile(1, 2, 8), 1.5, 5, "ampere", True, timing_cache=False))
     build(onnx)
     config, default = gpu.built
     trt = sys.modules["tensorrt"]
@@ -59,6 +59,43 @@ def test_settings_reach_tensorrt(gpu: double.FakeGpu, onnx: Path) -> None:
     assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
     assert config._cache is None
     assert (default._pools, default._flags, default.builder_optimization_level) == ({}, set(), 3)
+
+
+def test_hardware_compatible_same_needs_tensorrt_10_9(
+    install: Callable[..., double.FakeGpu], onnx: Path, pmm: Callable
+) -> None:
+    install("A10", "8.6", "10.8.0")
+    ended = pmm("export", onnx, "--trt", "--hardware-compatible", "same")
+    assert (ended.exit_code, files_beside(onnx)) == (1, [])
+    for shown in ("10.8.0", "10.9", "--hardware-compatible ampere"):
+        assert shown in ended.stderr.strip().splitlines()[-1]
+    gpu = install("A10", "8.6", "10.9.0")
+    assert pmm("export", onnx, "--trt", "--hardware-compatible", "same").ok
+    levels = sys.modules["tensorrt"].HardwareCompatibilityLevel
+    assert gpu.built[-1].hardware_compatibility_level == levels.SAME_COMPUTE_CAPABILITY
+    assert read_manifest(onnx.with_suffix(".engine")).settings.hardware_compatible == "same"
+    assert "'ampere', 'same'" in pmm("export", onnx, "--trt", "--hardware-compatible", "all").error
+
+
+@pytest.mark.parametrize("tensorrt", ["10.3.0", "10.16.2", "11.4.1"])
+def test_the_command_of_trtexec(
+    tensorrt: str, install: Callable[..., double.FakeGpu], onnx: Path, tmp_path: Path, pmm: Callable
+) -> None:
+    install(tensorrt=tensorrt)
+    typed = "" if tensorrt[:2] == "11" else " --stronglyTyped"
+    always = f"{typed} --noTF32 --useCudaGraph --builderOptimizationLevel="
+    shapes = "--minShapes=images:2x96x64x3 --optShapes=images:3x96x64x3 --maxShapes=images:4x96x64x3"
+    expected = f"trtexec --onnx={onnx} {shapes}{always}3"
+    assert build(onnx, BuildSettings(BatchProfile(2, 3, 4))).trtexec == expected
+    assert expected in pmm("export", onnx, "--trt", "--batch-profile", "2,3,4").ok.stderr
+    static = color_network(tmp_path / "a b.onnx", form="raw", batch=4)
+    settings = BuildSettings(BatchProfile(4, 4, 4), 0.5, 5, "ampere", True)
+    options = "--memPoolSize=workspace:536870912B --hardwareCompatibilityLevel=ampere+ --versionCompatible"
+    assert build(static, settings).trtexec == f"trtexec '--onnx={static}'{always}5 {options}"
+    if tensorrt != "10.3.0":
+        same = build(onnx, BuildSettings(BatchProfile(1, 1, 1), hardware_compatible="same")).trtexec
+        assert same.endswith("--hardwareCompatibilityLevel=sameComputeCapability")
+        assert "--maxShapes=images:1x96x64x3" in same
 
 
 KEPT_IN_FLOAT = Quantization("tensorrt", "minmax", 512, float_layers=("conv1", "layer1.0.conv1"))

@@ -1,11 +1,13 @@
 """Running engines: they give the embeddings of their ONNX file, and those that do not fit are refused."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import double
 import numpy as np
@@ -20,6 +22,7 @@ from pmm_edge.bench.report import BenchReport
 from pmm_edge.errors import ModelError, PmmError
 from pmm_edge.export.tensorrt import BuiltEngine, build_engine
 from pmm_edge.files import decode_json, sha256
+from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.runtime import tensorrt_backend
 from pmm_edge.runtime.certificate import check_certificate, open_model
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
@@ -236,8 +239,11 @@ def test_missing_and_unreadable_files(built: BuiltEngine, onnx: Path) -> None:
     [
         ("", ("Orin", "8.7", "10.3.0"), ("Orin", "8.7", "10.13.0.35"), False),
         ("", ("Orin", "8.7", "10.3.0"), ("NVIDIA L4", "8.9", "10.3.0"), False),
-        ("hardware", ("NVIDIA A10", "8.6", "10.3.0"), ("NVIDIA H100", "9.0", "10.3.0"), True),
-        ("hardware", ("NVIDIA A10", "8.6", "10.3.0"), ("NVIDIA T4", "7.5", "10.3.0"), False),
+        ("ampere", ("NVIDIA A10", "8.6", "10.3.0"), ("NVIDIA H100", "9.0", "10.3.0"), True),
+        ("ampere", ("NVIDIA A10", "8.6", "10.3.0"), ("NVIDIA T4", "7.5", "10.3.0"), False),
+        ("same", ("NVIDIA A10", "8.6", "10.13.0"), ("NVIDIA RTX A4000", "8.6", "10.13.0"), True),
+        ("same", ("NVIDIA A10", "8.6", "10.13.0"), ("NVIDIA L4", "8.9", "10.13.0"), False),
+        ("same", ("NVIDIA A10", "8.6", "10.13.0"), ("NVIDIA RTX A4000", "8.6", "10.16.2"), False),
         ("version", ("Orin", "8.7", "10.3.0"), ("Orin", "8.7", "10.13.0.35"), True),
         ("version", ("Orin", "8.7", "10.3.0"), ("Orin", "8.7", "11.4.0.106"), True),
         ("version", ("Orin", "8.7", "10.13.0.35"), ("Orin", "8.7", "10.3.0"), False),
@@ -254,23 +260,25 @@ def test_other_machines(
     install: Callable[..., double.FakeGpu],
     built: BuiltEngine,
 ) -> None:
-    settings = replace(built.manifest.settings, **({f"{compatible}_compatible": True} if compatible else {}))
+    changes = {"version_compatible": True} if compatible == "version" else {"hardware_compatible": compatible or None}
+    option = "--version-compatible" if compatible == "version" else f"--hardware-compatible {compatible}"
+    settings = replace(built.manifest.settings, **changes)
     manifest = replace(built.manifest, settings=settings, machine=Machine(*built_on, "12.6"))
     manifest_path(built.path).write_text(manifest.to_json())
     install(*here)
     if loads:
         assert pmm_edge.load(built.path).device == "cuda:0"
     else:
-        refused(built.path, "--trt --batch-profile 2,3,4" + (f" --{compatible}-compatible" if compatible else ""))
+        refused(built.path, "--trt --batch-profile 2,3,4" + (f" {option}" if compatible else ""))
 
 
 def test_settings_survive_the_file_and_the_command(built: BuiltEngine) -> None:
-    settings = BuildSettings(BatchProfile(1, 2, 3), 0.5, 5, True, True, False)
+    settings = BuildSettings(BatchProfile(1, 2, 3), 0.5, 5, "same", True, False)
     manifest = replace(built.manifest, settings=settings)
     assert decode_json(EngineManifest, manifest.to_json(), "test") == manifest
     assert settings.command(Path("a b.onnx")) == (
         "pmm export 'a b.onnx' --trt --batch-profile 1,2,3 --workspace 0.5 --optimization-level 5"
-        " --hardware-compatible --version-compatible --no-timing-cache"
+        " --hardware-compatible same --version-compatible --no-timing-cache"
     )
 
 
@@ -344,3 +352,50 @@ def test_an_engine_of_tensorrt_for_rtx(
     assert cache.read_bytes() == b"kernels"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", double.tensorrt_rtx(gpu, "1.8.0"))
     refused(built.path, "--out " + str(built.path))
+
+
+def test_bench_and_verify_of_an_engine_of_tensorrt_for_rtx(
+    install: Callable[..., double.FakeGpu], onnx: Path, tiny_dataset: Path, pmm: Callable, monkeypatch: Any
+) -> None:
+    gpu = install("RTX 3090", "8.6")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", double.tensorrt_rtx(gpu))
+    engine = onnx.with_name("model-rtx.engine")
+    built = build_engine(onnx, engine, BuildSettings(BatchProfile(1, 2, 4)))
+    machine, settings = Machine("RTX", "sm86", "1.7.1.116", ""), replace(built.manifest.settings, gpus=("sm86",))
+    manifest_path(engine).write_text(replace(built.manifest, machine=machine, settings=settings).to_json())
+    ended = pmm("bench", engine, "--reference", onnx, "--data", tiny_dataset, "--parity-only", "--json")
+    (model,) = ended.json["models"]
+    assert (model["backend"], model["device"], model["failures"]) == ("tensorrt", "cuda:0", [])
+    assert pmm("verify", engine).ok
+    gpu.fails["cudaGetDeviceCount"] = 2  # verifying needs no GPU
+    assert pmm("verify", engine).ok
+    ended = pmm("bench", engine, "--reference", onnx, "--data", tiny_dataset)
+    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert str(engine) in ended.stderr
+
+
+def test_the_bench_of_a_run_skips_engines_of_other_machines(
+    install: Callable[..., double.FakeGpu],
+    tiny_checkpoint: Path,
+    tiny_onnx: Path,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    pmm: Callable,
+    monkeypatch: Any,
+) -> None:
+    """Unless they are named or there is nothing else."""
+    install()
+    monkeypatch.chdir(tmp_path)
+    run = new_run_folder(AboutRun("one", str(tiny_dataset), "0"), Path("runs/one"))
+    (run / "export").mkdir()
+    shutil.copy(tiny_checkpoint, run / "best.pt")
+    onnx = Path(shutil.copy(tiny_onnx, run / "export" / "model.onnx"))
+    engine = build_engine(onnx, onnx.with_suffix(".engine")).path
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    printed = pmm("bench", "--parity-only", "--limit", 4, "--json").json
+    assert [model["path"] for model in printed["models"]] == [str(onnx)]
+    (skipped,) = [warning for warning in printed["warnings"] if warning["kind"] == "not measured"]
+    assert str(engine) in skipped["detail"]
+    assert pmm("bench", engine, "--parity-only").exit_code == 1
+    onnx.unlink()
+    assert pmm("bench", "--parity-only").exit_code == 1
