@@ -105,7 +105,7 @@ def _options(
 @app.command()
 @_with_flags(TrainConfig)
 def train(
-    data: Path | None = _arg(None, "Data set folder. Default: the built-in synthetic set.", "DATA"),
+    data: list[Path] | None = _arg(None, "Data sets; see above. Default: the built-in synthetic set.", "DATA"),
     preset: str | None = _opt(None, "Settings to start from, see above. Default: quick."),
     config: Path | None = _opt(None, "TOML file with any of the settings below; its preset gives the rest."),
     layout: Layout = None,
@@ -119,6 +119,9 @@ def train(
 
     The run folder holds settings, log, metrics, TensorBoard files and the checkpoints last.pt and best.pt (best mAP).
     Ctrl-C saves the state and prints how to resume.
+
+    Several data sets are trained on together, with people and cameras kept apart. Query and gallery are those of the
+    first one, which chooses best.pt.
 
     Presets: market1501, dukemtmc-reid, cuhk03-detected and cuhk03-labeled (the paper's settings), quick (minutes on a
     CPU) and edge (a small network for a small board).

@@ -6,7 +6,7 @@ run.json  run.lock  config.toml  log.txt  metrics.jsonl  tensorboard/  last.pt  
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,10 +24,11 @@ class AboutRun:
     """Contents of `run.json`: what later commands need to know about a run."""
 
     name: str
-    data: str  # absolute path of the data set
+    data: str  # absolute path of the data set, of the first one if there are several
     version: str  # of pmm-edge, which started the run
-    layout: str | None = None  # of the data set, if the user gave one
+    layout: str | None = None  # of the data set, as it was read
     started: str = ""  # UTC, ISO 8601
+    more: list[tuple[str, str]] = field(default_factory=list)  # paths and layouts of the other data sets
 
 
 def new_run_path(name: str) -> Path:

@@ -75,6 +75,7 @@ _CUHK03_NAME = re.compile(r"([1-9])_(\d{3,4})_([12])_\d{1,3}\.png", re.ASCII)
 # Folders that hold a split, not a person.
 _SPLIT_NAMES = {*people.SPLITS, "test", "val", "validation", "train_all", TRAIN, GALLERY, "bbox_train", "bbox_test"}
 _PER_PERSON = "For a folder per person, name the folders train, query and gallery, or put the people into one folder"
+_LABELS = ("pids", "camids")
 _OTHER_FORMATS = re.compile(r"\.(avif|cr2|dng|gif|hei[cf]|j2k|jfif|jp2|jpe|jxl|nef|p[bgnp]m|tga|tiff?)")
 
 
@@ -384,7 +385,7 @@ def _read_people(root: Path, layout: str | None, ignored: Counter[str]) -> tuple
     splits = next((given for given in (people.SPLITS, ("train", "test")) if {*given} <= names), ("",))
     unused = {name for name in names - {*splits} if (name in _SPLIT_NAMES or splits[0]) and name[0] != "."}
     if unused and not splits[0]:
-        problem = f"{root} contains {', '.join(sorted(unused))}, but not {TRAIN}, {QUERY} and {GALLERY}"
+        problem = f"{root} contains {', '.join(sorted(unused))}, which are not people"
         raise DataError(problem, _PER_PERSON)
     found = Counter({f"folder {name}": 1 for name in unused})
     files = {}
@@ -410,6 +411,29 @@ def _split(images: Sequence[people.Row], source: Path, ignored: Mapping[str, int
         raise no_images(source, ignored or {}, _PER_PERSON if nested else "")
     paths, *labels = zip(*sorted(images), strict=True)
     return Split(list(paths), *(np.array(label, np.int64) for label in labels))
+
+
+def combine(datasets: Sequence[ReidDataset]) -> ReidDataset:
+    """The training images of all data sets, and query and gallery of the first; people and cameras are kept apart.
+
+    Raises DataError if a data set is named twice or has no people to train on.
+    """
+    first, *others = datasets
+    parts, last = [first.train], [max(getattr(one, name).max() for one in first.splits.values()) for name in _LABELS]
+    for number, one in enumerate(others, 1):
+        train = one.train
+        if any(one.root.resolve() == other.root.resolve() for other in datasets[:number]):
+            raise DataError(f"{one.root} is named twice", "Name each data set once")
+        if not train.identities:
+            raise DataError(f"the training set of {one.root} has no identities", "Leave it out, or correct its labels")
+        pids = np.where(train.pids > DISTRACTOR_PID, train.pids + last[0], train.pids)
+        parts.append(Split(train.paths, pids, train.camids + last[1] + 1))
+        last = [max(last[0], pids.max()), parts[-1].camids.max()]
+    if not others:
+        return first
+    labels = (np.concatenate([getattr(part, name) for part in parts]) for name in _LABELS)
+    train = Split([path for part in parts for path in part.paths], *labels)
+    return replace(first, name="+".join(one.name for one in datasets), train=train)
 
 
 def problems(dataset: ReidDataset) -> list[DataError]:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -25,7 +25,7 @@ import pmm_edge
 from pmm_edge.console import Report, silent
 from pmm_edge.data.augment import normalize
 from pmm_edge.data.checks import analyze
-from pmm_edge.data.dataset import ReidDataset, scan
+from pmm_edge.data.dataset import ReidDataset, combine, read, scan
 from pmm_edge.data.loader import Crops
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError, PmmWarning, did_you_mean
@@ -92,7 +92,7 @@ class Run:
 
 
 def train(
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     *,
     preset: str | None = None,
     config: TrainConfig | Path | None = None,
@@ -109,14 +109,17 @@ def train(
 
     Example:
         >>> pmm.train("/data/Market-1501", preset="market1501", device=0)
+        >>> pmm.train(["/data/Market-1501", "/data/MSMT17_V1"], preset="market1501")
         >>> pmm.train(epochs=30, lr=5e-4)                              # the synthetic data set, preset "quick"
         >>> pmm.train(resume=Path("runs/20261122-174200-quick"))
 
     Args:
         data: folder of the data set; the synthetic data set by default. With `resume`, its new place if it was moved.
+            Of several data sets, the training images are used together, with people and cameras kept apart, and query
+            and gallery of the first one.
         preset: name of a preset, `quick` by default.
         config: settings instead of a preset, or a TOML file of them.
-        layout: layout of the data set if it is not detected.
+        layout: layout of the data sets if it is not detected.
         out: run folder to create, `runs/<time>-<preset>` by default.
         resume: run folder of an interrupted run, which continues with its own settings.
         report: receives the progress.
@@ -125,20 +128,27 @@ def train(
     Raises PmmError for a wrong setting and its subclasses DataError, ModelError (weights, or a folder that cannot be
     resumed), OutputError (a folder that cannot be written or is in use) and CheckFailedError (the loss is not finite).
     """
+    places = [data] if isinstance(data, str | Path) else [*(data or ())]
     if resume is None:
-        chosen, folder = choose_config(preset, config, settings), out
-        data, moved = data or cached_synthetic(report=report), ""
+        chosen, folder, moved = choose_config(preset, config, settings), out, ""
+        sources = [(Path(place), layout) for place in places or [cached_synthetic(report=report)]]
     elif settings or any(given is not None for given in (preset, config, layout, out)):
         raise PmmError("a run is resumed with its own settings", "Leave out all but the new place of a moved data set")
     else:
         chosen, folder, about = read_run_config(resume), resume, about_run(resume)
         assert about  # or `read_run_config` had refused the folder
-        moved = "" if data else f"Put it back, or name its new place: pmm train NEWPLACE --resume {resume}"
-        data, layout = data or about.data, about.layout
+        started = [(about.data, about.layout), *about.more]
+        words = f"pmm train {'NEWPLACE ' * len(started)}--resume {resume}"
+        if len(places) not in (0, len(started)):
+            raise PmmError(f"{resume} trains on {len(started)} data sets, not {len(places)}", f"Name them all: {words}")
+        moved = "" if places else f"Put it back, or name its new place: {words}"
+        places = places or [place for place, _ in started]
+        sources = [(Path(place), layout) for place, (_, layout) in zip(places, started, strict=True)]
     with joined(chosen.device) as world, ExitStack() as stack:
         # Everything that can be refused is checked before a folder is created.
         try:
-            dataset = scan(Path(data), layout)
+            datasets = [scan(*sources[0]), *(read(*source) for source in sources[1:])]
+            dataset = combine(datasets)
         except DataError as error:
             raise DataError(error.problem, moved or error.remedy) from error
         device, dtype = choose_machine(chosen, world)
@@ -148,23 +158,25 @@ def train(
         cache, images = int(chosen.cache_gib * 2**30), [*judged.query.paths, *judged.gallery.paths]
         cache -= world.local_size * feed.crops.cached_bytes
         crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))
-        fingerprint, root = dataset.fingerprint(), str(dataset.root.absolute())
+        fingerprint = dataset.fingerprint()
+        (root, read_as), *more = [(str(one.root.absolute()), one.layout) for one in datasets]
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
         folder = world.gather([folder or new_run_path(chosen.preset)] if world.leads else [])[0]
         if world.leads:
             stack.enter_context(run_lock(folder))
             if resume is None:
-                new_run_folder(AboutRun(chosen.preset, root, pmm_edge.__version__, layout), folder)
+                new_run_folder(AboutRun(chosen.preset, root, pmm_edge.__version__, read_as, more=more), folder)
                 with written_whole(folder / CONFIG) as temporary:
                     temporary.write_text(chosen.to_toml(), "utf-8", "surrogateescape")  # may name files
-                for finding in analyze(dataset).warnings:
-                    warnings.warn(finding.text, PmmWarning, stacklevel=2)
+                for one in datasets:
+                    for finding in analyze(one).warnings:
+                        warnings.warn(f"{one.root}: {finding.text}", PmmWarning, stacklevel=2)
         world.barrier()  # the other processes stop here if the first one is refused
         if resume:
             checkpoint = load_state(folder, chosen, fingerprint)
             if world.leads and about:
-                write_about_run(folder, replace(about, data=root))  # for later commands
+                write_about_run(folder, replace(about, data=root, more=more))  # for later commands
         network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
         spec = checkpoint.spec if checkpoint else model_spec(chosen, network, feed.num_classes, dataset.name)
         position: Position = checkpoint.training["position"] if checkpoint else Position()

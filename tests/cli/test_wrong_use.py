@@ -24,6 +24,8 @@ WRONG_USE = {
     "nonsense": "-h",
     # train
     "train nowhere --out run": "nowhere",
+    "train data data --out run": "named twice",
+    TRAIN + "--layout folders": "not people",
     TRAIN + "--mix-block-size 3x2 --height 100": "multiples of 48",
     TRAIN + "--device cuda:63": "cuda:63",
     TRAIN + "--device 63": "63",
@@ -71,6 +73,9 @@ WRONG_USE = {
     EVAL + "--device npu": "npu",
     EVAL + "--cmc cmc.jpg": "cannot write cmc.jpg: its name must end in .png or .svg",
     EVAL + "--cmc file/cmc.png": "cannot write file/cmc.png: file is a file",
+    EVAL + "none": "none",
+    EVAL + "people.csv": "row 2 of people.csv names missing.jpg",
+    EVAL + "data --cmc cmc.png": "--cmc",
     EVAL + "--features features.npy": ".npz",
     EVAL + "--features blocked.npz": "cannot write blocked.npz: it is a folder",
     "eval lone.pt data --device 63": "63",
@@ -107,6 +112,7 @@ def folder(run: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     onnx.save(bare, "bare.onnx")
     (here / "short.pt").write_bytes((run / "best.pt").read_bytes()[:5000])
     (here / "file").write_text("weights")
+    (here / "people.csv").write_text("path,pid,camid,split\nmissing.jpg,1,1,train\n")
     for blocked in ("blocked.onnx", "taken.safetensors", "built.engine", "blocked.npz"):
         (here / blocked).mkdir()
     monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "_decoded", None)

@@ -256,6 +256,25 @@ def test_splits_that_cannot_be_used_can_still_be_read(market, old, new):
     assert [w.text for w in unusable] == [str(error.value)]
 
 
+def test_combined_data_sets_keep_people_and_cameras_apart(tmp_path):
+    made = [(ANY_MARKET, "duke"), ("dukemtmc-reid", "d"), ("msmt17-v1", "m")]
+    sets = [read(MAKERS[layout](tmp_path / name)) for layout, name in made]
+    (sets[1].root / "bounding_box_train" / "0000_c1_f0000001.jpg").touch()
+    sets[1] = read(sets[1].root)
+    whole = datasets.combine(sets)
+    assert whole.query is sets[0].query and whole.gallery is sets[0].gallery
+    assert whole.train.paths == [path for one in sets for path in one.train.paths]
+    assert whole.train.pids.tolist() == [2, 2, 7, 0, 8, 8, 12, 13, 13, 14]
+    assert whole.train.identities == sum(one.train.identities for one in sets)
+    first, second, third = np.split(whole.train.camids, [3, 7])
+    assert max(*first, 2) < min(second) and max(second) < min(third) and first.tolist() == [1, 2, 1]
+    assert len({one.fingerprint() for one in (*sets, whole)}) == 4 and datasets.combine(sets[:1]) is sets[0]
+    empty = replace(sets[1], train=sets[1].train.select([0]))
+    for wrong in ([sets[0], empty], [sets[0], sets[1], sets[0]]):
+        with pytest.raises(DataError, match=str(wrong[-1].root)):
+            datasets.combine(wrong)
+
+
 @pytest.mark.parametrize(("pid", "counted"), [(DISTRACTOR_PID, 0), (JUNK_PID, 0), (3, 1), (4, 0)])
 def test_the_finding_about_queries_agrees_with_the_evaluation(market, pid, counted):
     dataset = read(market)

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 from tiny_training import CONFIG, assert_same_run, journal, start, wait
 
-from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
+from pmm_edge.errors import DataError, ModelError, OutputError, PmmError, PmmWarning
 from pmm_edge.model import load_checkpoint
-from pmm_edge.runs import about_run
+from pmm_edge.runs import about_run, data_of
+from pmm_edge.runtime.embed_files import find_images
 from pmm_edge.trainer import logging
 from pmm_edge.trainer import train as train_file
 from pmm_edge.trainer.state import run_lock
@@ -147,6 +148,46 @@ def test_a_moved_data_set_is_found_at_its_new_place(short, tmp_path):
     assert train(moved, resume=folder).finished
     assert about_run(folder).data == str(moved)
     assert load_checkpoint(folder / "last.pt").spec.dataset == "data", "the name that the run knows it by"
+
+
+def test_several_data_sets_are_trained_on_together_and_resumed(tiny_dataset, tmp_path):
+    people, other = tmp_path / "people", shutil.copytree(tiny_dataset, tmp_path / "other")
+    for path in tiny_dataset.glob("bounding_box_train/*"):
+        (people / path.name[:4]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, people / path.name[:4] / path.name[4:])
+    settings = {"config": replace(CONFIG, epochs=1), "out": tmp_path / "run"}
+    with pytest.raises(DataError, match="twice"):
+        train([tiny_dataset, tiny_dataset], **settings)
+    with pytest.warns(PmmWarning, match="every second person"):
+        folder = train([tiny_dataset, str(people), other], **settings).folder
+    spec = load_checkpoint(folder / "best.pt").spec
+    assert (spec.dataset, spec.num_classes) == ("tiny+people+other", 4 + 2 + 4)
+    about = about_run(folder)
+    assert (about.data, about.layout) == (str(tiny_dataset), "market-layout")
+    assert about.more == [(str(people), "folders"), (str(other), "market-layout")]
+    assert data_of(folder / "best.pt") == (tiny_dataset, "market-layout")
+    moved = people.rename(tmp_path / "moved")
+    with pytest.raises(DataError) as caught:
+        train(resume=folder)
+    assert f"pmm train NEWPLACE NEWPLACE NEWPLACE --resume {folder}" in caught.value.remedy
+    with pytest.raises(PmmError, match="3 data sets, not 1"):
+        train(tiny_dataset, resume=folder)
+    with pytest.raises(DataError, match="not people"):  # each is read by its layout
+        train([tiny_dataset, other, moved], resume=folder)
+    assert train([tiny_dataset, moved, other], resume=folder).finished
+    assert about_run(folder).more[0] == (str(moved), "folders")
+
+
+def test_a_run_on_folders_of_people_is_evaluated_on_their_people_by_later_commands(tiny_dataset, tmp_path):
+    people = tmp_path / "people"
+    for path in tiny_dataset.glob("bounding_box_train/*"):
+        (people / path.name[:4]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, people / path.name[:4] / path.name[4:])
+    with pytest.warns(PmmWarning, match="every second person"):
+        folder = train(people, config=replace(CONFIG, epochs=1), out=tmp_path / "run", layout="folders:c(.)s").folder
+    assert about_run(folder).layout == "folders:c(.)s"
+    assert find_images(*data_of(folder / "best.pt")).dataset.train.identities == 2
+    assert train(resume=folder).finished
 
 
 def test_a_locked_folder_is_refused_and_an_unlocked_one_tidied(whole, tiny_dataset, tmp_path):
