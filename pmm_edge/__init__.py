@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pmm_edge.bench import bench as bench
+    from pmm_edge.bench.calibrate import calibrate as calibrate
     from pmm_edge.errors import PmmError as PmmError
     from pmm_edge.export import export as export
     from pmm_edge.model import build_model as build_model
@@ -33,6 +34,7 @@ _MODULES = {
     "ModelSpec": "spec",
     "PmmError": "errors",
     "build_model": "model",
+    "calibrate": "bench.calibrate",
     "embed_files": "runtime.embed_files",
     "evaluate": "retrieval",
     "load": "runtime",

@@ -344,6 +344,58 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    model: Path | None = _arg(None, "Checkpoint, run folder or exported model. Default: newest run.", "MODEL"),
+    data: Path | None = _arg(None, "Data set folder. Default: the run's.", "DATA"),
+    layout: Layout = None,
+    out: Path | None = _out(None, "Plot ROC and DET curves and the histograms of distances.", "FILE.png|.svg"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find the distance up to which two images show the same person, for a chosen rate of false matches.
+
+    Compares each query with the gallery images of other cameras. The false-match rate is the share of pairs of
+    different people that a threshold accepts, the true-match rate that of pairs of one person. The thresholds are
+    written into a checkpoint, and pmm export passes them on; an exported model is measured but not changed.
+    docs/thresholds.md explains how to choose one.
+
+    - `pmm calibrate` uses the newest run and its data set
+    - `pmm calibrate best.pt /data/our-cameras -o thresholds.png`
+    """
+    arguments = _arguments(locals()) | {"model": _or_newest(model)}
+    from pmm_edge.bench.calibrate import calibrate as run
+
+    with progress() as report:
+        result = run(**arguments, report=report)
+    print_json(render.calibration_facts(result)) if as_json else render.show_calibration(result)
+    render.show_written(out)
+
+
+@app.command()
+def match(
+    model: Model,
+    images: tuple[Path, Path] = _arg(..., "Two images of people.", "IMAGE IMAGE"),
+    fmr: float = _opt(1e-3, "False-match rate of the threshold: 0.01, 0.001 or 0.0001, as far as calibrated."),
+    distance: Distance | None = _opt(None, "Distance to compare. Default: that of the model, Euclidean."),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Decide whether two images show the same person, with a threshold of pmm calibrate.
+
+    Exit code 0: same person. 1: different people. 2: an image or the model cannot be used, or has no such threshold.
+
+    - `pmm match model.onnx a.jpg b.jpg`
+    - `pmm match model.onnx a.jpg b.jpg --fmr 0.01 --distance cosine && echo same`
+    """
+    from pmm_edge.runtime import load
+
+    found = load(model, device).match(*images, fmr, distance)
+    print_json(found) if as_json else render.show_match(found)
+    if not found.same:
+        raise typer.Exit(1)
+
+
+@app.command()
 def embed(
     model: Model,
     images: Path = _arg(..., "Data set, folder of images, or text file with one path per line.", "IMAGES"),

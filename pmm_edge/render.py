@@ -5,16 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.markup import escape
 
 from pmm_edge.console import note, out, percent, print_line, print_table, printable
 from pmm_edge.runs import run_of
-from pmm_edge.spec import describe_precision
+from pmm_edge.spec import Distance, describe_precision
 
 if TYPE_CHECKING:
     from pmm_edge.bench import BenchResult
+    from pmm_edge.bench.calibrate import CalibrationResult
     from pmm_edge.bench.certification import Verification
     from pmm_edge.bench.evaluation import Evaluation
     from pmm_edge.bench.regression import Comparison
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pmm_edge.pictures.album import Album
     from pmm_edge.retrieval import RetrievalResult
     from pmm_edge.runtime.embed_files import EmbeddedFiles
+    from pmm_edge.runtime.embedder import Match
     from pmm_edge.trainer.train import TrainResult
 
 LISTED = 20
@@ -48,6 +50,9 @@ def show_training(result: TrainResult) -> None:
     rows = [(name, *map(percent, vars(one).values())) for name, one in figures.items() if one]
     title = f"retrieval in %, unseen identities · {result.folder}"
     print_table(title, ["", "Rank-1", "mAP", "mINP", "mAP@50"], rows)
+    for one in result.calibration.euclidean.thresholds if result.calibration else ():
+        rates = f"false-match rate {one.fmr:g}, true-match rate {percent(one.tmr)} %"
+        print_line(f"same person up to a distance of {one.distance:.4g}: {rates}")
     folder = escape(shlex.quote(str(result.folder)))
     if result.finished:
         note(f"next: [bold]pmm export {folder}[/] writes an ONNX file")
@@ -180,6 +185,49 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
             rows.append((title, images, *map(percent, (result.rank(1), result.mAP, result.mINP))))
     title = f"{found[0].embedder.path.name}, {found[0].distance} distance"
     print_table(title, ("data set", "query + gallery images", "Rank-1", "mAP", "mINP"), rows)
+
+
+def calibration_facts(result: CalibrationResult) -> dict[str, Any]:
+    """The JSON form of `pmm calibrate`; rates in 0..1."""
+    refused = [{"fmr": fmr, "impostor_pairs_needed": pairs} for fmr, pairs in result.found.refused.items()]
+    facts = _fields(result, "model", "written", "stale_certificate")
+    return {**facts, "calibration": result.found.calibration, "refused": refused}
+
+
+def show_calibration(result: CalibrationResult) -> None:
+    """Print the thresholds, refused rates, and where the thresholds are now."""
+    found, rows = result.found.calibration, []
+    for name in get_args(Distance):
+        for one in getattr(found, name).thresholds:
+            fmr, tmr = one.fmr_interval, one.tmr_interval
+            intervals = f"{fmr[0]:.2g} to {fmr[1]:.2g}", f"{percent(tmr[0])} to {percent(tmr[1])}"
+            rows.append((name, f"{one.fmr:g}", intervals[0], f"{one.distance:.4g}", percent(one.tmr), intervals[1]))
+    title = f"{result.model} · {found.dataset}: {found.identities:,} people, {found.genuine_pairs:,} pairs of one"
+    title += f" person, {found.impostor_pairs:,} of different people"
+    columns = ("distance", "false-match\nrate", "95 % interval,\nother people", "threshold", "true-match\nrate, %")
+    print_table(title, (*columns, "95 % interval,\nother people"), rows)
+    eer = ", ".join(f"{name} {percent(getattr(found, name).eer)} %" for name in get_args(Distance))
+    print_line(f"equal error rate: {eer}")
+    for rate, pairs in result.found.refused.items():
+        note(f"[yellow]no threshold for a rate of {rate:g}:[/] it needs {pairs:,} pairs of different people")
+    if not result.written:
+        note("nothing is changed; to export a model with thresholds, calibrate its checkpoint and export it again")
+        return
+    note(f"[dim]wrote the thresholds into {escape(str(result.model))}[/]")
+    if result.before and result.before.data_sha256 != found.data_sha256:
+        note(f"[dim]they replace those of {escape(result.before.dataset)}[/]")
+    if result.stale_certificate:
+        note(f"[yellow]{escape(str(result.stale_certificate))} no longer matches the file[/]; run pmm bench again")
+    note(f"next: [bold]pmm export {escape(shlex.quote(str(result.model)))}[/]; older exports keep their thresholds")
+
+
+def show_match(found: Match) -> None:
+    """Print a decision and its threshold."""
+    decision = "[green]same person[/]" if found.same else "[yellow]different people[/]"
+    relation = "at most" if found.same else "above"
+    print_line(f"{decision}: {found.metric} distance {found.distance:.4g}, {relation} {found.threshold.distance:.4g}")
+    origin = f"false-match rate of {found.threshold.fmr:g} on {escape(found.calibrated_on)}"
+    note(f"[dim]the threshold has a {origin}; on other cameras, run pmm calibrate[/]")
 
 
 def embedding_facts(found: EmbeddedFiles, model: Path, written: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from pmm_edge.errors import ModelError
 from pmm_edge.files import decode_json, encode_json
@@ -110,7 +110,9 @@ class Calibration:
 
     def threshold(self, fmr: float = 1e-3, distance: Distance = "euclidean") -> Threshold:
         """Return the threshold of a nominal false-match rate; raise ModelError if there is none."""
-        found = {"euclidean": self.euclidean, "cosine": self.cosine}[distance].thresholds
+        if distance not in get_args(Distance):
+            raise ModelError(f"the distance is '{distance}'", f"Choose {' or '.join(get_args(Distance))}")
+        found = (self.euclidean if distance == "euclidean" else self.cosine).thresholds
         for threshold in found:
             if math.isclose(threshold.fmr, fmr):
                 return threshold

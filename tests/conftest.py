@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -76,6 +77,21 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             color = np.random.default_rng(pid).integers(0, 256, 3)
             for camera in (1, 2, 3):
                 noisy = color + random.normal(0, 30, (128, 64, 3)) + 10 * camera
+                image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+                image.save(root / folder / f"{pid:04d}_c{camera}s1_{len(folder):06d}_00.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def crowd(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set with 20 people in query and gallery, enough for a threshold at a false-match rate of 0.01."""
+    root = shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("data") / "crowd")
+    random = np.random.default_rng(1)
+    for folder in ("query", "bounding_box_test"):
+        for pid in range(201, 217):
+            color = np.random.default_rng(pid).integers(0, 256, 3)
+            for camera in (1, 2, 3):
+                noisy = color + random.normal(0, 30, (64, 32, 3)) + 10 * camera
                 image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
                 image.save(root / folder / f"{pid:04d}_c{camera}s1_{len(folder):06d}_00.jpg")
     return root

@@ -1,4 +1,4 @@
-"""Charts of a bench report as SVG, and the CMC plot of `pmm eval --cmc`. They need matplotlib (extra `train`)."""
+"""Charts of a bench report as SVG, and the plots of `pmm eval` and `pmm calibrate`; with matplotlib (extra `train`)."""
 
 import io
 import re
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from pmm_edge.bench.report import BenchReport
 from pmm_edge.bench.tables import fastest, named
 from pmm_edge.errors import OutputError, install
 from pmm_edge.files import check_output, written_whole
+from pmm_edge.retrieval.thresholds import MIN_FALSE_MATCHES, FoundThresholds
+from pmm_edge.spec import Distance
 
 COLORS = ("#3b4149", "#0068b3", "#c44601", "#00795a", "#a63d86", "#8a6100", "#2b8cbe", "#6a51a3")
 DARK_COLORS = ("#ccd2da", "#56b4e9", "#ff8f4a", "#2cc596", "#e08ac4", "#e6b93c", "#8fd0f5", "#b9a5f0")
@@ -27,6 +29,7 @@ _STYLE: dict[Any, Any] = dict.fromkeys(_COLORED, _TEXT) | {"axes.spines.top": Fa
 _STYLE |= {"font.size": 11, "text.parse_math": False, "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True}
 MIN_DISTANCE = 1e-12
 """Cosine distances below this are rounding errors and drawn at this height."""
+_BINS_DRAWN = 256  # of a histogram of thresholds, as one bar
 Points = Mapping[str, Sequence[tuple[float, float]]]
 """For each model the points of its line, none if nothing was measured. The position determines the look."""
 
@@ -72,8 +75,8 @@ def charts(report: BenchReport) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def check_cmc_plot(path: Path) -> None:
-    """Check before an evaluation that its plot can be written.
+def check_plot(path: Path) -> None:
+    """Check before an evaluation or a calibration that its plot can be written.
 
     Raises OutputError if matplotlib is missing, the suffix is not .png or .svg, or the folder is not writable.
     """
@@ -83,8 +86,8 @@ def check_cmc_plot(path: Path) -> None:
 
 
 def save_cmc_plot(path: Path, title: str, curves: Mapping[str, Sequence[float]]) -> None:
-    """Plot CMC curves, fractions by rank, into a PNG or SVG file; see `check_cmc_plot` for errors."""
-    check_cmc_plot(path)
+    """Plot CMC curves, fractions by rank, into a PNG or SVG file; see `check_plot` for errors."""
+    check_plot(path)
     from matplotlib import rc_context
 
     with rc_context(_STYLE), written_whole(path) as temporary:
@@ -92,6 +95,47 @@ def save_cmc_plot(path: Path, title: str, curves: Mapping[str, Sequence[float]])
         figure.axes[0].set_title(title)
         figure.axes[0].legend(loc="lower right")
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+
+
+def save_threshold_plot(path: Path, title: str, found: FoundThresholds) -> None:
+    """Plot ROC and DET curves and the histograms of distances into a PNG or SVG file; see `check_plot` for errors."""
+    check_plot(path)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names: tuple[Distance, ...] = get_args(Distance)
+    with rc_context(_STYLE), written_whole(path) as temporary:
+        figure = Figure(figsize=(11, 8), layout="constrained")
+        figure.suptitle(title)
+        (roc, det), panels = figure.subplots(2, 2)
+        for number, (name, panel) in enumerate(zip(names, panels, strict=True)):
+            histogram, result = found.histograms[name], getattr(found.calibration, name)
+            fmr, tmr = histogram.rates()
+            look: dict[str, Any] = {kind: values[number] for kind, values in _LOOKS if kind != "marker"}
+            roc.plot(fmr, 100 * tmr, label=f"{name}, EER {100 * result.eer:.1f} %", **look)
+            det.plot(fmr, 100 * (1 - tmr), **look)
+            for one in result.thresholds:
+                roc.plot(one.fmr, 100 * one.tmr, "o", color=look["color"])
+                det.plot(one.fmr, 100 * (1 - one.tmr), "o", color=look["color"])
+                panel.axvline(one.distance, color=_TEXT, linewidth=1, linestyle=":")
+                place = {"ha": "right", "va": "top", "rotation": 90, "transform": panel.get_xaxis_transform()}
+                panel.text(one.distance, 0.98, f"{one.fmr:g}", **place)
+            for which, counts in enumerate((histogram.genuine, histogram.impostor)):
+                shares = counts.reshape(-1, _BINS_DRAWN).sum(axis=1) / counts.sum()
+                used = np.flatnonzero(histogram.genuine + histogram.impostor)[[0, -1]] // _BINS_DRAWN
+                edges = histogram.width * _BINS_DRAWN * np.arange(len(shares) + 1)
+                label, drawn = ("one person", "different people")[which], slice(used[0], used[1] + 1)
+                style = {kind: values[which] for kind, values in _LOOKS[:2]}
+                panel.stairs(100 * shares[drawn], edges[used[0] : used[1] + 2], label=label, linewidth=1.5, **style)
+            panel.set(xlabel=f"{name} distance; dotted: thresholds and their false-match rates", ylabel="pairs (%)")
+            panel.legend(loc="upper right")
+        lowest = max(MIN_FALSE_MATCHES / found.calibration.impostor_pairs, 1e-6)
+        roc.set(xlabel="false-match rate", ylabel="true-match rate (%)", xscale="log", xlim=(lowest, 1))
+        det.set(xlabel="false-match rate", ylabel="missed matches (%)", xscale="log", yscale="log", xlim=(lowest, 1))
+        for axis in (roc.xaxis, det.xaxis, det.yaxis):
+            axis.set_major_formatter("{x:g}")
+        roc.legend(loc="lower right")
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=120)
 
 
 def _cmc_points(curve: Sequence[float]) -> list[tuple[float, float]]:

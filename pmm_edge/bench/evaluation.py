@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from pmm_edge.bench.charts import check_cmc_plot, save_cmc_plot
+from pmm_edge.bench.charts import check_plot, save_cmc_plot
 from pmm_edge.console import Report, about, percent, printable, silent
 from pmm_edge.data.checks import DatasetWarningKind, analyze
 from pmm_edge.data.dataset import ReidDataset, scan, warn_ignored
@@ -58,7 +58,7 @@ def evaluate_model(
         if warning.kind in (DatasetWarningKind.NO_CAMERAS, DatasetWarningKind.CHOSEN_QUERIES):
             warnings.warn(f"{data}: {warning.text}", PmmWarning, stacklevel=2)
     if cmc:
-        check_cmc_plot(cmc)
+        check_plot(cmc)
     if features:
         check_output(features, [".npz"])
     dataset = dataset.without_junk()

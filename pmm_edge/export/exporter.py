@@ -219,7 +219,8 @@ def export(
         quantization = Quantization(target or "tensorrt", "minmax", 0) if precision == "int8" else None
         spec = replace(loaded.spec, normalized_output=normalize_output, precision=precision, quantization=quantization)
         if normalize_output:  # the Euclidean distance of such embeddings ranks as their cosine does
-            spec = replace(spec, retrieval=spec.retrieval_cosine)
+            thresholds = spec.calibration and spec.calibration.of_unit_length()
+            spec = replace(spec, retrieval=spec.retrieval_cosine, calibration=thresholds)
         main = out or source.parent / EXPORT_FOLDER / _file_name(spec, form)
         if main.suffix != ".onnx":
             raise PmmError(f"{main} does not end in .onnx", f"Name it {main.with_suffix('.onnx')}")

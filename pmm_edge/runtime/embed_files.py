@@ -20,6 +20,7 @@ from pmm_edge.files import NOT_UTF8, check_output, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, RetrievalResult, evaluate
+from pmm_edge.retrieval.thresholds import FoundThresholds, find_thresholds
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec, RetrievalFigures
 
@@ -233,6 +234,16 @@ def cosine_figures(dataset: ReidDataset, embeddings: Embeddings) -> RetrievalFig
     if not embeddings.any(axis=1).all():
         return None
     return evaluate_dataset(dataset, embeddings, distance="cosine").figures()
+
+
+def dataset_thresholds(
+    dataset: ReidDataset, embeddings: Embeddings, data_sha256: str, report: Report = silent
+) -> FoundThresholds:
+    """Find the decision thresholds for embeddings of the queries of a data set followed by its gallery."""
+    query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    features = embeddings[:count], embeddings[count:]
+    return find_thresholds(*features, *labels, dataset=dataset.name, data_sha256=data_sha256, report=report)
 
 
 def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | BadImage]]:

@@ -3,8 +3,9 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,13 +14,28 @@ from PIL import Image
 from pmm_edge.errors import DataError, ModelError
 from pmm_edge.images import ColorOrder, Crop, Pixels, cut_boxes, prepare_crops
 from pmm_edge.machine import sums_in_float16
+from pmm_edge.retrieval.distances import pairwise_distances
 from pmm_edge.runtime.manifest import BatchProfile
-from pmm_edge.spec import ModelSpec
+from pmm_edge.spec import Distance, ModelSpec, Threshold
 
 Embeddings = NDArray[np.float32]
 
 INPUT, OUTPUT = "images", "embeddings"  # of an exported graph
 CHUNK = 64  # maximum batch for engines without a batch profile, so that memory does not grow with the number of crops
+
+
+@dataclass(frozen=True)
+class Match:
+    """A decision about two images; true in a condition if they show the same person."""
+
+    same: bool  # whether `distance` is at most that of the threshold
+    distance: float
+    metric: Distance
+    threshold: Threshold
+    calibrated_on: str  # data set
+
+    def __bool__(self) -> bool:
+        return self.same
 
 
 class Embedder(ABC):
@@ -79,6 +95,48 @@ class Embedder(ABC):
         of all boxes that are not finite or have no pixel in the frame.
         """
         return self.embed(cut_boxes(frame, boxes), order)
+
+    def distances(
+        self,
+        queries: Sequence[Crop] | Pixels | Embeddings,
+        gallery: Sequence[Crop] | Pixels | Embeddings,
+        distance: Distance | None = None,
+        order: ColorOrder = "rgb",
+    ) -> NDArray[np.float32]:
+        """Compute the distances between Q queries and G gallery images: (Q, G) float32, smaller is more similar.
+
+        Each side is either crops, as `embed` takes them, or their embeddings, (N, D). `distance` is `euclidean`,
+        `cosine` (1 - cosine) or, by default, that of the spec. Raises DataError for embeddings of another size, for NaN
+        and infinity, for crops as `embed` does, and by cosine for embeddings of length 0.
+        """
+        both: list[Embeddings] = []
+        for side in (queries, gallery):
+            ready = isinstance(side, np.ndarray) and side.ndim == 2
+            rows: Any = side if ready else self.embed(side, order)  # type: ignore[arg-type]  # crops
+            if rows.shape[1] != self.spec.embedding_size:
+                problem = f"the embeddings have {rows.shape[1]} values, those of {self.path} {self.spec.embedding_size}"
+                raise DataError(problem, "Compute them with this model")
+            both.append(rows)
+        return pairwise_distances(both[0], both[1], distance or self.spec.distance)
+
+    def match(
+        self, a: Crop, b: Crop, fmr: float = 1e-3, distance: Distance | None = None, order: ColorOrder = "rgb"
+    ) -> Match:
+        """Decide whether two crops show the same person, at a rate of false matches that was calibrated.
+
+            if embedder.match("a.jpg", "b.jpg", fmr=1e-3): ...
+
+        At most a share `fmr` of the pairs of different people in the calibration data match (docs/thresholds.md). For
+        many pairs, compare `distances` with `spec.calibration.threshold(fmr, distance).distance`. Raises ModelError if
+        the model has no thresholds, or none for this rate, and DataError as `distances` does.
+        """
+        metric, calibration = distance or self.spec.distance, self.spec.calibration
+        if calibration is None:
+            remedy = "Run pmm calibrate CHECKPOINT DATA; exports get the thresholds from pmm export"
+            raise ModelError(f"{self.path} has no decision thresholds", remedy)
+        threshold = calibration.threshold(fmr, metric)
+        found = float(self.distances([a], [b], metric, order)[0, 0])
+        return Match(found <= threshold.distance, found, metric, threshold, calibration.dataset)
 
     @abstractmethod
     def embed_prepared(self, images: Pixels) -> Embeddings:

@@ -14,7 +14,7 @@ import pmm_edge
 from pmm_edge.errors import DataError, ModelError, OutputError
 from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint, save_checkpoint
 from pmm_edge.runs import CONFIG, LAST
-from pmm_edge.spec import InputSpec, ModelSpec, RetrievalFigures
+from pmm_edge.spec import Calibration, InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.step import Trainee
 
@@ -52,6 +52,7 @@ class Position:
     stale: int = 0  # evaluations since the best one
     best: RetrievalFigures | None = None
     before: RetrievalFigures | None = None  # the first step
+    calibration: Calibration | None = None  # of the best epoch
 
 
 def save_state(

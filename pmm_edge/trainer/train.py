@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,7 @@ import pmm_edge
 from pmm_edge.console import Report, silent
 from pmm_edge.data.augment import normalize
 from pmm_edge.data.checks import analyze
-from pmm_edge.data.dataset import ReidDataset, combine, read, scan
+from pmm_edge.data.dataset import ReidDataset, combine, data_sha256, read, scan
 from pmm_edge.data.loader import Crops
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError, PmmWarning, did_you_mean
@@ -35,8 +36,8 @@ from pmm_edge.model import Checkpoint, ReidNetwork, build_model, save_checkpoint
 from pmm_edge.model.backbone import zero_init_residuals
 from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
 from pmm_edge.runs import BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
-from pmm_edge.runtime.embed_files import cosine_figures, evaluate_dataset
-from pmm_edge.spec import ModelSpec, RetrievalFigures
+from pmm_edge.runtime.embed_files import cosine_figures, dataset_thresholds, evaluate_dataset
+from pmm_edge.spec import Calibration, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
 from pmm_edge.trainer.logging import Journal, Meter
@@ -57,6 +58,7 @@ class TrainResult:
     finished: bool  # False if it was interrupted and can be resumed
     best: RetrievalFigures | None
     before: RetrievalFigures | None  # figures before the first step
+    calibration: Calibration | None = None  # decision thresholds of best.pt; None if there are too few test people
     stop_requested: bool = False  # by Ctrl-C or SIGTERM; a run that was about to end has finished nevertheless
 
 
@@ -67,6 +69,7 @@ class Run:
     config: TrainConfig
     dataset: ReidDataset  # without junk
     fingerprint: str  # of the data set
+    data_sha256: Callable[[], str]  # of query and gallery, as in certificates
     folder: Path
     world: World
     feed: Feed
@@ -158,7 +161,7 @@ def train(
         cache, images = int(chosen.cache_gib * 2**30), [*judged.query.paths, *judged.gallery.paths]
         cache -= world.local_size * feed.crops.cached_bytes
         crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))
-        fingerprint = dataset.fingerprint()
+        fingerprint, test_images = dataset.fingerprint(), [*dataset.query.paths, *dataset.gallery.paths]
         (root, read_as), *more = [(str(one.root.absolute()), one.layout) for one in datasets]
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
@@ -196,11 +199,12 @@ def train(
             trainee = prepare(network, chosen, device, dtype, world)
             if checkpoint:
                 restore_state(trainee, checkpoint)
-            run = Run(
-                chosen, judged, fingerprint, folder, world, feed, crops, spec, trainee, position, journal, stop, report
-            )
+            digest = lru_cache(maxsize=None)(partial(data_sha256, test_images, dataset.root, report))
+            about_data = judged, fingerprint, digest
+            run = Run(chosen, *about_data, folder, world, feed, crops, spec, trainee, position, journal, stop, report)
             finished = fit(run)
-        return TrainResult(folder, position.epoch, finished, position.best, position.before, stop())
+        figures = position.best, position.before, position.calibration
+        return TrainResult(folder, position.epoch, finished, *figures, stop())
 
 
 def new_network(config: TrainConfig, num_classes: int, world: World = World()) -> ReidNetwork:
@@ -334,23 +338,23 @@ def evaluate_epoch(run: Run) -> bool:
     position, found = run.position, evaluate_network(run)
     if found is None:
         return False
-    figures, cosine = found
+    figures, spec = found
     position.stale += 1
-    if position.best is None or figures.mAP > position.best.mAP:
-        position.best, position.stale = figures, 0
+    if spec:
+        position.best, position.calibration, position.stale = figures, spec.calibration, 0
         if run.world.leads:
-            spec = replace(run.spec, retrieval=figures, retrieval_cosine=cosine)
             best = Checkpoint(spec, run.trainee.evaluated.state_dict())
             save_checkpoint(run.folder / BEST, best)
     position.evaluated = position.epoch
     return True
 
 
-def evaluate_network(run: Run) -> tuple[RetrievalFigures, RetrievalFigures | None] | None:
+def evaluate_network(run: Run) -> tuple[RetrievalFigures, ModelSpec | None] | None:
     """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted.
 
-    Returns the figures by Euclidean distance and, if they are the best so far, those by cosine distance. Each process
-    embeds a share of the batches, which do not depend on the number of processes; the first one ranks.
+    Returns the figures by Euclidean distance and, if they are the best so far, the spec with all figures and decision
+    thresholds. Each process embeds a share of the batches, which do not depend on the number of processes; the first
+    one ranks.
     """
     crops, model, device, world = run.crops, run.trainee.evaluated, run.trainee.device, run.world
     batch = min(EVALUATION_BATCH, run.config.batch // run.config.accumulate)  # of the memory of a training step
@@ -371,11 +375,18 @@ def evaluate_network(run: Run) -> tuple[RetrievalFigures, RetrievalFigures | Non
         model.train(was_training)
     embeddings = world.gather(parts, to_first=True)
 
-    def rank() -> tuple[RetrievalFigures, RetrievalFigures | None]:
-        rows, best = np.concatenate(embeddings), run.position.best
+    def rank() -> tuple[RetrievalFigures, ModelSpec | None]:
+        rows, best, calibration = np.concatenate(embeddings), run.position.best, None
         result = evaluate_dataset(run.dataset, rows)
         run.journal.record("evaluate", run.position.epoch, {**asdict(result.figures()), "rank5": result.rank(5)})
-        is_best = best is None or result.mAP > best.mAP
-        return result.figures(), cosine_figures(run.dataset, rows) if is_best else None
+        figures = result.figures()
+        if best and figures.mAP <= best.mAP:
+            return figures, None
+        try:
+            calibration = dataset_thresholds(run.dataset, rows, run.data_sha256()).calibration
+        except DataError as error:
+            run.journal.write(f"no decision thresholds: {error}")
+        cosine = cosine_figures(run.dataset, rows)
+        return figures, replace(run.spec, retrieval=figures, retrieval_cosine=cosine, calibration=calibration)
 
     return world.first(rank)

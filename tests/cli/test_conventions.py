@@ -21,7 +21,20 @@ from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import PmmError, PmmWarning
 from pmm_edge.trainer.config import TrainConfig
 
-COMMANDS = ("train", "export", "bench", "verify", "eval", "embed", "visualize", "synth", "data", "doctor")
+COMMANDS = (
+    "train",
+    "export",
+    "bench",
+    "verify",
+    "eval",
+    "calibrate",
+    "match",
+    "embed",
+    "visualize",
+    "synth",
+    "data",
+    "doctor",
+)
 PATH = "/data/" + "a long name " * 15 + "/:smile:/[bold]x"
 
 

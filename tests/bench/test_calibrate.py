@@ -1,0 +1,111 @@
+"""`pmm calibrate` changes checkpoints only, exports carry its thresholds, and `match` decides by them."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import pmm_edge
+from pmm_edge.bench.calibrate import calibrate
+from pmm_edge.errors import DataError, ModelError
+from pmm_edge.export import export
+from pmm_edge.model import load_checkpoint
+from pmm_edge.runtime.certificate import certificate_path
+
+DISTANCES = ("euclidean", "cosine")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_checkpoint, crowd, tmp_path_factory):
+    """A checkpoint with thresholds."""
+    path = shutil.copy(tiny_checkpoint, tmp_path_factory.mktemp("calibrated") / "best.pt")
+    assert calibrate(path, crowd).written
+    return path
+
+
+@pytest.fixture(scope="module")
+def normalized(calibrated):
+    """An export of it with embeddings of unit length."""
+    return export(calibrated, out=calibrated.with_name("unit.onnx"), normalize_output=True).files[0].path
+
+
+def test_only_the_spec_of_a_checkpoint_changes(calibrated, tiny_checkpoint, crowd):
+    before, after = load_checkpoint(tiny_checkpoint), load_checkpoint(calibrated)
+    assert before.spec.calibration is None
+    assert replace(after.spec, calibration=None) == before.spec
+    assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
+    found = after.spec.calibration
+    assert (found.dataset, found.identities, found.impostor_pairs) == (crowd.name, 20, 60 * 19 * 2)
+    certificate_path(calibrated).write_text("{}")
+    with pytest.raises(ModelError):
+        calibrate(calibrated, crowd)  # as by any other command
+    certificate_path(calibrated).unlink()
+
+
+def test_exports_carry_the_thresholds_and_keep_them(calibrated, normalized, crowd, tmp_path):
+    content, found = normalized.read_bytes(), load_checkpoint(calibrated).spec.calibration
+    assert pmm_edge.load(normalized, "cpu").spec.calibration == found.of_unit_length()
+    result = calibrate(normalized, crowd, out=tmp_path / "curves.png")
+    assert (result.written, normalized.read_bytes()) == (False, content)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for distance in DISTANCES:  # measured on embeddings of unit length, and converted to them
+        measured, converted = (
+            one.threshold(1e-2, distance) for one in (result.found.calibration, found.of_unit_length())
+        )
+        assert measured.false_matches == converted.false_matches
+        np.testing.assert_allclose(measured.distance, converted.distance, rtol=1e-4)
+
+
+def test_match_decides_at_the_threshold(calibrated, normalized, crowd):
+    images = sorted((crowd / "query").iterdir())
+    one, same, other = images[0], images[1], images[-1]
+    for model in (calibrated, normalized):
+        embedder = pmm_edge.load(model, "cpu")
+        for distance in DISTANCES:
+            near, far = (embedder.match(one, image, 1e-2, distance) for image in (same, other))
+            threshold = embedder.spec.calibration.threshold(1e-2, distance)
+            assert near.threshold == far.threshold == threshold
+            for match in (near, far):
+                assert match.same == bool(match) == (match.distance <= threshold.distance)
+            assert near.distance < far.distance
+            features = embedder.embed([one, same, other])
+            np.testing.assert_allclose(
+                embedder.distances(features[:1], [same, other], distance)[0], [near.distance, far.distance], rtol=1e-5
+            )
+        assert not embedder.match(one, other, 1e-2)
+        with pytest.raises(ModelError, match=r"supports 0\.01"):
+            embedder.match(one, same)
+
+
+def test_wrong_embeddings_and_models_are_refused(calibrated, tiny_checkpoint, tiny_dataset):
+    embedder = pmm_edge.load(tiny_checkpoint, "cpu")
+    with pytest.raises(ModelError, match="pmm calibrate"):
+        embedder.match(*[np.zeros((8, 8, 3), np.uint8)] * 2)
+    rows = np.ones((2, embedder.spec.embedding_size), np.float32)
+    for wrong in (rows[:, 1:], rows * np.nan):
+        with pytest.raises(DataError):
+            embedder.distances(rows, wrong)
+    with pytest.raises(DataError, match="manhattan"):
+        embedder.distances(rows, rows, "manhattan")
+    with pytest.raises(ModelError, match="manhattan"):
+        pmm_edge.load(calibrated, "cpu").match(*[np.zeros((8, 8, 3), np.uint8)] * 2, distance="manhattan")
+    with pytest.raises(DataError, match="1,000"):
+        calibrate(calibrated, tiny_dataset)
+
+
+def test_commands(pmm, calibrated, normalized, crowd):
+    facts = pmm("calibrate", normalized, crowd, "--json").json
+    assert facts["written"] is False
+    assert [entry["fmr"] for entry in facts["refused"]] == [1e-3, 1e-4]
+    assert facts["calibration"]["euclidean"]["thresholds"][0]["fmr"] == 0.01
+    shown = pmm("calibrate", calibrated, crowd).ok
+    assert "0.01" in shown.stdout and "pmm export" in shown.stderr
+    images = sorted((crowd / "query").iterdir())
+    for other, code in ((images[0], 0), (images[-1], 1)):
+        ended = pmm("match", normalized, images[0], other, "--fmr", 0.01, "--json")
+        assert ended.exit_code == code
+    assert pmm("match", normalized, images[0], images[0], "--fmr", 0.01).stdout.startswith("same person")
+    assert "missing.jpg" in pmm("match", normalized, images[0], "missing.jpg", "--fmr", 0.01).error
+    assert "0.01" in pmm("match", normalized, *images[:2]).error
