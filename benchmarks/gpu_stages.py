@@ -36,7 +36,7 @@ FULL = Namespace(
     identities={"train_identities": 751},
     epochs=20,
     batches=(1, 8, 32),  # of inference
-    runs=50,  # of each latency, at least
+    latency=(50, 0.3),  # runs and seconds, at least
     rows="baseline,BDB,PMM,none,CutOut",
     seeds=(0, 1, 2),
     methods="backbone=resnet18 height=144 width=64 batch=64 images_per_identity=4 lr=1e-3 schedule=paper erase_size=16"
@@ -54,7 +54,7 @@ SMALL = Namespace(
     identities=_FEW,
     epochs=3,
     batches=(1, 2),
-    runs=5,
+    latency=(5, 0.01),
     rows="PMM,none",
     seeds=(0,),
     methods="backbone=resnet10 height=48 width=32 batch=8 mix_block_size=1x1",
@@ -82,9 +82,13 @@ class Check:
         print(f"{table} | {row} | {known}", flush=True)
         self.save()
 
-    def skip(self, what: str, why: object) -> None:
+    def skip(self, what: str, why: str) -> None:
         """Record what is left out, and why."""
-        self.found["skipped"].append(f"{what}: {' '.join(str(why).split())}")
+        self.found["skipped"].append(f"{what}: {' '.join(why.split())}")
+        self.save()
+
+    def fail(self, what: str) -> None:
+        self.found["errors"].append(" ".join(what.split()))
         self.save()
 
     @contextmanager
@@ -94,9 +98,7 @@ class Check:
             yield
         except Exception as error:
             traceback.print_exc()
-            reason = (str(error).strip().splitlines() or [""])[0]
-            self.found["errors"].append(f"{name}: {type(error).__name__}: {reason}")
-            self.save()
+            self.fail(f"{name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
 
 
 def run_stage(letter: str, work: Path, options: Namespace) -> None:
@@ -142,7 +144,7 @@ def describe_machine(check: Check) -> None:
 
 def run_tests(check: Check) -> None:
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
-    command = [sys.executable, "-m", "pytest", "-vv", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-vv", "-rfEs", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
     outcomes = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
         assert tests.stdout
@@ -156,9 +158,9 @@ def run_tests(check: Check) -> None:
             elif first == "SKIPPED":
                 check.skip("pytest", line.partition("] ")[2])
             elif first in ("FAILED", "ERROR"):
-                check.found["errors"].append(line.strip())
+                check.fail(line)
     if tests.returncode not in (0, 5) and not check.found["errors"]:  # 5: nothing was selected
-        check.found["errors"].append(f"pytest ended with exit code {tests.returncode}")
+        check.fail(f"pytest ended with exit code {tests.returncode}")
 
 
 def measure_training(check: Check) -> None:
@@ -314,8 +316,8 @@ def _export(check: Check, checkpoint: Path, data: Path, precision: str) -> Path:
     return path
 
 
-def _compare(check: Check, models: dict[str, Path], checkpoint: Path, data: Path) -> None:
-    """Parity of models with their checkpoint by `pmm_edge.bench`, then the latency of all."""
+def _compare(check: Check, models: dict[str, Path], checkpoint: Path, data: Path, device: str | None = None) -> None:
+    """Parity of models with their checkpoint by `pmm_edge.bench`, then the latency of all; by default on a GPU."""
     from pmm_edge.bench import bench
     from pmm_edge.bench.timing import measure_latency
     from pmm_edge.images import read_crops
@@ -324,7 +326,7 @@ def _compare(check: Check, models: dict[str, Path], checkpoint: Path, data: Path
 
     sizes, table = check.sizes, "Parity with the checkpoint in PyTorch FP32"
     with check.part("parity"):
-        common: dict[str, Any] = {"reference": checkpoint, "data": data, "device": sizes.device, "parity_only": True}
+        common: dict[str, Any] = {"reference": checkpoint, "data": data, "device": device, "parity_only": True}
         out = check.work / f"bench-{check.letter}.json"
         found = bench([*models.values()], batch_sizes=sizes.batches, out=out, **common).report
         for name, model in zip(models, found.models, strict=True):
@@ -336,14 +338,15 @@ def _compare(check: Check, models: dict[str, Path], checkpoint: Path, data: Path
                 change = 100 * model.retrieval_change.mAP.difference
                 check.add(table, name, {"mAP, %": 100 * model.retrieval.mAP, "change, points": change})
             check.add(table, name, {"gates": "failed" if model.failures else "passed"})
-            check.found["errors"] += [f"parity of {name}: {one.kind.value} {one.detail}" for one in model.failures]
-    embedders = {"PyTorch FP32": load(checkpoint, sizes.device)}
-    embedders |= {name: load(path, sizes.device) for name, path in models.items() if path.suffix != ".safetensors"}
+            for one in model.failures:
+                check.fail(f"parity of {name}: {one.kind.value} {one.detail}")
+    embedders = {"PyTorch FP32": load(checkpoint, device)}
+    embedders |= {name: load(path, device) for name, path in models.items() if path.suffix != ".safetensors"}
     crops = read_crops(find_images(data).paths[:8], sizes.step.height, sizes.step.width)
     table = f"Latency, {sizes.step.backbone} {sizes.step.height}x{sizes.step.width}, from crops to embeddings"
     for batch in sizes.batches:
         with check.part(f"latency at batch {batch}"):
-            timed = measure_latency([*embedders.values()], [crops] * len(embedders), batch, sizes.runs, 0.3)
+            timed = measure_latency([*embedders.values()], [crops] * len(embedders), batch, *sizes.latency)
             for name, one in zip(embedders, timed, strict=True):
                 figures = {"median, ms": one.median_ms, "p90, ms": one.p90_ms, "images/s": one.images_per_second}
                 check.add(table, f"{name}, batch {batch}", figures | {"on the GPU, ms": one.gpu_ms})
@@ -362,7 +365,7 @@ def measure_inference(check: Check) -> None:
         models |= {"ONNX Runtime FP32": fp32, "ONNX Runtime FP16": _export(check, checkpoint, data, "fp16")}
     except PmmError as error:
         check.skip("ONNX Runtime CUDA", error.problem)
-    _compare(check, models, checkpoint, data)
+    _compare(check, models, checkpoint, data, check.sizes.device)
 
 
 def measure_engines(check: Check) -> None:

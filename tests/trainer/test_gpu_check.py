@@ -1,0 +1,236 @@
+"""The GPU check: its processes and limits with stages that take no time, and each stage on the CPU with small sizes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import tiny_training  # noqa: F401  registers the network
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STAGES = f"""
+import json, os, sys, time, types
+sys.path.insert(0, {str(BENCHMARKS)!r})
+
+def run_stage(letter, work, options):
+    what = os.environ[letter]
+    figure = {{"table": "t", "row": what, "figure": "x, ms", "value": 1.5}}
+    found = {{"figures": [figure], "skipped": [], "facts": {{}}}}
+    found["errors"] = ["part: it failed"] if what == "error" else []
+    if what == "skip":
+        found |= {{"figures": [], "skipped": ["everything: no GPU"]}}
+    (work / f"{{letter}}.json").write_text(json.dumps(found))
+    if what == "crash":
+        print("the last words", file=sys.stderr)
+        os._exit(7)
+    if what == "hang":
+        if not os.fork():
+            (work.parent / "grandchild").write_text(str(os.getpid()))
+        time.sleep(600)
+
+sys.modules["gpu_stages"] = types.SimpleNamespace(run_stage=run_stage)
+import gpu_check
+for letter in gpu_check.STAGES:
+    gpu_check.STAGES[letter] = gpu_check.Stage("title", 1 if letter == "c" else 100, ())
+gpu_check.main()
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run the check with stages that do as the environment says; its temporary folder is `tmp_path`."""
+    (tmp_path / "check.py").write_text(STAGES)
+
+    def start(*options, **stages):
+        arguments = [sys.executable, tmp_path / "check.py", "--output", tmp_path / "out", "--stages", "".join(stages)]
+        environment = {**os.environ, **stages, "TMPDIR": str(tmp_path)}
+        return subprocess.Popen([*map(str, arguments), *options], env=environment, stdout=subprocess.DEVNULL)
+
+    return start
+
+
+def report_in(folder):
+    return json.loads((folder / "out" / "gpu_check.json").read_text())["stages"]
+
+
+def alive(process):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition()
+
+
+def test_stages_that_fail_crash_or_hang_do_not_stop_the_others(command, tmp_path):
+    assert command("--limit=400", a="error", b="crash", c="hang", d="skip", f="ok").wait() == 1
+    found = report_in(tmp_path)
+    expected = {"a": "failed", "b": "failed", "c": "timeout", "d": "skipped", "f": "ok"}
+    assert {letter: one["status"] for letter, one in found.items()} == expected
+    assert found["a"]["errors"] == ["part: it failed"]
+    assert found["b"]["errors"] == ["exit code 7: the last words"]
+    assert found["c"]["figures"][0]["value"] == 1.5, "what a stage found before its limit is kept"
+    assert found["c"]["limit"] == 2 and 1.9 < found["c"]["seconds"] < 20
+    assert not list(tmp_path.glob("gpu_check-*")), "the temporary folder"
+    page = (tmp_path / "out" / "gpu_check.md").read_text()
+    assert "| | x, ms |" in page and "| hang | 1.5 |" in page and "- skipped: everything: no GPU" in page
+
+
+def test_what_a_killed_check_has_found_is_kept_and_later_stages_are_added(command, tmp_path):
+    assert command(a="ok").wait() == 0
+    killed = command(c="hang")
+    wait_for((tmp_path / "out" / "gpu_check.json").exists)
+    wait_for(lambda: report_in(tmp_path).get("c", {}).get("figures"))
+    killed.kill()
+    killed.wait()
+    assert {letter: one["status"] for letter, one in report_in(tmp_path).items()} == {"a": "ok", "c": "running"}
+    os.kill(int((tmp_path / "grandchild").read_text()), signal.SIGKILL)
+    assert command(c="ok", d="ok").wait() == 0
+    assert {letter: one["status"] for letter, one in report_in(tmp_path).items()} == dict.fromkeys("acd", "ok")
+
+
+def test_an_interrupt_ends_all_processes(command, tmp_path):
+    process = command(c="hang", d="ok")
+    wait_for((tmp_path / "grandchild").exists)
+    wait_for(lambda: (tmp_path / "grandchild").read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 130
+    assert {letter: one["status"] for letter, one in report_in(tmp_path).items()} == {"c": "interrupted"}
+    wait_for(lambda: not alive((tmp_path / "grandchild").read_text()))
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    import gpu_stages
+    import train_step
+
+    monkeypatch.setitem(train_step.PRODUCT_SIDES, "cpu", 64)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    return gpu_stages
+
+
+@pytest.fixture
+def run(stages, tmp_path):
+    """Run a stage in this process; return its figures by table, row and name."""
+
+    def run(letter, method_epochs=1, **other):
+        sizes = {**vars(stages.SMALL), "step": Namespace(backbone="tiny", height=96, width=32, batch=8), "rows": "PMM"}
+        check = stages.Check(letter, tmp_path, Namespace(**{**sizes, **other}), 60, method_epochs)
+        stages.RUN[letter](check)
+        assert json.loads((tmp_path / f"{letter}.json").read_text())["errors"] == check.found["errors"], "saved"
+        figures = {}
+        for one in check.found["figures"]:
+            table = figures.setdefault(one["table"].partition(",")[0], {})
+            table.setdefault(one["row"], {})[one["figure"]] = one["value"]
+        return figures, check.found
+
+    return run
+
+
+def test_the_plan_names_stages_and_what_is_missing(stages, monkeypatch, capsys, tmp_path):
+    import gpu_check
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "tensorrt" else name)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    lines = capsys.readouterr().out.splitlines()
+    limits = {line[0]: float(line.split()[1]) for line in lines if line[1:3] == "  "}
+    assert ended.value.code == 0 and limits.keys() == gpu_check.STAGES.keys()
+    assert sum(limits.values()) == pytest.approx(600, abs=4)
+    assert [line[0] for line in lines if line.endswith("missing: tensorrt")] == ["e"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_and_inference_of_the_trained_network(run):
+    figures, found = run("c")
+    assert not found["errors"]
+    floor = figures["Floor of a step"]["FP32"]
+    assert floor["operations, GFLOP"] > 0.1
+    assert 0 < floor["bytes of products and Adam, GB"] < floor["bytes of all operators, GB"]
+    steps = figures["Training step"]
+    assert steps.keys() >= {"bf16", "FP32", "bf16, without CUDA graph", "bf16, --compile", "FP32, textbook Grad-CAM"}
+    least = max(value for name, value in floor.items() if name.startswith("floor by"))
+    assert steps["FP32"]["times the floor"] == pytest.approx(steps["FP32"]["step, ms"] / least)
+    epochs = figures["pmm train --preset market1501"]["bf16"]
+    assert epochs["400 epochs, min"] == pytest.approx(400 * epochs["epoch, s"] / 60)
+    assert epochs["epochs"] == 3 and 0 <= epochs["waiting for data, %"] < 100 and epochs["mAP, %"] > 0
+
+    figures, found = run("d")
+    assert not found["errors"] and not found["skipped"], "ONNX Runtime works on the CPU, and stage c has trained"
+    parity = figures["Parity with the checkpoint in PyTorch FP32"]
+    assert [row["gates"] for row in parity.values()] == ["passed"] * 3
+    assert parity["ONNX Runtime FP32"]["smallest cosine"] > 0.9999
+    assert len(figures["Latency"]) == 6 and all(row["median, ms"] > 0 for row in figures["Latency"].values())
+
+
+def test_the_energy_counter_is_read_around_steps_and_inference(run, stages, monkeypatch, tiny_checkpoint):
+    from pmm_edge.bench import resources
+
+    class Gpu:
+        joules = property(lambda self: time.perf_counter() * 50)
+
+    monkeypatch.setattr(stages, "_checkpoint", lambda check: (tiny_checkpoint, tiny_checkpoint))
+    _, found = run("g")
+    assert found["skipped"] and not found["figures"], "no counter on a CPU"
+    monkeypatch.setattr(resources, "open_gpu", lambda device: Gpu())
+    figures, found = run("g", step=Namespace(backbone="tiny", height=96, width=64, batch=8))
+    rows = figures["Energy (NVML)"]
+    assert not found["errors"] and len(rows) == 2
+    assert all(row["W"] == pytest.approx(50, rel=0.1) and row["mJ per image"] > 0 for row in rows.values())
+
+
+def test_the_methods_are_trained_in_processes_of_their_own(run):
+    figures, found = run("f", rows="PMM")
+    assert not found["errors"] and "status" not in found
+    (row,) = (table["PMM"] for name, table in figures.items() if name.startswith("Methods on"))
+    each = figures["Each training"]["PMM, seed 0"]
+    assert row["seeds"] == 1 and float(row["mAP, %"]) == pytest.approx(each["mAP, %"], abs=0.06)
+    assert figures["Trainings"]["all"]["finished"] == figures["Trainings"]["all"]["of"] == 1
+
+
+def test_trainings_that_do_not_finish_are_counted(run, stages, monkeypatch):
+    monkeypatch.setattr(stages.time, "monotonic", iter([0.0, 1.0, *[59.0] * 99]).__next__)
+    figures, found = run("f", rows="PMM")
+    assert found["status"] == "timeout" and figures["Trainings"]["all"]["finished"] == 0
+
+
+def test_gpu_tests_are_counted_by_outcome(run, stages, monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\nmarkers = gpu: a GPU\n")
+    lines = ["import pytest", "pytestmark = pytest.mark.gpu", "@pytest.mark.parametrize('x', [1, 2])"]
+    lines += [
+        "def test_passes(x): pass",
+        "def test_fails(): assert not 1",
+        "def test_skips(): pytest.skip('no TensorRT')",
+    ]
+    (tmp_path / "tests" / "test_some.py").write_text("\n".join(lines))
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    figures, found = run("b")
+    assert figures["pytest -m gpu"]["tests"] == {"passed": 2, "failed": 1, "error": 0, "skipped": 1}
+    assert len(found["errors"]) == 1 and "test_fails" in found["errors"][0]
+    assert len(found["skipped"]) == 1 and "no TensorRT" in found["skipped"][0]
+
+
+def test_the_machine_is_described(run, monkeypatch):
+    from pmm_edge import doctor
+
+    monkeypatch.setattr(doctor, "isolated", lambda name: doctor.Finding(doctor.Status.OK, name))
+    _, found = run("a")
+    assert found["facts"].keys() >= {"processor", "packages", "doctor, TensorRT"}
+    assert torch.__version__ in found["facts"]["packages"]
