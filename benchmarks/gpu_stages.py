@@ -175,7 +175,7 @@ def measure_training(check: Check) -> None:
         seconds(step, device)
         return min(seconds(step, device, sizes.steps) for _ in range(sizes.rounds))
 
-    for name, dtype in dtypes.items():
+    def floor(name: str, dtype: torch.dtype) -> None:  # its tensors are freed before memory is measured
         with check.part(f"floor in {name}"):
             # Convolutions may use TF32 by default, matrix products may not.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
@@ -183,17 +183,19 @@ def measure_training(check: Check) -> None:
             torch.backends.cuda.matmul.allow_tf32 = False
             source = torch.ones(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device)
             target = torch.empty_like(source)
-            bandwidth = 2 * source.nbytes / fastest(lambda: (target.copy_(source)[0], None))  # noqa: B023
-            operations, (fused, separate) = operations_of(options), traffic_of(options, dtype)
-            floors[name] = 1000 * max(operations / rate, fused / bandwidth)
+            bandwidth = 2 * source.nbytes / fastest(lambda: (target.copy_(source)[0], None))
+            operations, (products, every) = operations_of(options), traffic_of(options, dtype)
+            floors[name] = 1000 * max(operations / rate, products / bandwidth)
             table = f"Floor of a step, {work}: operations at the rate of a matrix product, bytes at that of a copy"
-            rates = {"operations, GFLOP": operations / 1e9, "matrix product, TFLOP/s": rate / 1e12}
-            check.add(table, name, rates | {"floor by operations, ms": 1000 * operations / rate})
-            least = {"bytes of products and Adam, GB": fused / 1e9, "copy, GB/s": bandwidth / 1e9}
-            check.add(table, name, least | {"floor by bytes, ms": 1000 * fused / bandwidth})
-            every = {"bytes of all operators, GB": separate / 1e9, "their time, ms": 1000 * separate / bandwidth}
-            check.add(table, name, every)
+            work_done = {"operations, GFLOP": operations / 1e9, "matrix product, TFLOP/s": rate / 1e12}
+            check.add(table, name, work_done | {"floor by operations, ms": 1000 * operations / rate})
+            moved = {"bytes of products and Adam, GB": products / 1e9, "copy, GB/s": bandwidth / 1e9}
+            check.add(table, name, moved | {"floor by bytes, ms": 1000 * products / bandwidth})
+            unfused = {"bytes of all operators, GB": every / 1e9, "their time, ms": 1000 * every / bandwidth}
+            check.add(table, name, unfused)
 
+    for name, dtype in dtypes.items():
+        floor(name, dtype)
     found: dict[str, float] = {}
 
     def measure(name: str, network: type[PMM] = PMM, **choice: bool) -> None:
