@@ -51,11 +51,11 @@ class Stage:
 
     @property
     def seconds(self) -> int:
-        return 15 if self.missing else self.share  # enough to say what is missing
+        return 20 if self.missing else self.share  # enough to say what is missing
 
 
 STAGES = {
-    "a": Stage("machine, driver, versions", 30),
+    "a": Stage("machine, driver, versions", 60),
     "b": Stage("pytest -m gpu", 90, (*TRAINING, "pytest", "cloudpickle")),
     "c": Stage("training step beside textbook and floor, then 20 epochs of pmm train", 200, TRAINING),
     "d": Stage("parity and latency of PyTorch and ONNX Runtime CUDA", 65, EXPORT),
@@ -63,7 +63,7 @@ STAGES = {
     "g": Stage("energy per image of training and inference", 35, TRAINING),
     "f": Stage("table of methods, long trainings with several seeds", 155, (*TRAINING, "matplotlib")),
 }
-"""In the order in which they run: f is the last one, because it can use all the time that the others leave."""
+"""In the order in which they run. The first import of torch may be slow, and f can use all that the others leave."""
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def run_stage(letter, work, options):
     if what == "skip":
         found |= {{"figures": [], "skipped": ["everything: no GPU"]}}
     (work / f"{{letter}}.json").write_text(json.dumps(found))
+    if what == "wheel":
+        import only_in_a_wheel
     if what == "crash":
         print("the last words", file=sys.stderr)
         os._exit(7)
@@ -98,6 +101,20 @@ def test_what_a_killed_check_has_found_is_kept_and_later_stages_are_added(comman
     os.kill(int((tmp_path / "grandchild").read_text()), signal.SIGKILL)
     assert command(c="ok", d="ok").wait() == 0
     assert {letter: one["status"] for letter, one in report_in(tmp_path).items()} == dict.fromkeys("acd", "ok")
+
+
+def test_wheels_are_there_for_the_stages_only(command, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "only_in_a_wheel-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("only_in_a_wheel.py", "")
+        wheel.writestr("only_in_a_wheel-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(
+            "only_in_a_wheel-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: only_in_a_wheel\nVersion: 1\n"
+        )
+        wheel.writestr("only_in_a_wheel-1.dist-info/RECORD", "")
+    assert command("--wheels", str(tmp_path / "wheels"), a="wheel").wait() == 0
+    assert command(a="wheel").wait() == 1
+    assert command("--wheels", str(tmp_path / "empty"), a="wheel").wait() == command("--limit=0", a="ok").wait() == 2
 
 
 def test_an_interrupt_ends_all_processes(command, tmp_path):
