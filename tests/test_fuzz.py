@@ -78,6 +78,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "bench.json": lambda path: run("bench", "--compare", path, path),
     "config.toml": lambda path: run("train", "--config", path, "--print-config"),
     "images.txt": lambda path: run("embed", path.with_name("color.onnx"), path, "-o", path.with_name("out.npz")),
+    "people.csv": lambda path: run("data", path),
     **dict.fromkeys(("run.json", "metrics.jsonl", "last.pt", "data.pkl"), resume),
     **{f"image.{kind}": lambda path: read_crop(path, 96, 64).mean() < 0 for kind in ("jpeg", "png", "bmp", "webp")},
 }
@@ -99,6 +100,8 @@ def originals(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         build_engine(color_network(folder / "color.onnx"), folder / "color.engine")
     passing_report(folder).save(folder / "bench.json")
     (folder / "images.txt").write_text("image.png\nimage.bmp\n")
+    rows = ("path,pid,camid,split", "image.png,1,1,train", "image.bmp,2,1,query", "image.webp,2,2,gallery")
+    (folder / "people.csv").write_text("\n".join(rows))
     for kind in ("jpeg", "png", "bmp", "webp"):
         Image.effect_noise((40, 90), 50).convert("RGB").save(folder / f"image.{kind}", exif=b"Exif\0\0" + bytes(99))
     return folder

@@ -94,7 +94,7 @@ def analyze(dataset: ReidDataset) -> Analysis:
         text += " cameras by sub-folders of each person, by file names like c1_001.jpg, or by --layout folders:REGEX"
         found.append(DatasetWarning(DatasetWarningKind.NO_CAMERAS, text))
     if (rule := dataset.reading.split_rule) is not SplitRule.GIVEN:
-        half = "every second person, in sorted order, is for training; " * (rule is SplitRule.BY_IDENTITY)
+        half = "half of the people, by a hash of their names, are for training; " * (rule is SplitRule.BY_IDENTITY)
         images = dataset.query.tracks is None
         cause, unit = ("no split is given", "image") if images else ("info/ does not list the queries", "tracklet")
         text = f"{cause}: {half}a person's first {unit} in each camera that has several of them is a query"

@@ -168,8 +168,9 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
         remedy = f"{did_you_mean(layout, LAYOUTS)}Choose one of {', '.join(LAYOUTS)}"
         raise DataError(f"unknown layout {layout}", remedy)
     is_csv = kind == CSV or (not kind and root.suffix.lower() == ".csv" and root.is_file())
-    if not (root.is_dir() or is_csv):
-        raise DataError(f"{root} is not a folder", f"Pass the folder that contains {TRAIN}/, or run pmm synth")
+    if not (root.is_file() if is_csv else root.is_dir()):
+        remedy = "Name a CSV file" if is_csv else f"Pass the folder that contains {TRAIN}/, or run pmm synth"
+        raise DataError(f"{root} is not a {'file' if is_csv else 'folder'}", remedy)
     if root.name in ("", ".."):  # folder names matter below, and "." has none
         root = root.resolve()
     kinds = _cuhk03_kinds(root)

@@ -5,6 +5,7 @@ each form. No image is opened.
 """
 
 import csv
+import hashlib
 import os
 import re
 import struct
@@ -51,7 +52,7 @@ class SplitRule(str, Enum):
 
     GIVEN = "given"
     QUERIES_CHOSEN = "chosen-queries"  # by `choose_queries`
-    BY_IDENTITY = "by-identity"  # every second person is for training, the others are for testing, as above
+    BY_IDENTITY = "by-identity"  # half of the people are for training, the others are for testing, as above
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def label_people(files: Mapping[str, Sequence[Path]], root: Path, pattern: str =
     people, cameras = number_names((parts[0] for parts in below), NOBODY, 1), number_names(names, {}, 0)
     pids, camids, split_rule = [people[parts[0]] for parts in below], [cameras[name] for name in names], SplitRule.GIVEN
     if "" in files:
-        trained = {*sorted({*pids} - {*NOBODY.values()})[::2]}
+        # By a hash, so that a new person moves at most one other to the other side.
+        order = sorted(people.keys() - NOBODY.keys(), key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+        trained = {people[name] for name in order[: -(-len(order) // 2)]}
         splits, split_rule = ["train" if pid in trained else "test" for pid in pids], SplitRule.BY_IDENTITY
     elif "test" in files:
         split_rule = SplitRule.QUERIES_CHOSEN
@@ -136,9 +139,8 @@ def _find_cameras(
         try:
             found = [re.search(pattern, path.relative_to(root).as_posix()) for path in paths]
         except re.error as error:
-            raise DataError(
-                f"'{pattern}' is not a regular expression: {error}", r"Write for example 'cam(\d+)'"
-            ) from error
+            problem = f"'{pattern}' is not a regular expression: {error}"
+            raise DataError(problem, r"Write for example 'cam(\d+)'") from error
         names = [(match[1] if match.re.groups else match[0]) if match else None for match in found]
         if None in names:
             remedy = "Correct the pattern, whose first group is the camera, or the name"

@@ -1,6 +1,8 @@
 """MARS, folders per person and CSV files: labels, cameras, splits and wrong input."""
 
 import base64
+import hashlib
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -59,14 +61,20 @@ def test_a_folder_per_person_with_a_folder_per_camera_is_split_by_identity(tmp_p
     reading = dataset.reading
     assert (reading.camera_rule, reading.split_rule) == (CameraRule.SUBFOLDERS, SplitRule.BY_IDENTITY)
     assert reading.people == {1: "anna", 2: "bert", 3: "carl", 4: "dora"} and reading.cameras == {1: "a", 2: "b"}
-    assert [path.relative_to(root).as_posix() for path in dataset.query.paths] == [
-        *("bert/a/1.jpg", "bert/b/1.jpg", "dora/a/1.jpg", "dora/b/1.jpg")
-    ]
-    assert dataset.train.pids.tolist() == 4 * [1] + 4 * [3] and dataset.query.pids.tolist() == [2, 2, 4, 4]
-    assert sorted(dataset.gallery.pids.tolist()) == [*4 * [JUNK_PID], *4 * [DISTRACTOR_PID], 2, 2, 4, 4]
+    order = sorted(people[:4], key=lambda name: hashlib.sha256(name.encode()).digest())
+    (first, second), (third, fourth) = (
+        sorted(1 + people.index(name) for name in half) for half in (order[:2], order[2:])
+    )
+    assert dataset.train.pids.tolist() == 4 * [first] + 4 * [second]
+    assert dataset.query.pids.tolist() == [third, third, fourth, fourth]
+    assert [path.relative_to(root).parts[1:] for path in dataset.query.paths] == 2 * [("a", "1.jpg"), ("b", "1.jpg")]
+    assert sorted(dataset.gallery.pids.tolist()) == sorted([-1, 0] * 4 + dataset.query.pids.tolist())
     assert kinds(root) == {"chosen-queries"}
     assert not is_dataset(root) and find_images(root).dataset is None  # as it may be any folder of images
     assert find_images(root, FOLDERS).dataset.train.paths == dataset.train.paths
+    more = scan(touch(root, "emil/a/1.jpg"))
+    names = [{one.reading.people[pid] for pid in one.train.pids.tolist()} for one in (dataset, more)]
+    assert len(names[0] - names[1]) <= 1
     mixed = touch(root, "anna/loose.jpg below.jpg")
     assert read(mixed).reading.camera_rule is CameraRule.NONE and "ignored-files" in kinds(mixed)
 
@@ -217,7 +225,9 @@ def test_other_files_are_no_csv_of_labels(table: Path) -> None:
     assert not is_dataset(table.parent / "list.csv") and find_images(table.parent / "list.csv").source == "list"
     refused(table.parent / "list.csv", "no column path")
     refused(table.parent / "none.csv", "is not a folder")
-    refused(table.parent, "cannot read", layout=CSV)
+    refused(table.parent, "is not a file", layout=CSV)
+    os.mkfifo(table.parent / "pipe.csv")
+    refused(table.parent / "pipe.csv", "is not a file", layout=CSV)
     table.write_bytes(b"path,pid,camid,split\n\xff\xfe,1,2,train\n")
     refused(table, "row 2 of")
 

@@ -158,7 +158,7 @@ def test_several_data_sets_are_trained_on_together_and_resumed(tiny_dataset, tmp
     settings = {"config": replace(CONFIG, epochs=1), "out": tmp_path / "run"}
     with pytest.raises(DataError, match="twice"):
         train([tiny_dataset, tiny_dataset], **settings)
-    with pytest.warns(PmmWarning, match="every second person"):
+    with pytest.warns(PmmWarning, match="half of the people"):
         folder = train([tiny_dataset, str(people), other], **settings).folder
     spec = load_checkpoint(folder / "best.pt").spec
     assert (spec.dataset, spec.num_classes) == ("tiny+people+other", 4 + 2 + 4)
@@ -183,7 +183,7 @@ def test_a_run_on_folders_of_people_is_evaluated_on_their_people_by_later_comman
     for path in tiny_dataset.glob("bounding_box_train/*"):
         (people / path.name[:4]).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, people / path.name[:4] / path.name[4:])
-    with pytest.warns(PmmWarning, match="every second person"):
+    with pytest.warns(PmmWarning, match="half of the people"):
         folder = train(people, config=replace(CONFIG, epochs=1), out=tmp_path / "run", layout="folders:c(.)s").folder
     assert about_run(folder).layout == "folders:c(.)s"
     assert find_images(*data_of(folder / "best.pt")).dataset.train.identities == 2
