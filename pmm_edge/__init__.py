@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pmm_edge.model import build_model as build_model
     from pmm_edge.model import load_released_checkpoint as load_released_checkpoint
     from pmm_edge.retrieval import evaluate as evaluate
+    from pmm_edge.retrieval import pool as pool
     from pmm_edge.runtime import embed_files as embed_files
     from pmm_edge.runtime import load as load
     from pmm_edge.spec import ModelSpec as ModelSpec
@@ -40,6 +41,7 @@ _MODULES = {
     "load": "runtime",
     "load_released_checkpoint": "model",
     "pmm_loss": "trainer.step",
+    "pool": "retrieval",
     "train": "trainer.train",
 }
 """The module of each public name. The packages `export` and `bench` can be called themselves."""

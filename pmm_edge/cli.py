@@ -315,6 +315,7 @@ def evaluate(
     distance: Distance = _opt("euclidean", "Distance by which images are ranked; cosine is 1 - cosine."),
     rerank: bool = _opt(False, "Also show k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3).", "--rerank"),
     flip: bool = _opt(False, "Also show the mean embedding of each image and its mirror image.", "--flip"),
+    tracklets: bool = _opt(False, "Also show pooled tracklets, as queries and gallery.", "--tracklets"),
     cmc: Path | None = _opt(None, "Plot the CMC, ranks 1 to 50.", metavar="FILE.png|.svg"),
     features: Path | None = _opt(None, "Save the embeddings with their labels.", metavar="FILE.npz"),
     device: Device = None,
@@ -329,6 +330,7 @@ def evaluate(
     - `pmm eval model.onnx market1501 --rerank --flip --cmc cmc.png`
     - `pmm eval model.onnx market1501 msmt17 people.csv`
     - `pmm eval model.onnx market1501 --distance cosine`, as most trackers match
+    - `pmm eval model.onnx MARS --tracklets`
     """
     arguments = _arguments(locals())
     from pmm_edge.bench.evaluation import evaluate_across as run
@@ -402,6 +404,7 @@ def embed(
     out: Path = _out(Path("embeddings.npz"), "File to write; .parquet needs pyarrow.", "FILE.npz|.parquet"),
     layout: Layout = None,
     batch: int | None = _opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
+    tracklets: bool = _opt(False, "Pool each tracklet to one row: a folder, or those of a data set.", "--tracklets"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -412,9 +415,11 @@ def embed(
     train.
 
     A .npz file holds the arrays spec (JSON), paths, embeddings and, for a data set, pids, camids and split. In a
-    .parquet file these are columns, except for spec, which is in its metadata.
+    .parquet file these are columns, except for spec, which is in its metadata. With --tracklets, a path is the folder
+    of the tracklet or, for a data set, its first image, and frames counts its images.
 
     - `pmm embed model.onnx crops/ -o embeddings.npz`
+    - `pmm embed model.onnx tracks/ --tracklets`
     - `pmm embed model.onnx market1501 -o market.parquet`
     """
     arguments = _arguments(locals())
@@ -463,13 +468,14 @@ def synth(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Generate a synthetic reID data set in the layout of Market-1501.
+    """Generate a synthetic reID data set in the layout of Market-1501 or, with --frames, tracklets in that of MARS.
 
     People pass cameras that differ in viewpoint, background, color, exposure and blur. Several wear the same clothes,
     so that only hair, hat, shoes, logo and bag distinguish them. Nothing is downloaded.
 
     - `pmm synth data/synthetic`
     - `pmm synth data/small --train-identities 20 --test-identities 10`
+    - `pmm synth data/tracklets --frames 8`
     """
     from pmm_edge.data.synthetic import make_synthetic as run
 
@@ -479,7 +485,7 @@ def synth(
     if as_json:
         print_json({"folder": folder, "images": counts, "sheet": sheet, "config": config})
     else:
-        print_table(str(folder), ("folder", "images"), [(name, f"{count:,}") for name, count in counts.items()])
+        print_table(str(folder), ("", "images"), [(name, f"{count:,}") for name, count in counts.items()])
     render.show_written(folder / "synthetic.json", sheet)
 
 

@@ -151,7 +151,10 @@ def show_verification(found: Sequence[Verification]) -> None:
 
 def evaluation_facts(found: Evaluation) -> dict[str, Any]:
     """The JSON form of `pmm eval`; figures in 0..1."""
-    rows = [{"name": name, "figures": _figures(result)} for name, result in found.results.items()]
+    rows = [
+        {"name": name, "queries": result.valid_queries, "figures": _figures(result)}
+        for name, result in found.results.items()
+    ]
     facts = {"model": found.embedder.path, "data": found.dataset.root, "distance": found.distance}
     facts |= _fields(found.embedder, "backend", "device")
     counts = {"queries": found.results["plain"].valid_queries, "gallery": len(found.dataset.gallery)}
@@ -170,6 +173,8 @@ def show_evaluation(found: Evaluation) -> None:
     names = [model if name == "plain" else f"{model} + {name}" for name in figures]
     rows = [(name, *map(percent, values.values())) for name, values in zip(names, figures.values(), strict=True)]
     counts = f"{queries:,} queries, {len(found.dataset.gallery):,} gallery images"
+    if (pooled := found.results.get("tracklets")) and (tracks := found.dataset.gallery.tracks) is not None:
+        counts += f" ({pooled.valid_queries:,} and {len({*tracks.tolist()}):,} tracklets)"
     title = f"{found.dataset.name}: {counts}, {found.distance} distance"
     print_table(title, ("model", *figures["plain"]), rows)
     note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
@@ -243,7 +248,8 @@ def show_embedded(found: EmbeddedFiles, written: Path) -> None:
     rows, size = found.embeddings.shape
     skipped = f", {len(found.skipped):,} skipped" if found.skipped else ""
     print_line(f"{escape(str(written))}: {rows:,} × {size:,} float32 of {found.images.source}{skipped}")
-    note(f"[dim]{rows / found.seconds:,.1f} images/s in {found.backend} on {found.device}[/]")
+    unit = "tracklets" if "frames" in (found.images.labels or {}) else "images"
+    note(f"[dim]{rows / found.seconds:,.1f} {unit}/s in {found.backend} on {found.device}[/]")
 
 
 def _show_unreadable(label: str, bad: Sequence[BadImage]) -> None:

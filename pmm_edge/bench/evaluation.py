@@ -16,13 +16,16 @@ from pmm_edge.errors import PmmError, PmmWarning
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import Embedder, load
-from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset, save_npz
+from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset, pool_dataset, require_tracklets, save_npz
 from pmm_edge.spec import Distance
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The retrieval of one model on one data set, without junk: `plain`, `flip`, `re-ranking`, `flip + re-ranking`."""
+    """The retrieval of one model on one data set, without junk.
+
+    `results` are `plain`, `flip`, `tracklets`, `flip + tracklets`, and each of them with `re-ranking`.
+    """
 
     embedder: Embedder
     dataset: ReidDataset
@@ -38,6 +41,7 @@ def evaluate_model(
     distance: Distance = "euclidean",
     rerank: bool = False,
     flip: bool = False,
+    tracklets: bool = False,
     cmc: Path | None = None,
     features: Path | None = None,
     device: str | None = None,
@@ -46,10 +50,11 @@ def evaluate_model(
     """Evaluate retrieval under the Market-1501 protocol.
 
     Images are ranked by Euclidean or by cosine `distance`, which is 1 - cosine. `rerank` adds k-reciprocal re-ranking,
-    `flip` the mean embedding of each image and its mirror image. `cmc` is a .png or .svg file for a plot of the CMC,
-    `features` an .npz file with the arrays `query_features`, `query_pids`, `query_camids` and `query_names`, the same
-    for `gallery_`, and with `flip` `query_features_flip`. Raises DataError or ModelError if the data set or the model
-    cannot be used, OutputError if a file cannot be written.
+    `flip` the mean embedding of each image and its mirror image, `tracklets` pooled queries and gallery, see
+    `pmm_edge.pool`. `cmc` is a .png or .svg file for a plot of the CMC, `features` an .npz file with the arrays
+    `query_features`, `query_pids`, `query_camids` and `query_names`, the same for `gallery_`, and with `flip`
+    `query_features_flip`. Raises DataError or ModelError if the data set or the model cannot be used, OutputError if a
+    file cannot be written.
     """
     dataset = scan(data, layout)
     embedder, name = (model, model.path.name) if isinstance(model, Embedder) else (load(model, device), model.name)
@@ -57,6 +62,8 @@ def evaluate_model(
     for warning in analyze(dataset).warnings:
         if warning.kind in (DatasetWarningKind.NO_CAMERAS, DatasetWarningKind.CHOSEN_QUERIES):
             warnings.warn(f"{data}: {warning.text}", PmmWarning, stacklevel=2)
+    if tracklets:
+        require_tracklets(dataset)
     if cmc:
         check_plot(cmc)
     if features:
@@ -72,11 +79,14 @@ def evaluate_model(
             arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
             arrays[f"{side}_names"] = [path.name for path in split.paths]
         save_npz(features, arrays)
+    rows = {name: (dataset, embeddings) for name, embeddings in kinds.items()}
+    if tracklets:
+        rows |= {_with("tracklets", name): pool_dataset(dataset, found) for name, found in kinds.items()}
     results = {}
     for reranked in (False, True)[: 1 + rerank]:
-        for kind, embeddings in kinds.items():
-            row = kind if not reranked else "re-ranking" if kind == "plain" else f"{kind} + re-ranking"
-            results[row] = evaluate_dataset(dataset, embeddings, reranked, distance, about(kind, report))
+        for kind, (ranked, embeddings) in rows.items():
+            row = _with("re-ranking", kind) if reranked else kind
+            results[row] = evaluate_dataset(ranked, embeddings, reranked, distance, about(kind, report))
     if cmc:
         curves = {
             f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
@@ -84,6 +94,11 @@ def evaluate_model(
         }
         save_cmc_plot(cmc, printable(f"{dataset.name} · {name} · {distance} distance"), curves)
     return Evaluation(embedder, dataset, results, distance)
+
+
+def _with(addition: str, name: str) -> str:
+    """Name of a row of results to which something is added."""
+    return addition if name == "plain" else f"{name} + {addition}"
 
 
 def evaluate_across(
@@ -98,6 +113,8 @@ def evaluate_across(
     if options.get("cmc") or options.get("features"):
         raise PmmError("--cmc and --features write one data set", "Evaluate the data sets one by one")
     for path in data:
-        scan(path, layout)
+        dataset = scan(path, layout)
+        if options.get("tracklets"):
+            require_tracklets(dataset)
     embedder, report = load(model, device), options.pop("report", silent)
     return [evaluate_model(embedder, path, layout=layout, report=about(path.name, report), **options) for path in data]

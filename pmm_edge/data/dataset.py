@@ -87,7 +87,7 @@ class Split:
     pids: NDArray[np.int64]
     camids: NDArray[np.int64]
     tracks: NDArray[np.int64] | None = None
-    """(N,): images of one tracklet, consecutive frames of one person, have the same number; None without tracklets."""
+    """(N,): images of one tracklet, frames of one person in one camera, have the same number in the whole data set."""
 
     def __len__(self) -> int:
         return len(self.paths)

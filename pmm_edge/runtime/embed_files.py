@@ -5,9 +5,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_cr
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, RetrievalResult, evaluate
 from pmm_edge.retrieval.thresholds import FoundThresholds, find_thresholds
+from pmm_edge.retrieval.tracklets import pool
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec, RetrievalFigures
 
@@ -33,7 +34,8 @@ class ImageList:
     paths: list[Path]
     names: list[str]  # the paths as they are stored: relative to the folder or data set, or the lines of a list
     labels: dict[str, NDArray[Any]] | None = None
-    """Of a data set, (N,) each: `pids` (-1 is junk, 0 a distractor), `camids`, and `split`: query, gallery or train."""
+    """Of a data set, (N,) each: `pids` (-1 is junk, 0 a distractor), `camids`, and `split`: query, gallery or train;
+    `tracks`, the number of the tracklet, if it has tracklets; `frames` of pooled tracklets."""
     dataset: ReidDataset | None = None
 
 
@@ -53,6 +55,9 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         paths = [path for split in splits.values() for path in split.paths]
         labels = {name: np.concatenate([getattr(one, name) for one in splits.values()]) for name in ("pids", "camids")}
         labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
+        tracks = [split.tracks for split in splits.values() if split.tracks is not None]
+        if len(tracks) == len(splits):
+            labels["tracks"] = np.concatenate(tracks)
         root = dataset.root.parent if dataset.root.is_file() else dataset.root
         names = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
         images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
@@ -83,7 +88,7 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFiles:
-    """Embeddings of N image files."""
+    """Embeddings of N image files, or of N tracklets: then `images` has the folder of each, or its first image."""
 
     spec: ModelSpec
     images: ImageList
@@ -97,9 +102,10 @@ class EmbeddedFiles:
     def save(self, path: Path) -> None:
         r"""Write the embeddings atomically.
 
-        `.npz`: arrays `embeddings`, `paths` (text), `spec` (JSON text), and the labels of a data set: `pids`, `camids`
-        and `split`. `.parquet`: the same columns, `spec` in the schema metadata under `pmm_edge.spec`;
-        bytes of paths that are not UTF-8 are escaped there, as in JSON (`\udce9`).
+        `.npz`: arrays `embeddings`, `paths` (text), `spec` (JSON text), and the labels of a data set: `pids`, `camids`,
+        `split` and `tracks`; for pooled tracklets the number of `frames`. `.parquet`: the same columns, `spec` in the
+        schema metadata under `pmm_edge.spec`; bytes of paths that are not UTF-8 are escaped there, as in JSON
+        (`\udce9`).
         """
         columns: dict[str, ArrayLike] = {"paths": self.images.names, "embeddings": self.embeddings}
         columns |= self.images.labels or {}
@@ -131,6 +137,7 @@ def embed_files(
     batch: int | None = None,
     skip_bad: bool = False,
     flip: bool = False,
+    tracklets: bool = False,
     report: Report = silent,
 ) -> EmbeddedFiles:
     """Embed image files in order.
@@ -146,9 +153,11 @@ def embed_files(
         batch: number of images per call of the network; None for `embedder.chunk`.
         skip_bad: list unreadable images in `skipped` instead of raising DataError; CheckFailedError if all are.
         flip: also embed the mirror images, for `flipped`.
+        tracklets: pool the images of each tracklet to one row, see `pmm_edge.pool`: those of one folder, or the
+            tracklets of a data set.
 
-    Raises DataError if there are no images or one is unreadable, ModelError if the model cannot be loaded, OutputError
-    if `out` cannot be written.
+    Raises DataError if there are no images, one is unreadable, or a data set has no tracklets to pool, ModelError if
+    the model cannot be loaded, OutputError if `out` cannot be written.
     """
     from pmm_edge.runtime import load
 
@@ -158,6 +167,8 @@ def embed_files(
             problem = f"writing {out} requires pyarrow, which is not installed"
             raise PmmError(problem, f"{install('parquet')}, or write a .npz file")
     found = find_images(images, layout)
+    if tracklets and found.dataset:
+        require_tracklets(found.dataset)
     embedder = model if isinstance(model, Embedder) else load(model, device)
     batch = embedder.chunk if batch is None else batch
     if batch < 1:
@@ -197,9 +208,49 @@ def embed_files(
     flipped = embeddings.mean(axis=0) if flip else None
     engine = embedder.backend, embedder.device
     embedded = EmbeddedFiles(embedder.spec, found, embeddings[0], flipped, skipped, *engine, seconds)
+    if tracklets:
+        embedded = _pooled(embedded)
     if out is not None:
         embedded.save(Path(out))
     return embedded
+
+
+def _pooled(embedded: EmbeddedFiles) -> EmbeddedFiles:
+    """Pool the images of each tracklet of a data set, or else of each folder, in order of their first images."""
+    images, labels = embedded.images, embedded.images.labels
+    folders = [PurePath(name).parent.as_posix() for name in images.names]
+    tracks = np.array(folders) if labels is None else labels["tracks"]
+    _, first, frames = np.unique(tracks, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    first = first[order]
+    paths = [images.paths[row] if labels else images.paths[row].parent for row in first]
+    names = [images.names[row] if labels else folders[row] for row in first]
+    labels = {name: values[first] for name, values in (labels or {}).items()} | {"frames": frames[order]}
+    rows, flipped = pool(embedded.embeddings, tracks)[1][order], embedded.flipped
+    flipped = None if flipped is None else pool(flipped, tracks)[1][order]
+    images = ImageList(images.source, paths, names, labels, images.dataset)
+    return replace(embedded, images=images, embeddings=rows, flipped=flipped)
+
+
+def require_tracklets(dataset: ReidDataset) -> None:
+    """Raise DataError if a data set has no tracklets."""
+    if any(split.tracks is None for split in dataset.splits.values()):
+        raise DataError(f"{dataset.root} has no tracklets", "MARS and pmm synth --frames have; otherwise name a folder")
+
+
+def pool_dataset(dataset: ReidDataset, embeddings: Embeddings) -> tuple[ReidDataset, Embeddings]:
+    """Pool the embeddings of the queries of a data set followed by its gallery: a data set of tracklets, and theirs.
+
+    Each tracklet is listed as its first image. The data set must have tracklets.
+    """
+    sides, pooled, done = [], [], 0
+    for split in (dataset.query, dataset.gallery):
+        assert split.tracks is not None
+        _, first = np.unique(split.tracks, return_index=True)
+        sides.append(split.select(first))
+        pooled.append(pool(embeddings[done : done + len(split)], split.tracks)[1])
+        done += len(split)
+    return replace(dataset, query=sides[0], gallery=sides[1]), np.concatenate(pooled)
 
 
 def embed_dataset(

@@ -166,6 +166,22 @@ def test_eval(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
         assert f" {100 * result.mAP:.1f} " in shown
 
 
+def test_tracklets(pmm: Callable, tiny_onnx: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "mars", tmp_path / "e.npz"
+    assert pmm("synth", data, *SMALL, "--frames", 3).ok
+    arguments = ("eval", tiny_onnx, data, "--device", "cpu", "--tracklets")
+    printed = pmm(*arguments, "--json").json
+    assert [row["name"] for row in printed["rows"]] == ["plain", "tracklets"]
+    assert printed["rows"][0]["queries"] == 3 * printed["rows"][1]["queries"] == printed["queries"]
+    shown = pmm(*arguments).stdout
+    assert f"{printed['queries'] // 3} and {printed['gallery'] // 3} tracklets" in shown
+    found = pmm("embed", tiny_onnx, data / "bbox_test", "-o", out, "--tracklets", "--device", "cpu", "--json").json
+    people = sorted(path.name for path in (data / "bbox_test").iterdir())
+    with np.load(out) as file:
+        assert file["paths"].tolist() == people
+        assert found["rows"] == len(people) == len(file["embeddings"])
+
+
 def test_the_cmc_is_drawn(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     odd = shutil.copy(tiny_onnx, tmp_path / "a$_{b$[x].onnx")  # mathematics to matplotlib, markup to rich
     plot = tmp_path / "cmc.png"

@@ -78,6 +78,7 @@ WRONG_USE = {
     EVAL + "data --cmc cmc.png": "--cmc",
     EVAL + "--features features.npy": ".npz",
     EVAL + "--features blocked.npz": "cannot write blocked.npz: it is a folder",
+    EVAL + "--tracklets": "data has no tracklets",
     "eval lone.pt data --device 63": "63",
     "calibrate missing.pt data": "missing.pt",
     "calibrate lone.pt": "data set",
@@ -91,6 +92,7 @@ WRONG_USE = {
     EMBED + "-o e.csv": ".npz or .parquet",
     EMBED + "--layout market": "market",
     EMBED + "-o file/x.npz": "cannot write file/x.npz",
+    EMBED + "--tracklets": "data has no tracklets",
     VISUALIZE + "model.onnx --what cams --data data": "checkpoint",
     VISUALIZE + "missing.pt --data data": "missing.pt",
     VISUALIZE + "--what cams --data none": "none",
@@ -101,6 +103,7 @@ WRONG_USE = {
     # synth, data, doctor
     SYNTH + "--cameras 1": "2 to 9",
     SYNTH + "--images 99": "2 to 32",
+    SYNTH + "--frames 0": "1 to 99",
     "synth data": "data",
     "data none": "none",
     "data data --layout market1502": "Did you mean 'market1501'?",

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pmm_edge.data.dataset import MARS, scan
+from pmm_edge.data.people import SplitRule
 from pmm_edge.data.synthetic import SyntheticConfig, cached_synthetic, contact_sheet, generate, make_synthetic
 from pmm_edge.data.synthetic.person import MAX_GROUP, make_person
 from pmm_edge.errors import OutputError, PmmError
@@ -85,6 +87,34 @@ def test_bytes_depend_on_the_seed_and_not_on_the_processes(made, tmp_path, monke
     assert not images & set(contents(made).values())
 
 
+def test_tracklets_start_with_the_image_and_are_read_back_as_mars(made, tmp_path):
+    frames = 4
+    config, folder = replace(SMALL, frames=frames), tmp_path / "tracklets"
+    counts = make_synthetic(folder, config, workers=2)
+    assert counts == {
+        name: frames * count for name, count in json.loads((made / "synthetic.json").read_text())["images"].items()
+    }
+    dataset = scan(folder)
+    assert (dataset.layout, dataset.reading.split_rule) == (MARS, SplitRule.GIVEN)
+    single, drawn = generate.plan(SMALL), generate.plan(config)
+    assert [shot._replace(name="") for shot in drawn[::frames]] == [shot._replace(name="") for shot in single]
+    for image, first in zip(single, drawn[::frames], strict=True):
+        assert (folder / first.path).read_bytes() == (made / image.path).read_bytes()
+    for name, before in scan(made).splits.items():
+        split = dataset.splits[name]
+        tracks, first, sizes = np.unique(split.tracks, return_index=True, return_counts=True)
+        assert len(tracks) == len(before) and set(sizes) == {frames}
+        labels = sorted(zip(split.pids[first], split.camids[first], strict=True))
+        assert labels == sorted(zip(before.pids, before.camids, strict=True))
+    # Consecutive frames are similar, without being the same image; other tracklets of the person differ more.
+    shots = [shot for shot in drawn if shot.pid == drawn[0].pid and shot.camera == drawn[0].camera]
+    pixels = np.array([np.asarray(Image.open(folder / shot.path)) for shot in shots], float)
+    distances = np.abs(pixels[:, None] - pixels[None]).mean(axis=(2, 3, 4))
+    same = np.array([[a.number == b.number for b in shots] for a in shots])
+    off = ~np.eye(len(shots), dtype=bool)
+    assert distances[same & off].min() > 1 and distances[same].max() < distances[~same].mean()
+
+
 def test_a_group_wears_the_same_clothes_and_differs_in_details():
     for group in range(50):
         members = [make_person(0, 1 + group * 4 + k, 4) for k in range(4)]
@@ -121,6 +151,8 @@ def test_the_cached_set_is_drawn_once_for_each_configuration(tmp_path, monkeypat
     drawn = (folder / "synthetic.json").stat().st_mtime_ns
     assert cached_synthetic(TINY) == folder != cached_synthetic(replace(TINY, seed=1))
     assert (folder / "synthetic.json").stat().st_mtime_ns == drawn
+    assert cached_synthetic(TINY).name == "synthetic-ea8a62411cc0"  # since before there were tracklets
+    assert cached_synthetic(replace(TINY, frames=2)) != folder
 
 
 def test_a_value_out_of_range_is_named():

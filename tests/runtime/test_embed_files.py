@@ -12,14 +12,24 @@ from PIL import Image
 import pmm_edge
 from pmm_edge.bench.evaluation import evaluate_model
 from pmm_edge.data.dataset import read, scan
+from pmm_edge.data.synthetic import SyntheticConfig, make_synthetic
 from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
 from pmm_edge.images import IN_FIGURES
 from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embed_files import cosine_figures, embed_dataset, evaluate_dataset, find_images
+from pmm_edge.runtime.embed_files import cosine_figures, embed_dataset, evaluate_dataset, find_images, pool_dataset
 from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec
 
 NAMES = ["a/10.jpg", "a/2.PNG", "b.jpg", "c/d/e.jpeg"]
+
+
+@pytest.fixture(scope="module")
+def mars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tracklets of two frames."""
+    root = tmp_path_factory.mktemp("data") / "tracklets"
+    people = SyntheticConfig(train_identities=2, test_identities=3, cameras=2, images=2, frames=2)
+    make_synthetic(root, people, workers=1)
+    return root
 
 
 @pytest.fixture
@@ -125,6 +135,51 @@ def test_npz_opens_without_pickle_and_parquet_has_the_same_columns(
     embed_files(onnx, folder, tmp_path / "plain.npz")
     with np.load(tmp_path / "plain.npz") as file:
         assert set(file) == {"embeddings", "paths", "spec"}
+
+
+def test_each_folder_is_a_tracklet(onnx: Embedder, folder: Path, tmp_path: Path) -> None:
+    single = embed_files(onnx, folder, flip=True)
+    pooled = embed_files(onnx, folder, tmp_path / "t.npz", flip=True, tracklets=True)
+    rows = [[0, 1], [2], [3]]
+    assert pooled.images.names == ["a", ".", "c/d"]
+    assert pooled.images.paths == [folder / "a", folder, folder / "c" / "d"]
+    for found, images in ((pooled.embeddings, single.embeddings), (pooled.flipped, single.flipped)):
+        expected = [pmm_edge.pool(images[row], [0] * len(row))[1][0] for row in rows]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with np.load(tmp_path / "t.npz") as file:
+        assert set(file) == {"embeddings", "paths", "spec", "frames"}
+        assert (file["paths"].tolist(), file["frames"].tolist()) == (["a", ".", "c/d"], [2, 1, 1])
+    (folder / "c/d/e.jpeg").write_bytes(b"")
+    (folder / "a/10.jpg").write_bytes(b"")
+    left = embed_files(onnx, folder, tracklets=True, skip_bad=True)
+    assert (left.images.names, left.images.labels["frames"].tolist()) == (["a", "."], [1, 1])
+    np.testing.assert_allclose(left.embeddings, single.embeddings[1:3], rtol=1e-4, atol=1e-4)
+
+
+def test_tracklets_of_a_data_set(onnx: Embedder, mars: Path, tiny_dataset: Path) -> None:
+    dataset = read(mars)
+    single, pooled = embed_files(onnx, mars), embed_files(onnx, mars, tracklets=True)
+    tracks = single.images.labels["tracks"]
+    assert len(pooled.embeddings) == len(np.unique(tracks)) == len(single.embeddings) / 2
+    assert set(pooled.images.labels["frames"]) == {2}
+    for row in (0, 7, -1):
+        assert pooled.images.names[row].endswith("F001.jpg")
+        own = tracks == pooled.images.labels["tracks"][row]
+        assert set(single.images.labels["pids"][own]) == {pooled.images.labels["pids"][row]}
+        expected = pmm_edge.pool(single.embeddings[own], [0, 0])[1][0]
+        np.testing.assert_allclose(pooled.embeddings[row], expected, rtol=1e-5)
+    both = np.concatenate([dataset.query.tracks, dataset.gallery.tracks])
+    queries = len(dataset.query) // 2
+    ranked, embeddings = pool_dataset(dataset, single.embeddings[: len(both)])
+    assert (len(ranked.query), len(ranked.gallery)) == (queries, len(both) // 2 - queries)
+    by_number = dict(zip(*pmm_edge.pool(single.embeddings[: len(both)], both), strict=True))
+    expected = [by_number[number] for number in (*ranked.query.tracks, *ranked.gallery.tracks)]
+    np.testing.assert_allclose(embeddings, expected, rtol=1e-5)
+    results = evaluate_model(onnx.path, mars, tracklets=True, rerank=True, device="cpu").results
+    assert list(results) == ["plain", "tracklets", "re-ranking", "tracklets + re-ranking"]
+    assert results["tracklets"].mAP == pytest.approx(evaluate_dataset(ranked, embeddings).mAP, abs=1e-6)
+    with pytest.raises(DataError, match="no tracklets"):
+        embed_files(onnx, tiny_dataset, tracklets=True)
 
 
 def test_outputs_are_checked_before_the_model_is_loaded(

@@ -49,7 +49,7 @@ def make_camera(seed: int, number: int) -> Camera:
     return Camera(HEADINGS[number - 1], pitch, horizon, light, cast, exposure, sensor, int(rng.integers(60, 92)))
 
 
-def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> bytes:
+def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator, noise_rng: np.random.Generator) -> bytes:
     """Apply blur, cast, exposure, contrast, haze and noise, and compress to JPEG. Exposure and cast drift a little."""
     contrast, saturation, haze, blur, noise = camera.sensor
     radius = blur * float(rng.uniform(0.6, 1.4)) * scene.height / 128
@@ -63,17 +63,20 @@ def photograph(camera: Camera, scene: Image.Image, rng: np.random.Generator) -> 
     pixels += (contrast - 1) * (pixels - 0.5)
     pixels += haze * (1 - pixels)
     pixels *= np.linspace(1 - sideways, 1 + sideways, scene.width, dtype=np.float32)[None, :, None]
-    pixels += rng.normal(0, noise / 255, (*pixels.shape[:2], 1)).astype(np.float32)
+    pixels += noise_rng.normal(0, noise / 255, (*pixels.shape[:2], 1)).astype(np.float32)
     buffer = io.BytesIO()
     Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8)).save(buffer, "JPEG", quality=camera.quality)
     return buffer.getvalue()
 
 
-def background(seed: int, camera: int, horizon: float, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """Cut a random part of the camera's panorama, resized to `size` (width, height)."""
+def background(
+    seed: int, camera: int, horizon: float, size: tuple[int, int], rng: np.random.Generator, moved: float = 0.0
+) -> Image.Image:
+    """Cut a random part of the camera's panorama, `moved` by a fraction of its width, resized to `size` (w, h)."""
     height = HEIGHT * float(rng.uniform(0.72, 1.0))
     width = min(height * size[0] / size[1], WIDTH)
     x, y = float(rng.uniform(0, WIDTH - width)), float(rng.uniform(0, HEIGHT - height))
+    x = min(max(x - moved * width, 0.0), WIDTH - width)
     # The nearest pixel is good enough: the panorama is blurred, and the scene is averaged down later.
     box = x, y, x + width, y + height
     return _panorama(seed, camera, horizon).resize(size, Image.Resampling.NEAREST, box=box)
