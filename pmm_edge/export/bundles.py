@@ -5,6 +5,7 @@ model_config.proto of https://github.com/triton-inference-server/common.
 """
 
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -95,6 +96,31 @@ def _figures(spec: ModelSpec, distance: Distance) -> str:
     return printable(f"mAP {percent(found.mAP)} %, Rank-1 {percent(found.rank1)} % on {spec.dataset}")
 
 
+def _thresholds(spec: ModelSpec, *distances: Distance) -> str:
+    """Describe the decision thresholds by these distances as a table."""
+    if spec.calibration is None:
+        return "The network has no decision thresholds: run `pmm calibrate CHECKPOINT DATA` and export it again."
+    found = spec.calibration
+    people = f"{found.identities:,} people of {printable(found.dataset)}"
+    rows = ["| distance | at most | false-match rate | true-match rate |", "| --- | --- | --- | --- |"]
+    for name in distances:
+        for one in (found.cosine if name == "cosine" else found.euclidean).thresholds:
+            rows.append(f"| {name} | {one.distance:.4g} | {one.fmr:g} | {percent(one.tmr)} % |")
+    return "\n".join([f"Two images show the same person up to these distances, measured on {people}:", "", *rows])
+
+
+def _smallest_cosine(spec: ModelSpec) -> float:
+    """The cosine from which two tracks can be the same person: at a false-match rate of 0.001, or the nearest one.
+
+    Without thresholds it is the default of DeepStream, which says nothing about the network.
+    """
+    found = spec.calibration.cosine.thresholds if spec.calibration else ()
+    if not found:
+        return 0.8
+    distance = min(found, key=lambda one: abs(one.fmr - 1e-3)).distance
+    return max(0.0, math.ceil(1e4 * (1 - distance)) / 1e4)
+
+
 def _fill(template: str, spec: ModelSpec, **values: object) -> str:
     """Fill in a file of `templates/`: `$name` is a value, `$$` a dollar sign."""
     text = (files("pmm_edge.export") / "templates" / template).read_text(encoding="utf-8")
@@ -111,6 +137,9 @@ def _fill(template: str, spec: ModelSpec, **values: object) -> str:
         output=OUTPUT,
         by_euclidean=_figures(spec, "euclidean"),
         by_cosine=_figures(spec, "cosine"),
+        thresholds_cosine=_thresholds(spec, "cosine"),
+        thresholds=_thresholds(spec, "euclidean", "cosine"),
+        smallest_cosine=_smallest_cosine(spec),
         length="have unit length already and do not change" if spec.normalized_output else "are longer",
         **values,
     )

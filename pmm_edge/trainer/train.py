@@ -157,7 +157,7 @@ def train(
         device, dtype = choose_machine(chosen, world)
         feed = Feed(dataset.train, chosen, world, device)
         # Evaluation has the memory that the training images leave; each process fills its own part of it.
-        judged = dataset.without_junk()
+        judged = datasets[0].without_junk()
         cache, images = int(chosen.cache_gib * 2**30), [*judged.query.paths, *judged.gallery.paths]
         cache -= world.local_size * feed.crops.cached_bytes
         crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))

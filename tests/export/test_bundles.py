@@ -22,7 +22,15 @@ from pmm_edge.errors import ModelError, OutputError
 from pmm_edge.export import ExportResult, export
 from pmm_edge.export.bundles import deepstream_bundle, triton_bundle
 from pmm_edge.retrieval.distances import cosines
-from pmm_edge.spec import METADATA_KEY, ModelSpec, Quantization, RetrievalFigures
+from pmm_edge.spec import (
+    METADATA_KEY,
+    Calibration,
+    DistanceThresholds,
+    ModelSpec,
+    Quantization,
+    RetrievalFigures,
+    Threshold,
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +115,25 @@ def test_readmes_state_retrieval_by_the_distance_of_the_consumer(
             text = (folder / "README.md").read_text()
             assert ("48.4 %" in text, "49.3 %" in text) == (bool(known), bool(known))
             assert ("--distance cosine" in text) == (not known)
+
+
+def test_thresholds_are_in_the_distance_of_the_consumer(raw_onnx: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    rates = [Threshold(fmr, distance, 9, (0, 1), 0.1234, (0, 1)) for fmr, distance in ((1e-2, 0.3), (1e-3, 0.12345))]
+    euclidean = DistanceThresholds(0.1, (replace(rates[0], distance=17.5),))
+    known = Calibration("people", "", 20, 9, 9000, 1536, euclidean, DistanceThresholds(0.1, tuple(rates)))
+    for found, cosine in ((None, 0.8), (known, 0.8766), (replace(known, cosine=euclidean), 0.0)):
+        folders = [tmp_path / f"{name}{cosine}" for name in ("deepstream", "triton")]
+        for onnx, bundle, folder in zip(
+            (raw_onnx, tiny_onnx), (deepstream_bundle, triton_bundle), folders, strict=True
+        ):
+            bundle(relabeled(onnx, tmp_path / "x.onnx", calibration=found), folder)
+        config = yaml.safe_load((folders[0] / "config_tracker_NvDCF.yml").read_text())
+        assert config["TrajectoryManagement"]["minMatchingScore4ReidSimilarity"] == cosine
+        texts = [(folder / "README.md").read_text() for folder in folders]
+        assert ["pmm calibrate" in text for text in texts] == [found is None] * 2
+        if found is known:
+            assert ["0.1235" in text for text in texts] == [True, True]
+            assert ["| euclidean | 17.5 | 0.01 | 12.3 % |" in text for text in texts] == [False, True]
 
 
 def test_network_mode_is_the_precision(raw_onnx: Path, tmp_path: Path) -> None:
