@@ -157,7 +157,7 @@ def export(
         "uint8 (default): (N, H, W, 3) RGB, normalized in the graph. raw: float32 (N, 3, H, W) in 0..255, normalized in"
         " the graph, for DeepStream. normalized: float32 (N, 3, H, W), for consumers that normalize.",
     ),
-    opset: int = _opt(18, "ONNX opset, 17 to 20."),
+    opset: int | None = _opt(None, "ONNX opset, 17 to 20. Default: 18, for INT8 for TensorRT 19."),
     normalize_output: bool = _opt(False, "Scale embeddings to unit length.", "--normalize-output"),
     static_batch: int | None = _opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
     safetensors: bool = _opt(False, "Also write the weights, for PyTorch.", "--safetensors"),
@@ -166,7 +166,7 @@ def export(
     layout: str | None = _precision(None, "Layout of that data set. Default: detected."),
     target: QuantizationTarget | None = _precision(None, "Runtime that the INT8 graph is for. Default: tensorrt."),
     calibration_method: CalibrationMethod | None = _precision(None, "Choice of activation ranges. Default: the best."),
-    max_map_drop: float | None = _precision(None, "Maximum loss of mAP in points; sensitive layers stay in float32."),
+    max_map_drop: float | None = _precision(None, "Maximum loss of mAP in points; sensitive layers stay in float."),
     trt: bool = _tensorrt(False, "Also build a TensorRT engine for this machine's GPU.", "--trt"),
     batch_profile: str | None = _tensorrt(None, "Batch sizes of the engine. Default: 1,16,64.", metavar="MIN,OPT,MAX"),
     workspace_gib: float | None = _tensorrt(None, "Maximum scratch memory.", "--workspace", metavar="GIB"),

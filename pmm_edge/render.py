@@ -70,8 +70,8 @@ def show_export(result: ExportResult) -> None:
         columns = ("file", "MB", "precision", "input", "max difference", "mean cosine")
         print_table(f"exported to {result.files[0].path.parent}", columns, rows)
         if (search := result.files[0].search) and search.layers:
-            kinds = {True: "float32", False: "int8"}
-            losses = [(one.layer, f"{one.loss:.1e}", percent(one.work), kinds[one.float32]) for one in search.layers]
+            kinds = {True: "float", False: "int8"}
+            losses = [(one.layer, f"{one.loss:.1e}", percent(one.work), kinds[one.kept]) for one in search.layers]
             print_table("sensitivity of each layer to INT8", ("layer", "cosine loss", "% of work", "type"), losses)
     for engine in filter(None, (result.engine, result.served_engine)):
         manifest = engine.manifest

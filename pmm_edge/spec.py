@@ -16,6 +16,7 @@ Distance = Literal["euclidean", "cosine"]  # cosine: 1 minus the cosine similari
 Method = Literal["pmm", "bdb", "baseline"]
 Mix = Literal["a-hard-mix", "dropblock", "cutout", "cutmix", "a-cutmix", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
+FloatType = Literal["fp32", "fp16"]
 QuantizationTarget = Literal["tensorrt", "cpu"]
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 HardwareCompatibility = Literal["ampere", "same"]
@@ -135,6 +136,7 @@ class Quantization:
     calibration_images: int
     calibration_data: str | None = None  # the data set whose training images they are
     float_layers: tuple[str, ...] = ()  # kept in floating point by the sensitivity search
+    float_type: FloatType = "fp32"  # of everything in the network that is not INT8
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,11 @@ class ModelSpec:
 
 
 def describe_precision(spec: ModelSpec) -> str:
-    """How the precision was reached, for people: `int8 for tensorrt, entropy calibration on 512 images`."""
+    """How the precision was reached, for people: `int8 and fp16 for tensorrt, entropy calibration on 512 images`."""
     how = spec.quantization
     if how is None:
         return spec.precision
     data = f" of {how.calibration_data}" if how.calibration_data else ""
-    text = f"{spec.precision} for {how.target}, {how.method} calibration on {how.calibration_images} images{data}"
-    return f"{text}; kept in floating point: {', '.join(how.float_layers)}" if how.float_layers else text
+    types = f"{spec.precision} and {how.float_type}"
+    text = f"{types} for {how.target}, {how.method} calibration on {how.calibration_images} images{data}"
+    return f"{text}; kept in {how.float_type}: {', '.join(how.float_layers)}" if how.float_layers else text

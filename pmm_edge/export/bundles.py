@@ -17,7 +17,7 @@ from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 from pmm_edge.runtime.manifest import BatchProfile
 from pmm_edge.runtime.onnx_backend import OnnxEmbedder
-from pmm_edge.spec import METADATA_KEY, Distance, InputForm, ModelSpec
+from pmm_edge.spec import METADATA_KEY, Distance, InputForm, ModelSpec, describe_precision
 
 DEEPSTREAM_FORM: InputForm = "raw"
 """The tracker feeds floats with one scale for all channels, so it cannot normalize with ImageNet's three."""
@@ -132,7 +132,7 @@ def _fill(template: str, spec: ModelSpec, **values: object) -> str:
         resize=spec.input.resize,
         dims=list(spec.input.shape(1)[1:]),
         size=spec.embedding_size,
-        precision=spec.precision,
+        precision=describe_precision(spec),
         input=INPUT,
         output=OUTPUT,
         by_euclidean=_figures(spec, "euclidean"),

@@ -55,8 +55,10 @@ if TYPE_CHECKING:
     from pmm_edge.export.quantize import SensitivitySearch
 
 _NAME = "[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a model in Triton: valid as a folder and in config.pbtxt
-OPSET, OPSETS = 18, range(17, 21)
-"""Default and supported opsets. The default is what torch's exporter writes without conversion."""
+OPSET, INT8_OPSET, OPSETS = 18, 19, range(17, 21)
+"""Default, default and lowest of INT8 for TensorRT, and supported opsets.
+
+The default is what torch's exporter writes without conversion. Opset 19 introduced Q/DQ nodes of float16 values."""
 TOLERANCE = 1e-3
 """Largest allowed difference of an FP32 export, as a share of the largest value; rounding stays far below."""
 MIN_COSINE = {"fp16": 0.999, "int8": 0.95}
@@ -103,7 +105,7 @@ def export(
     *,
     out: Path | str | None = None,
     input_form: InputForm | None = None,
-    opset: int = OPSET,
+    opset: int | None = None,
     normalize_output: bool = False,
     static_batch: int | None = None,
     precision: Precision = "fp32",
@@ -141,7 +143,7 @@ def export(
             ONNX file that was exported before, which needs no torch.
         out: the ONNX file to write; default: in the run's `export` folder. For an ONNX file: the engine to write.
         input_form: `uint8` (default), `raw` or `normalized`; see `InputSpec`.
-        opset: 17 to 20.
+        opset: 17 to 20, for INT8 for TensorRT 19 or 20; default: 18 and 19.
         normalize_output: scale embeddings to unit L2 length.
         static_batch: the only batch size that the graph accepts; default: any.
         precision: `fp32`, `fp16` or `int8`.
@@ -149,7 +151,8 @@ def export(
             FP16; default: the run's data set.
         target: engine of the INT8 graph, `tensorrt` (default) or `cpu`.
         calibration_method: of INT8; default: the best of all.
-        max_map_drop: keep the layers that INT8 affects most in float32 until mAP drops by at most this many points.
+        max_map_drop: keep the layers that INT8 affects most in floating point until mAP drops by at most this many
+            points.
         safetensors: also write the weights, without classifiers, for PyTorch.
         deepstream: folder to write for DeepStream's tracker.
         triton: model repository to add the network (or, with `trt`, the engine) to.
@@ -179,8 +182,11 @@ def export(
         given = [name for name, value in dependents.items() if value is not None and value is not False]
         if given and not is_used:
             raise PmmError(f"{', '.join(given)} has no effect without {option}", f"Add {option}")
+    float16_scales = precision == "int8" and target != "cpu"
+    opsets = range(INT8_OPSET if float16_scales else OPSETS[0], OPSETS[-1] + 1)
+    graph_opset = opset or (INT8_OPSET if float16_scales else OPSET)
     for is_valid, value, remedy in (
-        (opset in OPSETS, f"opset {opset}", f"Choose {OPSETS[0]} to {OPSETS[-1]}"),
+        (opset is None or opset in opsets, f"opset {opset} for this precision", f"Choose {opsets[0]} to {opsets[-1]}"),
         (static_batch is None or static_batch >= 1, f"static batch {static_batch}", "Choose 1 or more"),
         (max_map_drop is None or 0 <= max_map_drop <= 100, f"mAP drop {max_map_drop}", "Choose a value such as 0.5"),
         (re.fullmatch(_NAME, triton_name or "default"), f"model name '{triton_name}'", "Use letters, digits, . _ -"),
@@ -196,7 +202,7 @@ def export(
         embedder = OnnxEmbedder(open_model(source), "cpu")
         spec, form = embedder.spec, embedder.spec.input.form
         wanted = (opset, normalize_output, static_batch, precision, safetensors, input_form or form)
-        is_changed = wanted != (OPSET, False, None, "fp32", False, form)
+        is_changed = wanted != (None, False, None, "fp32", False, form)
         to_engine = trt or rtx
         is_misnamed = out is not None and not (to_engine and out.suffix == ".engine")
         if is_changed or is_misnamed or not (to_engine or deepstream or triton):
@@ -216,7 +222,8 @@ def export(
 
         loaded, form = load_checkpoint(source, open_model(source).content), input_form or "uint8"
         # Method and images are filled in after calibration.
-        quantization = Quantization(target or "tensorrt", "minmax", 0) if precision == "int8" else None
+        how = Quantization(target or "tensorrt", "minmax", 0, float_type="fp16" if float16_scales else "fp32")
+        quantization = how if precision == "int8" else None
         spec = replace(loaded.spec, normalized_output=normalize_output, precision=precision, quantization=quantization)
         if normalize_output:  # the Euclidean distance of such embeddings ranks as their cosine does
             thresholds = spec.calibration and spec.calibration.of_unit_length()
@@ -281,7 +288,8 @@ def export(
                 data, layout = data_of(source, data, layout)
             if data and (calibration or data.is_dir()):
                 fewest = quantize.MIN_IMAGES if precision == "int8" else 1
-                crops = quantize.read_calibration(data, spec.input, layout, fewest)
+                most = quantize.MAX_IMAGES_TENSORRT if float16_scales else quantize.MAX_IMAGES
+                crops = quantize.read_calibration(data, spec.input, layout, fewest, most)
             elif precision == "int8":
                 raise DataError("INT8 needs calibration images, and the run has no data set", "Add --calibration")
             else:
@@ -296,14 +304,17 @@ def export(
 
         # Write one ONNX file for each input form. They share one network, whose precision is reduced once.
         reference = TorchEmbedder(loaded.network(), loaded.spec, source, "cpu")
-        tools = _versions("torch", "onnx", "onnxscript") | {"onnxruntime": onnxruntime.__version__, "opset": str(opset)}
+        tools = _versions("torch", "onnx", "onnxscript") | {
+            "onnxruntime": onnxruntime.__version__,
+            "opset": str(graph_opset),
+        }
         spec = replace(spec, checkpoint_sha256=sha256(source), tools=tools)
         reduced = largest = search = None
         for file_form, path in files.items():
             report(f"exporting {path.name}", 0, 2, "writing the graph")
             spec = replace(spec, input=replace(spec.input, form=file_form))
             network = graph.inference_network(loaded.network(), spec.input, normalize_output)
-            model = graph.onnx_graph(network, spec, opset)
+            model = graph.onnx_graph(network, spec, graph_opset)
             parts = graph.split(model)
             gflops, parameters = graph.count_work(parts.network)
             spec = replace(spec, gflops=gflops, parameters=parameters)

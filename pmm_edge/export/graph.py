@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -189,9 +190,9 @@ def _merge(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
     return merged
 
 
-def layer_names(network: onnx.ModelProto) -> dict[str, str]:
-    """Map node names of convolutions and linear layers, in graph order, to their names in the trained network."""
-    layers = [node for node in network.graph.node if node.op_type in LAYERS]
+def layer_names(network: onnx.ModelProto, operators: Collection[str] = LAYERS) -> dict[str, str]:
+    """Map node names of layers with trained weights, in graph order, to their names in the trained network."""
+    layers = [node for node in network.graph.node if node.op_type in operators]
     return {node.name: node.input[1].removesuffix(".weight").partition(".")[2] for node in layers}
 
 

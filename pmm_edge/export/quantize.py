@@ -39,19 +39,23 @@ from pmm_edge.spec import FLOAT16_MAX, CalibrationMethod, InputSpec, ModelSpec, 
 METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
 MIN_IMAGES, MAX_IMAGES = 64, 192
 """Crops that INT8 calibration needs, and the most that are read; FP16 checks ranges on what there is."""
+MAX_IMAGES_TENSORRT = 768
+"""Of these, 512 set the ranges: NVIDIA recommends at least 500."""
 
 Ranges = dict[str, tuple[float, float]]
 """Tensor name -> smallest and largest value."""
 
-# TensorRT fuses the residual addition into the convolution and adds biases in float; ONNX Runtime has INT8 kernels for
-# additions and pooling.
-_OPERATORS = {"tensorrt": list(LAYERS), "cpu": [*LAYERS, "Add", "MaxPool", "Relu"]}
+# For TensorRT, placement is that of nvidia-modelopt (benchmarks/modelopt_placement.py): convolutions add biases and
+# shortcuts in float; linear layers are too small to gain. ONNX Runtime has INT8 kernels for additions.
+_LAYERS = {"tensorrt": ("Conv",), "cpu": LAYERS}
+_OPERATORS = {"tensorrt": ["Conv", "MaxPool"], "cpu": [*LAYERS, "Add", "MaxPool", "Relu"]}
 _ACTIVATIONS = {"tensorrt": QuantType.QInt8, "cpu": QuantType.QUInt8}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "tensorrt": {
         "ActivationSymmetric": True,
         "QuantizeBias": False,
-        "OpTypesToExcludeOutputQuantization": list(LAYERS),
+        "OpTypesToExcludeOutputQuantization": ["Conv"],
+        "ForceQuantizeNoInputCheck": True,  # pool in INT8, with one scale for input and output
     },
     "cpu": {"OpTypesToExcludeOutputQuantization": ["Gemm"]},
 }
@@ -72,8 +76,10 @@ class Calibration:
     """One of six, which measure the result; nothing is set or selected on them."""
 
 
-def read_calibration(root: Path, spec: InputSpec, layout: str | None = None, fewest: int = MIN_IMAGES) -> Calibration:
-    """Read calibration crops, spread evenly over the identities of the training split of the data set in `root`.
+def read_calibration(
+    root: Path, spec: InputSpec, layout: str | None = None, fewest: int = MIN_IMAGES, most: int = MAX_IMAGES
+) -> Calibration:
+    """Read up to `most` crops, spread evenly over the identities of the training split of the data set in `root`.
 
     Warns with `PmmWarning` if people of the training split are also in query or gallery, and of each image that cannot
     be read. Raises DataError if `root` is not a data set, has fewer than `fewest` training images, or fewer than nine
@@ -82,7 +88,7 @@ def read_calibration(root: Path, spec: InputSpec, layout: str | None = None, few
     dataset = read(root, layout)
     train = dataset.train
     people = [int(index) for index in np.argsort(train.pids, kind="stable") if train.pids[index] >= DISTRACTOR_PID]
-    paths = [train.paths[people[place]] for place in evenly(len(people), MAX_IMAGES)]
+    paths = [train.paths[people[place]] for place in evenly(len(people), most)]
     remedy = "Name another data set with --calibration"
     if len(paths) < fewest:
         raise DataError(f"{root} has {len(paths)} training images, but calibration needs at least {fewest}", remedy)
@@ -119,8 +125,8 @@ def value_ranges(
     """Measure the ranges of the values of a float32 `Parts.network` on (N, height, width, 3) uint8 crops.
 
     `minmax` takes the extremes, `percentile` all but the outermost of 100,000 values, `entropy` the range whose 8-bit
-    histogram loses the least information. With a `target`, only values that `quantize` needs are measured, for TensorRT
-    symmetric around zero. Raises ModelError if a value is NaN or infinite.
+    histogram loses the least information. With a `target`, only values that layers and additions read or write are
+    measured, for TensorRT symmetric around zero. Raises ModelError if a value is NaN or infinite.
     """
     what = f"calibrating, {method}"
     with temporary_folder() as folder:
@@ -128,7 +134,7 @@ def value_ranges(
         onnx.save(network, source)
         calibrator = create_calibrator(
             source,
-            sorted({*_OPERATORS[target], "Add"}) if target else None,
+            sorted({*LAYERS, *_OPERATORS[target], "Add"}) if target else None,
             str(folder / "augmented.onnx"),
             calibrate_method=_CALIBRATORS[method],
             extra_options={"symmetric": target == "tensorrt"},
@@ -172,7 +178,7 @@ def cast_to_fp16(network: onnx.ModelProto, ranges: Ranges | None = None) -> tupl
         if not size <= FLOAT16_MAX:
             raise CheckFailedError(
                 f"{name} has a value of {size:.4g}, and the largest float16 is {FLOAT16_MAX:.0f}",
-                "Export FP32 or INT8, or train with more weight decay",
+                "Export FP32 or INT8 for CPUs, or train with more weight decay",
             )
     half = convert_float_to_float16(deepcopy(network), keep_io_types=True, op_block_list=[])
     return half, max(values.values(), default=None)
@@ -188,14 +194,15 @@ def quantize(
     """Insert explicit Q/DQ nodes for INT8 into a copy of `Parts.network`.
 
     Weights are symmetric int8 with one scale per output channel, see `round_weights`. Activations are symmetric int8
-    for TensorRT and asymmetric uint8 for CPUs, which have a uint8 × int8 instruction.
+    for TensorRT and asymmetric uint8 for CPUs, which have a uint8 × int8 instruction. The rest is float16 for TensorRT,
+    scales and linear layers included, which needs opset 19, and float32 for CPUs.
 
-    Layers whose nodes are in `float_layers` stay in float32, together with the operators between them and the next
-    layer. `only` names the only nodes to quantize; empty for all.
+    Layers whose nodes are in `float_layers` are not quantized, nor are the operators between them and the next layer.
+    `only` names the only nodes to quantize; empty for all.
     """
     copied = onnx.shape_inference.infer_shapes(network)
     nodes = copied.graph.node
-    layers = [node for node in nodes if node.op_type in LAYERS and node.name not in float_layers]
+    layers = [node for node in nodes if node.op_type in _LAYERS[target] and node.name not in float_layers]
     layers = [node for node in layers if not only or node.name in only]
     producer = {name: node for node in nodes for name in node.output}
 
@@ -204,14 +211,14 @@ def quantize(
     for tensor in copied.graph.initializer:
         if tensor.name in {node.input[1] for node in layers}:
             values = numpy_helper.to_array(tensor)
-            rounded, scale = round_weights(values, safe_pairs=target == "cpu")
+            rounded, scale = round_weights(values, target)
             steps = scale.reshape(-1, *[1] * (values.ndim - 1))
             tensor.CopyFrom(numpy_helper.from_array(rounded.astype(np.float32) * steps, tensor.name))
             scales[tensor.name] = [{"scale": step, "zero_point": np.int8(0)} for step in scale]
             scales[tensor.name][0] |= {"quant_type": QuantType.QInt8, "axis": 0}
 
     # Between layers, INT8 of values from a float layer would undo its precision. An addition follows only its
-    # convolutions: through the shortcut, float32 would spread to all following blocks.
+    # convolutions: through the shortcut, floating point would spread to all following blocks.
     in_float = list(float_layers)
     for node in nodes:  # in topological order
         if node.op_type not in LAYERS:
@@ -246,30 +253,39 @@ def quantize(
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it warns about biases and ranges that need no action
     try:
-        return quantizer.quantize_model()
+        quantized = quantizer.quantize_model()
     finally:
         logging.root.setLevel(level)
+    return cast_to_fp16(quantized)[0] if target == "tensorrt" else quantized
 
 
-def round_weights(weights: NDArray[np.float32], safe_pairs: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def round_weights(
+    weights: NDArray[np.float32], target: QuantizationTarget
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantize weights with one scale per output channel, preserving each channel's sum.
 
     Activations after ReLU are positive, so rounding errors that do not cancel would shift a channel's output. The
     weights with the largest fractional parts are rounded up, as many as keep the sum (largest remainder method).
 
-    With `safe_pairs`, two neighboring weights of a channel add up to at most 128. x86-64 processors without VNNI
-    multiply uint8 by int8 with `vpmaddubsw`, which adds two products in saturating 16 bits: 255 × 128 fits, 255 × 254
-    does not. ONNX Runtime pairs input channels; other engines may pair neighbors in the file's own layout.
+    For TensorRT, scales are float16 values: rounding them later would change all weights of a channel.
+
+    For CPUs, two neighboring weights of a channel add up to at most 128. x86-64 processors without VNNI multiply uint8
+    by int8 with `vpmaddubsw`, which adds two products in saturating 16 bits: 255 × 128 fits, 255 × 254 does not. ONNX
+    Runtime pairs input channels; other engines may pair neighbors in the file's own layout.
 
     Takes (out, in, ...) float32; returns (out, in, ...) int8 and (out,) float32 scales.
     """
     rows = weights.reshape(len(weights), -1)
     largest = np.abs(rows).max(axis=1)
-    for layout in (weights, np.moveaxis(weights, 1, -1)) if safe_pairs else ():
+    for layout in (weights, np.moveaxis(weights, 1, -1)) if target == "cpu" else ():
         flat = layout.reshape(len(weights), -1)
         pairs = np.pad(flat, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(weights), -1, 2)
         largest = np.maximum(largest, np.abs(pairs.sum(axis=2)).max(axis=1))
     scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    if target == "tensorrt":
+        half = scale.astype(np.float16)
+        half = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half)  # up, so that no weight is clipped
+        scale = half.astype(np.float32)
     steps = rows / scale[:, None]
     below = np.floor(steps)
     fractions = steps - below
@@ -287,13 +303,13 @@ class LayerSensitivity:
     """1 - mean cosine of the embeddings to float32 with only this layer in INT8."""
     work: float
     """Share of the network's multiply-adds, 0..1."""
-    float32: bool
-    """Whether the layer stays in float32."""
+    kept: bool
+    """Whether the layer stays in floating point."""
 
 
 @dataclass(frozen=True)
 class SensitivitySearch:
-    """Result of a search for the layers to keep in float32; mAP in 0..1."""
+    """Result of a search for the layers to keep in floating point; mAP in 0..1."""
 
     map_float32: float
     map_int8: float
@@ -314,11 +330,11 @@ def quantize_network(
 
     `method` None tries all and keeps the one with the highest mean cosine to float32 on the selection crops.
     `max_map_drop` is how many points of mAP (of 100) may be lost on the data set's query and gallery. If more are, the
-    fewest, most sensitive layers stay in float32: they are ordered by their loss with only that layer in INT8, and
-    bisection finds their number. None skips the search.
+    fewest, most sensitive layers stay in floating point: they are ordered by their loss with only that layer in INT8,
+    and bisection finds their number. None skips the search.
 
     Raises DataError if query and gallery cannot evaluate mAP, CheckFailedError if mAP drops by more with all layers but
-    one in float32.
+    one in floating point, or, for TensorRT, if a value exceeds the range of float16.
     """
     assert spec.quantization
     network, target, dataset = parts.network, spec.quantization.target, calibration.dataset.without_junk()
@@ -339,11 +355,16 @@ def quantize_network(
 
     reference = load(network).embed(calibration.selection)
     calibrated = {name: value_ranges(network, calibration.ranges, spec.input, name, target, report) for name in methods}
+    if target == "tensorrt":  # the other methods cut off the largest values
+        extremes = calibrated.get("minmax") or value_ranges(
+            network, calibration.ranges, spec.input, "minmax", target, report
+        )
+        cast_to_fp16(network, extremes)
     candidates = {name: quantize(network, ranges, target) for name, ranges in calibrated.items()}
     best = methods[0] if method else min(methods, key=lambda name: loss(candidates[name]))
     quantized, search = candidates[best], None
     if max_map_drop is not None:
-        names, work, baseline = layer_names(network), multiply_adds(network), mean_ap(network)
+        names, work, baseline = layer_names(network, _LAYERS[target]), multiply_adds(network), mean_ap(network)
         tried = {0: (quantized, mean_ap(quantized))}
         losses: dict[str, float] = {}
         order: list[str] = []
@@ -362,15 +383,21 @@ def quantize_network(
             order = sorted(losses, key=losses.__getitem__, reverse=True)
         fewest = bisect_left(range(len(order)), True, key=holds)
         if order and fewest == len(order):
-            reason = "mAP drops by more than allowed even with all layers but one in float32"
+            reason = "mAP drops by more than allowed even with all layers but one in floating point"
             raise CheckFailedError(reason, "Allow a larger --max-map-drop")
         quantized, reached = tried[fewest]
         total = sum(work.values())
         layers = [
-            LayerSensitivity(names[node], losses[node], work[node] / total, float32=number < fewest)
+            LayerSensitivity(names[node], losses[node], work[node] / total, kept=number < fewest)
             for number, node in enumerate(order)
         ]
         search = SensitivitySearch(baseline, reached, layers)
-    float_layers = tuple(layer.layer for layer in search.layers if layer.float32) if search else ()
-    quantization = Quantization(target, best, len(calibration.ranges), dataset.name, float_layers)
-    return quantized, quantization, search
+    float_layers = tuple(layer.layer for layer in search.layers if layer.kept) if search else ()
+    found = replace(
+        spec.quantization,
+        method=best,
+        calibration_images=len(calibration.ranges),
+        calibration_data=dataset.name,
+        float_layers=float_layers,
+    )
+    return quantized, found, search

@@ -23,6 +23,8 @@ from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _WARNING, _FATAL = 2, 4
+_BIAS_QUANTIZATION = "WeightBiasQuantization"
+"""An optimization of INT8 graphs. Its bias scales are products of float16 scales in float16, where they lose digits."""
 _LOCATION = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\)( const)? )?")
 """`[ONNXRuntimeError] : 1 : FAIL : /path/file.cc:46 void function(types) `, which precedes the actual message."""
 
@@ -121,7 +123,9 @@ def _session(path: Path, model: bytes, providers: list[Any]) -> onnxruntime.Infe
     onnxruntime.set_default_logger_severity(_FATAL)  # its log repeats the exception
     try:
         # Without enable_fallback=0, ONNX Runtime prints the failure of a provider and continues with the next one.
-        return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        return onnxruntime.InferenceSession(
+            model, options, providers=providers, enable_fallback=0, disabled_optimizers=[_BIAS_QUANTIZATION]
+        )
     except Exception as error:  # its exceptions have no common base class
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} cannot load {path} ({_message(error)})",

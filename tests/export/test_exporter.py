@@ -88,6 +88,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 INVALID: list[tuple[type[PmmError], dict[str, object]]] = [
     (PmmError, {"opset": 16}),
+    (PmmError, {"opset": 18, "precision": "int8"}),
+    (PmmError, {"opset": 17, "precision": "int8", "target": "tensorrt"}),
     (PmmError, {"static_batch": 0}),
     (PmmError, {"target": "cpu"}),
     (PmmError, {"layout": "msmt17"}),

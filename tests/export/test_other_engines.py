@@ -41,12 +41,12 @@ def test_fp32_and_fp16_agree_in_openvino(tiny_onnx: Path, fp16: ExportedFile, cr
 def test_int8_is_as_close_to_fp32_in_either_engine(
     target: str, int8: dict[str, ExportedFile], tiny_onnx: Path, crops: np.ndarray
 ) -> None:
-    """The engines round differently between layers, so they differ by about the loss to FP32: here 0.0007."""
+    """The engines round differently between layers, so they differ by about the loss to FP32; more with FP16 scales."""
     path = int8[target].path
     ours, fp32 = (pmm_edge.load(file, "cpu").embed(crops) for file in (path, tiny_onnx))
     theirs = in_openvino(path, crops)
     for first, second in ((theirs, ours), (theirs, fp32), (ours, fp32)):
-        assert cosines(first, second).min() >= 0.998
+        assert cosines(first, second).min() >= (0.996 if target == "tensorrt" else 0.998)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not QEMU, reason="needs qemu-user-static on x86-64")

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import pmm_edge
 from pmm_edge.errors import CheckFailedError, DataError, PmmWarning
 from pmm_edge.export import ExportedFile, export, quantize
-from pmm_edge.export.graph import Parts, layer_names, onnx_graph, row_preprocessing, split
+from pmm_edge.export.exporter import INT8_OPSET
+from pmm_edge.export.graph import LAYERS, Parts, layer_names, onnx_graph, row_preprocessing, split
 from pmm_edge.export.quantize import METHODS, Calibration, Ranges, read_calibration, value_ranges
 from pmm_edge.model import load_checkpoint
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime.torch_backend import Preprocess
-from pmm_edge.spec import FLOAT16_MAX, InputSpec, ModelSpec, Quantization
+from pmm_edge.spec import FLOAT16_MAX, InputSpec, ModelSpec, Quantization, describe_precision
 
 SIZE = InputSpec(96, 64)
 TARGETS = ("cpu", "tensorrt")
@@ -50,13 +51,13 @@ class Mini(nn.Module):
 @pytest.fixture(scope="module")
 def mini_spec(tiny_checkpoint: Path) -> ModelSpec:
     trained = load_checkpoint(tiny_checkpoint).spec
-    quantization = Quantization("tensorrt", "minmax", 0)
+    quantization = Quantization("tensorrt", "minmax", 0, float_type="fp16")
     return replace(trained, input=InputSpec(96, 64, "uint8"), embedding_size=32, quantization=quantization)
 
 
 @pytest.fixture(scope="module")
 def mini(mini_spec: ModelSpec) -> Parts:
-    return split(onnx_graph(nn.Sequential(Preprocess(mini_spec.input), Mini()).eval(), mini_spec))
+    return split(onnx_graph(nn.Sequential(Preprocess(mini_spec.input), Mini()).eval(), mini_spec, INT8_OPSET))
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +111,15 @@ def test_fp16_is_float16_from_first_convolution_to_output(fp16: ExportedFile, ti
     assert sum(node.op_type == "Cast" for node in model.graph.node) == 3
 
 
-def test_values_beyond_float16_are_an_error(mini: Parts, calibration: Calibration) -> None:
+def test_values_beyond_float16_are_an_error(mini: Parts, mini_spec: ModelSpec, calibration: Calibration) -> None:
     network = onnx.ModelProto.FromString(mini.network.SerializeToString())
     weight = next(tensor for tensor in network.graph.initializer if tensor.name.endswith("convolutions.0.weight"))
     for value, named in ((6e4, r"\(Conv\)"), (7e4, weight.name)):
         weight.CopyFrom(numpy_helper.from_array(np.full((8, 8, 3, 3), value, np.float32), weight.name))
         with pytest.raises(CheckFailedError, match=named):
             quantize.cast_to_fp16(network, value_ranges(network, calibration.held_out, SIZE))
+        with pytest.raises(CheckFailedError, match=named):  # what calibration clips is a value all the same
+            quantize.quantize_network(replace(mini, network=network), mini_spec, calibration, "percentile")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -125,13 +128,19 @@ def test_int8_is_close_and_its_weights_are_symmetric_per_channel(
 ) -> None:
     exported = int8[target]
     assert exported.cosine_mean >= 0.99
-    assert exported.size < 0.27 * tiny_export.size
-    assert exported.spec.quantization == Quantization(target, "minmax", 48, "people", ())
+    for_tensorrt = target == "tensorrt"
+    assert exported.size < (0.28 if for_tensorrt else 0.27) * tiny_export.size
+    float_type, opset = ("fp16", 19) if for_tensorrt else ("fp32", 18)
+    assert exported.spec.quantization == Quantization(target, "minmax", 48, "people", (), float_type)
+    assert f"int8 and {float_type} for {target}" in describe_precision(exported.spec)
     assert pmm_edge.load(exported.path, "cpu").spec == exported.spec
     graph = Graph(exported.path)
     assert len(graph.layers) == 25
-    assert [(entry.domain, entry.version) for entry in graph.model.opset_import] == [("", 18)]
+    assert [(entry.domain, entry.version) for entry in graph.model.opset_import] == [("", opset)]
+    assert exported.spec.tools["opset"] == str(opset)
     for layer in graph.layers:
+        if for_tensorrt and layer.op_type == "Gemm":
+            continue
         weights, scales, zeros = (graph.constants[name] for name in graph.producer[layer.input[1]].input)
         assert (weights.dtype, scales.shape, zeros.any()) == (np.int8, (weights.shape[0],), False)
         assert graph.producer[layer.input[0]].op_type == "DequantizeLinear", layer.name
@@ -142,26 +151,58 @@ def test_int8_is_close_and_its_weights_are_symmetric_per_channel(
             assert np.abs(pairs.sum(axis=1)).max() <= 128
 
 
-@pytest.mark.parametrize("safe_pairs", [False, True])
-def test_weights_round_to_their_neighbors_and_keep_each_channels_sum(safe_pairs: bool) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_round_to_their_neighbors_and_keep_each_channels_sum(target: str) -> None:
     weights = np.random.default_rng(0).normal(size=(5, 7, 3, 3)).astype(np.float32)
     weights[2] = 0
-    rounded, scale = quantize.round_weights(weights, safe_pairs)
+    weights[4] *= 1e-6  # its float16 scale is subnormal
+    rounded, scale = quantize.round_weights(weights, target)
     errors = rounded - weights / scale[:, None, None, None]
     assert np.abs(errors).max() < 1
     assert np.abs(errors.reshape(5, -1).sum(axis=1)).max() <= 0.5 + 1e-3
     assert not rounded[2].any()
-    if not safe_pairs:
-        assert (np.abs(rounded).reshape(5, -1).max(axis=1) == [127, 127, 0, 127, 127]).all()
+    if target == "tensorrt":
+        assert (scale.astype(np.float16) == scale).all()
+        assert (np.abs(rounded).reshape(5, -1).max(axis=1)[:4] == [127, 127, 0, 127]).all()
+
+
+def test_what_is_not_int8_for_tensorrt_is_float16(int8: dict[str, ExportedFile]) -> None:
+    """From the first convolution to the output; preprocessing is float32, as in FP16 exports."""
+    graph = Graph(int8["tensorrt"].path)
+    inferred = onnx.shape_inference.infer_shapes(graph.model).graph
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in graph.model.graph.initializer}
+    assert (types["images"], types["embeddings"]) == (TensorProto.UINT8, TensorProto.FLOAT)
+    seen = Counter[str]()
+    names = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "float16", TensorProto.INT8: "int8"}
+    for node in graph.nodes:
+        if node.op_type not in ("Cast", "Transpose", "Mul") and "0.shift" not in node.input:
+            kinds = [names[types[name]] for name in (*node.input, *node.output) if types[name] != TensorProto.INT64]
+            expected = {
+                "QuantizeLinear": ["float16", "float16", "int8", "int8"],
+                "DequantizeLinear": ["int8", "float16", "int8", "float16"],
+            }
+            assert kinds == expected.get(node.op_type, ["float16"] * len(kinds)), node.name
+            seen[node.op_type] += 1
+    assert (seen["Conv"], seen["Gemm"], seen["MaxPool"]) == (23, 2, 1)
+    casts = [(types[node.input[0]], types[node.output[0]]) for node in graph.nodes if node.op_type == "Cast"]
+    half, single = TensorProto.FLOAT16, TensorProto.FLOAT
+    assert casts == [(TensorProto.UINT8, single), (single, half), (half, single)]
 
 
 def test_tensorrt_gets_symmetric_activations_where_it_fuses_them(int8: dict[str, ExportedFile]) -> None:
     graph = Graph(int8["tensorrt"].path)
     assert {(zero.dtype, zero.item()) for zero in graph.zero_points} == {(np.dtype(np.int8), 0)}
     assert graph.added == 9 * [["Conv", "DequantizeLinear"]]
-    assert all(graph.constants[layer.input[2]].dtype == np.float32 for layer in graph.layers)  # TensorRT's biases
-    (heads,) = (graph.producer[name] for name in graph.producer["embeddings"].input)
-    assert graph.producers(heads) == ["Gemm", "Gemm"]
+    gemms = [layer for layer in graph.layers if layer.op_type == "Gemm"]
+    assert len(graph.int8_layers) == 23 and not {gemm.name for gemm in gemms} & {*graph.int8_layers}
+    # Pooling in INT8 needs one scale for its input and output.
+    (pool,) = (node for node in graph.nodes if node.op_type == "MaxPool")
+    (after,) = (node for node in graph.nodes if node.op_type == "QuantizeLinear" and node.input[0] == pool.output[0])
+    before = graph.producer[pool.input[0]]
+    assert before.op_type == "DequantizeLinear"
+    assert graph.constants[before.input[1]] == graph.constants[after.input[1]]
 
 
 def test_onnx_runtime_computes_every_layer_of_the_cpu_graph_in_int8(
@@ -225,7 +266,7 @@ def test_best_calibration_method_is_selected(mini: Parts, mini_spec: ModelSpec, 
     losses = {}
     for method in METHODS:
         network, quantization, _ = quantize.quantize_network(mini, mini_spec, calibration, method)
-        assert quantization == Quantization("tensorrt", method, 48, "people")
+        assert quantization == Quantization("tensorrt", method, 48, "people", float_type="fp16")
         losses[method] = 1 - cosines(run(mini.join(network), calibration.selection), expected).mean()
     _, quantization, _ = quantize.quantize_network(mini, mini_spec, calibration)
     assert quantization.method == min(losses, key=losses.__getitem__)
@@ -233,7 +274,8 @@ def test_best_calibration_method_is_selected(mini: Parts, mini_spec: ModelSpec, 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_layers_are_quantized_as_requested(target: str, mini: Parts, ranges: dict[str, Ranges]) -> None:
-    nodes = list(layer_names(mini.network))
+    operators = ("Conv",) if target == "tensorrt" else LAYERS
+    nodes = list(layer_names(mini.network, operators))
     for float_layers, only, expected in (
         ([], [], nodes),
         (nodes[2:4], [], nodes[:2] + nodes[4:]),
@@ -241,8 +283,12 @@ def test_layers_are_quantized_as_requested(target: str, mini: Parts, ranges: dic
         (nodes, [], []),
     ):
         quantized = quantize.quantize(mini.network, ranges[target], target, float_layers, only)
-        assert Graph(quantized).int8_layers == expected
-    assert [node.op_type for node in quantized.graph.node] == [node.op_type for node in mini.network.graph.node]
+        graph = Graph(quantized)
+        assert graph.int8_layers == expected
+        kept = [graph.constants[layer.input[1]] for layer in graph.layers if layer.name not in expected]
+        assert {weights.dtype for weights in kept} <= {np.dtype(np.float16 if target == "tensorrt" else np.float32)}
+    kinds = [node.op_type for node in quantized.graph.node if node.op_type != "Cast"]
+    assert kinds == [node.op_type for node in mini.network.graph.node]
 
 
 def test_operators_after_a_float_layer_stay_float(mini: Parts, ranges: dict[str, Ranges]) -> None:
@@ -279,10 +325,10 @@ def test_search_keeps_the_fewest_most_sensitive_layers_in_float(
         allowed = share * drop([])
         network, quantization, search = quantize.quantize_network(mini, mini_spec, calibration, "minmax", allowed)
         assert search and search.map_float32 == pytest.approx(1)
-        layers, names = search.layers, layer_names(mini.network)
+        layers, names = search.layers, layer_names(mini.network, ["Conv"])
         assert [layer.loss for layer in layers] == sorted((layer.loss for layer in layers), reverse=True)
-        assert (len(layers), sum(layer.work for layer in layers)) == (7, pytest.approx(1))
-        kept = tuple(layer.layer for layer in layers if layer.float32)
+        assert (len(layers), sum(layer.work for layer in layers)) == (5, pytest.approx(1, abs=0.02))
+        kept = tuple(layer.layer for layer in layers if layer.kept)
         assert kept == quantization.float_layers == tuple(layer.layer for layer in layers[: len(kept)])
         assert {names[node] for node in names.keys() - Graph(network).int8_layers} == set(kept)
         nodes = {name: node for node, name in names.items()}
@@ -324,3 +370,18 @@ def test_parts_of_the_calibration_data_are_disjoint(calibration: Calibration) ->
     parts = (calibration.ranges, calibration.selection, calibration.held_out)
     assert [len(part) for part in parts] == [48, 12, 12]
     assert len({crop.tobytes() for part in parts for crop in part}) == 72
+
+
+def test_tensorrt_calibrates_on_512_crops(tiny_checkpoint: Path, people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def stop(*arguments: object) -> None:
+        read.append(arguments[4])
+        raise DataError("stop")
+
+    monkeypatch.setattr(quantize, "read_calibration", stop)
+    for options in ({"target": "tensorrt"}, {"target": "cpu"}):
+        with pytest.raises(DataError):
+            export(tiny_checkpoint, precision="int8", calibration=people, **options)
+    assert read == [512 * 6 // 4, quantize.MAX_IMAGES]
+    assert len(read_calibration(people, SIZE, most=66).ranges) == 44
