@@ -121,7 +121,8 @@ def run_stages(options: argparse.Namespace, stages: dict[str, Stage], work: Path
     paths = [str(site), str(ROOT), os.environ.get("PYTHONPATH", "")]  # the package need not be installed
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if options.small:
-        environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling for a CPU takes minutes
+        # Compiling for a CPU takes minutes, and the threads of small networks wait for each other.
+        environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     shares = [stage.seconds for stage in stages.values()]
     for number, (letter, stage) in enumerate(stages.items()):
         limit = (deadline - time.monotonic()) * shares[number] / sum(shares[number:])

@@ -30,7 +30,6 @@ PACKAGES = ("torchvision", "triton", "numpy", "onnx", "onnxruntime", "onnxruntim
 FULL = Namespace(
     device="cuda:0",
     step=Namespace(backbone="resnet50", height=384, width=128, batch=64),
-    precision="bf16",  # of trainings
     rounds=5,  # of which the median is shown
     steps=10,  # in a round, before the device is waited for
     identities={"train_identities": 751},
@@ -48,7 +47,6 @@ _FEW = {"train_identities": 8, "test_identities": 4, "cameras": 2}
 SMALL = Namespace(
     device="cpu",
     step=Namespace(backbone="resnet10", height=96, width=32, batch=8),
-    precision="fp32",
     rounds=1,
     steps=1,
     identities=_FEW,
@@ -276,7 +274,7 @@ def _train_epochs(check: Check, name: str, compiled: bool) -> None:
         table = f"pmm train --preset market1501, synthetic set of {len(split)} images of {split.identities} identities"
         settings = vars(sizes.step) | {"erase_size": min(64, sizes.step.width), "epochs": sizes.epochs}
         settings |= {"evaluate_every": sizes.epochs, "backbone_weights": "none", "compile": compiled}
-        settings |= {"precision": sizes.precision, "device": check.device.type}
+        settings |= {"precision": "bf16", "device": check.device.type}
         shutil.rmtree(out, ignore_errors=True)
         _reset_memory()
         start = time.perf_counter()
@@ -417,7 +415,7 @@ def compare_methods(check: Check) -> None:
     out.mkdir(exist_ok=True)
     rows, data = rows_named(sizes.rows), cached_synthetic(SyntheticConfig(**sizes.method_data))
     script = str(Path(__file__).with_name("compare_methods.py"))
-    command = [sys.executable, script, str(data), "--epochs", str(check.method_epochs), "--dtype", sizes.precision]
+    command = [sys.executable, script, str(data), "--epochs", str(check.method_epochs), "--dtype", "bf16"]
     command += [f"--set={setting}" for setting in [*sizes.methods.split(), f"device={check.device.type}"]]
     waiting = [(name, seed) for seed in sizes.seeds for name in rows]
     total, running = len(waiting), dict[tuple[str, int], subprocess.Popen[bytes]]()
@@ -441,7 +439,7 @@ def compare_methods(check: Check) -> None:
         time.sleep(0.1)
     for process in running.values():
         process.kill()
-    table = f"Methods on {data.name}: {check.method_epochs} epochs, {sizes.methods}, {sizes.precision}"
+    table = f"Methods on {data.name}: {check.method_epochs} epochs, {sizes.methods}, bf16"
     for name, results in finished.items():
         if results:
             columns = {figure: [100 * result[figure] for result in results] for figure in FIGURES}
