@@ -20,7 +20,8 @@ from pmm_edge.errors import CHECKPOINT_MODULES, EXPORT_MODULES, OutputError, Pmm
 from pmm_edge.files import cache_folder, decode_json, with_tilde
 from pmm_edge.machine import text_of
 
-COMMANDS = ("train", "export", "trt", "rtx", "bench", "embed", "eval", "visualize", "verify", "data", "synth")
+EMBED = ("bench", "embed", "eval", "calibrate", "match", "visualize")
+COMMANDS = ("train", "export", "trt", "rtx", *EMBED, "verify", "data", "synth")
 """What `pmm doctor` can check; `trt` and `rtx` are `pmm export --trt` and `--rtx`."""
 PACKAGES = (
     *("pmm-edge", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "onnx", "onnxscript"),
@@ -196,7 +197,6 @@ def shareable(text: str) -> str:
     return " ".join(re.sub(folders, "…/", with_tilde(text)).split())
 
 
-EMBED = ("bench", "embed", "eval", "visualize")
 TRAIN_MODULES = ("torch", "torchvision", "tensorboard", "tomli_w")
 
 

@@ -95,7 +95,7 @@ def test_commands_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = states(WORKING)
     assert ready["train"].status is ready["visualize"].status is Status.PROBLEM
     assert ready["train"].remedy == install("train")
-    for name in ("bench", "embed", "eval", "export"):
+    for name in ("bench", "embed", "eval", "calibrate", "match", "export"):
         assert ready[name].status is Status.LIMITED
     for text in ("--deepstream", "raw", "--triton", "uint8"):  # not both of one file
         assert text in ready["export"].detail
