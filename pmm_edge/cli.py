@@ -228,16 +228,22 @@ def bench(
     max_stretch: float | None = _gate(
         None, "Maximum ratio of embedding lengths. Default: fp32 1.001, fp16 1.01, int8 1.1."
     ),
+    max_fmr_factor: float | None = _gate(
+        None, "Maximum ratio of false-match rates at the model's thresholds. Default: fp32 and fp16 1.05, int8 1.25."
+    ),
+    max_tmr_drop: float | None = _gate(
+        None, "Maximum loss of true-match rate there, in points. Default: fp32 and fp16 0.1, int8 1."
+    ),
     batch_sizes: str = _speed("1,8", "Batch sizes to time, such as 1,8,64."),
     parity_only: bool = _speed(False, "Skip all timing.", "--parity-only"),
     compare: tuple[Path, Path] | None = _opt(None, "Only compare two reports.", metavar="OLD.json NEW.json"),
 ) -> None:
     """Check that exported models retrieve the same people as their checkpoint, and measure how fast they are.
 
-    Every model embeds the same images as the reference. It passes if cosine, embedding length and mAP meet the gates
-    and if neither the batch size nor the other images of a batch change an embedding. A model that passes gets a
-    certificate. For one that fails, the report names the gate, the image and, if recognized, the cause. docs/parity.md
-    explains the figures.
+    Every model embeds the same images as the reference. It passes if cosine, embedding length, mAP and the matches at
+    its decision thresholds meet the gates, and if neither the batch size nor the other images of a batch change an
+    embedding. A model that passes gets a certificate. For one that fails, the report names the gate, the image and, if
+    recognized, the cause. docs/parity.md explains the figures.
 
     Exit code 0: all models pass. 1: a model fails, or --compare finds a regression. 2: nothing could be compared. 130:
     interrupted; results so far are saved.

@@ -31,6 +31,7 @@ def render(report: BenchReport) -> str:
     sections = (
         ("parity", "Parity", [tables.parity_table(report)]),
         ("retrieval", "Retrieval", [tables.retrieval_table(report)]),
+        ("decisions", "Decisions", [tables.decisions_table(report), tables.changed_pairs_table(report)]),
         ("speed", "Speed, memory, energy", [*latencies, tables.cost_table(report)]),
         ("environment", "Environment", [tables.Table("Environment", ("", "value"), rows)]),
     )

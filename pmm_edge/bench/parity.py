@@ -39,7 +39,7 @@ DEFAULT_GATES = {
     "fp32": Gates(),
     "fp16": Gates(min_cosine=0.999, max_map_drop=0.1, min_mean_cosine=0.9999, max_stretch=1.01),
     "fp16, float16 sums": Gates(min_cosine=0.99, max_map_drop=0.1, min_mean_cosine=0.999, max_stretch=1.01),
-    "int8": Gates(min_cosine=0.95, max_map_drop=0.5, min_mean_cosine=0.99, max_stretch=1.1),
+    "int8": Gates(0.95, max_map_drop=0.5, min_mean_cosine=0.99, max_stretch=1.1, max_fmr_factor=1.25, max_tmr_drop=1.0),
 }
 """By precision. Rounding to 8 bits moves single embeddings, so INT8 is judged by the mean cosine and mAP."""
 
@@ -50,6 +50,7 @@ def gates_for(precision: str, overrides: Mapping[str, float | None], float16_sum
     Raises PmmError for impossible values.
     """
     ranges = {"min_cosine": (-1, 1), "min_mean_cosine": (-1, 1), "max_map_drop": (0, 100), "max_stretch": (1, 1e6)}
+    ranges |= {"max_fmr_factor": (1, 1e6), "max_tmr_drop": (0, 100)}
     chosen = {name: value for name, value in overrides.items() if value is not None}
     for name, value in chosen.items():
         low, high = ranges.get(name, (1, 0))
@@ -211,14 +212,21 @@ def compare(model: Subject, reference: Subject, paths: Sequence[Path], dataset: 
     if ours.embedding_size != theirs.embedding_size:
         figures.failures.append(Failure(FailureKind.EMBEDDING_SIZE, ours.embedding_size, theirs.embedding_size))
         return
-    expected, retrieval = reference.embeddings, reference.retrieval
-    if ours.normalized_output and not theirs.normalized_output:
-        expected = unit_length(expected)  # such a model ranks by cosine: compare it with the reference's directions
+    expected, retrieval = expected_embeddings(model, reference), reference.retrieval
+    if expected is not reference.embeddings:
         retrieval = evaluate_dataset(dataset, expected) if dataset else None
     figures.parity = differences(expected, model.embeddings, paths, ours.stages if ours.stages == theirs.stages else {})
     if retrieval and model.retrieval:
         figures.retrieval_change = retrieval_change(retrieval, model.retrieval)
     figures.failures += failed_gates(figures.parity, figures.retrieval_change, figures.gates)
+
+
+def expected_embeddings(model: Subject, reference: Subject) -> Embeddings:
+    """Return the reference's embeddings, scaled to unit length if the model outputs only directions."""
+    assert reference.embeddings is not None
+    if model.embedder.spec.normalized_output and not reference.embedder.spec.normalized_output:
+        return unit_length(reference.embeddings)
+    return reference.embeddings
 
 
 def differences(

@@ -11,6 +11,7 @@ import numpy as np
 
 from pmm_edge.bench import diagnosis, parity
 from pmm_edge.bench.certification import Certification, write_certificates
+from pmm_edge.bench.decisions import compare_decisions, failed_decisions
 from pmm_edge.bench.html import write_html
 from pmm_edge.bench.parity import Subject
 from pmm_edge.bench.report import (
@@ -142,6 +143,7 @@ def bench(
             if model.figures.sha256 == first.figures.sha256:
                 found.warnings.append(BenchWarning(WarningKind.SAME_FILE, model.figures.path))
             parity.compare(model, first, images.paths, images.dataset)
+            _check_decisions(model, first, images.dataset, found, report)
         _diagnose(subjects, rows, found, explain, report)
         if not parity_only:
             _measure_speed(subjects, images.paths, found, batch_sizes, report)
@@ -274,6 +276,32 @@ def _embed(
         figures.failures.append(Failure(FailureKind.CANNOT_RUN, detail=str(error)))
     for broken in [one for one in figures.invariants if not one.held]:
         figures.failures.append(Failure(FailureKind.INVARIANT, broken.value, broken.tolerance, broken.image, broken))
+
+
+def _check_decisions(
+    model: Subject, reference: Subject, dataset: ReidDataset | None, found: BenchReport, report: Report
+) -> None:
+    """Compare the matches at the thresholds of the model's spec, if retrieval was compared."""
+    figures, calibration, warned = model.figures, model.embedder.spec.calibration, {one.kind for one in found.warnings}
+    if not (dataset and figures.retrieval_change and model.embeddings is not None):
+        return
+    if calibration is None:
+        if WarningKind.NO_THRESHOLDS not in warned:
+            found.warnings.append(BenchWarning(WarningKind.NO_THRESHOLDS, figures.path))
+        return
+    with _warning_if_it_fails(found, figures.path):
+        expected = parity.expected_embeddings(model, reference)
+        figures.decisions = compare_decisions(
+            expected, model.embeddings, dataset, calibration, found.data_sha256, report
+        )
+        figures.failures += failed_decisions(figures.decisions, figures.gates)
+        for one in figures.decisions.thresholds if WarningKind.OTHER_RATES not in warned else ():
+            low, high = calibration.threshold(one.nominal, one.distance).fmr_interval
+            if not low <= one.reference_fmr <= high:
+                about = f"{one.distance} distance, calibrated on {calibration.dataset}"
+                rates = one.reference_fmr, one.nominal
+                found.warnings.append(BenchWarning(WarningKind.OTHER_RATES, figures.path, *rates, detail=about))
+                break
 
 
 def _diagnose(

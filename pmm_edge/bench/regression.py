@@ -162,7 +162,7 @@ def _model_notes(old: ModelReport, new: ModelReport) -> Iterator[Note]:
         yield Note("model passes", f"{name} failed and passes now")
     if engine != engine_before:
         yield Note("other engine", f"{name} ran with {engine_before}, now {engine}")
-    parts = ("parity", "retrieval", "latency", "cold_start", "energy")
+    parts = ("parity", "retrieval", "decisions", "latency", "cold_start", "energy")
     if lost := [part for part in parts if getattr(old, part) and not getattr(new, part)]:
         yield Note("not measured", f"{name} was measured before, and not now, for {', '.join(lost)}")
 

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from pmm_edge.errors import DataError
 from pmm_edge.files import decode_json, encode_json, written_whole
-from pmm_edge.spec import Precision, RetrievalFigures
+from pmm_edge.spec import Distance, Precision, RetrievalFigures
 
 QUANTILES = 101
 """Number of stored cosine quantiles: the minimum, the 1st to the 99th percentile, the maximum."""
@@ -22,12 +22,14 @@ Positive = Annotated[float, Meta(gt=0)]
 
 @dataclass(frozen=True)
 class Gates:
-    """Acceptance thresholds of a model; `max_map_drop` is in points of 100."""
+    """Acceptance thresholds of a model; `max_map_drop` and `max_tmr_drop` are in points of 100."""
 
     min_cosine: float = 0.9999
     max_map_drop: float = 0.1
     min_mean_cosine: float = 0.0
     max_stretch: float = 1.001
+    max_fmr_factor: float = 1.05
+    max_tmr_drop: float = 0.1
 
 
 class InvariantName(Enum):
@@ -83,7 +85,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Change:
-    """A figure of the model minus that of the reference, with the 95 % interval of a paired bootstrap over queries."""
+    """A figure of the model minus that of the reference, with the 95 % interval of a paired bootstrap.
+
+    It is drawn over queries; that of a true-match rate, over people.
+    """
 
     difference: float
     low: float
@@ -100,6 +105,46 @@ class RetrievalChange:
     queries: int
 
 
+@dataclass(frozen=True)
+class ChangedPair:
+    """A query and a gallery image on opposite sides of a threshold for the reference and the model."""
+
+    query_image: str
+    gallery_image: str
+    same_person: bool
+    reference_distance: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The matches of a model at one threshold of its spec."""
+
+    distance: Distance
+    threshold: float
+    nominal: float
+    fmr: float
+    reference_fmr: float
+    fmr_ratio: Positive
+    fmr_ratio_low: float
+    fmr_ratio_high: float
+    tmr: float
+    tmr_change: Change
+    changed: int
+    worst: list[ChangedPair]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The matches of a model at all thresholds of its spec, on pairs of a query and a gallery image."""
+
+    dataset: str
+    same_images: bool
+    genuine_pairs: int
+    impostor_pairs: int
+    thresholds: list[Decision]
+
+
 class FailureKind(Enum):
     """Why a model fails."""
 
@@ -107,6 +152,8 @@ class FailureKind(Enum):
     MEAN_COSINE = "mean cosine"
     LENGTH = "length"
     MAP_DROP = "mAP drop"
+    FALSE_MATCHES = "false matches"
+    TRUE_MATCHES = "true matches"
     INVARIANT = "invariant"
     PRECISION = "precision"
     EMBEDDING_SIZE = "embedding size"
@@ -124,6 +171,7 @@ class Failure:
     invariant: Invariant | None = None
     change: Change | None = None
     detail: str = ""
+    decision: Decision | None = None
 
 
 class Cause(Enum):
@@ -257,6 +305,8 @@ class WarningKind(Enum):
     PRECISION_NOT_CHECKED = "precision not checked"
     REFERENCE_BROKEN = "reference broken"
     SAME_FILE = "same file"
+    NO_THRESHOLDS = "no thresholds"
+    OTHER_RATES = "other rates"
     NOT_MEASURED = "not measured"
     BUSY = "busy"
     NOISY = "noisy"
@@ -298,6 +348,7 @@ class ModelReport:
     retrieval_cosine: RetrievalFigures | None = None
     cmc: list[float] = field(default_factory=list)
     retrieval_change: RetrievalChange | None = None
+    decisions: Decisions | None = None
     failures: list[Failure] = field(default_factory=list)
     likely_cause: LikelyCause | None = None
     departure: Departure | None = None

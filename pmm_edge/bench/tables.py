@@ -33,6 +33,11 @@ _FAILURES = {
     FailureKind.LENGTH: "changes the length of the embedding of {image} by a factor of {value:.4g}, and at most"
     " {limit:.4g} or its inverse is allowed; this changes distances and every threshold on them",
     FailureKind.MAP_DROP: "loses {value:.2f} points of mAP{interval}; the maximum is {limit:g}",
+    FailureKind.FALSE_MATCHES: "has {value:.2f} times the false-match rate of the reference at the {decision.distance}"
+    " threshold for a rate of {decision.nominal:g} (95 % interval {decision.fmr_ratio_low:.2f} to"
+    " {decision.fmr_ratio_high:.2f}); at most a factor of {limit:g} or its inverse is allowed",
+    FailureKind.TRUE_MATCHES: "loses {value:.2f} points of true-match rate{interval} at the {decision.distance}"
+    " threshold for a false-match rate of {decision.nominal:g}; the maximum is {limit:g}",
     FailureKind.PRECISION: "declares another precision than it has: {percent:.0f} % of its weights are of the declared"
     " type, most are {detail}",
     FailureKind.EMBEDDING_SIZE: "outputs {value:.0f} values per embedding, the reference {limit:.0f}",
@@ -54,6 +59,10 @@ _WARNINGS = {
     f" is missing. {install('train')}",
     WarningKind.REFERENCE_BROKEN: "the reference {name} fails its own checks, so that no model was compared with it",
     WarningKind.SAME_FILE: "{name} is the same file as the reference, so that the comparison shows nothing",
+    WarningKind.NO_THRESHOLDS: "decisions are not checked: {name} has no thresholds. Run pmm calibrate on the"
+    " checkpoint and export it again",
+    WarningKind.OTHER_RATES: "the threshold for a false-match rate of {limit:g} ({detail}) has a rate of {value:.2g} on"
+    " these images, outside the interval of its calibration; run pmm calibrate on images of your cameras",
     WarningKind.NOT_MEASURED: "{about}{detail}",
     WarningKind.BUSY: "the machine was busy before the measurement: load {value:.1f}, at most {limit:.1f} is quiet;"
     " stop other processes (see top) and measure again",
@@ -156,7 +165,8 @@ def named(report: bench.BenchReport) -> list[tuple[str, bench.ModelReport]]:
 def all_tables(report: bench.BenchReport) -> list[Table]:
     """Return the tables of what was measured."""
     latencies = (latency_table(report, scope) for scope in ("model", "end to end"))
-    return [table for table in (parity_table(report), retrieval_table(report), *latencies, cost_table(report)) if table]
+    accuracy = parity_table(report), retrieval_table(report), decisions_table(report)
+    return [table for table in (*accuracy, *latencies, cost_table(report)) if table]
 
 
 def parity_table(report: bench.BenchReport) -> Table:
@@ -188,6 +198,39 @@ def retrieval_table(report: bench.BenchReport) -> Table | None:
             title += f", {model.retrieval_change.queries:,} queries"
     measured = any(model.retrieval for _, model in named(report))
     return Table(title, ("model", "mAP", "Rank-1", "mINP", "mAP by\ncosine"), rows) if measured else None
+
+
+def decisions_table(report: bench.BenchReport) -> Table | None:
+    """Rates of false and true matches at the thresholds of each model; None if no model has thresholds."""
+    rows, title = [], ""
+    for name, model in named(report):
+        if not (found := model.decisions):
+            continue
+        other = "" if found.same_images else ", other images"
+        title = title or f"Matches at the thresholds calibrated on {found.dataset}{other}"
+        for one in found.thresholds:
+            fmr = f"{one.fmr:.1e} ×{one.fmr_ratio:.2f}"
+            tmr = f"{100 * one.tmr:.2f} {points(one.tmr_change.difference)}"
+            if one.changed:
+                fmr += f"\n({one.fmr_ratio_low:.2f}…{one.fmr_ratio_high:.2f})"
+                tmr += f"\n({points(one.tmr_change.low)}…{points(one.tmr_change.high)})"
+            rows.append((name, f"{one.distance}\n{one.nominal:g}", fmr, tmr, f"{one.changed:,}"))
+    columns = ("model", "threshold\nfor rate", "false-match\nrate, ratio", "true-match\nrate, %", "changed\npairs")
+    return Table(title, columns, rows) if rows else None
+
+
+def changed_pairs_table(report: bench.BenchReport) -> Table | None:
+    """The pairs that change sides by most; None if there are none."""
+    rows = []
+    for name, model in named(report):
+        for one in model.decisions.thresholds if model.decisions else ():
+            for pair in one.worst:
+                images = with_tilde(pair.query_image), with_tilde(pair.gallery_image)
+                distances = (f"{value:.4g}" for value in (one.threshold, pair.reference_distance, pair.distance))
+                person = "same" if pair.same_person else "other"
+                rows.append((name, f"{one.distance}, {one.nominal:g}", *images, person, *distances))
+    columns = ("model", "threshold for rate", "query", "gallery", "person", "threshold", "reference", "model")
+    return Table("Pairs that change sides, farthest from the threshold first", columns, rows) if rows else None
 
 
 def latency_table(report: bench.BenchReport, scope: bench.Scope) -> Table | None:

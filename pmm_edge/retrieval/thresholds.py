@@ -83,13 +83,7 @@ def find_thresholds(
     """
     query, gallery = check_pair(query_features, gallery_features)
     check_labels(labels, (len(query), len(gallery)))
-    query_pids, gallery_pids, query_camids, gallery_camids = (np.asarray(each, np.int64) for each in labels)
-    # In the order of cameras: the gallery images of a query's own camera, which are no pairs, are one slice.
-    rows = np.flatnonzero(~np.isin(query_pids, (JUNK_PID, DISTRACTOR_PID)))
-    rows = rows[np.argsort(query_camids[rows], kind="stable")]
-    columns = np.flatnonzero(gallery_pids != JUNK_PID)
-    columns = columns[np.argsort(gallery_camids[columns], kind="stable")]
-    people = _People(query_pids[rows], gallery_pids[columns], query_camids[rows], gallery_camids[columns])
+    rows, columns, people = in_camera_order(*labels)
     needed = {rate: round(MIN_FALSE_MATCHES / rate) for rate in RATES}
     refused = {rate: pairs for rate, pairs in needed.items() if pairs > people.impostors}
     if len(refused) == len(RATES):
@@ -113,7 +107,21 @@ def find_thresholds(
     return FoundThresholds(calibration, {name: tally.histogram() for name, tally in tallies.items()}, refused)
 
 
-class _People:
+def in_camera_order(*labels: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp], People]:
+    """Return the indices of queries and of gallery images that are in pairs, in the order of cameras, and the pairs.
+
+    Takes query pids, gallery pids, query camids and gallery camids. Raises DataError for fewer than two people.
+    """
+    query_pids, gallery_pids, query_camids, gallery_camids = (np.asarray(each, np.int64) for each in labels)
+    # In this order, the gallery images of a query's own camera, which are no pairs, are one slice.
+    rows = np.flatnonzero(~np.isin(query_pids, (JUNK_PID, DISTRACTOR_PID)))
+    rows = rows[np.argsort(query_camids[rows], kind="stable")]
+    columns = np.flatnonzero(gallery_pids != JUNK_PID)
+    columns = columns[np.argsort(gallery_camids[columns], kind="stable")]
+    return rows, columns, People(query_pids[rows], gallery_pids[columns], query_camids[rows], gallery_camids[columns])
+
+
+class People:
     """Who is on Q rows (queries) and G columns (gallery), both in the order of their cameras, and their pairs."""
 
     def __init__(self, row_pids: NDArray[Any], column_pids: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]):
@@ -141,7 +149,7 @@ class _People:
 
         names = np.unique(np.concatenate([rows, columns]))
         of_row, of_column = (
-            _table(unit, np.searchsorted(names, camids), (self.units, len(names)))
+            count_table(unit, np.searchsorted(names, camids), (self.units, len(names)))
             for unit, camids in ((self.row_unit, rows), (self.column_unit, columns))
         )
         pairs = np.outer(of_row.sum(axis=1), of_column.sum(axis=1)) - of_row @ of_column.T  # of different cameras
@@ -152,21 +160,21 @@ class _People:
         self.weights = np.concatenate(
             [draws.multinomial(n, np.full(n, 1 / n), DRAWS) for n in (self.known, self.units - self.known) if n], axis=1
         ).astype(np.float32)
-        self.pairs_drawn = self._drawn(pairs[: self.known])
+        self.pairs_drawn = self.drawn(pairs[: self.known])
 
     def by_person(self, accepted: slice | NDArray[np.bool_]) -> NDArray[np.intp]:
         """Number of genuine pairs of each person, of those that are accepted."""
         return np.bincount(self.row_unit[self.genuine_row[accepted]], minlength=self.known)
 
-    def _drawn(self, pairs: NDArray[Any]) -> NDArray[np.float64]:
+    def drawn(self, pairs: NDArray[Any]) -> NDArray[np.float64]:
         """Number of pairs in each draw, given that of each person on the rows with each on the columns."""
         drawn = self.weights[:, : self.known] @ pairs.astype(np.float32)
         return np.einsum("ij,ij->i", drawn, self.weights, dtype=np.float64)
 
     def fmr_interval(self, fmr: float, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> tuple[float, float]:
         """The 95 % interval of a false-match rate, given the falsely matching pairs."""
-        false = _table(self.row_unit[rows], self.column_unit[columns], (self.known, self.units))
-        drawn = self._drawn(false) / self.pairs_drawn
+        false = count_table(self.row_unit[rows], self.column_unit[columns], (self.known, self.units))
+        drawn = self.drawn(false) / self.pairs_drawn
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.nan_to_num(drawn / np.roll(drawn, 1), nan=1.0, posinf=np.inf)
         return _interval(fmr * ratio)
@@ -178,7 +186,7 @@ class _People:
         return _interval(tmr + drawn - np.roll(drawn, 1))
 
 
-def _table(rows: NDArray[Any], columns: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.intp]:
+def count_table(rows: NDArray[Any], columns: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.intp]:
     """Count pairs of indices in a table."""
     return np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
 
@@ -200,7 +208,7 @@ class _Tally:
         self._nearest, self._size = nearest, 0
         self._parts: list[tuple[NDArray[np.float32], NDArray[np.intp]]] = []
 
-    def add(self, distances: NDArray[np.float32], first: int, people: _People) -> None:
+    def add(self, distances: NDArray[np.float32], first: int, people: People) -> None:
         """Add the rows of the matrix from `first` on; they are overwritten."""
         genuine = slice(*np.searchsorted(people.genuine_row, (first, first + len(distances))))
         pairs = people.genuine_row[genuine] - first, people.genuine_column[genuine]
@@ -240,7 +248,7 @@ class _Tally:
 
 
 def _compare(
-    query: NDArray[Any], gallery: NDArray[Any], people: _People, nearest: int, report: Report
+    query: NDArray[Any], gallery: NDArray[Any], people: People, nearest: int, report: Report
 ) -> dict[Distance, _Tally]:
     """Compute all distances once, a part after the other; one matrix product serves both."""
     wide = gallery.astype(np.float64)
@@ -271,7 +279,7 @@ def _compare(
     return tallies
 
 
-def _thresholds(name: Distance, rates: Sequence[float], tally: _Tally, people: _People) -> DistanceThresholds:
+def _thresholds(name: Distance, rates: Sequence[float], tally: _Tally, people: People) -> DistanceThresholds:
     values, places = tally.nearest()
     row, column = np.divmod(places, len(people.column_unit))
     thresholds = []

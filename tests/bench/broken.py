@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pmm_edge.export.graph import finalize, split
 from pmm_edge.export.quantize import cast_to_fp16, quantize, value_ranges
-from pmm_edge.images import Pixels
+from pmm_edge.images import Pixels, read_crop
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
 from pmm_edge.spec import QuantizationTarget
@@ -108,9 +108,13 @@ def gives_one_embedding(constants: Constants, graph: onnx.GraphProto) -> None:
     constants[constants_of(graph, "Mul", constants)[0]] *= 0
 
 
-def is_stretched(constants: Constants, graph: onnx.GraphProto) -> None:
-    constants["factor"] = np.array(0.1, np.float32)
+def is_stretched(constants: Constants, graph: onnx.GraphProto, factor: float = 0.1) -> None:
+    constants["factor"] = np.array(factor, np.float32)
     append(graph, helper.make_node("Mul", ["{}", "factor"], [OUTPUT]))
+
+
+def crops_of(folder: Path) -> Pixels:
+    return np.stack([read_crop(path, 96, 64) for path in sorted(folder.iterdir())])
 
 
 def with_large_values(source: Path, out: Path) -> Path:

@@ -10,9 +10,12 @@ from pmm_edge.bench.report import (
     BenchWarning,
     Cause,
     Change,
+    ChangedPair,
     Clocks,
     Closeness,
     ColdStart,
+    Decision,
+    Decisions,
     Departure,
     Energy,
     Environment,
@@ -38,7 +41,7 @@ _SIZE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.26}
 def sample_report(folder: Path) -> BenchReport:
     """Return the report; `folder` is its data set."""
     reference = _model("best.pt", "fp32", 0, 1.0)
-    reference.backend, reference.parity, reference.retrieval_change = "torch", None, None
+    reference.backend, reference.parity, reference.retrieval_change, reference.decisions = "torch", None, None, None
     broken = _model("model-bgr.onnx", "fp32", 5e-2, 0.33, mAP=0.391)
     assert broken.retrieval_change is not None
     broken.failures = [
@@ -96,10 +99,19 @@ def _model(
         retrieval_cosine=RetrievalFigures(0.62, mAP - 0.01, 0.15, mAP - 0.03),
         cmc=[float(share) for share in 1 - 0.3646 * np.exp(-np.arange(50) / 12) + (mAP - 0.467)],
         retrieval_change=RetrievalChange(change, change, change, 458),
+        decisions=_decisions(departure),
         latency=[_latency(batch, scope, ratio) for scope in scopes for batch in (1, 8, 32)],
         cold_start=ColdStart(1450.0 * ratio, 410.0, 8),
         energy=Energy(0.21 * ratio, 31.0, "INA3221", 1, 2.0),
     )
+
+
+def _decisions(departure: float) -> Decisions:
+    pair = ChangedPair("query/a.jpg", "gallery/b.jpg", False, 14.35, 14.27)
+    change, factor = Change(-0.0011, -0.0037, 0.0013), 1 + departure
+    equal = Decision("cosine", 0.17, 1e-4, 1e-4, 1e-4, 1.0, 1.0, 1.0, 0.236, Change(0, 0, 0), 0, [])
+    moved = Decision("euclidean", 14.31, 1e-3, 1e-3, 1e-3, factor, 0.97, 1.02, 0.269, change, 74, [pair])
+    return Decisions("synthetic", True, 5298, 676_154, [moved, equal])
 
 
 def _parity(departure: float) -> Parity:

@@ -1,21 +1,15 @@
 """Deliberately broken models fail with their cause; good ones pass."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import broken
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pmm_edge.bench import ModelReport, bench, pipeline
 from pmm_edge.bench.report import Cause, FailureKind, InvariantName, LikelyCause
-from pmm_edge.export import export
-from pmm_edge.images import read_crop
-from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
-from pmm_edge.runtime.torch_backend import Preprocess
 from pmm_edge.spec import FLOAT16_MAX
 
 Judged = dict[str, ModelReport]
@@ -34,39 +28,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that distinguishes the images, because its batch normalization has seen them."""
-    tiny = load_checkpoint(tiny_checkpoint)
-    network = tiny.network().eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.train()
-            module.momentum = 0.5
-    images = torch.tensor(crops_of(tiny_dataset / "bounding_box_train"))
-    with torch.no_grad():
-        network(Preprocess(replace(tiny.spec.input, form="uint8"))(images))
-    path = tmp_path_factory.mktemp("sharp") / "best.pt"
-    save_checkpoint(path, Checkpoint(tiny.spec, network.state_dict()))
-    return path
-
-
-@pytest.fixture(scope="module")
-def good(checkpoint: Path) -> Path:
-    """Its export in FP32."""
-    return export(checkpoint, out=checkpoint.with_name("model.onnx")).files[0].path
-
-
-def crops_of(folder: Path) -> np.ndarray:
-    return np.stack([read_crop(path, 96, 64) for path in sorted(folder.iterdir())])
-
-
-@pytest.fixture(scope="module")
 def judged(checkpoint: Path, good: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     """All models in one bench, by name."""
     folder = tmp_path_factory.mktemp("models")
-    test_crops = np.concatenate([crops_of(tiny_dataset / split) for split in ("query", "bounding_box_test")])
+    test_crops = np.concatenate([broken.crops_of(tiny_dataset / split) for split in ("query", "bounding_box_test")])
     darkest, next_to_it = np.sort(test_crops.mean(axis=(1, 2, 3)))[:2]
-    crops = crops_of(tiny_dataset / "bounding_box_train")
+    crops = broken.crops_of(tiny_dataset / "bounding_box_train")
     alterations = (
         *(broken.sees_bgr, broken.normalizes_twice, broken.does_not_normalize, broken.swaps_stages),
         *(broken.sees_its_batch, broken.gives_one_embedding, broken.is_stretched),

@@ -67,12 +67,12 @@ def text() -> str:
 
 def test_sections_are_those_that_were_measured(text: str) -> None:
     report = sample_report(Path("market1501"))
-    nothing = dict.fromkeys(("parity", "retrieval", "retrieval_change", "cold_start", "energy"))
+    nothing = dict.fromkeys(("parity", "retrieval", "retrieval_change", "decisions", "cold_start", "energy"))
     nothing |= {"cmc": [], "latency": [], "invariants": []}
     bare = [replace(model, **nothing) for model in (report.reference, *report.models)]
     less = render(replace(report, reference=bare[0], models=bare[1:]))
-    measured = ["models", "parity", "retrieval", "speed", "environment"]
-    for content, sections, tables in ((text, measured, 6), (less, ["models", "parity", "environment"], 2)):
+    measured = ["models", "parity", "retrieval", "decisions", "speed", "environment"]
+    for content, sections, tables in ((text, measured, 8), (less, ["models", "parity", "environment"], 2)):
         page = Parsed(content)
         assert [section["id"] for section in page.all("section") if "id" in section] == sections
         assert [link["href"] for link in page.all("a")[1:]] == [f"#{name}" for name in sections]
@@ -124,7 +124,7 @@ def test_without_matplotlib_the_page_has_no_charts(tmp_path: Path, monkeypatch: 
     page = Parsed((tmp_path / "report.html").read_text())
     assert r"caf\xe9" in page.text  # a path that is not UTF-8
     assert not page.all("svg")
-    assert len(page.all("table")) == 6
+    assert len(page.all("table")) == 8
     assert ".[train]" in page.text
     with pytest.raises(OutputError):
         save_cmc_plot(tmp_path / "cmc.png", "CMC", {"model": [0.5, 1.0]})

@@ -197,8 +197,9 @@ def test_broken_rows_have_cosine_0(value: float, reference: np.ndarray) -> None:
 def test_gates_follow_the_precision_unless_overridden() -> None:
     assert gates_for("fp16", {"min_cosine": None}) == Gates(0.999, 0.1, 0.9999, 1.01)
     assert gates_for("fp16", {"max_stretch": 2}, float16_sums=True) == Gates(0.99, 0.1, 0.999, 2)
-    assert gates_for("int8", {"min_cosine": 0.9, "max_stretch": 2}) == Gates(0.9, 0.5, 0.99, 2)
+    assert gates_for("int8", {"min_cosine": 0.9, "max_stretch": 2}) == Gates(0.9, 0.5, 0.99, 2, 1.25, 1)
     wrong = {"min_cosine": 1.5, "min_mean_cosine": math.nan, "max_map_drop": -1, "max_stretch": 0.9, "no_gate": 1}
+    wrong |= {"max_fmr_factor": 0.99, "max_tmr_drop": -0.1}
     for name, value in wrong.items():
         with pytest.raises(PmmError, match=name):
             gates_for("fp32", {name: value})

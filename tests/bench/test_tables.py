@@ -26,13 +26,16 @@ def width(table: Table) -> int:
 
 def test_parity_retrieval_and_latency_of_each_model() -> None:
     report = sample_report(Path())
-    parity, retrieval, latency, end_to_end, cost = found = tables.all_tables(report)
+    parity, retrieval, decisions, latency, end_to_end, cost = found = tables.all_tables(report)
     assert [table.title for table in found if width(table) > 80] == []
     assert [row[0] for row in parity.rows] == [name for name, _ in tables.named(report)]
     assert [row[-1] for row in parity.rows] == ["reference", "passes", "passes", "passes", "fails"]
     assert parity.rows[0][1:-1] == (NOT_MEASURED,) * 4
     assert parity.rows[2][1:3] == ("0.999987", "0.999987")
     assert (retrieval.rows[0][1], retrieval.rows[3][1]) == ("46.70", "46.41 -0.29\n(-0.49…-0.09)")
+    cells = ("euclidean\n0.001", "1.0e-03 ×1.00\n(0.97…1.02)", "26.90 -0.11\n(-0.37…+0.13)", "74")
+    assert decisions.rows[4][1:] == cells
+    assert decisions.rows[5][1:] == ("cosine\n0.0001", "1.0e-04 ×1.00", "23.60 +0.00", "0")
     assert [row[1] for row in latency.rows] == ["1"] * 5 + ["8"] * 5 + ["32"] * 5
     assert [row[-1] for row in latency.rows[:2]] == ["1.00", "0.33 0.32–0.34"]
     assert len(end_to_end.rows) == 15
@@ -45,7 +48,7 @@ def test_tables_that_were_measured() -> None:
         model.energy = None
     assert [row[-1] for row in tables.all_tables(report)[-1].rows] == ["0.21", *[NOT_MEASURED] * 3]
     for model in (report.reference, *report.models):
-        model.energy, model.cold_start, model.retrieval, model.latency = None, None, None, []
+        model.energy, model.cold_start, model.retrieval, model.decisions, model.latency = None, None, None, None, []
     assert tables.all_tables(report) == [tables.parity_table(report)]
 
 
@@ -77,7 +80,9 @@ def test_the_verdict() -> None:
 
 
 def test_every_kind_has_a_sentence() -> None:
-    values = {"value": 0.5, "limit": 1.0, "image": "a.jpg"}
+    decisions = sample_report(Path()).models[0].decisions
+    assert decisions is not None
+    values = {"value": 0.5, "limit": 1.0, "image": "a.jpg", "decision": decisions.thresholds[0]}
     for kind in set(FailureKind) - {FailureKind.INVARIANT}:
         assert tables.describe_failure(Failure(kind, **values))
     for name in InvariantName:
@@ -101,7 +106,7 @@ def test_markdown_has_all_tables_with_complete_rows() -> None:
     for number, model in enumerate(report.models):
         model.path = f"a|b{number}\n.onnx"
     blocks = re.findall(r"(?:^\|.*\n)+", tables.markdown(report), re.M)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
