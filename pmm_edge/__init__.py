@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pmm_edge.bench.calibrate import calibrate as calibrate
     from pmm_edge.errors import PmmError as PmmError
     from pmm_edge.export import export as export
+    from pmm_edge.gallery import open_gallery as open_gallery
     from pmm_edge.model import build_model as build_model
     from pmm_edge.model import load_released_checkpoint as load_released_checkpoint
     from pmm_edge.retrieval import evaluate as evaluate
@@ -40,6 +41,7 @@ _MODULES = {
     "evaluate": "retrieval",
     "load": "runtime",
     "load_released_checkpoint": "model",
+    "open_gallery": "gallery",
     "pmm_loss": "trainer.step",
     "pool": "retrieval",
     "train": "trainer.train",

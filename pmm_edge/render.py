@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pmm_edge.data.dataset import ReidDataset
     from pmm_edge.doctor import Diagnosis
     from pmm_edge.export import ExportResult
+    from pmm_edge.gallery.gallery import AddResult, GalleryInfo, SearchResult
     from pmm_edge.images import BadImage
     from pmm_edge.pictures.album import Album
     from pmm_edge.retrieval import RetrievalResult
@@ -250,6 +251,60 @@ def show_embedded(found: EmbeddedFiles, written: Path) -> None:
     print_line(f"{escape(str(written))}: {rows:,} × {size:,} float32 of {found.images.source}{skipped}")
     unit = "tracklets" if "frames" in (found.images.labels or {}) else "images"
     note(f"[dim]{rows / found.seconds:,.1f} {unit}/s in {found.backend} on {found.device}[/]")
+
+
+def show_added(done: AddResult, gallery: str) -> None:
+    """Print what `pmm gallery add` did."""
+    _show_unreadable("skipped", done.skipped)
+    left_out = {"known": done.known, "junk": done.junk, "unreadable": len(done.skipped)}
+    rest = "".join(f", {count:,} {name}" for name, count in left_out.items() if count)
+    print_line(f"{escape(gallery)}: added {done.added:,} rows{rest}; {done.rows:,} in all")
+
+
+def show_deleted(deleted: int, rows: int) -> None:
+    """Print what `pmm gallery delete` did."""
+    print_line(f"deleted {deleted:,} rows; {rows:,} are left")
+
+
+def search_facts(found: SearchResult) -> dict[str, Any]:
+    """The JSON form of the result of one query."""
+    return {"verdict": found.verdict, **vars(found), "expected_false_matches": found.expected_false_matches}
+
+
+def show_search(found: Sequence[SearchResult]) -> None:
+    """Print the nearest rows of each query, the verdict, and how far to trust it."""
+    same = {True: "yes", False: "no", None: "–"}
+    for one in found:
+        rows = []
+        for hit in one.hits:
+            who, when = "–" if hit.pid is None else str(hit.pid), f"{hit.time:%Y-%m-%d %H:%M:%S}"
+            rows.append((hit.source, f"{hit.distance:.4g}", same[hit.same_person], who, hit.camera or "–", when))
+        title = f"{one.query}: {one.verdict}, {one.searched:,} rows searched"
+        print_table(title, ("source", f"{one.distance} distance", "same person", "pid", "camera", "time"), rows)
+    if found and (threshold := found[0].threshold):
+        false = f"{found[0].expected_false_matches:.3g} rows of other people are expected within it"
+        note(f"[dim]threshold {threshold.distance:.4g}, false-match rate {threshold.fmr:g} per row: {false}[/]")
+    elif found:
+        note("[dim]no threshold: run pmm calibrate, export the model again and search with it[/]")
+
+
+def show_gallery(found: GalleryInfo) -> None:
+    """Print what a gallery contains."""
+    times = [f"{moment:%Y-%m-%d %H:%M}" for moment in (found.oldest, found.newest) if moment]
+    spec = found.model.spec
+    facts = {
+        "rows": f"{found.rows:,} × {spec.embedding_size:,} {found.dtype}",
+        "identities": f"{found.identities:,}",
+        "cameras": ", ".join(found.cameras[:LISTED]) + (", …" if len(found.cameras) > LISTED else ""),
+        "times": " to ".join(times),
+        "model": f"{spec.architecture} {spec.backbone}, checkpoint {found.model.sha256[:12]}",
+        "distance": found.distance,
+    }
+    if found.size is not None:
+        facts["size"] = f"{found.size / 1e6:,.1f} MB"
+    if index := found.index:
+        facts["index"] = f"{index.lists:,} lists, {index.probes:,} searched, recall@10 {index.recall:.3f}"
+    print_table(found.location, ("", ""), list(facts.items()))
 
 
 def _show_unreadable(label: str, bad: Sequence[BadImage]) -> None:

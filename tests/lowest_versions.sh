@@ -48,6 +48,6 @@ if pmm export "$work/best.pt" 2> "$work/error"; then exit 1; fi
 grep "error: .* torch, torchvision" "$work/error"
 
 pip install --quiet -r "$work/tests.txt" -c "$work/base.txt"
-others='^(import|from) (torch|safetensors|pyarrow|openvino|grpc|tritonclient|broken|pmm_edge\.(model|pictures\.attention))\b'
+others='^(import|from) (torch|safetensors|pyarrow|openvino|qdrant_client|gallery|grpc|tritonclient|broken|pmm_edge\.(model|pictures\.attention))\b'
 mapfile -t files < <(grep -LE "$others" $(find tests -name 'test_*.py' -not -path 'tests/trainer/*' | sort))
 PMM_TINY_ONNX=$work/uint8.onnx "$work/venv/bin/python" -m pytest -m "not torch and not gpu" "${files[@]}"

@@ -1,6 +1,7 @@
 """Ranked galleries: a query and its nearest gallery images, right and wrong."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,9 @@ from PIL import Image
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, Split
-from pmm_edge.images import read_crop, warn_skipped
+from pmm_edge.files import written_whole
+from pmm_edge.gallery.gallery import SearchResult
+from pmm_edge.images import BadImage, read_crop, try_crop, warn_skipped
 from pmm_edge.pictures.grid import Cell, grid
 from pmm_edge.retrieval import evaluate_distances, pairwise_distances
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, check_labels
@@ -102,6 +105,36 @@ def draw_rankings(rankings: Sequence[Ranking], query: Split, gallery: Split, nam
         " query's identity and camera are excluded, as in the Market-1501 protocol.",
         wide_before=[1],
     )
+
+
+def draw_search(results: Sequence[SearchResult], out: Path) -> None:
+    """Draw each query and its hits, and write the picture; a gray field stands for what is not a readable image."""
+    rows = []
+    for one in results:
+        rows.append([Cell(_photo(one.query), one.verdict)])
+        for hit in one.hits:
+            who = "unknown" if hit.pid is None else f"pid {hit.pid}"
+            camera = hit.camera and f" · c{hit.camera}"
+            rows[-1].append(
+                Cell(_photo(hit.source), f"{who}{camera}\n{hit.distance:#.3g}".rstrip("."), hit.same_person)
+            )
+    picture = grid(
+        rows,
+        ["query", *map(str, range(1, max(map(len, rows))))],
+        title="nearest rows of the gallery",
+        note="Solid frame and tick: within the threshold. Dashed frame and cross: not. Below each hit: identity, camera"
+        f" and {results[0].distance} distance."
+        if results
+        else "",
+        wide_before=[1],
+    )
+    with written_whole(out) as temporary:
+        picture.save(temporary, "PNG" if out.suffix.lower() == ".png" else "JPEG")
+
+
+def _photo(source: str) -> Image.Image:
+    crop = try_crop(Path(source), *PHOTO)
+    return Image.new("RGB", PHOTO[::-1], "lightgray") if isinstance(crop, BadImage) else Image.fromarray(crop)
 
 
 def _cell(split: Split, row: int, judged: str, right: bool | None = None) -> Cell:

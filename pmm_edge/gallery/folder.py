@@ -1,0 +1,478 @@
+"""A gallery in a folder: append-only segments, a manifest that is replaced atomically, and a FAISS index.
+
+    people/gallery.json         the manifest: model, distance, and the segments and the index that count
+    people/lock                 held by the process that writes
+    people/data/NAME.vectors    (rows, D) float32 or float16, memory-mapped
+    people/data/NAME.rows       the labels of the rows, `ROW`
+    people/data/NAME.sources    their sources, UTF-8, one after the other
+    people/data/NAME.index      the FAISS index
+
+What the manifest does not name does not exist: a process killed at any moment leaves the old state or the new one, and
+the next writer removes the rest. A reader maps the files of its manifest when it is opened, and keeps them.
+"""
+
+import mmap
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from pmm_edge.console import Report
+from pmm_edge.errors import DataError, OutputError, PmmError, absent, install
+from pmm_edge.files import decode_sealed, encode_sealed, written_whole
+from pmm_edge.gallery.gallery import FLAT_ROWS, Found, Gallery, GalleryInfo, Rows, StoredType, Where
+from pmm_edge.gallery.index import IndexFacts, Nearest, build_index, search_index
+from pmm_edge.gallery.inputs import EmbeddingModel
+from pmm_edge.retrieval.distances import pairwise_distances
+from pmm_edge.runtime import Embedder
+from pmm_edge.runtime.embedder import Embeddings
+from pmm_edge.spec import Distance
+
+ROW = np.dtype([("number", "<u8"), ("id", "<u8"), ("pid", "<i8"), ("time", "<f8"), ("end", "<u8"), ("camera", "<i4")])
+"""`number` grows with every row and never changes; `end` is where the source of the row ends."""
+SEGMENT_ROWS = 65_536
+CHUNK = 8192
+MARGIN = 10
+"""More rows than wanted are compared exactly, because float32 distances may swap neighbors."""
+TAIL = 10_000
+"""From this number of new rows on, or 1 % of all, rows are added to the index; until then a search compares each."""
+DAMAGED = "Restore it from a backup, or create the gallery again"
+SUFFIXES = (".vectors", ".rows", ".sources")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows in three files."""
+
+    name: str
+    rows: int = 0
+    text: int = 0  # bytes of the sources
+    checksums: tuple[int, int, int] = (0, 0, 0)  # CRC-32 of vectors, rows and sources
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What counts of a folder."""
+
+    model: EmbeddingModel
+    distance: Distance
+    dtype: StoredType
+    cameras: tuple[str, ...] = ("",)
+    next_number: int = 0
+    segments: tuple[Segment, ...] = ()
+    index: IndexFacts | None = None
+    schema: Literal[1] = 1
+
+
+class _View:
+    """The files of one manifest, mapped into memory."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.manifest, size = manifest, manifest.model.spec.embedding_size
+        stored = np.dtype(manifest.dtype)
+        self.maps, self.vectors, self.texts = [], [], []
+        tables = [np.empty(0, ROW)]
+        for segment in manifest.segments:
+            sizes = (segment.rows * size * stored.itemsize, segment.rows * ROW.itemsize, segment.text)
+            paths = [folder / "data" / f"{segment.name}{suffix}" for suffix in SUFFIXES]
+            vectors, rows, text = map(_map, paths, sizes)
+            for path, content, checksum in zip(paths[1:], (rows, text), segment.checksums[1:], strict=True):
+                if zlib.crc32(content) != checksum:
+                    raise DataError(f"{path} is damaged: its checksum does not match", DAMAGED)
+            self.maps.append(vectors)
+            self.vectors.append(np.frombuffer(vectors, stored).reshape(segment.rows, size))
+            self.texts.append(text)
+            tables.append(np.frombuffer(rows, ROW))
+        table = np.concatenate(tables)
+        self.ends, self.pids, self.times, self.cameras = (
+            table[name].copy() for name in ("end", "pid", "time", "camera")
+        )
+        self.numbers, self.ids = table["number"].astype(np.int64), table["id"].copy()
+        self.starts = np.cumsum([0, *(segment.rows for segment in manifest.segments)])
+        self._index = _map(folder / "data" / f"{manifest.index.name}.index") if manifest.index else b""
+        self.index_path = folder / "data" / f"{manifest.index and manifest.index.name}.index"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load_index(self) -> Any:
+        import faiss
+
+        assert self.manifest.index
+        if zlib.crc32(self._index) != self.manifest.index.checksum:
+            raise DataError(f"{self.index_path} is damaged: its checksum does not match", DAMAGED)
+        return faiss.deserialize_index(np.frombuffer(self._index, np.uint8))
+
+    @cached_property
+    def index(self) -> Any:
+        """The index to search."""
+        return self.load_index()
+
+    def take(self, positions: NDArray[np.int64]) -> Embeddings:
+        """The vectors at some positions: (N,) -> (N, D) float32."""
+        taken = np.empty((len(positions), self.manifest.model.spec.embedding_size), np.float32)
+        segments = np.searchsorted(self.starts, positions, side="right") - 1
+        for number in np.unique(segments):
+            chosen = segments == number
+            taken[chosen] = self.vectors[number][positions[chosen] - self.starts[number]]
+        return taken
+
+    def chunks(self, positions: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Embeddings]]:
+        """Yield positions and vectors of all rows, or of some, in parts that fit into memory."""
+        if positions is not None:
+            for start in range(0, len(positions), CHUNK):
+                yield (part := positions[start : start + CHUNK]), self.take(part)
+            return
+        for first, vectors, pages in zip(self.starts, self.vectors, self.maps, strict=False):
+            for start in range(0, len(vectors), CHUNK):
+                part = vectors[start : start + CHUNK]
+                yield np.arange(first + start, first + start + len(part)), part.astype(np.float32, copy=False)
+            if len(self) >= FLAT_ROWS:
+                pages.madvise(mmap.MADV_DONTNEED)  # or all vectors would count as memory of this process
+
+    def scan(self, queries: Embeddings, want: int, positions: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Positions of the nearest rows, found one by one: (Q, want), -1 where there are no more."""
+        nearest = Nearest(queries, want)
+        for part in self.chunks(positions):
+            nearest.update(*part)
+        return nearest.positions
+
+    def approximate(self, queries: Embeddings, want: int, mask: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+        """Positions of rows that include the nearest, from the index and the rows after it: (Q, C), -1 for none."""
+        import faiss
+
+        facts = self.manifest.index
+        assert facts
+        probes, selector = facts.probes, None
+        if mask is not None:  # the neighbors that remain are farther away
+            probes = min(facts.lists, ceil(probes / mask.mean()))
+            bits = np.zeros(facts.below, np.bool_)
+            bits[self.numbers[mask & (self.numbers < facts.below)]] = True
+            selector = faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
+        count = max(facts.candidates, 2 * want)
+        found = search_index(self.index, queries, count, probes, selector)
+        positions = np.where(found < 0, -1, np.searchsorted(self.numbers, found))
+        tail = np.flatnonzero(self.numbers >= facts.below if mask is None else mask & (self.numbers >= facts.below))
+        return np.concatenate([positions, self.scan(queries, want, tail)], axis=1) if len(tail) else positions
+
+    def mask(self, where: Where) -> NDArray[np.bool_] | None:
+        """Which rows meet the conditions; None if there are none."""
+        masks = []
+        if where.cameras is not None:
+            known = [number for number, name in enumerate(self.manifest.cameras) if name in where.cameras]
+            masks.append(np.isin(self.cameras, known))
+        if where.since is not None:
+            masks.append(self.times >= where.since)
+        if where.before is not None:
+            masks.append(self.times < where.before)
+        if where.pids is not None:
+            masks.append(np.isin(self.pids, np.array(where.pids, np.int64)))
+        if where.sources is not None:
+            wanted = set(map(os.fsencode, where.sources))
+            masks.append(np.array([self.source(position) in wanted for position in range(len(self))], np.bool_))
+        return np.logical_and.reduce(masks) if masks else None
+
+    def source(self, position: int) -> bytes:
+        segment = int(np.searchsorted(self.starts, position, side="right")) - 1
+        start = self.ends[position - 1] if position > self.starts[segment] else 0
+        return self.texts[segment][int(start) : int(self.ends[position])]
+
+    def found(self, position: int, distance: float) -> Found:
+        camera, source = self.manifest.cameras[self.cameras[position]], os.fsdecode(self.source(position))
+        time = self.times[position].item()
+        return Found(distance, int(self.ids[position]), int(self.pids[position]), camera, time, source)
+
+
+class FolderGallery(Gallery):
+    """A gallery in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Embedder | EmbeddingModel | None,
+        distance: Distance | None = None,
+        dtype: StoredType | None = None,
+    ) -> None:
+        if missing := absent("faiss"):
+            raise PmmError(f"a gallery in a folder needs FAISS: {missing}", install("gallery"))
+        super().__init__(str(folder), model)
+        self.folder, self._settings = folder, (distance, dtype or "float32")
+        self._view: _View | None = None
+        self._sorted_ids = np.empty(0, np.uint64)
+        self._load()
+        if self._view is None and folder.exists():
+            ours = ("data", "lock", "gallery")  # also what a killed process left
+            if not folder.is_dir() or any(path.name.lstrip(".").split(".")[0] not in ours for path in folder.iterdir()):
+                raise DataError(f"{folder} is not a gallery", "Name a gallery, or a folder that does not exist yet")
+
+    def _load(self) -> None:
+        """Open the files of the current manifest; leave `_view` None if there is no gallery."""
+        text = b""
+        while True:
+            try:
+                before, text = text, (self.folder / "gallery.json").read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            manifest = decode_sealed(Manifest, text, str(self.folder / "gallery.json"), DataError, DAMAGED)
+            try:
+                self._view = _View(self.folder, manifest)
+            except FileNotFoundError as error:  # a writer replaced the manifest in between
+                if text == before:
+                    raise DataError(f"{error.filename} is missing", DAMAGED) from error
+                continue
+            self.model, self.distance, self.dtype = manifest.model, manifest.distance, manifest.dtype
+            self._sorted_ids = np.sort(self._view.ids)
+            return
+
+    @property
+    def view(self) -> _View:
+        self._existing()
+        assert self._view is not None
+        return self._view
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._reported():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise OutputError(
+                    f"another process is writing to {self.folder}", "Try again when it is done"
+                ) from error
+        try:
+            self._load()
+            self._sweep()
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = f"cannot write {self.folder}: {error.strerror or error}; what it contained is unchanged"
+            raise OutputError(problem, "Choose a folder that is writable, or free space") from error
+
+    def _sweep(self) -> None:
+        """Remove files that the manifest does not name: of a killed process, or with deleted rows."""
+        if self._view is None:
+            return
+        manifest = self._view.manifest
+        named = {f"{segment.name}{suffix}" for segment in manifest.segments for suffix in SUFFIXES}
+        named |= {f"{manifest.index.name}.index"} if manifest.index else set()
+        with self._reported():
+            (self.folder / "data").mkdir(exist_ok=True)
+            for path in (self.folder / "data").iterdir():
+                if path.name not in named:
+                    path.unlink()
+
+    def _create(self, model: EmbeddingModel) -> None:
+        distance, dtype = self._settings
+        self._commit(Manifest(model, distance or model.spec.distance, dtype))
+        self._load()
+        self._sweep()
+
+    def _commit(self, manifest: Manifest) -> None:
+        with written_whole(self.folder / "gallery.json") as temporary:
+            temporary.write_text(encode_sealed(manifest))
+        if self._view is not None:
+            self._view.manifest = manifest
+
+    def _known(self, ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        if not len(self._sorted_ids):
+            return np.zeros(len(ids), np.bool_)
+        at = np.searchsorted(self._sorted_ids, ids).clip(max=len(self._sorted_ids) - 1)
+        return self._sorted_ids[at] == ids
+
+    def _append(self, rows: Rows, report: Report) -> None:
+        manifest, count = self.view.manifest, len(rows.ids)
+        names = {name: number for number, name in enumerate(manifest.cameras)}
+        for name in dict.fromkeys(rows.cameras.tolist()):
+            names.setdefault(name, len(names))
+        table = np.empty(count, ROW)
+        table["id"], table["pid"], table["time"] = rows.ids, rows.pids, rows.times
+        table["camera"] = [names[name] for name in rows.cameras.tolist()]
+        segments, start, texts = list(manifest.segments), 0, [os.fsencode(source) for source in rows.sources]
+        while start < count:
+            if not segments or segments[-1].rows >= SEGMENT_ROWS:
+                segments.append(Segment(secrets.token_hex(8)))
+            part = slice(start, start + SEGMENT_ROWS - segments[-1].rows)
+            piece = table[part]
+            piece["number"] = manifest.next_number + np.arange(len(piece))
+            piece["end"] = segments[-1].text + np.cumsum([len(text) for text in texts[part]])
+            with self._reported():
+                segments[-1] = self._extend(segments[-1], rows.embeddings[part], piece, texts[part])
+            start += len(piece)
+            manifest = replace(
+                manifest,
+                cameras=tuple(names),
+                next_number=manifest.next_number + len(piece),
+                segments=tuple(segments),
+            )
+            self._commit(manifest)
+            report(f"adding to {self.folder.name}", start, count)
+        new = np.sort(rows.ids)
+        self._sorted_ids = np.insert(self._sorted_ids, np.searchsorted(self._sorted_ids, new), new)
+
+    def _extend(self, segment: Segment, vectors: Embeddings, table: NDArray[Any], texts: list[bytes]) -> Segment:
+        """Write rows after those of a segment."""
+        vectors = np.ascontiguousarray(vectors, self.dtype)
+        contents: list[Any] = [vectors.reshape(-1).view(np.uint8), table.tobytes(), b"".join(texts)]
+        offsets = (segment.rows * vectors.itemsize * vectors.shape[1], segment.rows * ROW.itemsize, segment.text)
+        checksums = []
+        for suffix, offset, content, checksum in zip(SUFFIXES, offsets, contents, segment.checksums, strict=True):
+            path = self.folder / "data" / f"{segment.name}{suffix}"
+            with path.open("r+b" if segment.rows else "wb", buffering=0) as file:
+                if file.seek(0, os.SEEK_END) < offset:
+                    raise DataError(f"{path} is truncated", DAMAGED)
+                file.truncate(offset)
+                file.seek(offset)
+                try:
+                    left = memoryview(content)
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(offset)
+                    raise
+            checksums.append(zlib.crc32(content, checksum))
+        return Segment(segment.name, segment.rows + len(table), segment.text + len(contents[2]), tuple(checksums))  # type: ignore[arg-type]
+
+    def _finish(self, report: Report) -> None:
+        self._load()
+        view, facts = self.view, self.view.manifest.index
+        count, grown = len(view), 0 if facts is None else int((view.numbers >= facts.below).sum())
+        if count < FLAT_ROWS:
+            if facts is None:
+                return
+            self._commit(replace(view.manifest, index=None))
+        elif facts is None or count >= 4 * facts.trained or facts.removed > facts.trained // 4:
+            what, numbers = f"indexing {self.folder.name}", view.numbers
+            self._replace_index(*build_index(view, numbers, lambda done: report(what, done, count)))
+        elif grown >= max(TAIL, count // 100):
+            index = view.load_index()
+            for positions, vectors in view.chunks(np.flatnonzero(view.numbers >= facts.below)):
+                index.add_with_ids(vectors, view.numbers[positions])
+            self._replace_index(index, replace(facts, below=view.manifest.next_number))
+        else:
+            return
+        self._load()
+        self._sweep()
+
+    def _replace_index(self, index: Any, facts: IndexFacts) -> None:
+        import faiss
+
+        content, name = memoryview(faiss.serialize_index(index)), secrets.token_hex(8)
+        with written_whole(self.folder / "data" / f"{name}.index") as temporary:
+            temporary.write_bytes(content)
+        self._commit(replace(self.view.manifest, index=replace(facts, name=name, checksum=zlib.crc32(content))))
+
+    def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Found]]]:
+        view = self.view
+        mask = view.mask(where)
+        count = len(view) if mask is None else int(mask.sum())
+        if exact or view.manifest.index is None or count < FLAT_ROWS:
+            candidates = view.scan(queries, top + MARGIN, None if mask is None else np.flatnonzero(mask))
+        else:
+            candidates = view.approximate(queries, top, mask)
+        rankings: list[list[Found]] = []
+        for query, row in zip(queries, candidates, strict=True):
+            positions = np.sort(row[row >= 0])
+            if not len(positions):
+                rankings.append([])
+                continue
+            distances = pairwise_distances(query[None], view.take(positions), self.distance)[0]
+            order = np.argsort(distances, kind="stable")[:top]
+            rankings.append([view.found(int(positions[one]), float(distances[one])) for one in order])
+        return count, rankings
+
+    def _remove(self, where: Where, report: Report) -> int:
+        view, manifest = self.view, self.view.manifest
+        mask = view.mask(where)
+        assert mask is not None
+        if not mask.any():
+            return 0
+        kept: list[Segment] = []
+        spans = list(pairwise(view.starts.tolist()))
+        for done, (segment, (first, stop)) in enumerate(zip(manifest.segments, spans, strict=True)):
+            report(f"deleting from {self.folder.name}", done, len(spans))
+            if not mask[first:stop].any():
+                kept.append(segment)
+                continue
+            new = Segment(secrets.token_hex(8))
+            positions = first + np.flatnonzero(~mask[first:stop])
+            with self._reported():
+                for part, vectors in view.chunks(positions):
+                    new = self._extend(new, vectors, *self._table(part, new.text))
+            kept += [new] if new.rows else []
+        numbers = view.numbers[mask]
+        if (facts := manifest.index) and (gone := numbers[numbers < facts.below]).size:
+            import faiss
+
+            index = view.load_index()
+            index.remove_ids(faiss.IDSelectorBatch(gone))
+            self._replace_index(index, replace(facts, removed=facts.removed + gone.size))
+            manifest = self.view.manifest
+        self._commit(replace(manifest, segments=tuple(kept)))
+        self._load()
+        self._sweep()
+        left = self.view.mask(where)
+        if left is not None and left.any():
+            raise OutputError(f"{int(left.sum())} rows of {self.folder} were not deleted", "Delete them again")
+        report(f"deleting from {self.folder.name}", len(spans), len(spans))
+        self._finish(report)
+        return int(mask.sum())
+
+    def _table(self, positions: NDArray[np.int64], text: int) -> tuple[NDArray[Any], list[bytes]]:
+        """The labels of some rows, whose sources start at a byte of their new segment."""
+        view, table = self.view, np.empty(len(positions), ROW)
+        texts = [view.source(position) for position in positions.tolist()]
+        names = {"number": view.numbers, "id": view.ids, "pid": view.pids, "time": view.times, "camera": view.cameras}
+        for name, values in names.items():
+            table[name] = values[positions]
+        table["end"] = text + np.cumsum([len(one) for one in texts])
+        return table, texts
+
+    def info(self, check: bool = False) -> GalleryInfo:
+        view, model = self.view, self._existing()
+        for segment, pages in zip(view.manifest.segments, view.maps, strict=True):
+            if check and zlib.crc32(pages) != segment.checksums[0]:
+                path = self.folder / "data" / f"{segment.name}.vectors"
+                raise DataError(f"{path} is damaged: its checksum does not match", DAMAGED)
+        if check and view.manifest.index:
+            view.load_index()
+        moments: list[datetime | None] = [None, None]
+        if len(view):
+            moments = [datetime.fromtimestamp(time).astimezone() for time in (view.times.min(), view.times.max())]
+        cameras = sorted(filter(None, (view.manifest.cameras[number] for number in np.unique(view.cameras))))
+        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        identities = int((np.unique(view.pids) >= 0).sum())
+        oldest, newest = moments
+        counts = len(view), identities, cameras, oldest, newest, size, view.manifest.index
+        return GalleryInfo(self.location, model, self.distance, self.dtype, *counts)
+
+
+def _map(path: Path, size: int | None = None) -> Any:
+    """Map a file, or its first `size` bytes; raise DataError if it is shorter."""
+    with path.open("rb") as file:
+        available = os.fstat(file.fileno()).st_size
+        if size is not None and available < size:
+            raise DataError(f"{path} is truncated", DAMAGED)
+        wanted = available if size is None else size
+        return mmap.mmap(file.fileno(), wanted, access=mmap.ACCESS_READ) if wanted else b""
