@@ -383,7 +383,8 @@ def calibrate(
 @app.command()
 def match(
     model: Model,
-    images: tuple[Path, Path] = _arg(..., "Two images of people.", "IMAGE IMAGE"),
+    first: Path = _arg(..., "Image of a person.", "IMAGE"),
+    second: Path = _arg(..., "Another one.", "IMAGE"),
     fmr: float = _opt(1e-3, "False-match rate of the threshold: 0.01, 0.001 or 0.0001, as far as calibrated."),
     distance: Distance | None = _opt(None, "Distance to compare. Default: that of the model, Euclidean."),
     device: Device = None,
@@ -398,7 +399,11 @@ def match(
     """
     from pmm_edge.runtime import load
 
-    found = load(model, device).match(*images, fmr, distance)
+    try:
+        found = load(model, device).match(first, second, fmr, distance)
+    except PmmError as error:
+        error.exit_code = 2  # 1 means different people
+        raise
     print_json(found) if as_json else render.show_match(found)
     if not found.same:
         raise typer.Exit(1)

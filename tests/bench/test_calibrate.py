@@ -109,3 +109,5 @@ def test_commands(pmm, calibrated, normalized, crowd):
     assert pmm("match", normalized, images[0], images[0], "--fmr", 0.01).stdout.startswith("same person")
     assert "missing.jpg" in pmm("match", normalized, images[0], "missing.jpg", "--fmr", 0.01).error
     assert "0.01" in pmm("match", normalized, *images[:2]).error
+    certificate_path(normalized).write_text("{}")
+    assert certificate_path(normalized).name in pmm("match", normalized, *images[:2]).error, "exit code 2, not 1"

@@ -85,7 +85,7 @@ WRONG_USE = {
     "calibrate model.onnx none": "none",
     "calibrate model.onnx data -o t.jpg": ".png or .svg",
     "match model.onnx a.jpg b.jpg": "pmm calibrate",
-    "match model.onnx a.jpg": "2 values",
+    "match model.onnx a.jpg": "IMAGE",
     "match missing.onnx a.jpg b.jpg": "missing.onnx",
     "match model.onnx a.jpg b.jpg --distance manhattan": "manhattan",
     "embed data data": "best.pt",
