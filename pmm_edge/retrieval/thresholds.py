@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,8 @@ def find_thresholds(
     query, gallery = check_pair(query_features, gallery_features)
     check_labels(labels, (len(query), len(gallery)))
     rows, columns, people = in_camera_order(*labels)
-    needed = {rate: round(MIN_FALSE_MATCHES / rate) for rate in RATES}
-    refused = {rate: pairs for rate, pairs in needed.items() if pairs > people.impostors}
-    if len(refused) == len(RATES):
-        problem = f"{people.impostors:,} pairs of different people in different cameras are too few for a threshold"
-        raise DataError(problem, f"A false-match rate of {RATES[0]:g} needs {refused[RATES[0]]:,}")
+    refused = refused_rates(people)
     supported = [rate for rate in RATES if rate not in refused]
-
     nearest = _accepted(supported[0], people.impostors) + 1
     tallies = _compare(query[rows], gallery[columns], people, nearest, report)
     found = {name: _thresholds(name, supported, tally, people) for name, tally in tallies.items()}
@@ -105,6 +101,16 @@ def find_thresholds(
         cosine=found["cosine"],
     )
     return FoundThresholds(calibration, {name: tally.histogram() for name, tally in tallies.items()}, refused)
+
+
+def refused_rates(people: People) -> dict[float, int]:
+    """Return the rates that need more impostor pairs, with the number they need; DataError if all rates do."""
+    needed = {rate: round(MIN_FALSE_MATCHES / rate) for rate in RATES}
+    refused = {rate: pairs for rate, pairs in needed.items() if pairs > people.impostors}
+    if len(refused) == len(RATES):
+        problem = f"{people.impostors:,} pairs of different people in different cameras are too few for a threshold"
+        raise DataError(problem, f"A false-match rate of {RATES[0]:g} needs {refused[RATES[0]]:,}")
+    return refused
 
 
 def in_camera_order(*labels: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp], People]:
@@ -149,18 +155,26 @@ class People:
 
         names = np.unique(np.concatenate([rows, columns]))
         of_row, of_column = (
-            count_table(unit, np.searchsorted(names, camids), (self.units, len(names)))
-            for unit, camids in ((self.row_unit, rows), (self.column_unit, columns))
+            count_table(unit, np.searchsorted(names, camids), (units, len(names))).astype(np.float64)  # for BLAS
+            for unit, camids, units in ((self.row_unit, rows, self.known), (self.column_unit, columns, self.units))
         )
-        pairs = np.outer(of_row.sum(axis=1), of_column.sum(axis=1)) - of_row @ of_column.T  # of different cameras
+        # Of different cameras: all pairs without those of the same one.
+        pairs = np.outer(of_row.sum(axis=1), of_column.sum(axis=1)) - of_row @ of_column.T
         self.genuine = self.by_person(slice(None))
         pairs[np.arange(self.known), np.arange(self.known)] -= self.genuine
-        self.impostors = int(pairs.sum())
-        draws = np.random.default_rng(0)
-        self.weights = np.concatenate(
-            [draws.multinomial(n, np.full(n, 1 / n), DRAWS) for n in (self.known, self.units - self.known) if n], axis=1
-        ).astype(np.float32)
-        self.pairs_drawn = self.drawn(pairs[: self.known])
+        self.impostors, self._pairs = int(pairs.sum()), pairs
+
+    @cached_property
+    def weights(self) -> NDArray[np.float32]:
+        """How often each draw of the bootstrap takes each unit: people, then strangers."""
+        draws, sizes = np.random.default_rng(0), (self.known, self.units - self.known)
+        counts = [draws.multinomial(size, np.full(size, 1 / size), DRAWS) for size in sizes if size]
+        return np.concatenate(counts, axis=1).astype(np.float32)
+
+    @cached_property
+    def pairs_drawn(self) -> NDArray[np.float64]:
+        """Number of impostor pairs in each draw."""
+        return self.drawn(self._pairs)
 
     def by_person(self, accepted: slice | NDArray[np.bool_]) -> NDArray[np.intp]:
         """Number of genuine pairs of each person, of those that are accepted."""

@@ -83,6 +83,7 @@ WRONG_USE = {
     "calibrate missing.pt data": "missing.pt",
     "calibrate lone.pt": "data set",
     "calibrate model.onnx none": "none",
+    "calibrate model.onnx data": "needs 1,000",
     "calibrate model.onnx data -o t.jpg": ".png or .svg",
     "match model.onnx a.jpg b.jpg": "pmm calibrate",
     "match model.onnx a.jpg": "IMAGE",
