@@ -18,8 +18,8 @@ def pool(
 
     The direction is the mean of the unit vectors of the images, so that an image with a long embedding does not count
     more than others. The length is the mean length of the embeddings: a pooled embedding lies where those of single
-    images lie, both can be compared by either distance with the thresholds of the model, and equal embeddings, or one,
-    are pooled to themselves.
+    images lie, so that both can be compared by either distance, and one image, or equal ones, are pooled to themselves.
+    Thresholds of single images accept more false matches (docs/tracklets.md).
 
     Args:
         embeddings: (N, D) finite real numbers, N >= 1; arrays, or tensors on any device.
