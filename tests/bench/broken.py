@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from pmm_edge.export.exporter import INT8_OPSET
 from pmm_edge.export.graph import finalize, split
 from pmm_edge.export.quantize import cast_to_fp16, quantize, value_ranges
 from pmm_edge.images import Pixels, read_crop
@@ -151,7 +152,10 @@ def overflowing_fp16(source: Path, large: Path, out: Path) -> Path:
 
 def int8(source: Path, out: Path, target: QuantizationTarget, crops: Pixels) -> Path:
     """An export in INT8, calibrated on crops (N, height, width, 3) uint8."""
-    parts, size = split(onnx.load(source)), load(source, "cpu").spec.input
+    model, size = onnx.load(source), load(source, "cpu").spec.input
+    if target == "tensorrt":
+        model.opset_import[0].version = INT8_OPSET  # of its float16 scales
+    parts = split(model)
     ranges = value_ranges(parts.network, crops, size, "minmax", target)
     return saved(parts.join(quantize(parts.network, ranges, target)), source, out, precision="int8")
 

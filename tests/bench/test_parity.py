@@ -148,7 +148,8 @@ def test_the_declared_precision_is_that_of_the_weights(tiny_onnx: Path, tiny_che
             failure = precision_failure(path, declared)
             assert (failure is None) == (own == declared)
             if failure:
-                assert (failure.kind, failure.value, failure.detail) == (FailureKind.PRECISION, 0, own)
+                assert (failure.kind, failure.detail) == (FailureKind.PRECISION, own)
+                assert failure.value is not None and failure.value < 0.1  # linear layers of INT8 are FP16
     assert precision_failure(tiny_checkpoint, "int8") is None  # checkpoints are FP32 and are not checked
 
 
