@@ -51,7 +51,7 @@ class SyntheticConfig:
     seed: int = _setting(0, 0, 2**31 - 1, "Random seed (the same seed gives the same files)")
     distractors: float = _setting(0.3, 0.0, 4.0, "Images of strangers and clutter (0000) per gallery image of a person")
     junk: float = _setting(0.15, 0.0, 1.0, "Badly cut images (-1) per gallery image of a person")
-    frames: int = _setting(1, 1, 99, "Consecutive frames of each image: 2 or more are tracklets, in the layout of MARS")
+    frames: int = _setting(1, 1, 99, "Consecutive frames of each image (2 or more: tracklets in the layout of MARS)")
 
     def __post_init__(self) -> None:
         for setting in fields(self):
