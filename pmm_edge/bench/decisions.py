@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from pmm_edge.bench.report import Change, ChangedPair, Decision, Decisions, Failure, FailureKind, Gates
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset
-from pmm_edge.retrieval.distances import check_pair, distance_blocks
-from pmm_edge.retrieval.thresholds import People, count_table, in_camera_order
+from pmm_edge.retrieval.distances import both_distances
+from pmm_edge.retrieval.thresholds import People, in_camera_order
 from pmm_edge.runtime.embedder import Embeddings
-from pmm_edge.spec import Calibration, Distance, DistanceThresholds, Threshold
+from pmm_edge.spec import Calibration, Distance, Threshold
 
 LISTED = 3
 """Number of changed pairs that a report names for each threshold."""
@@ -38,9 +38,8 @@ class _Tally:
         people, matched = self.people, pair <= np.float32(self.threshold.distance)
         for side in (0, 1):
             same, other = matched[side] & genuine, matched[side] & ~genuine
-            units = people.row_unit[row[other]], people.column_unit[column[other]]
-            self.impostors[side] += count_table(*units, (people.known, people.units))
-            self.genuine[side] += np.bincount(people.row_unit[row[same]], minlength=people.known)
+            np.add.at(self.impostors[side], (people.row_unit[row[other]], people.column_unit[column[other]]), 1)
+            np.add.at(self.genuine[side], people.row_unit[row[same]], 1)
         changed = np.flatnonzero(matched[0] != matched[1])
         self.changed += len(changed)
         # Worst are pairs for which both distances are far from the threshold.
@@ -98,24 +97,25 @@ def compare_decisions(
     rows, columns, people = in_camera_order(query.pids, gallery.pids, query.camids, gallery.camids)
     row_pids, column_pids = query.pids[rows], gallery.pids[columns]
     images = [query.paths[row] for row in rows], [gallery.paths[column] for column in columns]
-    found = []
-    for distance in get_args(Distance):
-        thresholds: DistanceThresholds = getattr(calibration, distance)
-        tallies = [_Tally(one, people, *images) for one in thresholds.thresholds]
-        farthest = np.float32(max(one.distance for one in thresholds.thresholds))
-        pairs = [check_pair(one[:count][rows], one[count:][columns], distance) for one in (reference, candidate)]
-        for (start, before), (_, now) in zip(*(distance_blocks(*pair, distance) for pair in pairs), strict=True):
-            for row, (first, last) in enumerate(people.same_camera[start : start + len(before)]):
-                before[row, first:last] = now[row, first:last] = np.inf
-            near = np.nonzero(np.minimum(before, now) <= farthest)
+    tallies = {
+        name: [_Tally(one, people, *images) for one in getattr(calibration, name).thresholds]
+        for name in get_args(Distance)
+    }
+    farthest = [np.float32(max(one.threshold.distance for one in found)) for found in tallies.values()]
+    sides = [(one[:count][rows], one[count:][columns]) for one in (reference, candidate)]
+    for (start, *before), (_, *now) in zip(*(both_distances(*side) for side in sides), strict=True):
+        for found, limit, *pair in zip(tallies.values(), farthest, before, now, strict=True):
+            for row, (first, last) in enumerate(people.same_camera[start : start + len(pair[0])]):
+                pair[0][row, first:last] = pair[1][row, first:last] = np.inf
+            near = np.nonzero(np.minimum(*pair) <= limit)
             row_index, column_index = near[0] + start, near[1]
-            same_person = row_pids[row_index] == column_pids[column_index]
-            for tally in tallies:
-                tally.add(row_index, column_index, same_person, np.stack([before[near], now[near]]))
-            report(f"decisions by {distance} distance", start + len(before), len(rows))
-        found += [tally.decision(distance) for tally in tallies]
+            same_person, distances = row_pids[row_index] == column_pids[column_index], np.stack([d[near] for d in pair])
+            for tally in found:
+                tally.add(row_index, column_index, same_person, distances)
+        report("decisions", start + len(before[0]), len(rows))
+    decisions = [tally.decision(name) for name, found in tallies.items() for tally in found]
     same_images = calibration.data_sha256 == data_sha256
-    return Decisions(calibration.dataset, same_images, int(people.genuine.sum()), people.impostors, found)
+    return Decisions(calibration.dataset, same_images, int(people.genuine.sum()), people.impostors, decisions)
 
 
 def failed_decisions(decisions: Decisions, gates: Gates) -> list[Failure]:

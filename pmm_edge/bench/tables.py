@@ -214,8 +214,8 @@ def decisions_table(report: bench.BenchReport) -> Table | None:
             if one.changed:
                 fmr += f"\n({one.fmr_ratio_low:.2f}…{one.fmr_ratio_high:.2f})"
                 tmr += f"\n({points(one.tmr_change.low)}…{points(one.tmr_change.high)})"
-            rows.append((name, f"{one.distance}\n{one.nominal:g}", fmr, tmr, f"{one.changed:,}"))
-    columns = ("model", "threshold\nfor rate", "false-match\nrate, ratio", "true-match\nrate, %", "changed\npairs")
+            rows.append((name, f"{one.distance} {one.nominal:g}", fmr, tmr, f"{one.changed:,}"))
+    columns = ("model", "threshold for\na rate of", "false-match\nrate, ratio", "true-match\nrate, %", "changed\npairs")
     return Table(title, columns, rows) if rows else None
 
 

@@ -11,6 +11,7 @@ from pmm_edge.spec import Distance
 
 BLOCK_BYTES = 32 << 20
 """Maximum size of a block of the float64 distance matrix."""
+_CACHED = 1 << 18  # distances that are processed at once and stay in the cache of a core
 
 # Squared distances below this fraction of the squared norm are rounding errors of the matrix product: float64
 # has a step of 2e-16, and thousands of terms add up. As a distance it is 1.4e-7 of the norm, about one float32 step.
@@ -61,6 +62,37 @@ def distance_blocks(
         elif distance == "euclidean":
             np.sqrt(squared, out=squared)
         yield start, squared if distance == "squared" else squared.astype(np.float32)
+
+
+def both_distances(
+    query: NDArray[Any], gallery: NDArray[Any]
+) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+    """Yield `(first query, Euclidean distances, cosine distances)` of checked features, both (rows, G) float32.
+
+    One matrix product serves both. Raises DataError for embeddings of length 0.
+    """
+    wide = gallery.astype(np.float64)
+    lengths = [np.sqrt(np.einsum("ij,ij->i", side, side, dtype=np.float64)) for side in (query, gallery)]
+    if not all(length.all() for length in lengths):
+        problem = "some embeddings have length 0 and therefore no cosine"
+        raise DataError(problem, "Check the model: it has no output for these images")
+    row_lengths, column_lengths = lengths
+    squares = column_lengths**2
+    step, part = rows_per_block(len(gallery)), max(1, _CACHED // len(gallery))
+    for block in range(0, len(query), step):
+        products = (-2.0 * query[block : block + step].astype(np.float64)) @ wide.T
+        for start in range(0, len(products), part):
+            product = products[start : start + part]
+            norms = row_lengths[block + start : block + start + len(product), None]
+            squared = product + norms**2
+            squared += squares
+            squared[squared < ROUNDING * norms**2] = 0.0
+            euclidean = np.sqrt(squared, out=squared).astype(np.float32)
+            product /= 2 * norms
+            product /= column_lengths
+            product += 1.0
+            product[product < ROUNDING / 2] = 0.0
+            yield block + start, euclidean, product.astype(np.float32)
 
 
 def rows_per_block(columns: int) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import ROUNDING, check_pair, rows_per_block
+from pmm_edge.retrieval.distances import both_distances, check_pair
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, check_labels
 from pmm_edge.spec import Calibration, Distance, DistanceThresholds, Threshold
 
@@ -28,7 +28,6 @@ MIN_FALSE_MATCHES = 10
 BINS = 1 << 16  # of the histograms; their width is a power of 2, so that the bin of a float32 distance is exact
 DRAWS = 1000  # of the bootstrap
 MAX_UNITS = 2048  # people, and strangers, that are drawn separately; more are drawn in groups
-_PART = 1 << 18  # distances that are processed at once and stay in the cache of a core
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +154,7 @@ class People:
 
         names = np.unique(np.concatenate([rows, columns]))
         of_row, of_column = (
-            count_table(unit, np.searchsorted(names, camids), (units, len(names))).astype(np.float64)  # for BLAS
+            _table(unit, np.searchsorted(names, camids), (units, len(names))).astype(np.float64)  # for BLAS
             for unit, camids, units in ((self.row_unit, rows, self.known), (self.column_unit, columns, self.units))
         )
         # Of different cameras: all pairs without those of the same one.
@@ -187,7 +186,7 @@ class People:
 
     def fmr_interval(self, fmr: float, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> tuple[float, float]:
         """The 95 % interval of a false-match rate, given the falsely matching pairs."""
-        false = count_table(self.row_unit[rows], self.column_unit[columns], (self.known, self.units))
+        false = _table(self.row_unit[rows], self.column_unit[columns], (self.known, self.units))
         drawn = self.drawn(false) / self.pairs_drawn
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.nan_to_num(drawn / np.roll(drawn, 1), nan=1.0, posinf=np.inf)
@@ -200,7 +199,7 @@ class People:
         return _interval(tmr + drawn - np.roll(drawn, 1))
 
 
-def count_table(rows: NDArray[Any], columns: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.intp]:
+def _table(rows: NDArray[Any], columns: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.intp]:
     """Count pairs of indices in a table."""
     return np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
 
@@ -264,32 +263,13 @@ class _Tally:
 def _compare(
     query: NDArray[Any], gallery: NDArray[Any], people: People, nearest: int, report: Report
 ) -> dict[Distance, _Tally]:
-    """Compute all distances once, a part after the other; one matrix product serves both."""
-    wide = gallery.astype(np.float64)
-    lengths = [np.sqrt(np.einsum("ij,ij->i", side, side, dtype=np.float64)) for side in (query, gallery)]
-    if not all(length.all() for length in lengths):
-        problem = "some embeddings have length 0 and therefore no cosine"
-        raise DataError(problem, "Check the model: it has no output for these images")
-    row_lengths, column_lengths = lengths
-    squares = column_lengths**2
-    bounds: dict[Distance, float] = {"euclidean": row_lengths.max() + column_lengths.max(), "cosine": 2.0}
+    lengths = [np.sqrt(np.einsum("ij,ij->i", side, side, dtype=np.float64)).max() for side in (query, gallery)]
+    bounds: dict[Distance, float] = {"euclidean": sum(lengths), "cosine": 2.0}
     tallies = {name: _Tally(bound, len(people.genuine_row), nearest) for name, bound in bounds.items()}
-    step, part = rows_per_block(len(gallery)), max(1, _PART // len(gallery))
-    for block in range(0, len(query), step):
-        products = (-2.0 * query[block : block + step].astype(np.float64)) @ wide.T
-        for start in range(0, len(products), part):
-            product, first = products[start : start + part], block + start
-            norms = row_lengths[first : first + len(product), None]
-            squared = product + norms**2
-            squared += squares
-            squared[squared < ROUNDING * norms**2] = 0.0
-            tallies["euclidean"].add(np.sqrt(squared, out=squared).astype(np.float32), first, people)
-            product /= 2 * norms
-            product /= column_lengths
-            product += 1.0
-            product[product < ROUNDING / 2] = 0.0
-            tallies["cosine"].add(product.astype(np.float32), first, people)
-        report("comparing pairs", block + len(products), len(query))
+    for first, *distances in both_distances(query, gallery):
+        for tally, part in zip(tallies.values(), distances, strict=True):
+            tally.add(part, first, people)
+        report("comparing pairs", first + len(distances[0]), len(query))
     return tallies
 
 

@@ -33,9 +33,9 @@ def test_parity_retrieval_and_latency_of_each_model() -> None:
     assert parity.rows[0][1:-1] == (NOT_MEASURED,) * 4
     assert parity.rows[2][1:3] == ("0.999987", "0.999987")
     assert (retrieval.rows[0][1], retrieval.rows[3][1]) == ("46.70", "46.41 -0.29\n(-0.49…-0.09)")
-    cells = ("euclidean\n0.001", "1.0e-03 ×1.00\n(0.97…1.02)", "26.90 -0.11\n(-0.37…+0.13)", "74")
+    cells = ("euclidean 0.001", "1.0e-03 ×1.00\n(0.97…1.02)", "26.90 -0.11\n(-0.37…+0.13)", "74")
     assert decisions.rows[4][1:] == cells
-    assert decisions.rows[5][1:] == ("cosine\n0.0001", "1.0e-04 ×1.00", "23.60 +0.00", "0")
+    assert decisions.rows[5][1:] == ("cosine 0.0001", "1.0e-04 ×1.00", "23.60 +0.00", "0")
     assert [row[1] for row in latency.rows] == ["1"] * 5 + ["8"] * 5 + ["32"] * 5
     assert [row[-1] for row in latency.rows[:2]] == ["1.00", "0.33 0.32–0.34"]
     assert len(end_to_end.rows) == 15

@@ -38,7 +38,7 @@ def pairs_of(query, gallery, query_pids, gallery_pids, query_camids, gallery_cam
 def test_counts_are_those_of_all_pairs_whatever_the_parts(seed, ties, monkeypatch):
     data = people(seed, ties=ties)
     whole = find_thresholds(*data)
-    monkeypatch.setattr(thresholds, "_PART", 1000)
+    monkeypatch.setattr("pmm_edge.retrieval.distances._CACHED", 1000)
     monkeypatch.setattr("pmm_edge.retrieval.distances.BLOCK_BYTES", 7 * 224 * 8)
     parts = find_thresholds(*data)
     assert (parts.calibration, parts.refused) == (whole.calibration, whole.refused)
