@@ -13,7 +13,7 @@ FLOAT16_MAX = 65504.0
 
 InputForm = Literal["uint8", "raw", "normalized"]
 Distance = Literal["euclidean", "cosine"]  # cosine: 1 minus the cosine similarity, in 0..2
-Method = Literal["pmm", "bdb", "baseline"]
+Method = Literal["pmm", "bdb", "pcb", "baseline"]
 Mix = Literal["a-hard-mix", "dropblock", "cutout", "cutmix", "a-cutmix", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
 FloatType = Literal["fp32", "fp16"]
@@ -152,6 +152,7 @@ class ModelSpec:
     mix_blocks: int | None = None  # K, the number of blocks that mixing replaces in training (paper section 2.2)
     block_size: tuple[int, int] = (3, 2)  # height and width of a block on the feature map
     mix: Mix = "a-hard-mix"
+    rpp: bool = False  # PCB has refined part pooling
     distance: Distance = "euclidean"
     dataset: str | None = None
     retrieval: RetrievalFigures | None = None  # by Euclidean distance

@@ -31,21 +31,33 @@ class StrippedNetwork(nn.Module):
     """A network without classifiers and mixing: normalized images (N, 3, H, W) -> embeddings (N, D).
 
     Batch normalization is folded into the preceding layers. Heads that read the same pooled vector become one layer:
-    stages II and III of PMM are one 2048->1024 layer. Zero vectors stay zero when the output is normalized.
+    stages II and III of PMM are one 2048->1024 layer. Networks without such heads, as PCB, keep their own layers. Zero
+    vectors stay zero when the output is normalized.
     """
 
     def __init__(self, network: ReidNetwork, normalize_output: bool = False) -> None:
         super().__init__()
         self.normalize_output = normalize_output
         network = deepcopy(network).eval()
+        self.maximum: nn.Linear | None = None
+        self.network: ReidNetwork | None = None
+        if not network.average_heads:
+            self.network = network
+            _fold_batch_norm(network)
+            return
         self.backbone = _fold_batch_norm(network.backbone)
         self.average = _merge_heads(network.average_heads)
-        self.maximum: nn.Linear | None = None
         if network.max_heads:
             self.bottleneck = _fold_batch_norm(network.bottleneck)
             self.maximum = _merge_heads(network.max_heads)
 
     def forward(self, images: Tensor) -> Tensor:
+        embeddings = self.network(images) if self.network else self._merged(images)
+        if self.normalize_output:  # F.normalize would export shape arithmetic as well
+            embeddings = embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(1e-12)
+        return embeddings
+
+    def _merged(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
         # Plain reductions export as one node each; adaptive pooling exports shape arithmetic as well.
         embeddings = self.average(features.mean(dim=(2, 3)))
@@ -53,10 +65,7 @@ class StrippedNetwork(nn.Module):
             maximum = self.maximum(self.bottleneck(features).amax(dim=(2, 3)))
             embeddings = torch.cat([embeddings, maximum], dim=1)
         # One ReLU after the concatenation: ONNX Runtime 1.31 does not fuse an INT8 linear layer that a ReLU follows.
-        embeddings = F.relu(embeddings)
-        if self.normalize_output:  # F.normalize would export shape arithmetic as well
-            embeddings = embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(1e-12)
-        return embeddings
+        return F.relu(embeddings)
 
 
 def inference_network(network: ReidNetwork, spec: InputSpec, normalize_output: bool = False) -> nn.Module:
@@ -169,10 +178,15 @@ def split(model: onnx.ModelProto) -> Parts:
     first = next(node for node in nodes if node.op_type == "Conv").input[0]
     last = next((node.input[0] for node in nodes if node.op_type == "ReduceL2"), OUTPUT)
     extractor = utils.Extractor(model)
+    after = extractor.extract_model([last], [OUTPUT]) if last != OUTPUT else None
+    if after:  # equal constants are stored once, and two parts with the same name cannot be joined
+        for tensor in after.graph.initializer:
+            ONNXModel(after).replace_input_of_all_nodes(tensor.name, f"after.{tensor.name}")
+            tensor.name = f"after.{tensor.name}"
     return Parts(
         before=extractor.extract_model([INPUT], [first]) if first != INPUT else None,
         network=extractor.extract_model([first], [last]),
-        after=extractor.extract_model([last], [OUTPUT]) if last != OUTPUT else None,
+        after=after,
     )
 
 
@@ -193,7 +207,9 @@ def _merge(first: onnx.ModelProto, second: onnx.ModelProto) -> onnx.ModelProto:
 def layer_names(network: onnx.ModelProto, operators: Collection[str] = LAYERS) -> dict[str, str]:
     """Map node names of layers with trained weights, in graph order, to their names in the trained network."""
     layers = [node for node in network.graph.node if node.op_type in operators]
-    return {node.name: node.input[1].removesuffix(".weight").partition(".")[2] for node in layers}
+    return {
+        node.name: node.input[1].removesuffix(".weight").partition(".")[2].removeprefix("network.") for node in layers
+    }
 
 
 def multiply_adds(network: onnx.ModelProto) -> dict[str, int]:

@@ -17,6 +17,7 @@ from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.files import written_whole
 from pmm_edge.model.mixing import check_block_grid, scaled_mix_blocks
 from pmm_edge.model.network import BDB, PMM, ReidNetwork
+from pmm_edge.model.pcb import PCB, RefinedPCB
 from pmm_edge.spec import Method, Mix, ModelSpec
 
 PAPER_K = 3  # for Market-1501, on a map of 32 blocks (paper section 3.1)
@@ -33,18 +34,20 @@ def build_model(
     mix: Mix = "a-hard-mix",
     mix_blocks: int | None = None,
     block_size: tuple[int, int] = (3, 2),
+    rpp: bool = False,
     pretrained: str | Path | None = None,
 ) -> ReidNetwork:
     """Build a network with weights drawn from torch's global generator.
 
     Args:
-        method: `pmm`, `bdb` or `baseline`.
+        method: `pmm`, `bdb`, `pcb` or `baseline`.
         num_classes: number of training identities.
         backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
         height, width: input size in pixels.
         mix: what stages II and III of PMM are trained on; ignored by the other methods.
         mix_blocks: K; None scales the 3 of 32 blocks that the paper uses for Market-1501 to the map.
         block_size: (height, width) of a block on the map, which the blocks must divide.
+        rpp: whether PCB has refined part pooling; ignored by the other methods.
         pretrained: weights of the backbone: `imagenet`, a file in torchvision's layout, or None.
 
     Raises PmmError if an argument is wrong, ModelError if the weights do not fit.
@@ -54,7 +57,8 @@ def build_model(
             raise PmmError(f"unknown {what} '{name}'", f"{did_you_mean(name, known)}Choose {', '.join(known)}")
     network: ReidNetwork
     if method != "pmm":
-        network = (ReidNetwork if method == "baseline" else BDB)(num_classes, backbone)
+        kinds: dict[str, type[ReidNetwork]] = {"baseline": ReidNetwork, "bdb": BDB, "pcb": RefinedPCB if rpp else PCB}
+        network = kinds[method](num_classes, backbone)
     elif mix not in ("a-hard-mix", "a-cutmix", "dropblock"):  # those that select blocks of the map
         network = PMM(num_classes, backbone, mix=mix)
     else:
@@ -70,7 +74,7 @@ def build_model(
 
 def network_of(spec: ModelSpec) -> ReidNetwork:
     """Build the network that a spec describes, without its weights."""
-    same = {name: getattr(spec, name) for name in ("num_classes", "backbone", "mix", "mix_blocks", "block_size")}
+    same = {name: getattr(spec, name) for name in ("num_classes", "backbone", "mix", "mix_blocks", "block_size", "rpp")}
     return build_model(spec.architecture, height=spec.input.height, width=spec.input.width, **same)
 
 

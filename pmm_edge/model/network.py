@@ -1,5 +1,6 @@
 """PMM: a backbone, three stages, and progressive mixing in training (paper section 2); and what it is compared with."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +36,15 @@ class StageOutput(NamedTuple):
     logits: Tensor  # (N, classes), for the identity loss
     cam: Tensor | None = None  # (N, H, W) Grad-CAM that guides the mixing for the next stage; None in the last stage
     negatives: Tensor | None = None  # (N,) int64 indices of the samples mixed in for the next stage
+
+
+class Pooled(NamedTuple):
+    """What a stage reads in evaluation mode, and the head that reads it."""
+
+    features: Tensor  # (N, C, H, W)
+    vector: Tensor  # (N, C), pooled from the features
+    head: Callable[[Tensor], tuple[Tensor, Tensor]]  # vector -> embedding, logits (N, classes)
+    region: Tensor | None = None  # (N or 1, H, W) weights of the positions, 1 on average; None if all count alike
 
 
 class Head(nn.Module):
@@ -131,6 +141,16 @@ class ReidNetwork(nn.Module):
             maximum = max_pool(self.bottleneck(features))
             parts += [head.embed(maximum) for head in self.max_heads]
         return torch.cat(parts, dim=1).float()
+
+    def pooled(self, features: Tensor) -> list[Pooled]:
+        """What each stage reads in evaluation mode, from the backbone's map (N, C, H, W)."""
+        average = average_pool(features)
+        stages = [Pooled(features, average, head) for head in self.average_heads]
+        if self.max_heads:
+            features = self.bottleneck(features)
+            maximum = max_pool(features)
+            stages += [Pooled(features, maximum, head) for head in self.max_heads]
+        return stages
 
     @property
     def stages(self) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,6 @@ from pmm_edge.console import Report, silent
 from pmm_edge.images import read_crop, readable_crops
 from pmm_edge.model import Checkpoint, ReidNetwork, load_checkpoint
 from pmm_edge.model.mixing import grad_cam
-from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.grid import Cell, enlargement, grid
 from pmm_edge.runtime.certificate import open_model
@@ -46,23 +45,21 @@ def stage_maps(network: ReidNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
     """Grad-CAM of each stage for the class that it predicts, in evaluation mode: nothing is mixed or dropped.
 
     Each map lies on the features that its stage pools: the backbone's for average pooling, the extra bottleneck's for
-    max pooling. PMM has three stages, BDB two, the baseline one. `images` are (N, 3, H, W) float32, normalized. Returns
-    (N, S, h, w) float32 maps and (N, S) int64 classes; the training mode of the network is restored.
+    max pooling. A stage that pools a part of the map only, as in PCB, has its evidence in that part. PMM has three
+    stages, BDB two, the baseline one, PCB six. `images` are (N, 3, H, W) float32, normalized. Returns (N, S, h, w)
+    float32 maps and (N, S) int64 classes; the training mode of the network is restored.
     """
     was_training = network.training
     network.eval()
     with torch.no_grad():
-        features = network.backbone(images)
-        inputs = [(features, average_pool(features), head) for head in network.average_heads]
-        if network.max_heads:
-            features = network.bottleneck(features)
-            inputs += [(features, max_pool(features), head) for head in network.max_heads]
+        inputs = network.pooled(network.backbone(images))
     maps, classes = [], []
-    for features, pooled, head in inputs:
+    for features, pooled, head, region in inputs:
         with torch.enable_grad():
             logits = head(pooled.requires_grad_())[1]
         classes.append(logits.argmax(dim=1))
-        maps.append(grad_cam(features, pooled, logits, classes[-1]))
+        cam = grad_cam(features, pooled, logits, classes[-1])
+        maps.append(cam if region is None else cam * region)
     network.train(was_training)
     return torch.stack(maps, dim=1), torch.stack(classes, dim=1)
 

@@ -33,7 +33,8 @@ class TrainConfig:
     """The settings of a run, by default the paper's for Market-1501. Raises PmmError if a value is wrong."""
 
     preset: str = "market1501"
-    method: Method = _setting("pmm", METHOD, "Network: pmm, or bdb and baseline, which the paper compares it with.")
+    method: Method = _setting("pmm", METHOD, "Network: pmm, or one the paper compares it with.")
+    rpp: bool = _setting(False, METHOD, "Refined part pooling, for PCB; it takes the last quarter of the epochs.")
     mix: Mix = _setting("a-hard-mix", METHOD, "What stages II and III of PMM are trained on.")
     mix_blocks: int = _setting(3, METHOD, "Number of blocks of the feature map that mixing replaces (K).", 1)
     mix_block_size: str = _setting("3x2", METHOD, "Height and width of a block on the feature map, such as 3x2.")
@@ -83,6 +84,8 @@ class TrainConfig:
             ("lr", self.lr == 0, "Choose a positive learning rate, such as 1e-3"),
             ("ema", self.ema >= 1, "Choose a decay below 1, such as 0.999"),
             ("mix", self.mix != "a-hard-mix" and self.method != "pmm", "Leave --mix out, or choose --method pmm"),
+            ("rpp", self.rpp and self.method != "pcb", "Leave --rpp out, or choose --method pcb"),
+            ("epochs", self.rpp and self.epochs < 3, "Refined part pooling needs 3 or more"),
         ):
             if wrong:
                 raise PmmError(f"{name} is {getattr(self, name)!r}", remedy)

@@ -130,6 +130,7 @@ def model_spec(config: TrainConfig, network: ReidNetwork, num_classes: int, data
         mix=config.mix if config.method == "pmm" else "none",
         mix_blocks=config.mix_blocks if config.method == "pmm" else None,
         block_size=config.block_size,
+        rpp=config.rpp,
         dataset=dataset,
         tools={"pmm-edge": pmm_edge.__version__, "torch": str(torch.__version__)},  # torch's own type has no JSON form
     )

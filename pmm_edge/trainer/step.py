@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
 from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix
+from pmm_edge.model.pcb import PCB, RefinedPCB, pcb_loss, refinement_epochs
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import World
@@ -40,8 +41,14 @@ def learning_rate(config: TrainConfig, epoch: int, done: float = 0.0) -> float:
     `paper` follows section 3.1 of the paper: a stepwise warm-up, the peak rate until the middle of the training, then a
     tenth and a hundredth of it. A training of another length than 400 epochs follows the same curve in proportion.
     `cosine` rises linearly from 0 to the peak rate and decays to 0 along a half cosine (Loshchilov and Hutter, 2017).
+    Refined part pooling has a tenth of the peak rate, after the whole curve of PCB (see `model/pcb.py`).
     `epoch` is 1-based; `done` is the fraction of it that is over, in which only `cosine` changes.
     """
+    if config.rpp:
+        last, _ = refinement_epochs(config.epochs)
+        if epoch > last:
+            return config.lr / 10
+        config = replace(config, epochs=last, rpp=False)
     if config.schedule == "cosine":
         progress = (epoch - 1 + done) / config.epochs
         if progress < WARM_UP:
@@ -180,6 +187,7 @@ class Trainee:
     device: torch.device
     dtype: torch.dtype  # autocast type
     replays: "StepGraph | None" = None  # on one GPU
+    phase: int = 0  # of refined part pooling
 
     @property
     def stateful(self) -> dict[str, Any]:
@@ -205,7 +213,9 @@ def prepare(
         for part in (network.backbone, network.bottleneck) if network.max_heads else (network.backbone,):
             part.compile()
     device_ids = [device] if device.type == "cuda" else None
-    forward = DistributedDataParallel(network, device_ids) if world.size > 1 else network
+    forward: nn.Module = network
+    if world.size > 1:  # the phases of refined part pooling leave parameters out
+        forward = DistributedDataParallel(network, device_ids, find_unused_parameters=config.rpp)
     update = get_ema_multi_avg_fn(config.ema)
     average = AveragedModel(network, multi_avg_fn=update, use_buffers=True) if config.ema else None
     # In float16 the scaler decides in each step whether to update, and several processes exchange gradients.
@@ -215,6 +225,18 @@ def prepare(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Trainee(network, forward, optimizer, scaler, average, device, dtype, replays)
+
+
+def start_phase(trainee: Trainee, config: TrainConfig, epoch: int) -> None:
+    """Start the phase of refined part pooling to which an epoch belongs: what is trained, and what is pooled."""
+    if config.rpp:
+        phase = sum(epoch > last for last in refinement_epochs(config.epochs))
+        for network in (trainee.network, trainee.evaluated):
+            assert isinstance(network, RefinedPCB)
+            network.start_phase(phase)
+        if phase != trainee.phase and trainee.replays:
+            trainee.replays = StepGraph()
+        trainee.phase = phase
 
 
 class StepGraph:
@@ -317,4 +339,4 @@ def _shard_loss(
             cam = network.attention(images, pids)
             images, mixed = attentive_cutmix(images, pids, cam, network.block_size, network.mix_blocks, generator)
         outputs = trainee.forward(images, pids, generator=generator)
-    return pmm_loss(outputs, pids, mixed)
+    return pcb_loss(outputs, pids) if isinstance(network, PCB) else pmm_loss(outputs, pids, mixed)

@@ -42,7 +42,7 @@ from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
 from pmm_edge.trainer.logging import Journal, Meter
 from pmm_edge.trainer.state import Position, load_state, model_spec, restore_state, run_lock, save_state
-from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, set_learning_rate, train_step
+from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, set_learning_rate, start_phase, train_step
 
 EVALUATION_BATCH = 64
 SAVE_SECONDS = 30  # between two saves of last.pt without an evaluation: on a GPU, saving may take longer than an epoch
@@ -219,7 +219,7 @@ def new_network(config: TrainConfig, num_classes: int, world: World = World()) -
     given = load_any_weights(Path(config.init_from)) if config.init_from else {}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        settings = ("method", "backbone", "height", "width", "mix", "mix_blocks", "block_size")
+        settings = ("method", "backbone", "height", "width", "mix", "mix_blocks", "block_size", "rpp")
         network = build_model(num_classes=num_classes, **{name: getattr(config, name) for name in settings})
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
@@ -302,6 +302,7 @@ def train_epoch(run: Run) -> bool:
     epoch = position.epoch + 1
     batches = feed.batches(epoch)
     meter, rate = Meter(), 0.0
+    start_phase(run.trainee, config, epoch)
     for shards in feed.shards(batches, epoch, position.step, meter):
         rate = learning_rate(config, epoch, (position.step + 0.5) / len(batches))
         set_learning_rate(run.trainee, rate)

@@ -66,7 +66,7 @@ def test_given_negatives_repeat_a_step_and_training_mode_needs_identities():
 @pytest.mark.parametrize(
     ("arguments", "choices"),
     [
-        ({"method": "pcb"}, "pmm, bdb, baseline"),
+        ({"method": "mgn"}, "pmm, bdb, pcb"),
         ({"mix": "mixup"}, "a-hard-mix, dropblock"),
         ({"backbone": "vgg"}, "resnet10, resnet18"),
         ({"height": 192, "width": 64, "mix_blocks": 8}, "1 to 7"),

@@ -57,6 +57,8 @@ def test_a_file_overrides_its_preset_and_settings_override_the_file(tmp_path):
         ('mix = "cutmx"', "Did you mean 'cutmix'"),
         ('mix = "cutout"\nerase_size = 0', "--erase-size"),
         ('mix = "cutmix"\nmethod = "bdb"', "--method pmm"),
+        ("rpp = true", "--method pcb"),
+        ('rpp = true\nmethod = "pcb"\nepochs = 2', "3 or more"),
         ("epochs = [", ""),
     ],
 )

@@ -101,6 +101,26 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     assert_same_run(whole.folder, finished.folder)
 
 
+@pytest.mark.parametrize("settings", [{"method": "pcb", "rpp": True}])
+def test_every_method_resumes_to_the_same_bits(tiny_dataset, tmp_path, monkeypatch, settings):
+    """Interrupted in the first step of epoch 3, which trains only the part classifier of PCB."""
+    config, steps, rate = replace(CONFIG, **settings), [], train_file.learning_rate
+    whole = train(tiny_dataset, config=config, out=tmp_path / "whole")
+
+    def counted(*arguments):
+        steps.append(arguments)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(*arguments)
+
+    monkeypatch.setattr(logging, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(train_file, "learning_rate", counted)
+    stopped = train(tiny_dataset, config=config, out=tmp_path / "run")
+    assert not stopped.finished and stopped.epochs_done == 2
+    assert train(resume=stopped.folder).finished
+    assert_same_run(whole.folder, stopped.folder)
+
+
 @pytest.fixture
 def short(tiny_dataset, tmp_path):
     """A data set of its own, and a finished run of one epoch."""

@@ -33,6 +33,13 @@ def test_the_papers_schedule_and_a_short_training_on_the_same_curve():
     assert rates.count(pytest.approx(1e-3)) == 8 - 1
 
 
+def test_refined_part_pooling_follows_the_whole_schedule_of_pcb_at_a_tenth_of_the_peak_rate():
+    config = TrainConfig(method="pcb", rpp=True)
+    assert [learning_rate(config, epoch) for epoch in (1, 300, 301, 400)] == pytest.approx([1e-4, 1e-5, 1e-4, 1e-4])
+    alone = replace(config, rpp=False, epochs=300)
+    assert all(learning_rate(config, epoch) == learning_rate(alone, epoch) for epoch in range(1, 301))
+
+
 def test_cosine_warms_up_linearly_and_decays_to_zero():
     config = TrainConfig(epochs=10, lr=2e-3, schedule="cosine")
     points = {(1, 0.75): 1e-3, (2, 0.5): 2e-3, (6, 0.75): 1e-3, (10, 0.9999): 0.0}

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny_training import CONFIG, journal
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, PmmWarning
 from pmm_edge.model import Checkpoint, load_checkpoint, save_checkpoint
 from pmm_edge.retrieval import evaluate_distances
+from pmm_edge.spec import Method
 from pmm_edge.trainer import step
 from pmm_edge.trainer import train as train_file
 from pmm_edge.trainer.config import choose_config
@@ -102,9 +104,9 @@ def test_patience_stops_early(run, monkeypatch):
     assert result.finished and result.epochs_done == 3, "the first evaluation is the best, two more are not better"
 
 
-@pytest.mark.parametrize("mix", ["cutout", "cutmix", "a-cutmix", "dropblock", "none", "baseline", "bdb"])
+@pytest.mark.parametrize("mix", ["cutout", "cutmix", "a-cutmix", "dropblock", "none", "baseline", "bdb", "pcb"])
 def test_every_method_trains_and_its_checkpoint_loads(run, mix):
-    folder = run(epochs=1, **({"method": mix} if mix in ("baseline", "bdb") else {"mix": mix})).folder
+    folder = run(epochs=1, **({"method": mix} if mix in get_args(Method) else {"mix": mix})).folder
     assert 0 < metrics(folder, "train")[0]["loss"] < 100
     best = load_checkpoint(folder / "best.pt")
     assert best.network()(torch.zeros(1, 3, 48, 32)).shape[1] == best.spec.embedding_size

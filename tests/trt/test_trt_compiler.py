@@ -68,6 +68,8 @@ def build(rtx: Any, record_property: Callable) -> Callable[..., BuiltEngine]:
         ("baseline", "resnet18", "normalized", False, 19),
         ("pmm", "resnet18", "normalized", True, 20),
         ("pmm", "resnet50", "uint8", False, 18),
+        ("pcb", "resnet18", "raw", True, 18),
+        ("pcb-rpp", "resnet18", "uint8", False, 19),
     ],
 )
 def test_exported_networks(
@@ -75,7 +77,9 @@ def test_exported_networks(
 ) -> None:
     """Every value with every precision; static and dynamic batches take turns."""
     torch.manual_seed(0)
-    network = build_model(method, num_classes=4, backbone=backbone, height=96, width=64)
+    method, _, rpp = method.partition("-")
+    network = build_model(method, num_classes=4, backbone=backbone, height=96, width=64, rpp=bool(rpp))
+    network.refined = bool(rpp)
     width = max(stop for _, stop in network.stages.values())
     spec = ModelSpec(method, backbone, 4, InputSpec(96, 64, form), width, network.stages, normalized_output=normalized)
     exported = graph.inference_network(network, spec.input, normalized)

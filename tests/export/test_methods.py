@@ -1,0 +1,51 @@
+"""Every method is exported in every input form and precision; `export` compares each file with the checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pmm_edge
+from pmm_edge.export import export
+from pmm_edge.model import Checkpoint, build_model, save_checkpoint
+from pmm_edge.spec import InputSpec, ModelSpec
+
+
+@pytest.fixture(scope="module", params=["pcb", "pcb-rpp"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "trainer"))
+        from tiny_training import CONFIG
+    torch.manual_seed(0)
+    method, _, rpp = request.param.partition("-")
+    network = build_model(method, num_classes=4, backbone=CONFIG.backbone, height=96, width=32, rpp=bool(rpp))
+    network.refined = bool(rpp)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    width = max(stop for _, stop in network.stages.values())
+    spec = ModelSpec(method, CONFIG.backbone, 4, InputSpec(96, 32), width, network.stages, rpp=bool(rpp))
+    path = tmp_path_factory.mktemp("methods") / "best.pt"
+    save_checkpoint(path, Checkpoint(spec, network.state_dict()))
+    return path
+
+
+def test_forms_precisions_and_weights(checkpoint: Path, people: Path, tmp_path: Path) -> None:
+    bundles = {"deepstream": tmp_path / "tracker", "triton": tmp_path / "models"}
+    files = export(checkpoint, out=tmp_path / "model.onnx", input_form="normalized", safetensors=True, **bundles).files
+    assert {file.spec.input.form for file in files} == {"normalized", "raw", "uint8"}
+    options = {"calibration": people, "calibration_method": "minmax"}
+    out = {name: tmp_path / f"{name}.onnx" for name in ("fp16", "cpu", "tensorrt")}
+    export(checkpoint, out=out["fp16"], precision="fp16", calibration=people)
+    for target in ("cpu", "tensorrt"):
+        export(checkpoint, out=out[target], precision="int8", target=target, **options)
+    images = torch.randint(0, 256, (3, 96, 32, 3), dtype=torch.uint8).numpy()
+    expected = pmm_edge.load(checkpoint, "cpu").embed(images)
+    weights = next(file.path for file in files if file.path.suffix == ".safetensors")
+    assert (pmm_edge.load(weights, "cpu").embed(images) == expected).all()
+    for path in out.values():
+        embedder = pmm_edge.load(path, "cpu")
+        assert embedder.spec.stages == pmm_edge.load(checkpoint, "cpu").spec.stages
+        assert embedder.embed(images).shape == expected.shape
