@@ -1,4 +1,4 @@
-"""Every method is exported in every input form and precision; `export` compares each file with the checkpoint."""
+"""Networks without PMM's heads, exported in every precision; `export` compares each file with the checkpoint."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pmm_edge.model import Checkpoint, build_model, save_checkpoint
 from pmm_edge.spec import InputSpec, ModelSpec
 
 
-@pytest.fixture(scope="module", params=["pcb", "pcb-rpp"])
+@pytest.fixture(scope="module", params=["pcb-rpp"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "trainer"))
@@ -32,20 +32,18 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return path
 
 
-def test_forms_precisions_and_weights(checkpoint: Path, people: Path, tmp_path: Path) -> None:
-    bundles = {"deepstream": tmp_path / "tracker", "triton": tmp_path / "models"}
-    files = export(checkpoint, out=tmp_path / "model.onnx", input_form="normalized", safetensors=True, **bundles).files
-    assert {file.spec.input.form for file in files} == {"normalized", "raw", "uint8"}
-    options = {"calibration": people, "calibration_method": "minmax"}
-    out = {name: tmp_path / f"{name}.onnx" for name in ("fp16", "cpu", "tensorrt")}
+def test_precisions_targets_and_weights(checkpoint: Path, people: Path, tmp_path: Path) -> None:
+    out = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "fp16", "cpu", "tensorrt")}
+    export(checkpoint, out=out["fp32"], safetensors=True)
     export(checkpoint, out=out["fp16"], precision="fp16", calibration=people)
+    options = {"precision": "int8", "calibration": people, "calibration_method": "minmax"}
     for target in ("cpu", "tensorrt"):
-        export(checkpoint, out=out[target], precision="int8", target=target, **options)
+        export(checkpoint, out=out[target], target=target, **options)
     images = torch.randint(0, 256, (3, 96, 32, 3), dtype=torch.uint8).numpy()
-    expected = pmm_edge.load(checkpoint, "cpu").embed(images)
-    weights = next(file.path for file in files if file.path.suffix == ".safetensors")
-    assert (pmm_edge.load(weights, "cpu").embed(images) == expected).all()
+    trained = pmm_edge.load(checkpoint, "cpu")
+    expected = trained.embed(images)
+    assert (pmm_edge.load(out["fp32"].with_suffix(".safetensors"), "cpu").embed(images) == expected).all()
     for path in out.values():
         embedder = pmm_edge.load(path, "cpu")
-        assert embedder.spec.stages == pmm_edge.load(checkpoint, "cpu").spec.stages
+        assert embedder.spec.stages == trained.spec.stages
         assert embedder.embed(images).shape == expected.shape
