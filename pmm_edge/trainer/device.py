@@ -3,20 +3,24 @@
 import gc
 import os
 import re
+import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in the stubs
+from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]  # documented, not in the stubs
 
 from pmm_edge.errors import PmmError
 from pmm_edge.machine import in_torchrun
+from pmm_edge.runs import about_run
 from pmm_edge.runtime.torch_backend import is_out_of_memory, torch_device
 from pmm_edge.trainer.config import TrainConfig
 
@@ -70,20 +74,22 @@ class World:
         """
         if self.size == 1:
             return work()
-        done, result = threading.Event(), []
+        done = threading.Event()
 
         def exchange() -> None:
             while not self.any(self.leads and done.wait(HEARTBEAT_SECONDS))[0]:
                 pass
 
+        result: list[Any] = [None]
         with ThreadPoolExecutor(1) as pool:
             exchanged = pool.submit(exchange)
             try:
-                result = [work()] if self.leads else []
+                result = [work()] if self.leads else result
             finally:
                 done.set()
         exchanged.result()
-        return self.gather(result)[0]
+        dist.broadcast_object_list(result, 0)
+        return result[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -102,25 +108,26 @@ def _from_environment() -> World:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def joined(resume: Path | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` started with this one; without `torchrun`, a world of one.
 
-    Raises PmmError if the processes would share a GPU, or if another one has stopped or cannot be joined.
+    torchrun numbers machines in an order that may change between two starts. The ranks are rotated so that the first
+    process finds the run folder `resume` on its machine; `RANK` is set to the new rank.
+    Raises PmmError if another process has stopped, does not answer or cannot be joined.
     """
     world = _from_environment()
     if world.size == 1:
         yield world
         return
-    gpus, on_gpus = torch.cuda.device_count(), device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if device not in ("auto", "cpu", "cuda") or (on_gpus and world.local_rank >= gpus):
-        raise PmmError(
-            f"{world.local_size} processes on this machine need as many GPUs; device is {device}, torch finds {gpus}",
-            "Use --device cuda and --nproc-per-node with the number of GPUs, or train with --device cpu",
-        )
-    if on_gpus:
-        torch.cuda.set_device(world.local_rank)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+        store, rank, size = next(rendezvous("env://"))
+        if resume:
+            store.set(f"folder/{rank}", "found" if about_run(resume) else "")
+            rank = (rank - next((other for other in range(size) if store.get(f"folder/{other}")), 0)) % size
+            world, os.environ["RANK"] = replace(world, rank=rank), str(rank)
+        # NCCL connects with the first exchange between GPUs, which a training on CPUs never starts.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         reason, address = str(error).partition("\n")[0].rstrip("."), os.environ.get("MASTER_ADDR")
         raise PmmError(
@@ -131,24 +138,30 @@ def joined(device: str) -> Iterator[World]:
         yield world
     except RuntimeError as error:
         # Gloo's errors have no type of their own.
-        if not isinstance(error, dist.DistError) and not re.search(r"Connection (closed|reset) by peer", str(error)):
+        lost = r"Connection (closed|reset) by peer|Timed out waiting|Application timeout|timed out connecting"
+        if not isinstance(error, dist.DistError) and not re.search(lost, str(error)):
             raise
-        raise PmmError("another process has stopped", "Its error says why; --resume continues the run") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it, often before this error is printed
+        remedy = "Its error or its machine says why; --resume continues the run"
+        raise PmmError("another process has stopped or does not answer", remedy) from error
     finally:
         dist.destroy_process_group()
         gc.collect()  # the group's threads end with it; one that released a tensor at exit would abort the process
 
 
 def first_to_report(text: str) -> bool:
-    """Whether no other process of `torchrun` has reported this error yet; True if that cannot be determined.
+    """Whether no process of `torchrun` on this machine has reported this error; True if that cannot be determined.
 
     A process that stops makes the others stop too, so an error that all meet is printed by the first one only.
     """
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((address, port), timeout=5).close()  # or TCPStore retries and logs for 20 s
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"pmm-edge/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{text}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):
+        start, machine = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK"))
+        return store.add(f"pmm-edge/{start}/{machine}/{text}", 1) == 1
+    except (KeyError, ValueError, RuntimeError, OSError):
         return True
 
 
@@ -157,9 +170,16 @@ def choose_machine(config: TrainConfig, world: World) -> tuple[torch.device, tor
 
     Raises PmmError if there is no such device, or it cannot do what the configuration requires.
     """
-    name = config.device
+    name, gpus = config.device, torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world.size > 1 and (name not in ("cpu", "cuda") or (name == "cuda" and world.local_rank >= gpus)):
+        raise PmmError(
+            f"{world.local_size} processes on this machine need as many GPUs; device is {name}, torch finds {gpus}",
+            "Use --device cuda and --nproc-per-node with the number of GPUs, or train with --device cpu",
+        )
+    if world.size > 1 and name == "cuda":
+        torch.cuda.set_device(world.local_rank)
     device = torch_device(world.local_rank if name == "cuda" else name)
     if device.type == "cpu" and config.sync_batch_norm and world.size > 1:
         raise PmmError("torch synchronizes batch norm on GPUs only", "Choose --no-sync-batch-norm, or train on GPUs")

@@ -137,18 +137,19 @@ def train(
         sources = [(Path(place), layout) for place in places or [cached_synthetic(report=report)]]
     elif settings or any(given is not None for given in (preset, config, layout, out)):
         raise PmmError("a run is resumed with its own settings", "Leave out all but the new place of a moved data set")
-    else:
-        chosen, folder, about = read_run_config(resume), resume, about_run(resume)
-        assert about  # or `read_run_config` had refused the folder
-        started = [(about.data, about.layout), *about.more]
-        words = f"pmm train {'NEWPLACE ' * len(started)}--resume {resume}"
-        if len(places) not in (0, len(started)):
-            raise PmmError(f"{resume} trains on {len(started)} data sets, not {len(places)}", f"Name them all: {words}")
-        moved = "" if places else f"Put it back, or name its new place: {words}"
-        places = places or [place for place, _ in started]
-        sources = [(Path(place), layout) for place, (_, layout) in zip(places, started, strict=True)]
-    with joined(chosen.device) as world, ExitStack() as stack:
+    with joined(resume) as world, ExitStack() as stack:
         # Everything that can be refused is checked before a folder is created.
+        if resume:  # the folder need not be on the machines of the other processes
+            folder, (chosen, about) = resume, world.first(lambda: (read_run_config(resume), about_run(resume)))
+            assert about  # or `read_run_config` had refused the folder
+            started = [(about.data, about.layout), *about.more]
+            words = f"pmm train {'NEWPLACE ' * len(started)}--resume {resume}"
+            if len(places) not in (0, len(started)):
+                problem = f"{resume} trains on {len(started)} data sets, not {len(places)}"
+                raise PmmError(problem, f"Name them all: {words}")
+            moved = "" if places else f"Put it back, or name its new place: {words}"
+            places = places or [place for place, _ in started]
+            sources = [(Path(place), layout) for place, (_, layout) in zip(places, started, strict=True)]
         try:
             datasets = [scan(*sources[0]), *(read(*source) for source in sources[1:])]
             dataset = combine(datasets)
@@ -162,10 +163,11 @@ def train(
         cache -= world.local_size * feed.crops.cached_bytes
         crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))
         fingerprint, test_images = dataset.fingerprint(), [*dataset.query.paths, *dataset.gallery.paths]
+        check_same_work(world, chosen, fingerprint, datasets[0].root)
         (root, read_as), *more = [(str(one.root.absolute()), one.layout) for one in datasets]
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
-        folder = world.gather([folder or new_run_path(chosen.preset)] if world.leads else [])[0]
+        folder = world.first(lambda: folder or new_run_path(chosen.preset))
         if world.leads:
             stack.enter_context(run_lock(folder))
             if resume is None:
@@ -177,7 +179,7 @@ def train(
                         warnings.warn(f"{one.root}: {finding.text}", PmmWarning, stacklevel=2)
         world.barrier()  # the other processes stop here if the first one is refused
         if resume:
-            checkpoint = load_state(folder, chosen, fingerprint)
+            checkpoint = world.first(lambda: load_state(folder, chosen, fingerprint))
             if world.leads and about:
                 write_about_run(folder, replace(about, data=root, more=more))  # for later commands
         network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
@@ -205,6 +207,21 @@ def train(
             finished = fit(run)
         figures = position.best, position.before, position.calibration
         return TrainResult(folder, position.epoch, finished, *figures, stop())
+
+
+def check_same_work(world: World, config: TrainConfig, fingerprint: str, data: Path) -> None:
+    """Raise DataError if the processes read different data sets, PmmError if their settings differ."""
+    work = {"data set": fingerprint, "version of pmm-edge": pmm_edge.__version__, **asdict(config)}
+    every = world.gather([work])
+    different = [name for name in work if any(each.get(name) != every[0].get(name) for each in every)]
+    if "data set" in different:
+        problem = (
+            f"the data set {data} is not the same in all {world.size} processes: its names, labels or sizes differ"
+        )
+        raise DataError(problem, "Copy it from one machine to the others")
+    if different:
+        problem = f"the {world.size} processes differ in {', '.join(different)}"
+        raise PmmError(problem, "Start all of them with the same settings and the same version")
 
 
 def new_network(config: TrainConfig, num_classes: int, world: World = World()) -> ReidNetwork:

@@ -9,14 +9,16 @@ import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_training import CONFIG, journal, start, wait
+from tiny_training import CONFIG, assert_same_run, journal, start, wait
 from torch.distributed import TCPStore
 
 from pmm_edge.cli import main
@@ -31,24 +33,28 @@ from pmm_edge.trainer.train import TrainResult, train
 
 SHORT = replace(CONFIG, epochs=2, batch=16, evaluate_every=2, ema=0.0)
 """Each of two processes takes two of the four identities."""
-SECOND = ("2", "0", "1", "127.0.0.1", "1")
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def test_torchrun_takes_the_steps_of_one_process_with_two_micro_batches(tiny_dataset, tmp_path):
-    settings, folder = tmp_path / "settings.toml", tmp_path / "two"
+def test_torchrun_on_two_machines_takes_the_steps_of_one_process_with_two_micro_batches(tiny_dataset, tmp_path):
+    settings = tmp_path / "settings.toml"
     settings.write_text(SHORT.to_toml())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    script = Path(__file__).with_name("tiny_training.py")
-    command = [*torchrun, script, "train", tiny_dataset, "--config", settings, "--out", folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, command), "--json"], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--rdzv-backend", "c10d"]
+    torchrun += ["--rdzv-endpoint", endpoint, Path(__file__).with_name("tiny_training.py"), "train"]
+    command = [*map(str, torchrun), "data", "--config", str(settings), "--out", "run", "--json"]
+    machines, started = [tmp_path / name for name in "ab"], []
+    for machine in machines:
+        shutil.copytree(tiny_dataset, machine / "data")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, cwd=machine, stdout=PIPE, stderr=PIPE, text=True))
+    outputs = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert sorted(output.count("epochs_done") for output, _ in outputs) == [0, 1], "one process prints"
+    (folder,) = [machine / "run" for machine in machines if (machine / "run").exists()]
     assert {"best.pt", "last.pt", "config.toml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
     assert journal(folder) == [("evaluate", 0), ("train", 1), ("train", 2), ("evaluate", 2)], "one process writes"
-    assert done.stdout.count("epochs_done") == 1, "one process prints"
 
     alone = train(tiny_dataset, config=replace(SHORT, accumulate=2), out=tmp_path / "one").folder
     ours, theirs = (load_checkpoint(path / "last.pt").training["optimizer"]["state"] for path in (folder, alone))
@@ -72,25 +78,43 @@ def store(monkeypatch):
 
 
 @pytest.fixture
-def both(store, tiny_dataset, tmp_path):
+def both(together, tiny_dataset, tmp_path):
     """Run `pmm train` in two processes; return their exit codes and outputs. `before` changes them."""
 
     def run(*flags, data=tiny_dataset, before=lambda rank: None):
         (tmp_path / "settings.toml").write_text(replace(SHORT, epochs=1, evaluate_every=1).to_toml())
-        command = ["pmm", "train", data, "--config", tmp_path / "settings.toml", "--out", tmp_path / "run", *flags]
+        return together(
+            [data, "--config", tmp_path / "settings.toml", "--out", tmp_path / "run", *flags], before=before
+        )
+
+    return run
+
+
+@pytest.fixture
+def together(store, tmp_path):
+    """Run `pmm train` in one process for each list of arguments; return the exit codes and outputs.
+
+    With `machines`, each process is the only one of a machine and works in a folder of its own.
+    """
+
+    def run(*each, before=lambda rank: None, machines=()):
+        each = each * (2 // len(each))
 
         def work(rank):
+            if machines:
+                os.chdir(machines[rank])
             before(rank)
-            sys.argv = [*map(str, command)]
+            sys.argv = ["pmm", "train", *map(str, each[rank])]
             main()
 
         store()
         outputs = [tmp_path / f"output-{rank}.txt" for rank in "01"]
         torchrun = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        processes = [
-            start(lambda rank=rank: work(rank), output, **torchrun, RANK=str(rank), LOCAL_RANK=str(rank))
-            for rank, output in enumerate(outputs)
-        ]
+        processes = []
+        for rank, output in enumerate(outputs):
+            local = ("0", "1", str(rank)) if machines else (str(rank), "2", "0")
+            torchrun |= zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"), local, strict=True)
+            processes.append(start(lambda rank=rank: work(rank), output, **torchrun, RANK=str(rank)))
         return [wait(process) for process in processes], [output.read_text() for output in outputs]
 
     return run
@@ -123,6 +147,59 @@ def test_an_error_of_one_process_is_printed_and_ends_both(both):
     assert [len(errors(text)) for text in said] == [1, 1] and "an image of the second process" in said[1]
 
 
+@pytest.fixture
+def machines(tiny_dataset, tmp_path):
+    """The working folders of two machines that share no file system; each has the data set, in another place."""
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        shutil.copytree(tiny_dataset, folder / f"data-{folder.name}")
+        (folder / "settings.toml").write_text(replace(CONFIG, batch=16).to_toml())
+    return folders
+
+
+def test_a_lost_machine_ends_the_other_and_both_resume_exactly_in_another_order(together, machines):
+    def before(rank):
+        train_epoch = train_file.train_epoch
+        if rank == 1:
+            train_file.train_epoch = lambda run: (
+                os.kill(os.getpid(), signal.SIGKILL) if run.position.epoch == 3 else train_epoch(run)
+            )
+
+    data = "data-a", "data-b"
+    for folder, change, expected in (("whole", lambda rank: None, [0, 0]), ("run", before, [2, -signal.SIGKILL])):
+        command = [(name, "--config", "settings.toml", "--out", folder) for name in data]
+        codes, said = together(*command, before=change, machines=machines)
+        assert codes == expected and len(errors("".join(said))) == (folder == "run"), said
+    codes, said = together(*([name, "--resume", "run"] for name in data[::-1]), machines=machines[::-1])
+    assert codes == [0, 0] and [(machine / "run").exists() for machine in machines] == [True, False], said
+    assert "pmm export" in said[1] and "pmm export" not in said[0], "the process on the machine with the run reports"
+    assert_same_run(machines[0] / "run", machines[0] / "whole")
+
+
+def test_a_machine_that_does_not_answer_is_one_line(together, machines):
+    def before(rank):
+        start_group, train_epoch = dist.init_process_group, train_file.train_epoch
+        dist.init_process_group = partial(start_group, timeout=timedelta(seconds=3))
+        if rank == 1:
+            train_file.train_epoch = lambda run: (time.sleep(5), train_epoch(run))[1]
+
+    command = [(name, "--config", "settings.toml", "--out", "run") for name in ("data-a", "data-b")]
+    codes, said = together(*command, before=before, machines=machines)
+    assert codes == [2, 2] and [len(errors(text)) for text in said] == [1, 1] and "Traceback" not in "".join(said), said
+
+
+@pytest.mark.parametrize("settings", [True, False])
+def test_other_settings_or_images_on_the_second_machine_are_one_line_on_each(together, machines, settings):
+    different = ("--lr", "0.5") if settings else ()
+    if not settings:
+        next((machines[1] / "data-b" / "query").iterdir()).unlink()
+    command = [(name, "--config", "settings.toml", "--out", "run") for name in ("data-a", "data-b")]
+    codes, said = together(command[0], (*command[1], *different), machines=machines)
+    assert codes == [2, 2] and [len(errors(text)) for text in said] == [1, 1], said
+    assert "lr" in said[0] if settings else "data-a" in said[0] and "data-b" in said[1]
+    assert not (machines[0] / "run").exists()
+
+
 class SeenError(Exception):
     pass
 
@@ -143,7 +220,7 @@ def test_a_shared_evaluation_sees_the_bits_of_one_process_and_may_outlast_the_ti
             return evaluate(dataset, features)
 
         train_file.evaluate_dataset = slow
-        dist.init_process_group = lambda backend: start_group(backend, timeout=timedelta(seconds=4))
+        dist.init_process_group = partial(start_group, timeout=timedelta(seconds=4))
 
     codes, said = both(before=before)
     assert codes == [0, 0], said
@@ -184,17 +261,19 @@ def test_unreadable_images_are_counted_over_both_and_named_once(both, tiny_datas
         assert [sum(str(path) in line for line in log) for path in bad] == [1] * 4
 
 
-@pytest.mark.parametrize(
-    ("values", "device", "gpus"),
-    [(("two", *SECOND[1:]), "cpu", 0), (SECOND, "cuda:0", 2), (SECOND, "cuda", 1), (SECOND, "auto", 1)],
-)
-def test_wrong_values_of_torchrun_or_too_few_gpus_are_refused(monkeypatch, values, device, gpus):
-    for name, value in zip(NAMES, values, strict=True):
+def test_wrong_values_of_torchrun_are_refused(monkeypatch):
+    for name, value in zip(NAMES, ("two", "0", "1", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
+    with pytest.raises(PmmError), joined():
+        pass
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda:0", 2), ("cuda", 1), ("auto", 1)])
+def test_too_few_gpus_are_refused(monkeypatch, device, gpus):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    with pytest.raises(PmmError), joined(device):
-        pass
+    with pytest.raises(PmmError):
+        choose_machine(replace(MACHINE, device=device), World(1, 2, 1, 2))
 
 
 @pytest.mark.parametrize("missing", NAMES)
@@ -202,7 +281,7 @@ def test_stray_variables_change_nothing(monkeypatch, missing, pmm, tmp_path):
     for name, value in zip(NAMES, ("2", "1", "1", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(missing)
-    with joined("cpu") as world:
+    with joined() as world:
         assert world == World()
     monkeypatch.setattr(train_file, "train", lambda *_, **__: TrainResult(tmp_path, 1, True, None, None))
     assert pmm("train", "--json").json["epochs_done"] == 1
@@ -213,7 +292,7 @@ def test_a_port_in_use_is_refused(monkeypatch):
         port = str(other.getsockname()[1])
         for name, value in zip(NAMES, ("2", "0", "0", "127.0.0.1", port), strict=True):
             monkeypatch.setenv(name, value)
-        with pytest.raises(PmmError) as caught, joined("cpu"):
+        with pytest.raises(PmmError) as caught, joined():
             pass
     assert port in caught.value.problem and "torchrun" in caught.value.remedy
 
