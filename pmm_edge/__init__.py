@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pmm_edge.retrieval import pool as pool
     from pmm_edge.runtime import embed_files as embed_files
     from pmm_edge.runtime import load as load
+    from pmm_edge.runtime.shards import embed_shards as embed_shards
     from pmm_edge.spec import ModelSpec as ModelSpec
     from pmm_edge.trainer.step import pmm_loss as pmm_loss
     from pmm_edge.trainer.train import train as train
@@ -38,6 +39,7 @@ _MODULES = {
     "build_model": "model",
     "calibrate": "bench.calibrate",
     "embed_files": "runtime.embed_files",
+    "embed_shards": "runtime.shards",
     "evaluate": "retrieval",
     "load": "runtime",
     "load_released_checkpoint": "model",

@@ -409,37 +409,62 @@ def match(
         raise typer.Exit(1)
 
 
+_many = partial(_opt, panel="Folder of shards")
+
+
 @app.command()
 def embed(
     model: Model,
-    images: Path = _arg(..., "Data set, folder of images, or text file with one path per line.", "IMAGES"),
-    out: Path = _out(Path("embeddings.npz"), "File to write; .parquet needs pyarrow.", "FILE.npz|.parquet"),
+    images: Path = _arg(..., "Data set, folder, list (a text file with one path per line) or tar file.", "IMAGES"),
+    out: Path = _out(Path("embeddings.npz"), "File, or folder of Parquet shards; see above.", "FILE.npz|.parquet|DIR"),
     layout: Layout = None,
     batch: int | None = _opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
     tracklets: bool = _opt(False, "Pool each tracklet to one row: a folder, or those of a data set.", "--tracklets"),
+    dtype: Literal["float32", "float16"] | None = _many(None, "Type of the embeddings. Default: float32."),
+    shard_rows: int | None = _many(None, "Images per shard. Default: 8192. A tar file is one shard."),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Embed images and save one row per image, with identity, camera and split if they are a data set.
 
-    Folders are searched recursively. Unreadable images are listed and skipped; if no image can be read, nothing is
-    written and the exit code is 1. Rows are in the order of the sorted paths, of the list, or of query, gallery and
-    train.
+    Folders are searched recursively. Unreadable images are listed and skipped; if no image can be read, the exit code
+    is 1. Rows are in the order of the sorted paths, of the list, or of query, gallery and train.
 
     A .npz file holds the arrays spec (JSON), paths, embeddings and, for a data set, pids, camids and split. In a
     .parquet file these are columns, except for spec, which is in its metadata. With --tracklets, a path is the folder
     of the tracklet or, for a data set, its first image, and frames counts its images.
 
+    A folder, a name without a suffix, is for any number of images: Parquet files with the columns path, pid, camid,
+    split and embedding, which are written while the images are read. Repeat the command to resume after an
+    interruption. Images may be in tar files, alone or in folders: key.jpg, with labels in key.json. docs/scale.md.
+
     - `pmm embed model.onnx crops/ -o embeddings.npz`
     - `pmm embed model.onnx tracks/ --tracklets`
     - `pmm embed model.onnx market1501 -o market.parquet`
+    - `pmm embed model.onnx /data/tars -o embeddings/ --dtype float16`
     """
-    arguments = _arguments(locals())
-    from pmm_edge.runtime.embed_files import embed_files as run
-
+    arguments = _arguments(locals(), "dtype", "shard_rows")
+    of_shards: dict[str, Any] = {
+        name: value for name, value in (("dtype", dtype), ("shard_rows", shard_rows)) if value is not None
+    }
     with progress() as report:
-        found = run(**arguments, skip_bad=True, report=report)
-    print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)
+        if not out.suffix:
+            if arguments.pop("tracklets"):
+                raise PmmError(f"--tracklets cannot write the folder {out}", "Write a .npz or .parquet file")
+            from pmm_edge.runtime.shards import embed_shards
+
+            shards = embed_shards(**arguments, **of_shards, report=report)
+        elif of_shards:
+            option = f"--{min(of_shards).replace('_', '-')}"
+            raise PmmError(f"{option} is for a folder of shards, not for {out}", "Name -o FOLDER")
+        else:
+            from pmm_edge.runtime.embed_files import embed_files
+
+            found = embed_files(**arguments, skip_bad=True, report=report)
+    if not out.suffix:
+        print_json(render.shard_facts(shards)) if as_json else render.show_shards(shards)
+    else:
+        print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)
 
 
 gallery_app = typer.Typer(

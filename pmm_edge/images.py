@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -62,15 +63,16 @@ def _rgb(crop: Image.Image) -> Image.Image:
     return crop if crop.mode == "RGB" else crop.convert("RGB")
 
 
-def try_crop(path: Path, height: int, width: int) -> Pixels | BadImage:
+def try_crop(path: Path, height: int, width: int, content: bytes | None = None) -> Pixels | BadImage:
     """Decode an image file to (height, width, 3) uint8 RGB, turned upright as its EXIF orientation says.
 
-    Returns a BadImage if the file is missing, truncated or no image. All files are decoded here.
+    `content` is that of the file, if it is already in memory. Returns a BadImage if the file is missing, truncated or
+    no image. All files are decoded here.
     """
     try:
-        if path.exists() and not path.is_file():
+        if content is None and path.exists() and not path.is_file():
             return BadImage(path, "it is not a regular file")  # opening a pipe would wait for a writer
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(path if content is None else BytesIO(content), formats=IMAGE_FORMATS) as image:
             return resize_crop(_upright(image), height, width)
     except Exception as error:  # Pillow's decoders also raise struct.error, IndexError and others on corrupt files
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pmm_edge.retrieval import RetrievalResult
     from pmm_edge.runtime.embed_files import EmbeddedFiles
     from pmm_edge.runtime.embedder import Match
+    from pmm_edge.runtime.shards import EmbeddedShards
     from pmm_edge.trainer.train import TrainResult
 
 LISTED = 20
@@ -305,6 +306,28 @@ def show_gallery(found: GalleryInfo) -> None:
     if index := found.index:
         facts["index"] = f"{index.lists:,} lists, {index.probes:,} searched, recall@10 {index.recall:.3f}"
     print_table(found.location, ("", ""), list(facts.items()))
+
+
+def shard_facts(found: EmbeddedShards) -> dict[str, Any]:
+    """The JSON form of `pmm embed` into a folder; `skipped` names the first unreadable images."""
+    manifest = found.manifest
+    facts = {"model": manifest.model, "written": found.folder, "embedding_size": manifest.spec.embedding_size}
+    facts |= _fields(manifest, "model_sha256", "dtype", "shards")
+    return {**facts, **_fields(found, "rows", "bad", "skipped", "kept", "embedded", "backend", "device", "seconds")}
+
+
+def show_shards(found: EmbeddedShards) -> None:
+    """Print what a folder of embeddings contains now, and how fast this run was."""
+    for image in found.skipped:
+        note(f"[red]skipped:[/] {escape(f'{image.path}: {image.reason}')}")
+    if found.bad > len(found.skipped):
+        note(f"[red]skipped:[/] {found.bad:,} in all; {escape(str(found.folder / '_bad'))} lists them")
+    manifest, kept = found.manifest, f", {found.kept:,} of them by an earlier run" if found.kept else ""
+    skipped = f", {found.bad:,} skipped" if found.bad else ""
+    size = f"{found.rows:,} × {manifest.spec.embedding_size:,} {manifest.dtype}{skipped}"
+    print_line(f"{escape(str(found.folder))}: {size} in {manifest.shards:,} shards{kept}")
+    if found.embedded:
+        note(f"[dim]{found.embedded / found.seconds:,.1f} images/s in {found.backend} on {found.device}[/]")
 
 
 def _show_unreadable(label: str, bad: Sequence[BadImage]) -> None:

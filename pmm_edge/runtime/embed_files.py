@@ -3,12 +3,12 @@
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,8 @@ from pmm_edge.retrieval.thresholds import FoundThresholds, find_thresholds
 from pmm_edge.retrieval.tracklets import pool
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec, RetrievalFigures
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,20 +72,31 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
     elif source.suffix.lower() in IMAGE_SUFFIXES and source.is_file():
         images = ImageList("image", [source], [source.name])
     else:
-        try:
-            # Reading a pipe would block. Names that are not UTF-8 must exist, or this is not a text file.
-            text = source.read_text("utf-8-sig", "surrogateescape") if source.is_file() else "\0"
-        except OSError:
-            text = "\0"
-        names = [line.strip() for line in text.split("\n") if line.strip()]
-        if "\0" in text or not all(os.path.lexists(source.parent / name) for name in names if NOT_UTF8.search(name)):
-            problem = "is not a text file with one path per line" if source.exists() else "does not exist"
-            raise DataError(f"{source} {problem}", "Name an image, a folder, a data set or a list of paths")
+        names = list(read_list(source))
         images = ImageList("list", [source.parent / name for name in names], names)
     if not images.paths:
         raise no_images(source, ignored)
     warn_ignored(source, ignored)
     return images
+
+
+def read_list(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with one image path per line; raise DataError if it is none."""
+    problem = "is not a text file with one path per line" if path.exists() else "does not exist"
+    wrong = DataError(f"{path} {problem}", "Name an image, a folder, a data set or a list of paths")
+    if not path.is_file():  # reading a pipe would block
+        raise wrong
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+            for line in lines:
+                name = line.strip()
+                # Names that are not UTF-8 must exist, or this is not a text file.
+                if "\0" in line or (NOT_UTF8.search(name) and not os.path.lexists(path.parent / name)):
+                    raise wrong
+                if name:
+                    yield name
+    except OSError as error:
+        raise wrong from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +192,8 @@ def embed_files(
     skipped: list[BadImage] = []
     what, done, start = f"embedding with {embedder.path.name}", 0, time.perf_counter()
     report(what, done, total)
-    for decoded in _decoded(found.paths, batch, size.height, size.width):
+    batches = (found.paths[first : first + batch] for first in range(0, total, batch))
+    for _, decoded in decode_ahead(batches, lambda path: try_crop(path, size.height, size.width)):
         crops = []
         for row, image in enumerate(decoded, start=done):
             if not isinstance(image, BadImage):
@@ -297,12 +311,16 @@ def dataset_thresholds(
     return find_thresholds(*features, *labels, dataset=dataset.name, data_sha256=data_sha256, report=report)
 
 
-def _decoded(paths: Sequence[Path], batch: int, height: int, width: int) -> Iterator[list[Pixels | BadImage]]:
-    """Yield batches of (height, width, 3) uint8 images, decoding two batches ahead."""
-    pending: deque[Iterator[Pixels | BadImage]] = deque()
+def decode_ahead(
+    batches: Iterable[Sequence[T]], decode: Callable[[T], Pixels | BadImage]
+) -> Iterator[tuple[Sequence[T], list[Pixels | BadImage]]]:
+    """Yield each batch with its decoded images, decoding two batches ahead."""
+    pending: deque[tuple[Sequence[T], Iterator[Pixels | BadImage]]] = deque()
     with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
-        for start in range(0, len(paths), batch):
-            pending.append(pool.map(lambda path: try_crop(path, height, width), paths[start : start + batch]))
+        for batch in batches:
+            pending.append((batch, pool.map(decode, batch)))
             if len(pending) > 2:
-                yield list(pending.popleft())
-        yield from map(list, pending)
+                first, images = pending.popleft()
+                yield first, list(images)
+        for batch, images in pending:
+            yield batch, list(images)

@@ -91,6 +91,11 @@ WRONG_USE = {
     "match model.onnx a.jpg b.jpg --distance manhattan": "manhattan",
     "embed data data": "best.pt",
     EMBED + "-o e.csv": ".npz or .parquet",
+    EMBED + "-o file/shards": "cannot write file/shards",
+    EMBED + "-o data": "data exists and is not an empty folder",
+    EMBED + "-o e.npz --shard-rows 9": "--shard-rows is for a folder",
+    EMBED + "-o shards --tracklets": "--tracklets",
+    EMBED + "-o shards --shard-rows 0": "1 or more",
     EMBED + "--layout market": "market",
     EMBED + "-o file/x.npz": "cannot write file/x.npz",
     EMBED + "--tracklets": "data has no tracklets",
@@ -127,7 +132,7 @@ def folder(run: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (here / "people.csv").write_text("path,pid,camid,split\nmissing.jpg,1,1,train\n")
     for blocked in ("blocked.onnx", "taken.safetensors", "built.engine", "blocked.npz"):
         (here / blocked).mkdir()
-    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "_decoded", None)
+    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "decode_ahead", None)
     monkeypatch.setattr("pmm_edge.export.graph.onnx_graph", None)
     return here
 

@@ -142,11 +142,12 @@ def main() -> int:
             Case(f"export best.pt --out m.onnx --precision int8 {calibration}", (best,)),
             Case(f"bench m.onnx --reference best.pt --data {data} --parity-only --out bench.json", (best, model)),
             Case(f"embed m.onnx {data} --out embeddings.npz", (model,)),
+            Case(f"embed m.onnx {data} --out shards --shard-rows 8 --batch 4", (model,)),
         ]
         tiny_training.wait(tiny_training.start(int, root / "loaded.txt"))  # no case waits for the modules
         undisturbed = [(case, case.finish(case.new_folder(root / str(n)))) for n, case in enumerate(cases)]
         while count < given.kills:
-            case, expected = choice.choices(undisturbed, [6, 6, 2, 1, 3, 3])[0]  # exports take the longest
+            case, expected = choice.choices(undisturbed, [6, 6, 2, 1, 3, 3, 3])[0]  # exports take the longest
             moments, outcome, folder = list[str](), "ok", case.new_folder(root / "killed")
             try:
                 while count < given.kills and (moment := case.kill(folder, choice)):

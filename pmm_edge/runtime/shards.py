@@ -1,0 +1,478 @@
+"""Embed any number of images into a folder of Parquet files, in bounded memory, so that a killed run can be resumed.
+
+The list of images is cut into shards in a fixed way: what a shard contains follows from its number. Each is written
+whole, so that after a kill a shard is either finished or missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice, repeat
+from operator import itemgetter
+from pathlib import Path, PurePath
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from pmm_edge import __version__
+from pmm_edge.console import Report, silent
+from pmm_edge.data.dataset import is_dataset, no_images, walk_files, warn_ignored
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning, absent, install
+from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, sha256, written_whole
+from pmm_edge.images import IMAGE_SUFFIXES, BadImage, Pixels, try_crop
+from pmm_edge.runtime.embed_files import decode_ahead, find_images, read_list
+from pmm_edge.runtime.embedder import Embedder, Embeddings
+from pmm_edge.spec import METADATA_KEY, ModelSpec
+
+T = TypeVar("T")
+EmbeddingType = Literal["float32", "float16"]
+SHARD_ROWS = 8192
+"""Images of one shard; a tar file is a shard of its own."""
+GROUP_ROWS = 1024  # rows that are kept in memory until they are written
+MANIFEST, BAD_FOLDER = "_manifest.json", "_bad"  # readers of Parquet folders ignore names that start with _
+MEMBER_LIMIT = 64 << 20  # bytes of one file in a tar file that are read into memory
+LISTED = 20  # unreadable images that a result names
+
+
+class Item(NamedTuple):
+    """An image to embed, or a tar file of images."""
+
+    path: Path
+    name: str  # as it is stored
+    pid: int | None = None
+    camid: int | None = None
+    split: str | None = None
+    shard: int = 0
+    content: bytes | None = None  # of an image in a tar file
+    error: str = ""  # why it cannot be read
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The JSON file of an image in a tar file."""
+
+    pid: int | None = None
+    camid: int | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the shards of a folder contain, in `_manifest.json`."""
+
+    model: str  # name of the model file
+    model_sha256: str  # of its checkpoint, if the spec has it, or else of the file
+    file_sha256: str
+    spec: ModelSpec
+    dtype: EmbeddingType
+    shard_rows: int
+    files: int  # images and tar files
+    shards: int
+    list_sha256: str  # of their names and labels, and of the sizes of tar files
+    pmm_edge: str = __version__
+
+    @property
+    def job(self) -> str:
+        """Identifies shards that belong together."""
+        return json_digest({name: getattr(self, name) for name in _JOB})
+
+    def metadata(self, shard: int) -> dict[str, str]:
+        """The schema metadata of a shard."""
+        own = {"model_sha256": self.model_sha256, "distance": self.spec.distance, "version": self.pmm_edge}
+        own |= {"job": self.job, "shard": str(shard)}
+        return {METADATA_KEY: self.spec.to_json()} | {f"pmm_edge.{name}": value for name, value in own.items()}
+
+
+_LABELS = "pids", "camids", "split"  # of a data set
+_JOB = {
+    "file_sha256": "with another model",
+    "list_sha256": "from other images",
+    "dtype": "with another --dtype",
+    "shard_rows": "with another --shard-rows",
+}
+
+
+@dataclass(eq=False)
+class EmbeddedShards:
+    """A folder of Parquet files `shard-NNNNNN.parquet`, and unreadable images in `_bad/`."""
+
+    folder: Path
+    manifest: Manifest
+    backend: str
+    device: str
+    rows: int = 0  # in all shards
+    bad: int = 0
+    skipped: list[BadImage] = field(default_factory=list)  # the first of them that this run met
+    kept: int = 0  # shards that an earlier run has finished
+    embedded: int = 0  # images of this run
+    seconds: float = 0.0
+
+
+def embed_shards(
+    model: Embedder | str | Path,
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    device: str | int | None = None,
+    batch: int | None = None,
+    dtype: EmbeddingType = "float32",
+    shard_rows: int = SHARD_ROWS,
+    report: Report = silent,
+) -> EmbeddedShards:
+    """Embed any number of images into a folder of Parquet files, or resume a run that was killed.
+
+        pmm_edge.embed_shards("model.onnx", "crops/", "embeddings/")
+        pyarrow.dataset.dataset("embeddings/")      # path, pid, camid, split, embedding
+
+    Args:
+        model: an embedder, or a file for `pmm_edge.load`, on `device`.
+        images: what `find_images` accepts, a tar file in WebDataset naming, or a folder or list with tar files. The
+            file `key.json` of an image `key.jpg` in a tar file may have `pid`, `camid` and `split`, `key.cls` the pid.
+        out: a new folder, or that of a run with the same model, images and settings: its finished shards are kept.
+        batch: number of images per call of the network; None for `embedder.chunk`.
+        dtype: of the embeddings, a fixed-size list of D values.
+        shard_rows: images per shard; each tar file is one shard.
+
+    Images that cannot be read are listed in `out/_bad/`, with the reason. Raises DataError if there are no images or
+    the list changes meanwhile, ModelError if the model cannot be loaded, OutputError if `out` cannot be written or
+    holds other embeddings, CheckFailedError if no image can be read.
+    """
+    from pmm_edge.runtime import load
+
+    if missing := absent("pyarrow"):
+        raise PmmError(f"writing {out} requires pyarrow: {missing}", f"{install('parquet')}, or write a .npz file")
+    if shard_rows < 1 or (batch is not None and batch < 1):
+        raise PmmError(f"shards of {shard_rows} and batches of {batch} images are impossible", "Choose 1 or more")
+    folder, listing = Path(out), ImageListing(images, layout, shard_rows)
+    if not (folder / MANIFEST).exists():
+        check_new_folder(folder)
+    for number, _ in listing.shards():
+        report("listing images", 0, 0, f"{number * shard_rows:,}")
+    embedder = model if isinstance(model, Embedder) else load(model, device)
+    digest = sha256(embedder.path)
+    manifest = Manifest(
+        embedder.path.name,
+        embedder.spec.checkpoint_sha256 or digest,
+        digest,
+        embedder.spec,
+        dtype,
+        shard_rows,
+        listing.files,
+        listing.count,
+        listing.digest,
+    )
+    _claim(folder, manifest)
+    result = EmbeddedShards(folder, manifest, embedder.backend, embedder.device)
+    finished = _finished(result, report)
+    start, what = time.perf_counter(), f"embedding with {embedder.path.name}"
+
+    def shown(shard: int) -> None:
+        speed = f"{result.embedded:,} images, {result.embedded / (time.perf_counter() - start):,.0f}/s"
+        report(what, result.kept + shard, manifest.shards, speed)
+
+    todo = ((number, items) for number, items in listing.shards() if number not in finished)
+    parts = ahead(embed_parts(embedder, todo, batch or embedder.chunk), 64)
+    with closing(parts):
+        for done, (number, own) in enumerate(groupby(parts, lambda part: part.items[0].shard), 1):
+            write_shard(result, number, own, lambda done=done: shown(done - 1))  # type: ignore[misc]
+            shown(done)
+    result.seconds = time.perf_counter() - start
+    if listing.digest != manifest.list_sha256:
+        problem = f"images were added to {images} or removed while they were embedded"
+        raise DataError(problem, "Embed them again, into a new folder")
+    if not result.rows:
+        reason = f": {result.skipped[0]}" if result.skipped else ""
+        raise CheckFailedError(f"none of the {result.bad:,} images can be read{reason}", "Name other images")
+    return result
+
+
+class ImageListing:
+    """The images of a source, cut into shards; it is read again for each pass, so that no list is kept in memory."""
+
+    def __init__(self, source: str | Path | Sequence[str | Path], layout: str | None, shard_rows: int) -> None:
+        self.source, self.layout, self.shard_rows = source, layout, shard_rows
+        self.files = self.count = 0  # of the last complete pass
+        self.digest = ""
+
+    def shards(self) -> Iterator[tuple[int, list[Item]]]:
+        """Yield each shard: its number, and its images or its tar file."""
+        self.files, number, shard, digest = 0, 0, list[Item](), hashlib.sha256()
+        for item in self._items():
+            is_tar = _is_tar(item.path)
+            size = item.path.stat().st_size if is_tar and item.path.exists() else ""
+            digest.update(os.fsencode(f"{item.name}\0{item.pid}\0{item.camid}\0{item.split}\0{size}\n"))
+            if shard and (is_tar or len(shard) == self.shard_rows or _is_tar(shard[0].path)):
+                yield number, shard
+                number, shard = number + 1, []
+            shard.append(item._replace(shard=number))
+            self.files += 1
+        if shard:
+            yield number, shard
+        self.count, self.digest = number + 1, digest.hexdigest()
+
+    def _items(self) -> Iterator[Item]:
+        source, ignored, empty = self.source, Counter[str](), True
+        path = Path(source) if isinstance(source, str | Path) else Path()
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        if not isinstance(source, str | Path) or self.layout or is_image or is_dataset(path):
+            found = find_images(source, self.layout)
+            columns = [found.labels[name].tolist() if found.labels else repeat(None) for name in _LABELS]
+            yield from map(Item, found.paths, found.names, *columns)
+        elif path.is_dir():
+            for file in walk_files(path, True, ignored, {*IMAGE_SUFFIXES, ".tar"}):
+                empty = False
+                yield Item(file, file.relative_to(path).as_posix())
+            if empty:
+                raise no_images(path, ignored)
+            warn_ignored(path, ignored)
+        elif _is_tar(path) and path.is_file():
+            yield Item(path, path.name)
+        else:
+            yield from (Item(path.parent / name, name) for name in read_list(path))
+
+
+def _is_tar(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
+
+
+def _claim(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest; if the folder has one, raise OutputError unless its shards are those of this run."""
+    path = folder / MANIFEST
+    if path.exists():
+        remedy = "Name a new folder, or repeat the command that started this one"
+        earlier = decode_json(Manifest, path.read_bytes(), str(path), OutputError, remedy)
+        for name, difference in _JOB.items():
+            if getattr(earlier, name) != getattr(manifest, name):
+                count = f" ({earlier.files:,} files, now {manifest.files:,})" if name == "list_sha256" else ""
+                raise OutputError(f"the embeddings in {folder} were computed {difference}{count}", remedy)
+    with written_whole(path) as temporary:
+        temporary.write_text(encode_json(manifest), "utf-8")
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.parquet"
+
+
+def _finished(result: EmbeddedShards, report: Report) -> set[int]:
+    """The numbers of the finished shards, which are counted; raise OutputError for a file of another run."""
+    folder, manifest, finished = result.folder, result.manifest, set[int]()
+    for path in sorted(folder.glob("*.parquet")):
+        report("checking finished shards", len(finished), manifest.shards)
+        number = int(digits) if (digits := path.stem.removeprefix("shard-")).isdecimal() else -1
+        try:
+            rows, bad = _check_shard(path, manifest, number)
+        except (ArithmeticError, KeyError, OSError, ValueError) as error:
+            # The errors of pyarrow are of these types.
+            warnings.warn(f"{path} is damaged and is written again: {error}", PmmWarning, stacklevel=3)
+            continue
+        finished.add(number)
+        result.rows, result.bad, result.kept = result.rows + rows, result.bad + bad, result.kept + 1
+    return finished
+
+
+def _check_shard(path: Path, manifest: Manifest, number: int) -> tuple[int, int]:
+    """Read a shard and verify its checksums; return its numbers of rows and of unreadable images."""
+    from pyarrow.parquet import ParquetFile
+
+    counts = [0, 0]
+    for part, file_path in enumerate((path, path.parent / BAD_FOLDER / path.name)):
+        if part and not counts[1]:
+            break
+        with ParquetFile(file_path, page_checksum_verification=True) as file:
+            metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+            if (metadata.get("pmm_edge.job"), metadata.get("pmm_edge.shard")) != (manifest.job, str(number)):
+                problem = f"{file_path} was written by another run or with another model"
+                raise OutputError(problem, "Move it, or name another folder")
+            rows = sum(len(file.read_row_group(group)) for group in range(file.num_row_groups))
+            if part:
+                if rows != counts[1]:
+                    raise ValueError(f"{file_path} has {rows} rows, not {counts[1]}")
+            else:
+                extra = {key.decode(): value.decode() for key, value in file.metadata.metadata.items()}
+                counts = [rows, int(extra["pmm_edge.bad"])]
+                if rows != int(extra["pmm_edge.rows"]):
+                    raise ValueError(f"it has {rows} rows, not {extra['pmm_edge.rows']}")
+    return counts[0], counts[1]
+
+
+class Part(NamedTuple):
+    """A batch of images of one shard, decoded and embedded."""
+
+    items: list[Item]
+    images: list[Pixels | BadImage]
+    embeddings: Embeddings  # (N, D) float32 of the N readable images
+
+
+def embed_parts(embedder: Embedder, shards: Iterable[tuple[int, list[Item]]], batch: int) -> Iterator[Part]:
+    """Embed shards in batches within a shard, reading and decoding the next ones on other threads."""
+    size = embedder.spec.input
+
+    def batches() -> Iterator[list[Item]]:
+        for _, items in shards:
+            images = (image for item in items for image in (read_tar(item) if _is_tar(item.path) else (item,)))
+            while own := list(islice(images, batch)):
+                yield own
+
+    def decode(item: Item) -> Pixels | BadImage:
+        if item.error:
+            return BadImage(item.path, item.error)
+        return try_crop(item.path, size.height, size.width, item.content)
+
+    with closing(ahead(batches(), 2)) as read:
+        for items, images in decode_ahead(read, decode):
+            crops = [image for image in images if not isinstance(image, BadImage)]
+            empty = np.empty((0, embedder.spec.embedding_size), np.float32)
+            yield Part(list(items), images, embedder.embed_prepared(np.stack(crops)) if crops else empty)
+
+
+def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], report: Callable[[], None]) -> None:
+    """Write a shard from its parts, and the table of its unreadable images, and count both in `result`."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    manifest, path = result.manifest, _shard_path(result.folder, number)
+    bad_path = path.parent / BAD_FOLDER / path.name
+    kind = pa.float32() if manifest.dtype == "float32" else pa.float16()
+    labels = [("path", pa.string()), ("pid", pa.int64()), ("camid", pa.int64()), ("split", pa.string())]
+    metadata = manifest.metadata(number)
+    schema = pa.schema([*labels, ("embedding", pa.list_(kind, manifest.spec.embedding_size))], metadata)
+    bad: list[tuple[Any, ...]] = []
+    rows: list[tuple[Any, ...]] = []
+    embeddings: list[Embeddings] = []
+    total = 0
+
+    def flush() -> None:
+        values = np.concatenate(embeddings).astype(manifest.dtype)
+        if manifest.dtype == "float16" and np.isinf(values).any():
+            raise ModelError(f"embeddings of {manifest.model} exceed the range of float16", "Use --dtype float32")
+        columns = [pa.array(column, kind) for column, (_, kind) in zip(zip(*rows, strict=True), labels, strict=True)]
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
+        writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        rows.clear()
+        embeddings.clear()
+
+    options = {"use_dictionary": ["split", "camid"], "write_page_checksum": True}
+    with written_whole(path) as temporary, ParquetWriter(temporary, schema, **options) as writer:
+        for part in parts:
+            for item, image in zip(part.items, part.images, strict=True):
+                name = item.name.encode("utf-8", "backslashreplace").decode()
+                label = (name, item.pid, item.camid, item.split)
+                if isinstance(image, BadImage):
+                    bad.append((*label, image.reason.encode("utf-8", "backslashreplace").decode()))
+                    if len(result.skipped) < LISTED:
+                        result.skipped.append(image)
+                else:
+                    rows.append(label)
+            embeddings.append(part.embeddings)
+            total += len(part.embeddings)
+            result.embedded += len(part.embeddings)
+            report()
+            if len(rows) >= GROUP_ROWS:
+                flush()
+        if rows:
+            flush()
+        if bad:
+            bad_schema = pa.schema([*labels, ("error", pa.string())], metadata)
+            columns = [
+                pa.array(column, kind) for column, kind in zip(zip(*bad, strict=True), bad_schema.types, strict=True)
+            ]
+            with written_whole(bad_path) as other, ParquetWriter(other, bad_schema, **options) as bad_writer:
+                bad_writer.write_table(pa.Table.from_arrays(columns, schema=bad_schema))
+        writer.add_key_value_metadata({"pmm_edge.rows": str(total), "pmm_edge.bad": str(len(bad))})
+    result.rows, result.bad = result.rows + total, result.bad + len(bad)
+
+
+def read_tar(source: Item) -> Iterator[Item]:
+    """Yield the images of a tar file in WebDataset naming, without extracting it; damage becomes an item with an error.
+
+    Neighbors with the same name up to the first dot of the base name belong together.
+    """
+    problem = empty = "the tar file contains no images"
+
+    def members() -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
+        nonlocal problem
+        try:
+            with source.path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
+                    folder, _, name = member.name.rpartition("/")
+                    key, _, suffix = name.lower().partition(".")
+                    if member.isreg() and key:
+                        file = tar.extractfile(member) if member.size <= MEMBER_LIMIT else None
+                        yield f"{folder}/{key}", PurePath(f"_.{suffix}").suffix, member, file.read() if file else None
+                stream.seek(tar.offset)  # tarfile takes a damaged header for the end of the file
+                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no end, or a damaged header, at byte {tar.offset:,}")
+        except (tarfile.TarError, OSError, EOFError, ValueError) as damage:
+            problem = f"the tar file is damaged, and its images after the damage are missing: {damage}"
+
+    for _, sample in groupby(members(), key=itemgetter(0)):
+        images, label, error = [], Labels(source.pid, source.camid, source.split), ""
+        for _, suffix, member, content in sample:
+            try:
+                if suffix in IMAGE_SUFFIXES:
+                    images.append((member, content))
+                elif suffix == ".json":
+                    label = decode_json(Labels, content or b"", member.name)
+                elif suffix == ".cls":
+                    label = replace(label, pid=int(content or b""))
+            except (DataError, ValueError) as wrong:
+                error = f"wrong labels in {member.name}: {wrong}"
+        for member, content in images:
+            problem = "" if problem == empty else problem
+            if content is None:
+                error = f"it has {member.size:,} bytes, more than {MEMBER_LIMIT:,}"
+            path, name = source.path / member.name, f"{source.name}/{member.name}"
+            yield Item(path, name, label.pid, label.camid, label.split, source.shard, content, error)
+    if problem:
+        yield source._replace(error=problem)
+
+
+def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
+    """Yield items that another thread computes, at most `most` in advance; close the generator to end it early."""
+    results: Queue[tuple[Any, BaseException | None]] = Queue(most)
+    stopped = Event()
+
+    def put(item: object, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            with suppress(Full):
+                results.put((item, error), timeout=0.05)
+                break
+
+    def compute() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    break
+            put(None, StopIteration())
+        except BaseException as error:
+            put(None, error)
+        finally:
+            if isinstance(items, Generator):
+                items.close()
+
+    thread = Thread(target=compute, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = results.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
