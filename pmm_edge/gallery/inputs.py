@@ -16,6 +16,7 @@ from pmm_edge.console import Report
 from pmm_edge.errors import DataError, ModelError, PmmError, absent, install
 from pmm_edge.files import sha256
 from pmm_edge.images import BadImage
+from pmm_edge.retrieval.metrics import DISTRACTOR_PID
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embed_files import find_images
 from pmm_edge.spec import METADATA_KEY, ModelSpec
@@ -51,8 +52,8 @@ class Part:
     model: EmbeddingModel
     embeddings: NDArray[Any]  # (N, D)
     sources: list[str]
-    pids: NDArray[np.int64] | None = None  # as in `ImageList.labels`
-    camids: NDArray[np.int64] | None = None
+    pids: NDArray[np.int64] | None = None  # -1 is junk, 0 is unknown
+    camids: NDArray[Any] | None = None  # or text
     split: NDArray[np.str_] | None = None
 
     def select(self, chosen: NDArray[np.bool_]) -> "Part":
@@ -103,8 +104,10 @@ def read_embedded(path: Path) -> Iterator[Part]:
                     if name in ("embedding", "embeddings"):
                         flat = column.flatten().to_numpy(zero_copy_only=False)
                         columns[name] = flat.reshape(len(column), -1)
-                    else:
-                        columns[name] = np.array(column.to_pylist())
+                    elif column.null_count < len(column):
+                        absent_value = DISTRACTOR_PID if name == "pid" else ""
+                        values = [absent_value if value is None else value for value in column.to_pylist()]
+                        columns[name] = np.array(values)
                 yield _part(model, columns)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist", "Create it with pmm embed") from error
@@ -124,8 +127,6 @@ def _model(spec: str, digest: str, path: Path) -> EmbeddingModel:
 def _part(model: EmbeddingModel, columns: dict[str, NDArray[Any]]) -> Part:
     columns = {_COLUMNS.get(name, name): values for name, values in columns.items()}
     labels = {name: columns[name] for name in _LABELS if name in columns}
-    if any(None in values.tolist() for values in labels.values()):
-        labels = {}
     if not all(len(values) == len(columns["embeddings"]) for values in columns.values()):
         raise ValueError("its columns differ in length")
     return Part(model, columns["embeddings"], list(map(str, columns["paths"].tolist())), **labels)

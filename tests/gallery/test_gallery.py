@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from gallery.conftest import SIZE, calibrated, model_of
 from numpy.typing import NDArray
@@ -199,3 +201,32 @@ def test_images_and_files_of_embed_are_the_same_rows(tiny_onnx: Path, tiny_datas
     assert gallery.add(crops).known == 12
     first = gallery.search([read_crop(query, 128, 64)])[0].hits[0]
     assert (first.source, first.pid, first.camera) == (str(crops / query.name), None, "door")
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    random, folder = np.random.default_rng(0), tmp_path / "embeddings"
+    folder.mkdir()
+    metadata = {"pmm_edge.spec": model_of().spec.to_json(), "pmm_edge.model_sha256": 64 * "a"}
+    for number in range(2):
+        values = random.standard_normal((4, SIZE)).astype(np.float16)
+        columns = {
+            "path": [f"{number}-{row}" for row in range(4)],
+            "pid": [5, None, -1, 0],
+            "camid": [1, None, 2, None],
+        }
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), SIZE)
+        table = pa.table({**columns, "split": pa.nulls(4, pa.string()), "embedding": embedding}, metadata=metadata)
+        pq.write_table(table, folder / f"shard-{number:06d}.parquet")
+    gallery = pmm_edge.open_gallery(tmp_path / "people", model_of())
+    done = gallery.add(folder)
+    assert (done.added, done.junk, done.rows) == (6, 2, 6)
+    hits = {hit.source: (hit.pid, hit.camera) for hit in gallery.search(values[:1].astype(np.float32))[0].hits}
+    assert hits["1-0"] == (5, "1")
+    assert hits["1-1"] == hits["1-3"] == (None, "")
+    pq.write_table(table.replace_schema_metadata({**metadata, "pmm_edge.model_sha256": 64 * "b"}), folder / "z.parquet")
+    with pytest.raises(ModelError, match="people"):
+        gallery.add(folder)
+    (folder / "z.parquet").write_bytes((folder / "shard-000000.parquet").read_bytes()[:-100])
+    with pytest.raises(DataError, match="z.parquet"):
+        gallery.add(folder)
+    assert gallery.info().rows == 6
