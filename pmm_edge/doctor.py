@@ -21,7 +21,7 @@ from pmm_edge.files import cache_folder, decode_json, with_tilde
 from pmm_edge.machine import text_of
 
 EMBED = ("bench", "embed", "eval", "calibrate", "match", "visualize")
-COMMANDS = ("train", "export", "trt", "rtx", *EMBED, "verify", "data", "synth")
+COMMANDS = ("train", "export", "trt", "rtx", *EMBED, "verify", "data", "synth", "gallery")
 """What `pmm doctor` can check; `trt` and `rtx` are `pmm export --trt` and `--rtx`."""
 PACKAGES = (
     *("pmm-edge", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "torchvision", "onnx", "onnxscript"),
@@ -214,6 +214,7 @@ def readiness(command: str, onnxruntime: Finding, tensorrt: Finding, rtx: Findin
         (["trt"], trt, tensorrt.remedy),
         (["rtx"], rtx.detail if rtx.status not in (Status.OK, Status.LIMITED) else "", rtx.remedy),
         (["visualize"], absent("matplotlib"), train),
+        (["gallery"], absent("faiss", "qdrant_client"), install("gallery")),
         (EMBED, onnx and torch and engines and "no engine that runs models", train),
     ]
     limits = [  # commands, what of them does not work, what to do

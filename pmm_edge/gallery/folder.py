@@ -44,6 +44,7 @@ ROW = np.dtype([("number", "<u8"), ("id", "<u8"), ("pid", "<i8"), ("time", "<f8"
 """`number` grows with every row and never changes; `end` is where the source of the row ends."""
 SEGMENT_ROWS = 65_536
 CHUNK = 8192
+TOUCHED = 16_384
 MARGIN = 10
 """More rows than wanted are compared exactly, because float32 distances may swap neighbors."""
 TAIL = 10_000
@@ -82,7 +83,7 @@ class _View:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest, size = manifest, manifest.model.spec.embedding_size
         stored = np.dtype(manifest.dtype)
-        self.maps, self.vectors, self.texts = [], [], []
+        self.maps, self.vectors, self.texts, self._touched = [], [], [], 0
         tables = [np.empty(0, ROW)]
         for segment in manifest.segments:
             sizes = (segment.rows * size * stored.itemsize, segment.rows * ROW.itemsize, segment.text)
@@ -127,7 +128,16 @@ class _View:
         for number in np.unique(segments):
             chosen = segments == number
             taken[chosen] = self.vectors[number][positions[chosen] - self.starts[number]]
+            self._touched += int(chosen.sum())
+            if self._touched > TOUCHED:
+                self._release()
         return taken
+
+    def _release(self) -> None:
+        """Unmap the pages that were read: the kernel maps 64 kB around each row, and all would count as our memory."""
+        self._touched = 0
+        for pages in self.maps:
+            pages.madvise(mmap.MADV_DONTNEED)
 
     def chunks(self, positions: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Embeddings]]:
         """Yield positions and vectors of all rows, or of some, in parts that fit into memory."""
@@ -135,12 +145,12 @@ class _View:
             for start in range(0, len(positions), CHUNK):
                 yield (part := positions[start : start + CHUNK]), self.take(part)
             return
-        for first, vectors, pages in zip(self.starts, self.vectors, self.maps, strict=False):
+        for first, vectors in zip(self.starts, self.vectors, strict=False):
             for start in range(0, len(vectors), CHUNK):
                 part = vectors[start : start + CHUNK]
                 yield np.arange(first + start, first + start + len(part)), part.astype(np.float32, copy=False)
             if len(self) >= FLAT_ROWS:
-                pages.madvise(mmap.MADV_DONTNEED)  # or all vectors would count as memory of this process
+                self._release()
 
     def scan(self, queries: Embeddings, want: int, positions: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Positions of the nearest rows, found one by one: (Q, want), -1 where there are no more."""
@@ -181,7 +191,11 @@ class _View:
             masks.append(np.isin(self.pids, np.array(where.pids, np.int64)))
         if where.sources is not None:
             wanted = set(map(os.fsencode, where.sources))
-            masks.append(np.array([self.source(position) in wanted for position in range(len(self))], np.bool_))
+            matches = []
+            for text, (first, stop) in zip(self.texts, pairwise(self.starts), strict=True):
+                content, ends = bytes(text), self.ends[first:stop].tolist()
+                matches += [content[start:end] in wanted for start, end in pairwise([0, *ends])]
+            masks.append(np.array(matches, np.bool_))
         return np.logical_and.reduce(masks) if masks else None
 
     def source(self, position: int) -> bytes:

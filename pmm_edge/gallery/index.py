@@ -106,7 +106,9 @@ def _principal_components(sample: Embeddings, count: int) -> Any:
     centered, width = sample - mean, min(sample.shape[1], count + 32)
     basis = np.random.default_rng(0).standard_normal((sample.shape[1], width), np.float32)
     for _ in range(4):
-        basis = np.linalg.qr(centered.T @ (centered @ basis))[0]
+        basis = centered.T @ (centered @ basis)
+        values, vectors = np.linalg.eigh(basis.T.astype(np.float64) @ basis)  # several times as fast as a QR
+        basis = (basis @ (vectors / np.sqrt(values.clip(max(1e-12 * values[-1], 1e-30))))).astype(np.float32)
     projected = centered @ basis
     axes = (basis @ np.linalg.eigh(projected.T @ projected)[1][:, ::-1])[:, :count]
     transform = faiss.LinearTransform(sample.shape[1], count, True)

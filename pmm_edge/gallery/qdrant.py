@@ -102,8 +102,7 @@ class QdrantGallery(Gallery):
             payloads: list[dict[str, Any]] = []
             labels = (rows.pids[part].tolist(), rows.cameras[part].tolist(), rows.times[part].tolist())
             for pid, camera, time, source in zip(*labels, rows.sources[part].tolist(), strict=True):
-                text = os.fsencode(source).decode("utf-8", "backslashreplace")
-                payloads.append({"pid": pid, "camera": camera, "time": time, "source": text})
+                payloads.append({"pid": pid, "camera": camera, "time": time, "source": _text(source)})
             batch = models.Batch(ids=rows.ids[part].tolist(), vectors=rows.embeddings[part].tolist(), payloads=payloads)
             with self._reported():
                 self.client.upsert(self.collection, points=batch, wait=True)
@@ -167,13 +166,19 @@ class QdrantGallery(Gallery):
         return GalleryInfo(self.location, model, self.distance, self.dtype, rows, identities, cameras, oldest, newest)
 
 
+def _text(source: str) -> str:
+    """The source as valid UTF-8, with other bytes escaped."""
+    return os.fsencode(source).decode("utf-8", "backslashreplace")
+
+
 def _filter(where: Where) -> Any:
     """The conditions as Qdrant writes them; None if there are none."""
     from qdrant_client import models
 
+    sources = None if where.sources is None else list(map(_text, where.sources))
     conditions = [
         models.FieldCondition(key=key, match=models.MatchAny(any=list(values)))
-        for key, values in (("camera", where.cameras), ("pid", where.pids), ("source", where.sources))
+        for key, values in (("camera", where.cameras), ("pid", where.pids), ("source", sources))
         if values is not None
     ]
     if where.since is not None or where.before is not None:

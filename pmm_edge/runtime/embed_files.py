@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset, find_files, is_dataset, no_images, read, warn_ignored
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
-from pmm_edge.files import NOT_UTF8, check_output, written_whole
+from pmm_edge.files import NOT_UTF8, check_output, sha256, written_whole
 from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, RetrievalResult, evaluate
@@ -225,6 +225,9 @@ def embed_files(
     if tracklets:
         embedded = _pooled(embedded)
     if out is not None:
+        if embedder.spec.checkpoint_sha256 is None:  # a checkpoint, which its spec cannot name
+            named = replace(embedder.spec, checkpoint_sha256=sha256(embedder.path))
+            embedded = replace(embedded, spec=named)
         embedded.save(Path(out))
     return embedded
 
