@@ -26,16 +26,24 @@ def normalize(crops: Tensor) -> Tensor:
 
 
 def augment(
-    crops: Tensor, erase_size: int, generator: torch.Generator, erase_probability: float = ERASE_PROBABILITY
+    crops: Tensor,
+    erase_size: int,
+    generator: torch.Generator,
+    erase_probability: float = ERASE_PROBABILITY,
+    corners: Tensor | None = None,
 ) -> Tensor:
     """Flip, normalize and erase each image at random (paper, section 3.1).
 
     (N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, channels-last in memory. With `erase_probability`, an image loses a
     square of `erase_size` pixels (64 in the paper), set to 0, the mean color. `generator` is on the device of `crops`.
+    `corners` (N, 2) int64 are the row and column of the squares on the unflipped images; they are drawn if None.
     """
     draws = torch.rand(4, len(crops), device=crops.device, generator=generator)
     flipped, erased = draws[0] < FLIP_PROBABILITY, draws[1] < erase_probability
     rows, columns = ((draws[2 + axis] * (crops.shape[1 + axis] - erase_size + 1)).long() for axis in (0, 1))
+    if corners is not None:
+        rows, columns = corners.unbind(dim=1)
+        columns = torch.where(flipped, crops.shape[2] - erase_size - columns, columns)
     apply = augment_each if crops.device.type == "cpu" else augment_batch
     return apply(crops, flipped, erased, rows, columns, erase_size)
 

@@ -40,7 +40,7 @@ def build_model(
     """Build a network with weights drawn from torch's global generator.
 
     Args:
-        method: `pmm`, `bdb`, `pcb` or `baseline`.
+        method: `pmm`, `bdb`, `pcb`, `aos` or `baseline`.
         num_classes: number of training identities.
         backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
         height, width: input size in pixels.
@@ -57,7 +57,12 @@ def build_model(
             raise PmmError(f"unknown {what} '{name}'", f"{did_you_mean(name, known)}Choose {', '.join(known)}")
     network: ReidNetwork
     if method != "pmm":
-        kinds: dict[str, type[ReidNetwork]] = {"baseline": ReidNetwork, "bdb": BDB, "pcb": RefinedPCB if rpp else PCB}
+        kinds: dict[str, type[ReidNetwork]] = {
+            "baseline": ReidNetwork,
+            "aos": ReidNetwork,
+            "bdb": BDB,
+            "pcb": RefinedPCB if rpp else PCB,
+        }
         network = kinds[method](num_classes, backbone)
     elif mix not in ("a-hard-mix", "a-cutmix", "dropblock"):  # those that select blocks of the map
         network = PMM(num_classes, backbone, mix=mix)

@@ -22,6 +22,7 @@ from pmm_edge.data.loader import Crops, identity_batches
 from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
+from pmm_edge.model.aos import Occlusion, window_side
 from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix
 from pmm_edge.model.pcb import PCB, RefinedPCB, pcb_loss, refinement_epochs
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID
@@ -67,6 +68,7 @@ class Shard(NamedTuple):
     crops: Tensor  # (N, H, W, 3) uint8 RGB
     pids: Tensor  # (N,) int64 class indices
     seed: int  # of augmentation and mixing
+    corners: Tensor | None = None  # (N, 2) int64, of the windows of adversarial occlusion
 
 
 def class_indices(train: Split) -> tuple[Indices, Indices]:
@@ -96,6 +98,7 @@ class Feed:
                 f"Choose a --batch that is a multiple of {unit}, {2 * unit} or more, or split it less",
             )
         self._config, self._device = config, device
+        self.occlusion = Occlusion(len(used), config.height, config.width) if config.method == "aos" else None
         self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
         cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
         self.crops = Crops(self.paths, config.height, config.width, cache, workers, train.pids[used])
@@ -119,8 +122,13 @@ class Feed:
                 indices = parts[(step - first_step) * len(self._own) :]
                 shards = []
                 for number, images, own in zip(self._own, crops, indices, strict=False):
-                    seed = np.random.SeedSequence([self._config.seed, epoch, step, number]).generate_state(1, np.uint64)
-                    shards.append(Shard(self._to_device(images), self._to_device(self.classes[own]), int(seed[0] >> 1)))
+                    source = np.random.SeedSequence([self._config.seed, epoch, step, number])
+                    seed, corners = source.generate_state(1, np.uint64), None
+                    if self.occlusion:
+                        drawn = self.occlusion.draw(own, np.random.default_rng(source.spawn(1)[0]))
+                        corners = self._to_device(drawn)
+                    pixels, pids = self._to_device(images), self._to_device(self.classes[own])
+                    shards.append(Shard(pixels, pids, int(seed[0] >> 1), corners))
                 yield shards
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
@@ -188,12 +196,14 @@ class Trainee:
     dtype: torch.dtype  # autocast type
     replays: "StepGraph | None" = None  # on one GPU
     phase: int = 0  # of refined part pooling
+    occlusion: Occlusion | None = None  # of adversarially occluded samples
 
     @property
     def stateful(self) -> dict[str, Any]:
         """What changes besides the weights, by its name in checkpoints."""
-        average = {"average": self.average} if self.average else {}
-        return {"optimizer": self.optimizer, "scaler": self.scaler, **average}
+        some = {"average": self.average, "occlusion": self.occlusion}
+        optional = {name: part for name, part in some.items() if part}
+        return {"optimizer": self.optimizer, "scaler": self.scaler, **optional}
 
     @property
     def evaluated(self) -> nn.Module:
@@ -260,7 +270,10 @@ class StepGraph:
             self._eager_steps = max(0, self._eager_steps - 1)
             return _update(trainee, shards, config, [_generator(device, shard) for shard in shards])
         if self._graph is None:
-            self._shards = [Shard(torch.empty_like(crops), torch.empty_like(pids), 0) for crops, pids, _ in shards]
+            self._shards = [
+                Shard(crops.clone(), pids.clone(), seed, corners if corners is None else corners.clone())
+                for crops, pids, seed, corners in shards
+            ]
             self._generators = [torch.Generator(device) for _ in shards]
             for group in trainee.optimizer.param_groups:
                 group["lr"] = torch.as_tensor(group["lr"], device=device)
@@ -274,6 +287,8 @@ class StepGraph:
         for mine, given, generator in zip(self._shards, shards, self._generators, strict=True):
             mine.crops.copy_(given.crops)
             mine.pids.copy_(given.pids)
+            if mine.corners is not None and given.corners is not None:
+                mine.corners.copy_(given.corners)
             generator.manual_seed(given.seed)
         self._graph.replay()
         return {name: value.clone() for name, value in self._results.items()}
@@ -330,7 +345,8 @@ def _shard_loss(
     trainee: Trainee, shard: Shard, config: TrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     erase_probability = 1.0 if config.mix == "cutout" else ERASE_PROBABILITY
-    images = augment(shard.crops, config.erase_size, generator, erase_probability)
+    erase_size = config.erase_size if shard.corners is None else window_side(config.height, config.width)
+    images = augment(shard.crops, erase_size, generator, erase_probability, shard.corners)
     network, pids, mixed = trainee.network, shard.pids, None
     with torch.autocast(trainee.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
         if isinstance(network, PMM) and network.mix == "cutmix":

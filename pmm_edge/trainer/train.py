@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 import pmm_edge
 from pmm_edge.console import Report, silent
@@ -33,6 +35,7 @@ from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError, P
 from pmm_edge.files import remove_unfinished, written_whole
 from pmm_edge.machine import threads
 from pmm_edge.model import Checkpoint, ReidNetwork, build_model, save_checkpoint
+from pmm_edge.model.aos import occlusion_epochs, probability_falls
 from pmm_edge.model.backbone import zero_init_residuals
 from pmm_edge.model.checkpoint import load_any_weights, load_pretrained
 from pmm_edge.runs import BEST, CONFIG, LAST, AboutRun, about_run, new_run_folder, new_run_path, write_about_run
@@ -42,7 +45,16 @@ from pmm_edge.trainer.config import TrainConfig, choose_config, read_run_config
 from pmm_edge.trainer.device import World, choose_machine, joined, torch_errors_explained
 from pmm_edge.trainer.logging import Journal, Meter
 from pmm_edge.trainer.state import Position, load_state, model_spec, restore_state, run_lock, save_state
-from pmm_edge.trainer.step import Feed, Trainee, learning_rate, prepare, set_learning_rate, start_phase, train_step
+from pmm_edge.trainer.step import (
+    Feed,
+    Indices,
+    Trainee,
+    learning_rate,
+    prepare,
+    set_learning_rate,
+    start_phase,
+    train_step,
+)
 
 EVALUATION_BATCH = 64
 SAVE_SECONDS = 30  # between two saves of last.pt without an evaluation: on a GPU, saving may take longer than an epoch
@@ -199,6 +211,7 @@ def train(
         report = report if world.leads else silent
         with torch_errors_explained(device, chosen, world):
             trainee = prepare(network, chosen, device, dtype, world)
+            trainee.occlusion = feed.occlusion
             if checkpoint:
                 restore_state(trainee, checkpoint)
             digest = lru_cache(maxsize=None)(partial(data_sha256, test_images, dataset.root, report))
@@ -307,6 +320,8 @@ def fit(run: Run) -> bool:
             run.save()
             run.journal.write(f"interrupted in epoch {position.epoch + 1}, step {position.step}; it is saved")
             return False
+        if not measure_occlusion(run):
+            continue  # a stop was requested
         if train_epoch(run):
             position.epoch, position.step = position.epoch + 1, 0
             if time.monotonic() - run.saved > SAVE_SECONDS:
@@ -371,27 +386,13 @@ def evaluate_network(run: Run) -> tuple[RetrievalFigures, ModelSpec | None] | No
     """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted.
 
     Returns the figures by Euclidean distance and, if they are the best so far, the spec with all figures and decision
-    thresholds. Each process embeds a share of the batches, which do not depend on the number of processes; the first
-    one ranks.
+    thresholds. The first process ranks.
     """
-    crops, model, device, world = run.crops, run.trainee.evaluated, run.trainee.device, run.world
-    batch = min(EVALUATION_BATCH, run.config.batch // run.config.accumulate)  # of the memory of a training step
-    batches = np.array_split(np.arange(len(crops)), -(-len(crops) // batch))
-    first, end = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
-    parts, was_training = [], model.training
-    world.copy_from_first(model.buffers())  # batch norm has seen other images in each process
-    model.eval()
-    try:
-        with torch.inference_mode(), closing(crops.prefetched(batches[first:end])) as ahead:
-            for done in range(0, len(batches), world.size):
-                if world.any(run.stop())[0]:
-                    return None
-                for images in islice(ahead, 1):  # none if this process has one batch less
-                    parts.append(model(normalize(torch.from_numpy(images).to(device))).cpu().numpy())
-                run.report("embed", min(done + world.size, len(batches)), len(batches))
-    finally:
-        model.train(was_training)
-    embeddings = world.gather(parts, to_first=True)
+    model = run.trainee.evaluated
+    parts = for_all_images(run, model, run.crops, "embed", lambda images, _: model(images))
+    if parts is None:
+        return None
+    embeddings = run.world.gather(parts, to_first=True)
 
     def rank() -> tuple[RetrievalFigures, ModelSpec | None]:
         rows, best, calibration = np.concatenate(embeddings), run.position.best, None
@@ -407,4 +408,54 @@ def evaluate_network(run: Run) -> tuple[RetrievalFigures, ModelSpec | None] | No
         cosine = cosine_figures(run.dataset, rows)
         return figures, replace(run.spec, retrieval=figures, retrieval_cosine=cosine, calibration=calibration)
 
-    return world.first(rank)
+    return run.world.first(rank)
+
+
+def measure_occlusion(run: Run) -> bool:
+    """Measure which occlusion hurts each training image most, if it is time to (`model/aos.py`); False if interrupted.
+
+    It is saved with the run, because the network of this moment is not.
+    """
+    occlusion, position = run.trainee.occlusion, run.position
+    due = position.step == 0 and position.epoch in occlusion_epochs(run.config.epochs)
+    if occlusion is None or not due or occlusion.epoch == position.epoch:
+        return True
+    network, device = run.trainee.network, run.trainee.device
+
+    def falls(images: torch.Tensor, indices: Indices) -> torch.Tensor:
+        return probability_falls(network, images, torch.from_numpy(run.feed.classes[indices]).to(device))
+
+    parts = for_all_images(run, network, run.feed.crops, "occlude", falls)
+    if parts is None:
+        return False
+    occlusion.falls, occlusion.epoch = np.concatenate(run.world.gather(parts)), position.epoch
+    return True
+
+
+def for_all_images(
+    run: Run, network: nn.Module, crops: Crops, what: str, compute: Callable[[torch.Tensor, Indices], torch.Tensor]
+) -> list[NDArray[np.float32]] | None:
+    """Results of `compute` in evaluation mode for this process's share of all images; None if interrupted.
+
+    `compute` gets normalized images (N, 3, H, W) and their indices (N,). The batches do not depend on the number of
+    processes. `what` is shown as progress.
+    """
+    device, world = run.trainee.device, run.world
+    batch = min(EVALUATION_BATCH, run.config.batch // run.config.accumulate)  # of the memory of a training step
+    batches = np.array_split(np.arange(len(crops)), -(-len(crops) // batch))
+    first, end = (len(batches) * rank // world.size for rank in (world.rank, world.rank + 1))
+    own, parts, was_training = iter(batches[first:end]), [], network.training
+    world.copy_from_first(network.buffers())  # batch norm has seen other images in each process
+    network.eval()
+    try:
+        with torch.inference_mode(), closing(crops.prefetched(batches[first:end])) as ahead:
+            for done in range(0, len(batches), world.size):
+                if world.any(run.stop())[0]:
+                    return None
+                for images in islice(ahead, 1):  # none if this process has one batch less
+                    normalized = normalize(torch.from_numpy(images).to(device))
+                    parts.append(compute(normalized, next(own)).cpu().numpy())
+                run.report(what, min(done + world.size, len(batches)), len(batches))
+    finally:
+        network.train(was_training)
+    return parts

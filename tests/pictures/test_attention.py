@@ -44,7 +44,7 @@ def textbook(network: ReidNetwork, images: torch.Tensor) -> torch.Tensor:
     return torch.stack(maps, dim=1)
 
 
-@pytest.mark.parametrize(("method", "stages"), [("pmm", 3), ("bdb", 2), ("baseline", 1), ("pcb", 6)])
+@pytest.mark.parametrize(("method", "stages"), [("pmm", 3), ("bdb", 2), ("baseline", 1), ("aos", 1), ("pcb", 6)])
 def test_every_method_gives_the_textbooks_maps_of_its_predicted_classes(method: str, stages: int) -> None:
     torch.manual_seed(1)
     network, images = build_model(method, num_classes=5, backbone="resnet18", height=96, width=64).eval(), images_of(3)
