@@ -355,7 +355,7 @@ def evaluate(
 @app.command()
 def calibrate(
     model: Path | None = _arg(None, "Checkpoint, run folder or exported model. Default: newest run.", "MODEL"),
-    data: Path | None = _arg(None, "Data set folder. Default: the run's.", "DATA"),
+    data: Path | None = _arg(None, "Data set; pmm data describes it. Default: the run's.", "DATA"),
     layout: Layout = None,
     out: Path | None = _out(None, "Plot ROC and DET curves and the histograms of distances.", "FILE.png|.svg"),
     device: Device = None,
@@ -419,7 +419,7 @@ def embed(
     out: Path = _out(Path("embeddings.npz"), "File, or folder of Parquet shards; see above.", "FILE.npz|.parquet|DIR"),
     layout: Layout = None,
     batch: int | None = _opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
-    tracklets: bool = _opt(False, "Pool each tracklet to one row: a folder, or those of a data set.", "--tracklets"),
+    tracklets: bool = _opt(False, "Write a pooled row per tracklet: a folder, or as in the data set.", "--tracklets"),
     dtype: Literal["float32", "float16"] | None = _many(None, "Type of the embeddings. Default: float32."),
     shard_rows: int | None = _many(None, "Images per shard. Default: 8192. A tar file is one shard."),
     device: Device = None,
@@ -430,9 +430,9 @@ def embed(
     Folders are searched recursively. Unreadable images are listed and skipped; if no image can be read, the exit code
     is 1. Rows are in the order of the sorted paths, of the list, or of query, gallery and train.
 
-    A .npz file holds the arrays spec (JSON), paths, embeddings and, for a data set, pids, camids and split. In a
-    .parquet file these are columns, except for spec, which is in its metadata. With --tracklets, a path is the folder
-    of the tracklet or, for a data set, its first image, and frames counts its images.
+    A .npz file holds the arrays spec (JSON), paths, embeddings and, for a data set, pids, camids, split and, if it has
+    tracklets, tracks. In a .parquet file these are columns, except for spec, which is in its metadata. With
+    --tracklets, a path is the folder of the tracklet or, for a data set, its first image, and frames counts its images.
 
     A folder, a name without a suffix, is for any number of images: Parquet files with the columns path, pid, camid,
     split and embedding, which are written while the images are read. Repeat the command to resume after an

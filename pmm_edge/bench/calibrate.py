@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pmm_edge.bench.charts import check_plot, save_threshold_plot
 from pmm_edge.console import Report, printable, silent
+from pmm_edge.data.checks import warn_of_choices
 from pmm_edge.data.dataset import data_sha256, scan, warn_ignored
 from pmm_edge.errors import DataError
 from pmm_edge.files import check_place
@@ -59,8 +60,9 @@ def calibrate(
     if data is None and run_of(path) is None:
         raise DataError(f"{path} is not in a run folder, so its data set is unknown", "Name the data set")
     source, layout = data_of(path, Path(data) if data else None, layout)
-    dataset, is_checkpoint = scan(source, layout), path.suffix in CHECKPOINTS
+    dataset, is_checkpoint = scan(source, layout, training=False), path.suffix in CHECKPOINTS
     warn_ignored(source, dataset.ignored)
+    warn_of_choices(dataset)
     if out:
         check_plot(Path(out))
     if is_checkpoint:

@@ -1,6 +1,5 @@
 """`pmm eval`: the retrieval of one model, optionally with mirror images and re-ranking."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from numpy.typing import ArrayLike
 
 from pmm_edge.bench.charts import check_plot, save_cmc_plot
 from pmm_edge.console import Report, about, percent, printable, silent
-from pmm_edge.data.checks import DatasetWarningKind, analyze
+from pmm_edge.data.checks import warn_of_choices
 from pmm_edge.data.dataset import ReidDataset, scan, warn_ignored
-from pmm_edge.errors import PmmError, PmmWarning
+from pmm_edge.errors import PmmError
 from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import Embedder, load
@@ -56,12 +55,10 @@ def evaluate_model(
     `query_features_flip`. Raises DataError or ModelError if the data set or the model cannot be used, OutputError if a
     file cannot be written.
     """
-    dataset = scan(data, layout)
+    dataset = scan(data, layout, training=False)
     embedder, name = (model, model.path.name) if isinstance(model, Embedder) else (load(model, device), model.name)
     warn_ignored(data, dataset.ignored)
-    for warning in analyze(dataset).warnings:
-        if warning.kind in (DatasetWarningKind.NO_CAMERAS, DatasetWarningKind.CHOSEN_QUERIES):
-            warnings.warn(f"{data}: {warning.text}", PmmWarning, stacklevel=2)
+    warn_of_choices(dataset)
     if tracklets:
         require_tracklets(dataset)
     if cmc:
@@ -113,7 +110,7 @@ def evaluate_across(
     if options.get("cmc") or options.get("features"):
         raise PmmError("--cmc and --features write one data set", "Evaluate the data sets one by one")
     for path in data:
-        dataset = scan(path, layout)
+        dataset = scan(path, layout, training=False)
         if options.get("tracklets"):
             require_tracklets(dataset)
     embedder, report = load(model, device), options.pop("report", silent)

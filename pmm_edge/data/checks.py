@@ -1,5 +1,6 @@
 """Count the images of a data set and find errors in its labels."""
 
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import KNOWN_SETS, ReidDataset, SplitSize, describe_ignored, problems, queries_with_match
 from pmm_edge.data.people import CameraRule, SplitRule
+from pmm_edge.errors import PmmWarning
 from pmm_edge.images import BadImage, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
@@ -103,6 +105,13 @@ def analyze(dataset: ReidDataset) -> Analysis:
         text, images = describe_ignored(dataset.ignored), sum(dataset.ignored.values())
         found.append(DatasetWarning(DatasetWarningKind.IGNORED_FILES, text, images=images))
     return Analysis(counts, known, found)
+
+
+def warn_of_choices(dataset: ReidDataset) -> None:
+    """Issue a PmmWarning for each choice, not a label of the data set, that decides which pairs are evaluated."""
+    for warning in analyze(dataset).warnings:
+        if warning.kind in (DatasetWarningKind.NO_CAMERAS, DatasetWarningKind.CHOSEN_QUERIES):
+            warnings.warn(f"{dataset.root}: {warning.text}", PmmWarning, stacklevel=3)
 
 
 def _listed(pids: Sequence[int]) -> str:

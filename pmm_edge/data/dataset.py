@@ -147,8 +147,8 @@ class ReidDataset:
         return digest.hexdigest()
 
 
-def scan(root: Path, layout: str | None = None) -> ReidDataset:
-    """Read a data set and require that it can be trained and evaluated on. No image is opened.
+def scan(root: Path, layout: str | None = None, training: bool = True) -> ReidDataset:
+    """Read a data set and require that it can be evaluated and, with `training`, trained on. No image is opened.
 
     `layout`, one of `LAYOUTS`, is recognized if None, and otherwise used; it selects one of the kinds of CUHK03-NP.
     `folders:REGEX` is a folder per person with the camera in the first group of the expression. Raises DataError if
@@ -156,7 +156,7 @@ def scan(root: Path, layout: str | None = None) -> ReidDataset:
     if `problems` finds something.
     """
     dataset = read(root, layout)
-    for problem in problems(dataset):
+    for problem in problems(dataset, training):
         raise problem
     return dataset
 
@@ -203,10 +203,11 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
         remedy = "Check permissions and --layout; docs/datasets.md shows which files a data set needs"
         raise DataError(f"cannot read {error.filename or root}: {error.strerror}", remedy) from error
     if rows:
-        if empty := [split for split in people.SPLITS if not rows[split]]:
-            remedy = "Add images, or choose them with folders named train, query and gallery or with a CSV file"
+        if empty := [split for split in ("query", "gallery") if not rows[split]]:
+            remedy = "Add people whom two cameras saw, or choose the images by folders named query and gallery"
             raise DataError(f"{root} has no images for {empty[0]}", remedy)
-        splits = [_split(rows[split], root) for split in people.SPLITS]
+        nobody = Split([], *np.empty((3 if found == MARS else 2, 0), np.int64))  # to train on
+        splits = [_split(rows[split], root) if rows[split] else nobody for split in people.SPLITS]
     published = KNOWN_SETS.get(found, {}).values()
     name = found if [split.size for split in splits] == [*published] else printable(root.name)
     train, query, gallery = splits
@@ -395,7 +396,8 @@ def _read_msmt17_list(path: Path, folder: Path, first_pid: int) -> list[tuple[Pa
 def _read_people(root: Path, layout: str | None, ignored: Counter[str]) -> tuple[people.Rows, Reading]:
     """Read a folder per person, in folders for the splits or in `root` itself."""
     names = {child.name for child in root.iterdir() if child.is_dir()}
-    splits = next((given for given in (people.SPLITS, ("train", "test")) if {*given} <= names), ("",))
+    kinds = people.SPLITS, ("train", "test"), ("query", "gallery"), ("test",)
+    splits = next((given for given in kinds if {*given} <= names), ("",))
     unused = {name for name in names - {*splits} if (name in _SPLIT_NAMES or splits[0]) and name[0] != "."}
     if unused and not splits[0]:
         problem = f"{root} contains {', '.join(sorted(unused))}, which are not people"
@@ -449,10 +451,10 @@ def combine(datasets: Sequence[ReidDataset]) -> ReidDataset:
     return replace(first, name="+".join(one.name for one in datasets), train=train)
 
 
-def problems(dataset: ReidDataset) -> list[DataError]:
-    """Return the reasons why a network cannot be trained or evaluated on a data set."""
+def problems(dataset: ReidDataset, training: bool = True) -> list[DataError]:
+    """Return the reasons why a network cannot be evaluated or, with `training`, trained on a data set."""
     found = []
-    if (identities := dataset.train.identities) < 2:
+    if training and (identities := dataset.train.identities) < 2:
         problem = f"the training set of {dataset.root} has {identities} identities"
         found.append(DataError(problem, "Training needs at least two"))
     if not len(queries_with_match(dataset)):

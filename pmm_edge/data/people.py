@@ -100,7 +100,7 @@ def choose_queries(pids: Sequence[int], camids: Sequence[int], units: Sequence[A
 def label_people(files: Mapping[str, Sequence[Path]], root: Path, pattern: str = "") -> tuple[Rows, Reading]:
     """Label images that lie in a folder for each person.
 
-    `files` are the images in `root/train`, `query` and `gallery`, in `train` and `test`, or in `root` ("" is the key).
+    `files` are the images in `root/train`, `query`, `gallery` and `test`, or in `root` itself ("" is the key).
     The camera is what the first group of the regular expression `pattern` matches in the path below `root`. Without a
     pattern, it is the sub-folder of the person's folder, or a part of the file name like `c1` or `cam1`, if every image
     has one and they differ. Raises DataError if the pattern is wrong or does not match an image.

@@ -9,7 +9,7 @@ import torch
 
 import pmm_edge
 from pmm_edge.bench.calibrate import calibrate
-from pmm_edge.errors import DataError, ModelError
+from pmm_edge.errors import DataError, ModelError, PmmWarning
 from pmm_edge.export import export
 from pmm_edge.model import load_checkpoint
 from pmm_edge.runtime.certificate import certificate_path
@@ -93,6 +93,15 @@ def test_wrong_embeddings_and_models_are_refused(calibrated, tiny_checkpoint, ti
         pmm_edge.load(calibrated, "cpu").match(*[np.zeros((8, 8, 3), np.uint8)] * 2, distance="manhattan")
     with pytest.raises(DataError, match="1,000"):
         calibrate(calibrated, tiny_dataset)
+
+
+def test_people_without_cameras_are_compared_with_a_warning(normalized, crowd, tmp_path):
+    for number, image in enumerate([*(crowd / "query").iterdir(), *(crowd / "bounding_box_test").iterdir()]):
+        (tmp_path / "test" / image.name[:4]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, tmp_path / "test" / image.name[:4] / f"{number}.jpg")
+    with pytest.warns(PmmWarning, match="no cameras"):
+        found = calibrate(normalized, tmp_path).found.calibration
+    assert (found.identities, found.impostor_pairs) == (20, 20 * 19 * 5)
 
 
 def test_commands(pmm, calibrated, normalized, crowd):

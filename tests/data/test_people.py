@@ -114,6 +114,19 @@ def test_without_cameras_the_evaluation_is_possible_and_the_consequence_said(tmp
     assert scan(root).reading.split_rule is SplitRule.QUERIES_CHOSEN
 
 
+def test_without_training_images_a_data_set_can_be_evaluated(tmp_path: Path, table: Path) -> None:
+    table.write_text("\n".join([ROWS[0], *ROWS[3:]]))
+    given = touch(tmp_path / "given", "query/c/door/1.jpg gallery/c/yard/2.jpg gallery/-1/yard/3.jpg")
+    chosen = touch(tmp_path / "chosen", "test/c/door/1.jpg test/c/yard/2.jpg test/-1/yard/3.jpg")
+    for root, rule in ((given, SplitRule.GIVEN), (chosen, SplitRule.QUERIES_CHOSEN), (table, SplitRule.GIVEN)):
+        dataset = scan(root, training=False)
+        assert [len(split) for split in dataset.splits.values()] == [0, 1, 2]
+        assert dataset.reading.split_rule is rule and dataset.query.pids[0] == dataset.gallery.pids.max()
+        assert "unusable" in kinds(root)
+        refused(root, "training set", "0 identities")
+        assert len(find_images(root, FOLDERS if root.is_dir() else CSV).paths) == 3
+
+
 def test_chosen_queries_have_a_match_and_are_as_stated() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):

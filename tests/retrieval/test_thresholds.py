@@ -7,7 +7,7 @@ import pytest
 
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval import pairwise_distances, thresholds
-from pmm_edge.retrieval.thresholds import find_thresholds
+from pmm_edge.retrieval.thresholds import find_thresholds, in_camera_order
 
 
 def people(seed, identities=20, distractors=15, ties=False):
@@ -79,6 +79,30 @@ def test_curves_are_those_of_scikit_learn(distance, ties):
     np.testing.assert_allclose(getattr(found.calibration, distance).eer, eer, atol=5e-4)
     threshold = found.calibration.threshold(1e-2, distance)
     assert threshold.tmr == expected_tmr[expected_fmr <= 0.01].max()
+
+
+def test_intervals_are_those_of_a_bootstrap_over_people():
+    query, gallery, *labels = data = people(3)
+    threshold = find_thresholds(*data).calibration.threshold(1e-2)
+    rows, columns, found = in_camera_order(*labels)
+    row_pids, column_pids = labels[0][rows], labels[1][columns]
+    units = {*zip(row_pids, found.row_unit, strict=True), *zip(column_pids, found.column_unit, strict=True)}
+    assert len({unit for _, unit in units}) == len(units) == 20 + 15, "one for each person and for each distractor"
+    assert (found.weights[:, :20].sum(axis=1) == 20).all() and (found.weights[:, 20:].sum(axis=1) == 15).all()
+    row_weights, column_weights = (found.weights[:, unit].astype(float) for unit in (found.row_unit, found.column_unit))
+    match = pairwise_distances(query[rows], gallery[columns]) <= np.float32(threshold.distance)
+    other_camera = labels[2][rows][:, None] != labels[3][columns]
+    same_person = row_pids[:, None] == column_pids
+    impostor, genuine = (other_camera & each for each in (~same_person, same_person))
+    false, every = (((row_weights @ pairs) * column_weights).sum(axis=1) for pairs in (match & impostor, impostor))
+    true, possible = ((row_weights @ pairs).sum(axis=1) for pairs in (match & genuine, genuine))
+    fmr, tmr = false / every, true / possible
+    other_people = (
+        threshold.false_matches / impostor.sum() * fmr / np.roll(fmr, 1),
+        threshold.tmr + tmr - np.roll(tmr, 1),
+    )
+    for interval, drawn in zip((threshold.fmr_interval, threshold.tmr_interval), other_people, strict=True):
+        np.testing.assert_allclose(interval, np.quantile(drawn, (0.025, 0.975)).clip(0, 1), rtol=0.02)
 
 
 def test_intervals_contain_the_rates_of_other_people():
