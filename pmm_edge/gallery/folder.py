@@ -14,6 +14,7 @@ the next writer removes the rest. A reader maps the files of its manifest when i
 import mmap
 import os
 import secrets
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +45,6 @@ ROW = np.dtype([("number", "<u8"), ("id", "<u8"), ("pid", "<i8"), ("time", "<f8"
 """`number` grows with every row and never changes; `end` is where the source of the row ends."""
 SEGMENT_ROWS = 65_536
 CHUNK = 8192
-TOUCHED = 16_384
 MARGIN = 10
 """More rows than wanted are compared exactly, because float32 distances may swap neighbors."""
 TAIL = 10_000
@@ -83,7 +83,7 @@ class _View:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest, size = manifest, manifest.model.spec.embedding_size
         stored = np.dtype(manifest.dtype)
-        self.maps, self.vectors, self.texts, self._touched = [], [], [], 0
+        self.maps, self.vectors, self.texts, self.files = [], [], [], list[int]()
         tables = [np.empty(0, ROW)]
         for segment in manifest.segments:
             sizes = (segment.rows * size * stored.itemsize, segment.rows * ROW.itemsize, segment.text)
@@ -93,6 +93,8 @@ class _View:
                 if zlib.crc32(content) != checksum:
                     raise DataError(f"{path} is damaged: its checksum does not match", DAMAGED)
             self.maps.append(vectors)
+            self.files.append(os.open(paths[0], os.O_RDONLY))
+            weakref.finalize(self, os.close, self.files[-1])
             self.vectors.append(np.frombuffer(vectors, stored).reshape(segment.rows, size))
             self.texts.append(text)
             tables.append(np.frombuffer(rows, ROW))
@@ -122,22 +124,26 @@ class _View:
         return self.load_index()
 
     def take(self, positions: NDArray[np.int64]) -> Embeddings:
-        """The vectors at some positions: (N,) -> (N, D) float32."""
-        taken = np.empty((len(positions), self.manifest.model.spec.embedding_size), np.float32)
-        segments = np.searchsorted(self.starts, positions, side="right") - 1
-        for number in np.unique(segments):
-            chosen = segments == number
-            taken[chosen] = self.vectors[number][positions[chosen] - self.starts[number]]
-            self._touched += int(chosen.sum())
-            if self._touched > TOUCHED:
-                self._release()
-        return taken
+        """The vectors at some ascending positions: (N,) -> (N, D) float32.
 
-    def _release(self) -> None:
-        """Unmap the pages that were read: the kernel maps 64 kB around each row, and all would count as our memory."""
-        self._touched = 0
-        for pages in self.maps:
-            pages.madvise(mmap.MADV_DONTNEED)
+        They are read, not mapped: the kernel maps up to 2 MB around each row, which would count as our memory.
+        """
+        size = self.manifest.model.spec.embedding_size
+        taken = np.empty((len(positions), size), self.manifest.dtype)
+        if not len(positions):
+            return taken.astype(np.float32)
+        content, width = taken.data.cast("B"), size * taken.itemsize
+        segments = np.searchsorted(self.starts, positions, side="right") - 1
+        breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(segments) != 0)) + 1
+        for first, stop in pairwise([0, *breaks.tolist(), len(positions)]):
+            segment = int(segments[first])
+            while first < stop:
+                offset = int(positions[first] - self.starts[segment]) * width
+                read = os.preadv(self.files[segment], [content[first * width : stop * width]], offset) // width
+                if not read:
+                    raise DataError(f"the vectors of {self.manifest.segments[segment].name} are truncated", DAMAGED)
+                first += read
+        return taken.astype(np.float32, copy=False)
 
     def chunks(self, positions: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Embeddings]]:
         """Yield positions and vectors of all rows, or of some, in parts that fit into memory."""
@@ -145,12 +151,12 @@ class _View:
             for start in range(0, len(positions), CHUNK):
                 yield (part := positions[start : start + CHUNK]), self.take(part)
             return
-        for first, vectors in zip(self.starts, self.vectors, strict=False):
+        for first, vectors, pages in zip(self.starts, self.vectors, self.maps, strict=False):
             for start in range(0, len(vectors), CHUNK):
                 part = vectors[start : start + CHUNK]
                 yield np.arange(first + start, first + start + len(part)), part.astype(np.float32, copy=False)
             if len(self) >= FLAT_ROWS:
-                self._release()
+                pages.madvise(mmap.MADV_DONTNEED)  # or all vectors would count as our memory
 
     def scan(self, queries: Embeddings, want: int, positions: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Positions of the nearest rows, found one by one: (Q, want), -1 where there are no more."""
