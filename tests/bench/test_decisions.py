@@ -16,6 +16,7 @@ from pmm_edge.bench.parity import DEFAULT_GATES
 from pmm_edge.bench.report import BenchReport, Change, Decision, Decisions, FailureKind, Gates, WarningKind
 from pmm_edge.data.dataset import ReidDataset, Split, scan
 from pmm_edge.retrieval import pairwise_distances
+from pmm_edge.retrieval.thresholds import in_camera_order
 from pmm_edge.runtime.certificate import check_certificate
 from pmm_edge.runtime.embed_files import dataset_thresholds, embed_dataset
 from pmm_edge.spec import Calibration
@@ -47,6 +48,14 @@ def test_counts_are_those_of_all_distances(seed: int, monkeypatch: pytest.Monkey
     pairs = (query.camids[:, None] != gallery.camids) & (query.pids > 0)[:, None] & (gallery.pids != -1)
     same = pairs & (query.pids[:, None] == gallery.pids)
     other = pairs & ~same
+    rows, columns, people = in_camera_order(query.pids, gallery.pids, query.camids, gallery.camids)
+    weights = people.weights.astype(float)  # of people, in each draw of the bootstrap
+
+    def drawn(chosen: np.ndarray, both: bool) -> np.ndarray:
+        """Number of chosen pairs in each draw: a pair of two people counts as often as both were drawn together."""
+        sums = weights[:, people.row_unit] @ chosen[rows][:, columns]
+        return (sums * weights[:, people.column_unit] if both else sums).sum(axis=1)
+
     assert (found.genuine_pairs, found.impostor_pairs, found.same_images) == (same.sum(), other.sum(), True)
     assert len(found.thresholds) == 2 * len(calibration.cosine.thresholds) >= 4
     for one in found.thresholds:
@@ -58,9 +67,13 @@ def test_counts_are_those_of_all_distances(seed: int, monkeypatch: pytest.Monkey
         assert (one.fmr, one.tmr) == ((is_now & other).sum() / other.sum(), (is_now & same).sum() / same.sum())
         assert one.reference_fmr == threshold.false_matches / calibration.impostor_pairs
         assert one.fmr_ratio == ((is_now & other).sum() + 0.5) / (threshold.false_matches + 0.5)
-        assert one.fmr_ratio_low <= one.fmr_ratio <= one.fmr_ratio_high
+        false = np.stack([drawn(each & other, True) for each in (was, is_now)])
+        false = false[:, false.any(axis=0)] + 0.5
+        interval = np.quantile(false[1] / false[0], (0.025, 0.975))
+        assert (one.fmr_ratio_low, one.fmr_ratio_high) == pytest.approx(interval)
+        changes = (drawn(is_now & same, False) - drawn(was & same, False)) / drawn(same, False)
+        assert (one.tmr_change.low, one.tmr_change.high) == pytest.approx(np.quantile(changes, (0.025, 0.975)))
         assert one.tmr_change.difference == pytest.approx(one.tmr - threshold.tmr)
-        assert one.tmr_change.low <= one.tmr_change.difference <= one.tmr_change.high
         changed = pairs & (was != is_now)
         assert one.changed == changed.sum() > 0
         margin = np.where(changed, np.minimum(np.abs(before - one.threshold), np.abs(now - one.threshold)), -1)
