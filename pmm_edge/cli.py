@@ -340,7 +340,7 @@ def evaluate(
     - `pmm eval model.onnx MARS --tracklets`
     """
     arguments = _arguments(locals())
-    from pmm_edge.bench.evaluation import evaluate_across as run
+    from pmm_edge.bench.evaluation import evaluate_model as run
 
     with progress() as report:
         found = run(**arguments, report=report)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from numpy.typing import ArrayLike
 
@@ -33,8 +32,8 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: Path | Embedder,
-    data: Path,
+    model: Path,
+    data: Sequence[Path],
     *,
     layout: str | None = None,
     distance: Distance = "euclidean",
@@ -45,27 +44,54 @@ def evaluate_model(
     features: Path | None = None,
     device: str | None = None,
     report: Report = silent,
-) -> Evaluation:
-    """Evaluate retrieval under the Market-1501 protocol.
+) -> list[Evaluation]:
+    """Evaluate the retrieval of a model on each data set, under the Market-1501 protocol.
 
     Images are ranked by Euclidean or by cosine `distance`, which is 1 - cosine. `rerank` adds k-reciprocal re-ranking,
     `flip` the mean embedding of each image and its mirror image, `tracklets` pooled queries and gallery, see
-    `pmm_edge.pool`. `cmc` is a .png or .svg file for a plot of the CMC, `features` an .npz file with the arrays
-    `query_features`, `query_pids`, `query_camids` and `query_names`, the same for `gallery_`, and with `flip`
-    `query_features_flip`. Raises DataError or ModelError if the data set or the model cannot be used, OutputError if a
-    file cannot be written.
+    `pmm_edge.pool`. For one data set, `cmc` is a .png or .svg file for a plot of the CMC, `features` an .npz file with
+    the arrays `query_features`, `query_pids`, `query_camids` and `query_names`, the same for `gallery_`, and with
+    `flip` `query_features_flip`. All data sets are read before the first one is evaluated. Raises DataError or
+    ModelError if a data set or the model cannot be used, OutputError if a file cannot be written, PmmError for a file
+    of several data sets.
     """
-    dataset = scan(data, layout, training=False)
-    embedder, name = (model, model.path.name) if isinstance(model, Embedder) else (load(model, device), model.name)
-    warn_ignored(data, dataset.ignored)
-    warn_of_choices(dataset)
-    if tracklets:
-        require_tracklets(dataset)
+    if len(data) > 1 and (cmc or features):
+        raise PmmError("--cmc and --features write one data set", "Evaluate the data sets one by one")
+    datasets = [scan(path, layout, training=False) for path in data]
+    for dataset in datasets:
+        warn_ignored(dataset.root, dataset.ignored)
+        warn_of_choices(dataset)
+        if tracklets:
+            require_tracklets(dataset)
     if cmc:
         check_plot(cmc)
     if features:
         check_output(features, [".npz"])
-    dataset = dataset.without_junk()
+    embedder, found = load(model, device), []
+    for dataset in (one.without_junk() for one in datasets):
+        step = about(dataset.name, report) if len(data) > 1 else report
+        results = _evaluate(embedder, dataset, distance, rerank, flip, tracklets, features, step)
+        found.append(Evaluation(embedder, dataset, results, distance))
+        if cmc:
+            curves = {
+                f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
+                for name, one in results.items()
+            }
+            save_cmc_plot(cmc, printable(f"{dataset.name} · {model.name} · {distance} distance"), curves)
+    return found
+
+
+def _evaluate(
+    embedder: Embedder,
+    dataset: ReidDataset,
+    distance: Distance,
+    rerank: bool,
+    flip: bool,
+    tracklets: bool,
+    features: Path | None,
+    report: Report,
+) -> dict[str, RetrievalResult]:
+    """Embed a data set without junk once, save the embeddings, and rank them in each way."""
     query, gallery = dataset.query, dataset.gallery
     embedded = embed_dataset(embedder, dataset, flip, report)
     kinds = {"plain": embedded.embeddings} | ({} if embedded.flipped is None else {"flip": embedded.flipped})
@@ -84,34 +110,9 @@ def evaluate_model(
         for kind, (ranked, embeddings) in rows.items():
             row = _with("re-ranking", kind) if reranked else kind
             results[row] = evaluate_dataset(ranked, embeddings, reranked, distance, about(kind, report))
-    if cmc:
-        curves = {
-            f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
-            for name, one in results.items()
-        }
-        save_cmc_plot(cmc, printable(f"{dataset.name} · {name} · {distance} distance"), curves)
-    return Evaluation(embedder, dataset, results, distance)
+    return results
 
 
 def _with(addition: str, name: str) -> str:
     """Name of a row of results to which something is added."""
     return addition if name == "plain" else f"{name} + {addition}"
-
-
-def evaluate_across(
-    model: Path, data: Sequence[Path], *, layout: str | None = None, device: str | None = None, **options: Any
-) -> list[Evaluation]:
-    """Evaluate a model on data sets as `evaluate_model` does, with its other `options`.
-
-    All data sets are read before the first one is evaluated. Raises PmmError if there are several and a file to write.
-    """
-    if len(data) == 1:
-        return [evaluate_model(model, data[0], layout=layout, device=device, **options)]
-    if options.get("cmc") or options.get("features"):
-        raise PmmError("--cmc and --features write one data set", "Evaluate the data sets one by one")
-    for path in data:
-        dataset = scan(path, layout, training=False)
-        if options.get("tracklets"):
-            require_tracklets(dataset)
-    embedder, report = load(model, device), options.pop("report", silent)
-    return [evaluate_model(embedder, path, layout=layout, report=about(path.name, report), **options) for path in data]

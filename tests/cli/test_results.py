@@ -137,7 +137,7 @@ FIGURES = {"Rank-1", "Rank-5", "Rank-10", "mAP", "mINP", "mAP@50"}
 
 
 def test_eval(pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    results = evaluate_model(tiny_onnx, tiny_dataset, rerank=True, flip=True, device="cpu").results
+    results = evaluate_model(tiny_onnx, [tiny_dataset], rerank=True, flip=True, device="cpu")[0].results
     features = tmp_path / "new" / "features.npz"
     arguments = ("eval", tiny_onnx, tiny_dataset, "--device", "cpu", "--rerank", "--flip")
     printed = pmm(*arguments, "--features", features, "--json").json

@@ -175,7 +175,7 @@ def test_tracklets_of_a_data_set(onnx: Embedder, mars: Path, tiny_dataset: Path)
     by_number = dict(zip(*pmm_edge.pool(single.embeddings[: len(both)], both), strict=True))
     expected = [by_number[number] for number in (*ranked.query.tracks, *ranked.gallery.tracks)]
     np.testing.assert_allclose(embeddings, expected, rtol=1e-5)
-    results = evaluate_model(onnx.path, mars, tracklets=True, rerank=True, device="cpu").results
+    results = evaluate_model(onnx.path, [mars], tracklets=True, rerank=True, device="cpu")[0].results
     assert list(results) == ["plain", "tracklets", "re-ranking", "tracklets + re-ranking"]
     assert results["tracklets"].mAP == pytest.approx(evaluate_dataset(ranked, embeddings).mAP, abs=1e-6)
     with pytest.raises(DataError, match="no tracklets"):
@@ -218,7 +218,7 @@ def test_an_evaluation_reads_no_junk_and_skips_no_other_image(
     (root / "bounding_box_test" / "-1_c1s1_000000_00.jpg").touch()
     dataset = read(root).without_junk()
     assert len(embed_dataset(onnx, dataset).embeddings) == 24
-    assert evaluate_model(onnx.path, root, device="cpu").results["plain"].valid_queries == 12
+    assert evaluate_model(onnx.path, [root], device="cpu")[0].results["plain"].valid_queries == 12
     for bad in (dataset.query.paths[3], dataset.gallery.paths[3]):
         whole = bad.read_bytes()
         bad.write_bytes(whole[:99])
