@@ -1,4 +1,4 @@
-"""`pmm embed` from JPEG files to embeddings, against the network alone on arrays that are already prepared.
+"""`pmm embed` from JPEG files to embeddings and to Parquet shards, against the network alone on prepared arrays.
 
     python benchmarks/embed.py [--backbone resnet50] [--batch 16] [--rounds 7] [--json]
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,6 +27,7 @@ from pmm_edge.export import export
 from pmm_edge.images import read_crops
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embed_files import embed_files, find_images
+from pmm_edge.runtime.shards import embed_shards
 
 CROPS = SyntheticConfig(train_identities=3, test_identities=3, cameras=2, images=4, height=128, width=64)
 
@@ -33,18 +36,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--identities", type=int, default=6, help="8 images of each")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
 
     with TemporaryDirectory() as name:
         folder = Path(name)
-        make_synthetic(folder / "crops", CROPS)
+        half = arguments.identities // 2
+        make_synthetic(folder / "crops", replace(CROPS, train_identities=half, test_identities=half))
         checkpoint = random_checkpoint(folder / "random.pt", arguments.backbone)
         embedder = load(export(checkpoint, out=folder / "model.onnx").files[0].path, "cpu")
         paths = find_images(folder / "crops").paths
         prepared = read_crops(paths, HEIGHT, WIDTH)
-        alone, whole, processor = [], [], []
+        alone, whole, shards, processor = [], [], [], []
         for _ in range(arguments.rounds):
             start, busy = time.perf_counter(), time.process_time()
             for first in range(0, len(prepared), arguments.batch):
@@ -53,10 +58,15 @@ def main() -> None:
             middle = time.process_time()
             whole.append(len(paths) / embed_files(embedder, paths, batch=arguments.batch).seconds)
             processor.append((middle - busy) / (time.process_time() - middle))
+            written = embed_shards(embedder, folder / "crops", folder / "shards", batch=arguments.batch)
+            shards.append(len(paths) / written.seconds)
+            shutil.rmtree(folder / "shards")
     ratio = median(there / here for there, here in zip(whole, alone, strict=True))
     where = machine("onnxruntime-gpu", "onnxruntime", "pillow", "numpy")
     result = {"images": len(paths), "alone": median(alone), "end_to_end": median(whole), "ratio": ratio}
     result["processor_ratio"] = median(processor)
+    result["shards"] = median(shards)
+    result["shards_ratio"] = median(there / here for there, here in zip(shards, alone, strict=True))
     if arguments.json:
         print(json.dumps({"machine": where, **vars(arguments), **result}, indent=2))
         return
@@ -65,6 +75,8 @@ def main() -> None:
     print(f"network alone, prepared arrays   {result['alone']:7.1f} images/s")
     print(f"pmm embed, from JPEG files       {result['end_to_end']:7.1f} images/s")
     print(f"ratio, median of {arguments.rounds} rounds        {ratio:7.3f}")
+    print(f"pmm embed, into Parquet shards   {result['shards']:7.1f} images/s")
+    print(f"ratio                            {result['shards_ratio']:7.3f}")
     print(f"the same of processor time       {result['processor_ratio']:7.3f}")
 
 

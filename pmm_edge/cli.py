@@ -415,13 +415,15 @@ _many = partial(_opt, panel="Folder of shards")
 @app.command()
 def embed(
     model: Model,
-    images: Path = _arg(..., "Data set, folder, list (a text file with one path per line) or tar file.", "IMAGES"),
-    out: Path = _out(Path("embeddings.npz"), "File, or folder of Parquet shards; see above.", "FILE.npz|.parquet|DIR"),
+    images: str = _arg(..., "Data set, folder, list (a text file with one path per line) or tar file.", "IMAGES"),
+    out: str = _out("embeddings.npz", "File, or folder of Parquet shards; see above.", "FILE.npz|.parquet|DIR"),
     layout: Layout = None,
     batch: int | None = _opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
     tracklets: bool = _opt(False, "Write a pooled row per tracklet: a folder, or as in the data set.", "--tracklets"),
     dtype: Literal["float32", "float16"] | None = _many(None, "Type of the embeddings. Default: float32."),
     shard_rows: int | None = _many(None, "Images per shard. Default: 8192. A tar file is one shard."),
+    ray: str | None = _many(None, "Embed on a Ray cluster; local starts one here.", metavar="auto|local|HOST:PORT"),
+    workers: int | None = _many(None, "Processes there. Default: one per GPU or, without GPUs, per CPU.", min=1),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -436,19 +438,21 @@ def embed(
 
     A folder, a name without a suffix, is for any number of images: Parquet files with the columns path, pid, camid,
     split and embedding, which are written while the images are read. Repeat the command to resume after an
-    interruption. Images may be in tar files, alone or in folders: key.jpg, with labels in key.json. docs/scale.md.
+    interruption. Images may be in tar files, alone or in folders: key.jpg, with labels in key.json. IMAGES and the
+    folder may be in object storage. docs/scale.md explains all of this, and how to use several machines.
 
     - `pmm embed model.onnx crops/ -o embeddings.npz`
     - `pmm embed model.onnx tracks/ --tracklets`
     - `pmm embed model.onnx market1501 -o market.parquet`
     - `pmm embed model.onnx /data/tars -o embeddings/ --dtype float16`
+    - `pmm embed model.onnx s3://bucket/tars -o s3://bucket/embeddings --ray auto`
     """
-    arguments = _arguments(locals(), "dtype", "shard_rows")
-    of_shards: dict[str, Any] = {
-        name: value for name, value in (("dtype", dtype), ("shard_rows", shard_rows)) if value is not None
-    }
+    many = ("dtype", "shard_rows", "ray", "workers")
+    arguments, local = _arguments(locals(), "many", *many), locals()
+    of_shards: dict[str, Any] = {name: local[name] for name in many if local[name] is not None}
+    is_folder = not Path(out).suffix
     with progress() as report:
-        if not out.suffix:
+        if is_folder:
             if arguments.pop("tracklets"):
                 raise PmmError(f"--tracklets cannot write the folder {out}", "Write a .npz or .parquet file")
             from pmm_edge.runtime.shards import embed_shards
@@ -461,7 +465,7 @@ def embed(
             from pmm_edge.runtime.embed_files import embed_files
 
             found = embed_files(**arguments, skip_bad=True, report=report)
-    if not out.suffix:
+    if is_folder:
         print_json(render.shard_facts(shards)) if as_json else render.show_shards(shards)
     else:
         print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)

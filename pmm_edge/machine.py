@@ -5,6 +5,8 @@ import platform
 from pathlib import Path
 
 CPUFREQ = "sys/devices/system/cpu/cpu[0-9]*/cpufreq"
+THREADS = "PMM_THREADS"
+"""Environment variable that limits the threads of a process."""
 _INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx", "i8mm", "asimddp", "asimd")
 
 
@@ -33,8 +35,10 @@ def sums_in_float16(root: Path = Path("/")) -> bool:
 
 
 def usable_cores(root: Path = Path("/")) -> float:
-    """Number of cores that this process may use, by its affinity and the quotas of its control groups (1 or 2)."""
+    """Number of cores that this process may use: by PMM_THREADS, its affinity and the quotas of its control groups."""
     found = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    if (limit := os.environ.get(THREADS, "")).isdecimal():
+        found.append(float(limit))
     for line in text_of(root / "proc/self/cgroup").splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):

@@ -237,19 +237,19 @@ def show_match(found: Match) -> None:
     note(f"[dim]the threshold has a {origin}; on other cameras, run pmm calibrate[/]")
 
 
-def embedding_facts(found: EmbeddedFiles, model: Path, written: Path) -> dict[str, Any]:
+def embedding_facts(found: EmbeddedFiles, model: Path, written: str) -> dict[str, Any]:
     """The JSON form of `pmm embed`."""
     rows, size = found.embeddings.shape
     facts = {"model": model, "source": found.images.source, "rows": rows, "embedding_size": size, "written": written}
     return {**facts, **_fields(found, "skipped", "backend", "device", "seconds")}
 
 
-def show_embedded(found: EmbeddedFiles, written: Path) -> None:
+def show_embedded(found: EmbeddedFiles, written: str) -> None:
     """Print what `pmm embed` wrote and skipped, and how fast it was."""
     _show_unreadable("skipped", found.skipped)
     rows, size = found.embeddings.shape
     skipped = f", {len(found.skipped):,} skipped" if found.skipped else ""
-    print_line(f"{escape(str(written))}: {rows:,} × {size:,} float32 of {found.images.source}{skipped}")
+    print_line(f"{escape(written)}: {rows:,} × {size:,} float32 of {found.images.source}{skipped}")
     unit = "tracklets" if "frames" in (found.images.labels or {}) else "images"
     note(f"[dim]{rows / found.seconds:,.1f} {unit}/s in {found.backend} on {found.device}[/]")
 
@@ -321,11 +321,11 @@ def show_shards(found: EmbeddedShards) -> None:
     for image in found.skipped:
         note(f"[red]skipped:[/] {escape(f'{image.path}: {image.reason}')}")
     if found.bad > len(found.skipped):
-        note(f"[red]skipped:[/] {found.bad:,} in all; {escape(str(found.folder / '_bad'))} lists them")
+        note(f"[red]skipped:[/] {found.bad:,} in all; {escape(f'{found.folder}/_bad')} lists them")
     manifest, kept = found.manifest, f", {found.kept:,} of them by an earlier run" if found.kept else ""
     skipped = f", {found.bad:,} skipped" if found.bad else ""
     size = f"{found.rows:,} × {manifest.spec.embedding_size:,} {manifest.dtype}{skipped}"
-    print_line(f"{escape(str(found.folder))}: {size} in {manifest.shards:,} shards{kept}")
+    print_line(f"{escape(found.folder)}: {size} in {manifest.shards:,} shards{kept}")
     if found.embedded:
         note(f"[dim]{found.embedded / found.seconds:,.1f} images/s in {found.backend} on {found.device}[/]")
 

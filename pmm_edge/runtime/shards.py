@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby, islice, repeat
 from operator import itemgetter
 from pathlib import Path, PurePath
@@ -28,10 +29,11 @@ from pmm_edge import __version__
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import is_dataset, no_images, walk_files, warn_ignored
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning, absent, install
-from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, sha256, written_whole
+from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, sha256
 from pmm_edge.images import IMAGE_SUFFIXES, BadImage, Pixels, try_crop
 from pmm_edge.runtime.embed_files import decode_ahead, find_images, read_list
 from pmm_edge.runtime.embedder import Embedder, Embeddings
+from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 T = TypeVar("T")
@@ -106,8 +108,9 @@ _JOB = {
 class EmbeddedShards:
     """A folder of Parquet files `shard-NNNNNN.parquet`, and unreadable images in `_bad/`."""
 
-    folder: Path
+    folder: str  # or URL
     manifest: Manifest
+    storage: Storage
     backend: str
     device: str
     rows: int = 0  # in all shards
@@ -116,6 +119,23 @@ class EmbeddedShards:
     kept: int = 0  # shards that an earlier run has finished
     embedded: int = 0  # images of this run
     seconds: float = 0.0
+
+    def add(self, shard: EmbeddedShards) -> None:
+        """Count a shard that another process has written."""
+        self.rows, self.bad, self.embedded = self.rows + shard.rows, self.bad + shard.bad, self.embedded + shard.rows
+        self.skipped += shard.skipped[: LISTED - len(self.skipped)]
+        self.backend, self.device = shard.backend, shard.device
+
+
+class Job(NamedTuple):
+    """What a process on another machine needs to embed shards."""
+
+    model: Path
+    device: str | int | None
+    batch: int | None
+    images: Storage
+    target: Storage
+    manifest: Manifest
 
 
 def embed_shards(
@@ -128,6 +148,8 @@ def embed_shards(
     batch: int | None = None,
     dtype: EmbeddingType = "float32",
     shard_rows: int = SHARD_ROWS,
+    ray: str | None = None,
+    workers: int | None = None,
     report: Report = silent,
 ) -> EmbeddedShards:
     """Embed any number of images into a folder of Parquet files, or resume a run that was killed.
@@ -143,10 +165,13 @@ def embed_shards(
         batch: number of images per call of the network; None for `embedder.chunk`.
         dtype: of the embeddings, a fixed-size list of D values.
         shard_rows: images per shard; each tar file is one shard.
+        ray: embed on a Ray cluster: its address, `auto` for the running one, or `local` to start one on this machine.
+        workers: number of processes there; None for one per GPU or, without GPUs, one per CPU.
 
-    Images that cannot be read are listed in `out/_bad/`, with the reason. Raises DataError if there are no images or
-    the list changes meanwhile, ModelError if the model cannot be loaded, OutputError if `out` cannot be written or
-    holds other embeddings, CheckFailedError if no image can be read.
+    `images` and `out` may be URLs of object storage, such as `s3://bucket/crops`. Images that cannot be read are listed
+    in `out/_bad/`, with the reason. Raises DataError if there are no images or the list changes meanwhile, ModelError
+    if the model cannot be loaded, OutputError if `out` cannot be written or holds other embeddings, CheckFailedError
+    if no image can be read, and PmmError if the cluster does not answer.
     """
     from pmm_edge.runtime import load
 
@@ -154,38 +179,37 @@ def embed_shards(
         raise PmmError(f"writing {out} requires pyarrow: {missing}", f"{install('parquet')}, or write a .npz file")
     if shard_rows < 1 or (batch is not None and batch < 1):
         raise PmmError(f"shards of {shard_rows} and batches of {batch} images are impossible", "Choose 1 or more")
-    folder, listing = Path(out), ImageListing(images, layout, shard_rows)
-    if not (folder / MANIFEST).exists():
-        check_new_folder(folder)
+    target, listing = Storage.of(out), ImageListing(images, layout, shard_rows)
+    if target.remote is None and not (target.root / MANIFEST).exists():
+        check_new_folder(target.root)
     for number, _ in listing.shards():
         report("listing images", 0, 0, f"{number * shard_rows:,}")
     embedder = model if isinstance(model, Embedder) else load(model, device)
     digest = sha256(embedder.path)
-    manifest = Manifest(
-        embedder.path.name,
-        embedder.spec.checkpoint_sha256 or digest,
-        digest,
-        embedder.spec,
-        dtype,
-        shard_rows,
-        listing.files,
-        listing.count,
-        listing.digest,
-    )
-    _claim(folder, manifest)
-    result = EmbeddedShards(folder, manifest, embedder.backend, embedder.device)
+    checkpoint = embedder.spec.checkpoint_sha256 or digest
+    settings = embedder.path.name, checkpoint, digest, embedder.spec, dtype, shard_rows
+    manifest = Manifest(*settings, listing.files, listing.count, listing.digest)
+    _claim(target, manifest)
+    result = EmbeddedShards(str(out), manifest, target, embedder.backend, embedder.device)
     finished = _finished(result, report)
     start, what = time.perf_counter(), f"embedding with {embedder.path.name}"
 
-    def shown(shard: int) -> None:
+    def shown(done: int) -> None:
         speed = f"{result.embedded:,} images, {result.embedded / (time.perf_counter() - start):,.0f}/s"
-        report(what, result.kept + shard, manifest.shards, speed)
+        report(what, result.kept + done, manifest.shards, speed)
 
     todo = ((number, items) for number, items in listing.shards() if number not in finished)
-    parts = ahead(embed_parts(embedder, todo, batch or embedder.chunk), 64)
-    with closing(parts):
-        for done, (number, own) in enumerate(groupby(parts, lambda part: part.items[0].shard), 1):
-            write_shard(result, number, own, lambda done=done: shown(done - 1))  # type: ignore[misc]
+    if ray is None:
+        with closing(ahead(embed_parts(embedder, todo, batch, listing.storage), 64)) as parts:
+            for done, (number, own) in enumerate(groupby(parts, lambda part: part.items[0].shard)):
+                write_shard(result, number, own, partial(shown, done))
+                shown(done + 1)
+    else:
+        from pmm_edge.runtime.ray_embed import embed_on_ray
+
+        job = Job(embedder.path, device, batch, listing.storage, target, manifest)
+        for done, part in enumerate(embed_on_ray(ray, workers, job, todo), 1):
+            result.add(part)
             shown(done)
     result.seconds = time.perf_counter() - start
     if listing.digest != manifest.list_sha256:
@@ -203,6 +227,7 @@ class ImageListing:
     def __init__(self, source: str | Path | Sequence[str | Path], layout: str | None, shard_rows: int) -> None:
         self.source, self.layout, self.shard_rows = source, layout, shard_rows
         self.files = self.count = 0  # of the last complete pass
+        self.storage = Storage.of(source) if isinstance(source, str | Path) else Storage(Path())
         self.digest = ""
 
     def shards(self) -> Iterator[tuple[int, list[Item]]]:
@@ -210,7 +235,7 @@ class ImageListing:
         self.files, number, shard, digest = 0, 0, list[Item](), hashlib.sha256()
         for item in self._items():
             is_tar = _is_tar(item.path)
-            size = item.path.stat().st_size if is_tar and item.path.exists() else ""
+            size = self.storage.size(item.path) if is_tar else ""
             digest.update(os.fsencode(f"{item.name}\0{item.pid}\0{item.camid}\0{item.split}\0{size}\n"))
             if shard and (is_tar or len(shard) == self.shard_rows or _is_tar(shard[0].path)):
                 yield number, shard
@@ -222,11 +247,17 @@ class ImageListing:
         self.count, self.digest = number + 1, digest.hexdigest()
 
     def _items(self) -> Iterator[Item]:
-        source, ignored, empty = self.source, Counter[str](), True
-        path = Path(source) if isinstance(source, str | Path) else Path()
+        source, path, ignored, empty = self.source, self.storage.root, Counter[str](), True
+        if self.storage.remote:
+            files = [path] if self.storage.size(path) is not None else self.storage.files(deep=True)
+            files = [file for file in files if file.suffix.lower() in (*IMAGE_SUFFIXES, ".tar")]
+            if not files:
+                raise no_images(Path(str(source)), ignored)
+            yield from (Item(file, file.relative_to(path).as_posix() if file != path else file.name) for file in files)
+            return
         is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
         if not isinstance(source, str | Path) or self.layout or is_image or is_dataset(path):
-            found = find_images(source, self.layout)
+            found = find_images(path if isinstance(source, str) else source, self.layout)
             columns = [found.labels[name].tolist() if found.labels else repeat(None) for name in _LABELS]
             yield from map(Item, found.paths, found.names, *columns)
         elif path.is_dir():
@@ -246,32 +277,35 @@ def _is_tar(path: Path) -> bool:
     return path.suffix.lower() == ".tar"
 
 
-def _claim(folder: Path, manifest: Manifest) -> None:
+def _claim(target: Storage, manifest: Manifest) -> None:
     """Write the manifest; if the folder has one, raise OutputError unless its shards are those of this run."""
-    path = folder / MANIFEST
-    if path.exists():
-        remedy = "Name a new folder, or repeat the command that started this one"
-        earlier = decode_json(Manifest, path.read_bytes(), str(path), OutputError, remedy)
+    path, remedy = target.root / MANIFEST, "Name a new folder, or repeat the command that started this one"
+    if target.size(path) is not None:
+        with target.open(path) as file:
+            earlier = decode_json(Manifest, file.read(), str(path), OutputError, remedy)
         for name, difference in _JOB.items():
             if getattr(earlier, name) != getattr(manifest, name):
                 count = f" ({earlier.files:,} files, now {manifest.files:,})" if name == "list_sha256" else ""
-                raise OutputError(f"the embeddings in {folder} were computed {difference}{count}", remedy)
-    with written_whole(path) as temporary:
-        temporary.write_text(encode_json(manifest), "utf-8")
+                raise OutputError(f"the embeddings in {target.root} were computed {difference}{count}", remedy)
+    with target.written(path) as sink:
+        content = encode_json(manifest).encode()
+        sink.write_bytes(content) if isinstance(sink, Path) else sink.write(content)
 
 
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:06d}.parquet"
+def _shard_path(target: Storage, number: int) -> Path:
+    return target.root / f"shard-{number:06d}.parquet"
 
 
 def _finished(result: EmbeddedShards, report: Report) -> set[int]:
     """The numbers of the finished shards, which are counted; raise OutputError for a file of another run."""
-    folder, manifest, finished = result.folder, result.manifest, set[int]()
-    for path in sorted(folder.glob("*.parquet")):
+    manifest, finished = result.manifest, set[int]()
+    for path in result.storage.files(deep=False):
+        if path.suffix != ".parquet":
+            continue
         report("checking finished shards", len(finished), manifest.shards)
         number = int(digits) if (digits := path.stem.removeprefix("shard-")).isdecimal() else -1
         try:
-            rows, bad = _check_shard(path, manifest, number)
+            rows, bad = _check_shard(result.storage, path, manifest, number)
         except (ArithmeticError, KeyError, OSError, ValueError) as error:
             # The errors of pyarrow are of these types.
             warnings.warn(f"{path} is damaged and is written again: {error}", PmmWarning, stacklevel=3)
@@ -281,29 +315,24 @@ def _finished(result: EmbeddedShards, report: Report) -> set[int]:
     return finished
 
 
-def _check_shard(path: Path, manifest: Manifest, number: int) -> tuple[int, int]:
+def _check_shard(target: Storage, path: Path, manifest: Manifest, number: int) -> tuple[int, int]:
     """Read a shard and verify its checksums; return its numbers of rows and of unreadable images."""
     from pyarrow.parquet import ParquetFile
 
-    counts = [0, 0]
-    for part, file_path in enumerate((path, path.parent / BAD_FOLDER / path.name)):
-        if part and not counts[1]:
-            break
-        with ParquetFile(file_path, page_checksum_verification=True) as file:
-            metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+    def read(path: Path) -> tuple[int, dict[str, str]]:
+        with target.open(path) as source, ParquetFile(source, page_checksum_verification=True) as file:
+            metadata = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
             if (metadata.get("pmm_edge.job"), metadata.get("pmm_edge.shard")) != (manifest.job, str(number)):
-                problem = f"{file_path} was written by another run or with another model"
+                problem = f"{path} was written by another run or with another model"
                 raise OutputError(problem, "Move it, or name another folder")
-            rows = sum(len(file.read_row_group(group)) for group in range(file.num_row_groups))
-            if part:
-                if rows != counts[1]:
-                    raise ValueError(f"{file_path} has {rows} rows, not {counts[1]}")
-            else:
-                extra = {key.decode(): value.decode() for key, value in file.metadata.metadata.items()}
-                counts = [rows, int(extra["pmm_edge.bad"])]
-                if rows != int(extra["pmm_edge.rows"]):
-                    raise ValueError(f"it has {rows} rows, not {extra['pmm_edge.rows']}")
-    return counts[0], counts[1]
+            return sum(len(file.read_row_group(group)) for group in range(file.num_row_groups)), metadata
+
+    rows, metadata = read(path)
+    expected, bad = (int(metadata[f"pmm_edge.{name}"]) for name in ("rows", "bad"))
+    found_bad = read(target.root / BAD_FOLDER / path.name)[0] if bad else 0
+    if (rows, found_bad) != (expected, bad):
+        raise ValueError(f"it has {rows} rows and {found_bad} bad images, not {expected} and {bad}")
+    return rows, bad
 
 
 class Part(NamedTuple):
@@ -314,20 +343,29 @@ class Part(NamedTuple):
     embeddings: Embeddings  # (N, D) float32 of the N readable images
 
 
-def embed_parts(embedder: Embedder, shards: Iterable[tuple[int, list[Item]]], batch: int) -> Iterator[Part]:
+def embed_parts(
+    embedder: Embedder, shards: Iterable[tuple[int, list[Item]]], batch: int | None, storage: Storage
+) -> Iterator[Part]:
     """Embed shards in batches within a shard, reading and decoding the next ones on other threads."""
     size = embedder.spec.input
 
     def batches() -> Iterator[list[Item]]:
         for _, items in shards:
-            images = (image for item in items for image in (read_tar(item) if _is_tar(item.path) else (item,)))
-            while own := list(islice(images, batch)):
+            images = (image for item in items for image in (read_tar(item, storage) if _is_tar(item.path) else (item,)))
+            while own := list(islice(images, batch or embedder.chunk)):
                 yield own
 
     def decode(item: Item) -> Pixels | BadImage:
         if item.error:
             return BadImage(item.path, item.error)
-        return try_crop(item.path, size.height, size.width, item.content)
+        content = item.content
+        try:
+            if content is None and storage.remote:
+                with storage.open(item.path) as file:
+                    content = file.read()
+        except OSError as error:
+            return BadImage(item.path, str(error))
+        return try_crop(item.path, size.height, size.width, content)
 
     with closing(ahead(batches(), 2)) as read:
         for items, images in decode_ahead(read, decode):
@@ -341,7 +379,7 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    manifest, path = result.manifest, _shard_path(result.folder, number)
+    manifest, path = result.manifest, _shard_path(result.storage, number)
     bad_path = path.parent / BAD_FOLDER / path.name
     kind = pa.float32() if manifest.dtype == "float32" else pa.float16()
     labels = [("path", pa.string()), ("pid", pa.int64()), ("camid", pa.int64()), ("split", pa.string())]
@@ -363,7 +401,7 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
         embeddings.clear()
 
     options = {"use_dictionary": ["split", "camid"], "write_page_checksum": True}
-    with written_whole(path) as temporary, ParquetWriter(temporary, schema, **options) as writer:
+    with result.storage.written(path) as sink, ParquetWriter(sink, schema, **options) as writer:
         for part in parts:
             for item, image in zip(part.items, part.images, strict=True):
                 name = item.name.encode("utf-8", "backslashreplace").decode()
@@ -387,13 +425,13 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
             columns = [
                 pa.array(column, kind) for column, kind in zip(zip(*bad, strict=True), bad_schema.types, strict=True)
             ]
-            with written_whole(bad_path) as other, ParquetWriter(other, bad_schema, **options) as bad_writer:
+            with result.storage.written(bad_path) as other, ParquetWriter(other, bad_schema, **options) as bad_writer:
                 bad_writer.write_table(pa.Table.from_arrays(columns, schema=bad_schema))
         writer.add_key_value_metadata({"pmm_edge.rows": str(total), "pmm_edge.bad": str(len(bad))})
     result.rows, result.bad = result.rows + total, result.bad + len(bad)
 
 
-def read_tar(source: Item) -> Iterator[Item]:
+def read_tar(source: Item, storage: Storage) -> Iterator[Item]:
     """Yield the images of a tar file in WebDataset naming, without extracting it; damage becomes an item with an error.
 
     Neighbors with the same name up to the first dot of the base name belong together.
@@ -403,7 +441,7 @@ def read_tar(source: Item) -> Iterator[Item]:
     def members() -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
         nonlocal problem
         try:
-            with source.path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            with storage.open(source.path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
                     folder, _, name = member.name.rpartition("/")

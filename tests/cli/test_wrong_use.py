@@ -95,6 +95,8 @@ WRONG_USE = {
     EMBED + "-o data": "data exists and is not an empty folder",
     EMBED + "-o e.npz --shard-rows 9": "--shard-rows is for a folder",
     EMBED + "-o shards --tracklets": "--tracklets",
+    EMBED + "-o e.npz --ray auto": "--ray is for a folder",
+    EMBED + "-o s9://bucket/shards": "s9://bucket/shards",
     EMBED + "-o shards --shard-rows 0": "1 or more",
     EMBED + "--layout market": "market",
     EMBED + "-o file/x.npz": "cannot write file/x.npz",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset
+import pyarrow.fs
 import pyarrow.parquet
 import pytest
 
@@ -24,12 +25,12 @@ from pmm_edge.runtime.shards import BAD_FOLDER, MANIFEST, EmbeddedShards, ahead,
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 
-def table(folder: Path, *parts: str) -> pyarrow.Table:
-    return pyarrow.dataset.dataset(folder.joinpath(*parts), format="parquet").to_table()
+def table(folder: str | Path, *parts: str) -> pyarrow.Table:
+    return pyarrow.dataset.dataset(Path(folder, *parts), format="parquet").to_table()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+def contents(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.parquet")}
 
 
 def embeddings(rows: pyarrow.Table) -> np.ndarray:
@@ -75,7 +76,7 @@ def test_the_rows_are_those_of_embed_files(onnx: Embedder, crops: Path, whole: E
     assert bad["path"].to_pylist() == ["cam0/03.jpg", "cam2/20.jpg"]
     assert all(bad["error"].to_pylist())
     assert (whole.bad, len(whole.skipped), whole.manifest.shards, whole.kept) == (2, 2, 5, 0)
-    metadata = pyarrow.parquet.read_schema(whole.folder / "shard-000004.parquet").metadata
+    metadata = pyarrow.parquet.read_schema(Path(whole.folder, "shard-000004.parquet")).metadata
     assert ModelSpec.from_json(metadata[METADATA_KEY.encode()]) == onnx.spec
     assert metadata[b"pmm_edge.model_sha256"].decode() == onnx.spec.checkpoint_sha256
     assert metadata[b"pmm_edge.distance"] == b"euclidean"
@@ -154,7 +155,7 @@ def test_a_damaged_tar_file_is_one_bad_row(onnx: Embedder, tiny_dataset: Path, t
 def test_finished_shards_are_kept_and_damaged_ones_are_written_again(
     onnx: Embedder, crops: Path, whole: EmbeddedShards
 ) -> None:
-    expected, folder = contents(whole.folder), whole.folder
+    expected, folder = contents(whole.folder), Path(whole.folder)
     victims = [folder / f"shard-00000{number}.parquet" for number in range(4)]
     victims[0].unlink()
     half = len(expected[victims[1].name]) // 2
@@ -176,7 +177,7 @@ def test_finished_shards_are_kept_and_damaged_ones_are_written_again(
 def test_other_runs_are_refused_and_nothing_is_lost(
     onnx: Embedder, crops: Path, whole: EmbeddedShards, torch: Embedder, tmp_path: Path
 ) -> None:
-    folder, expected = whole.folder, contents(whole.folder)
+    folder, expected = Path(whole.folder), contents(whole.folder)
     for model, changes in (
         (onnx, {"shard_rows": 6}),
         (onnx, {"dtype": "float16"}),
@@ -185,7 +186,7 @@ def test_other_runs_are_refused_and_nothing_is_lost(
         with pytest.raises(OutputError, match="whole"):
             embed_shards(model, crops, folder, **{"shard_rows": 5, **changes})
     elsewhere = embed_shards(torch, crops, tmp_path / "elsewhere", shard_rows=5)
-    shutil.copy(elsewhere.folder / "shard-000003.parquet", folder)
+    shutil.copy(Path(elsewhere.folder, "shard-000003.parquet"), folder)
     with pytest.raises(OutputError, match=r"shard-000003\.parquet"):
         embed_shards(onnx, crops, folder, shard_rows=5)
     assert contents(folder) == expected | {"shard-000003.parquet": contents(elsewhere.folder)["shard-000003.parquet"]}
@@ -273,6 +274,38 @@ def test_the_command(pmm: Callable, tiny_onnx: Path, crops: Path, tmp_path: Path
     assert str(out) in pmm("embed", tiny_onnx, crops, "-o", out).error
     assert "--dtype" in pmm("embed", tiny_onnx, crops, "-o", tmp_path / "e.npz", "--dtype", "float16").error
     assert "--tracklets" in pmm("embed", tiny_onnx, crops, "-o", tmp_path / "t", "--tracklets").error
+
+
+def test_object_storage(
+    onnx: Embedder, crops: Path, whole: EmbeddedShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Buckets:
+        """The file systems of pyarrow, with a folder in the place of S3."""
+
+        @staticmethod
+        def from_uri(url: str) -> tuple[object, str]:
+            if url.startswith("s3://"):
+                return pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem()), url[5:]
+            return original.from_uri(url)
+
+    original = pyarrow.fs.FileSystem
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", Buckets)
+    (crops / "cam2" / "20.jpg").unlink()  # no links there
+    write_tar(crops / "x.tar", {"1.jpg": (crops / "cam0" / "00.jpg").read_bytes()})
+    settings = {"shard_rows": 5, "batch": 2}
+    here = embed_shards(onnx, crops, tmp_path / "here", **settings)
+    there = embed_shards(onnx, "s3://crops", "s3://bucket/out", **settings)
+    assert contents(tmp_path / "bucket" / "out") == contents(tmp_path / "here") != contents(whole.folder)
+    assert (there.rows, there.bad, there.folder) == (22, 1, "s3://bucket/out") and here.rows == 22
+    (tmp_path / "bucket" / "out" / "shard-000002.parquet").unlink()
+    again = embed_shards(onnx, "s3://crops", f"file://{tmp_path}/bucket/out", **settings)
+    assert (again.kept, again.rows) == (5, 22)
+    assert contents(tmp_path / "bucket" / "out") == contents(tmp_path / "here")
+    with pytest.raises(DataError):
+        embed_shards(onnx, "s3://nothing", tmp_path / "none")
+    for wrong in ("s4://crops", "http://host/crops"):
+        with pytest.raises(PmmError, match="crops"):
+            embed_shards(onnx, wrong, tmp_path / "none")
 
 
 def test_items_are_computed_ahead_and_errors_arrive() -> None:
