@@ -286,7 +286,9 @@ def show_search(found: Sequence[SearchResult]) -> None:
         false = f"{found[0].expected_false_matches:.3g} rows of other people are expected within it"
         note(f"[dim]threshold {threshold.distance:.4g}, false-match rate {threshold.fmr:g} per row: {false}[/]")
     elif found:
-        note("[dim]no threshold: run pmm calibrate, export the model again and search with it[/]")
+        note(
+            "[dim]no threshold: the model was exported before pmm calibrate; one exported later needs a new gallery[/]"
+        )
 
 
 def show_gallery(found: GalleryInfo) -> None:

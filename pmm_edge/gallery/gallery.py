@@ -408,7 +408,10 @@ class Gallery(ABC):
     def _threshold(self, calibration: Calibration | None, fmr: float | None) -> Threshold | None:
         if calibration is None:
             if fmr is not None:
-                raise ModelError(f"the model of {self.location} has no decision thresholds", "Run pmm calibrate")
+                raise ModelError(
+                    f"the model of {self.location} has no decision thresholds",
+                    "Run pmm calibrate, export the model, and create the gallery again",
+                )
             return None
         try:
             return calibration.threshold(FMR if fmr is None else fmr, self.distance)
