@@ -1,9 +1,9 @@
 """The paper's tables 2 and 3 on one data set: every method and every mix, over several seeds.
 
 Train each of them with the same settings. Print Rank-1, mAP and mAP@50 (the paper's mAP) on identities not seen in
-training, with mean and standard deviation over the seeds, and draw them. Finished trainings are reused from the output
-folder: run the same command again to continue an interrupted comparison. An interrupted comparison prints its tables so
-far.
+training, with mean and standard deviation over the seeds, next to the paper's own figures, and draw them. Finished
+trainings are reused from the output folder: run the same command again to continue an interrupted comparison. An
+interrupted comparison prints its tables so far.
 
     python benchmarks/compare_methods.py --set erase_size=8            # the synthetic data set, preset quick
     python benchmarks/compare_methods.py DATA --preset market1501 --seeds 0,1,2
@@ -140,7 +140,7 @@ def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
         StopRequestedError: the training was interrupted.
     """
     config = choose_config(config=comparison.base, settings={**row, "seed": seed})
-    folder = comparison.folder / f"{config.method}-{config.mix}-seed-{seed}"
+    folder = comparison.folder / f"{config.method}{'-rpp' * config.rpp}-{config.mix}-seed-{seed}"
     result = folder / RESULT
     if not result.exists():
         trained = _trained(config, comparison, folder)
@@ -172,7 +172,7 @@ def _show(comparison: Comparison, found: dict[str, list[Figures]]) -> None:
     by_row = [(comparison.rows[name], figures) for name, figures in found.items()]
     for title, rows in tables_of(comparison.rows).items():
         shown = {name: figures for name, row in rows.items() for trained, figures in by_row if row == trained}
-        show(shown, rows, f"{title} · {what}, {base.precision}", console)
+        show(shown, rows, f"{title} · {what}, {base.precision}", console, comparison.data.name)
     picture = comparison.folder / "compare-methods.png"
     draw(found, picture)
     console.print(f"picture: {picture}", soft_wrap=True)

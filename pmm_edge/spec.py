@@ -13,7 +13,7 @@ FLOAT16_MAX = 65504.0
 
 InputForm = Literal["uint8", "raw", "normalized"]
 Distance = Literal["euclidean", "cosine"]  # cosine: 1 minus the cosine similarity, in 0..2
-Method = Literal["pmm", "bdb", "pcb", "aos", "baseline"]
+Method = Literal["pmm", "bdb", "pcb", "aos", "cama", "baseline"]
 Mix = Literal["a-hard-mix", "dropblock", "cutout", "cutmix", "a-cutmix", "none"]
 Precision = Literal["fp32", "fp16", "int8"]
 FloatType = Literal["fp32", "fp16"]

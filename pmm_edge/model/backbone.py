@@ -1,6 +1,6 @@
 """Torchvision ResNet with stride 1 in the last stage, so that 384x128 gives a 24x8 map (paper section 2.1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torchvision
@@ -37,8 +37,15 @@ class Backbone(nn.Module):
         self.channels: int = resnet.fc.in_features
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(images)))))
+
+    def stem(self, images: Tensor) -> Tensor:
+        """What comes before the four stages: (N, 3, H, W) -> (N, 64, ⌈H/4⌉, ⌈W/4⌉)."""
+        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
+
+    def load_torchvision(self, weights: Mapping[str, Tensor]) -> None:
+        """Load weights under torchvision's names; raise RuntimeError if they do not fit."""
+        self.load_state_dict(weights)
 
 
 def map_size(height: int, width: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.files import written_whole
+from pmm_edge.model.cama import CAMA
 from pmm_edge.model.mixing import check_block_grid, scaled_mix_blocks
 from pmm_edge.model.network import BDB, PMM, ReidNetwork
 from pmm_edge.model.pcb import PCB, RefinedPCB
@@ -40,7 +41,7 @@ def build_model(
     """Build a network with weights drawn from torch's global generator.
 
     Args:
-        method: `pmm`, `bdb`, `pcb`, `aos` or `baseline`.
+        method: `pmm`, `bdb`, `pcb`, `aos`, `cama` or `baseline`.
         num_classes: number of training identities.
         backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
         height, width: input size in pixels.
@@ -62,6 +63,7 @@ def build_model(
             "aos": ReidNetwork,
             "bdb": BDB,
             "pcb": RefinedPCB if rpp else PCB,
+            "cama": CAMA,
         }
         network = kinds[method](num_classes, backbone)
     elif mix not in ("a-hard-mix", "a-cutmix", "dropblock"):  # those that select blocks of the map
@@ -91,7 +93,7 @@ def load_pretrained(network: ReidNetwork, backbone: str, pretrained: str | Path)
         raise ModelError("the file of backbone weights does not contain a state dict", remedy)
     weights = {name: tensor for name, tensor in content.items() if not str(name).startswith("fc.")}
     try:
-        network.backbone.load_state_dict(weights)
+        network.backbone.load_torchvision(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).splitlines()[:2])
         raise ModelError(f"the weights do not fit the backbone: {reason}", remedy) from error

@@ -34,7 +34,9 @@ class StageOutput(NamedTuple):
 
     embedding: Tensor  # (N, 512) after ReLU, for the triplet loss
     logits: Tensor  # (N, classes), for the identity loss
-    cam: Tensor | None = None  # (N, H, W) Grad-CAM that guides the mixing for the next stage; None in the last stage
+    cam: Tensor | None = (
+        None  # (N, H, W) Grad-CAM that guides the mixing for the next stage, or the CAM that CAMA penalizes
+    )
     negatives: Tensor | None = None  # (N,) int64 indices of the samples mixed in for the next stage
 
 

@@ -23,6 +23,7 @@ from pmm_edge.errors import PmmError
 from pmm_edge.machine import threads
 from pmm_edge.model import PMM, ReidNetwork, StageOutput
 from pmm_edge.model.aos import Occlusion, window_side
+from pmm_edge.model.cama import CAMA, cama_loss
 from pmm_edge.model.mixing import MixedLabels, attentive_cutmix, cutmix
 from pmm_edge.model.pcb import PCB, RefinedPCB, pcb_loss, refinement_epochs
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID
@@ -355,4 +356,6 @@ def _shard_loss(
             cam = network.attention(images, pids)
             images, mixed = attentive_cutmix(images, pids, cam, network.block_size, network.mix_blocks, generator)
         outputs = trainee.forward(images, pids, generator=generator)
-    return pcb_loss(outputs, pids) if isinstance(network, PCB) else pmm_loss(outputs, pids, mixed)
+    if isinstance(network, PCB | CAMA):
+        return (pcb_loss if isinstance(network, PCB) else cama_loss)(outputs, pids)
+    return pmm_loss(outputs, pids, mixed)

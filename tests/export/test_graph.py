@@ -20,7 +20,7 @@ from pmm_edge.spec import InputSpec
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-METHODS = ["pmm", "bdb", "baseline", "pcb", "pcb-rpp"]
+METHODS = ["pmm", "bdb", "baseline", "pcb", "cama", "pcb-rpp"]
 
 
 def network_of(method: str) -> nn.Module:
@@ -68,7 +68,7 @@ def analytic_minimum(network: nn.Module) -> tuple[float, int]:
     return 2e-9 * sum(work), sum(parameters)
 
 
-@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("method", METHODS[:5])
 def test_graph_is_the_analytic_minimum(method: str, tiny_export: ExportedFile) -> None:
     network = network_of(method)
     size = max(stop for _, stop in network.stages.values())

@@ -12,7 +12,7 @@ from pmm_edge.model import Checkpoint, build_model, save_checkpoint
 from pmm_edge.spec import InputSpec, ModelSpec
 
 
-@pytest.fixture(scope="module", params=["pcb-rpp"])
+@pytest.fixture(scope="module", params=["pcb-rpp", "cama"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "trainer"))

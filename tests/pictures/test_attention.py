@@ -9,6 +9,7 @@ import torch
 from pmm_edge.data.augment import normalize
 from pmm_edge.images import read_crop
 from pmm_edge.model import ReidNetwork, build_model, load_checkpoint
+from pmm_edge.model.cama import CAMA
 from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.model.pcb import PCB
 from pmm_edge.pictures import UnsuitableError
@@ -25,12 +26,12 @@ def images_of(count: int) -> torch.Tensor:
 def textbook(network: ReidNetwork, images: torch.Tensor) -> torch.Tensor:
     """Grad-CAM as its authors wrote it: channels weighted by the mean gradient of the predicted class's logit.
 
-    For the stripes of PCB, the gradient is not averaged, and is 0 outside the stripe.
+    For PCB and CAMA, the gradient is not averaged: it is 0 outside the stripe or the branch.
     """
     maps = []
-    if isinstance(network, PCB):
+    if isinstance(network, PCB | CAMA):
         features = network.backbone(images).detach().requires_grad_()
-        for part in network.train_stages(features, torch.zeros(3), None, None):
+        for part in network.train_stages(features, torch.zeros(3, dtype=torch.long), None, None):
             (gradient,) = torch.autograd.grad(part.logits.max(dim=1).values.sum(), features, retain_graph=True)
             maps.append((gradient * features).sum(dim=1).clamp(min=0).detach())
         return torch.stack(maps, dim=1)
@@ -44,7 +45,9 @@ def textbook(network: ReidNetwork, images: torch.Tensor) -> torch.Tensor:
     return torch.stack(maps, dim=1)
 
 
-@pytest.mark.parametrize(("method", "stages"), [("pmm", 3), ("bdb", 2), ("baseline", 1), ("aos", 1), ("pcb", 6)])
+@pytest.mark.parametrize(
+    ("method", "stages"), [("pmm", 3), ("bdb", 2), ("baseline", 1), ("aos", 1), ("pcb", 6), ("cama", 3)]
+)
 def test_every_method_gives_the_textbooks_maps_of_its_predicted_classes(method: str, stages: int) -> None:
     torch.manual_seed(1)
     network, images = build_model(method, num_classes=5, backbone="resnet18", height=96, width=64).eval(), images_of(3)

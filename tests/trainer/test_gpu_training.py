@@ -51,7 +51,7 @@ def test_a_step_never_waits_for_the_gpu():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("method", ["pmm", "bdb"])
+@pytest.mark.parametrize("method", ["pmm", "bdb", "pcb", "cama"])
 def test_a_replayed_step_is_the_step(method, accumulate, monkeypatch):
     """Other images, identities, seeds and learning rates in each step; the fifth step is smaller than the others."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -101,7 +101,7 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
     assert_same_run(whole.folder, finished.folder)
 
 
-@pytest.mark.parametrize("settings", [{"method": "pcb", "rpp": True}, {"method": "aos"}])
+@pytest.mark.parametrize("settings", [{"method": "pcb", "rpp": True}, {"method": "aos"}, {"method": "cama"}])
 def test_every_method_resumes_to_the_same_bits(tiny_dataset, tmp_path, monkeypatch, settings):
     """Interrupted in the first step of epoch 3, which trains only the part classifier of PCB, after AOS is measured."""
     config, steps, rate = replace(CONFIG, **settings), [], train_file.learning_rate

@@ -104,7 +104,9 @@ def test_patience_stops_early(run, monkeypatch):
     assert result.finished and result.epochs_done == 3, "the first evaluation is the best, two more are not better"
 
 
-@pytest.mark.parametrize("mix", ["cutout", "cutmix", "a-cutmix", "dropblock", "none", "baseline", "bdb", "pcb", "aos"])
+@pytest.mark.parametrize(
+    "mix", ["cutout", "cutmix", "a-cutmix", "dropblock", "none", "baseline", "bdb", "pcb", "aos", "cama"]
+)
 def test_every_method_trains_and_its_checkpoint_loads(run, mix):
     folder = run(epochs=1, **({"method": mix} if mix in get_args(Method) else {"mix": mix})).folder
     assert 0 < metrics(folder, "train")[0]["loss"] < 100

@@ -70,6 +70,7 @@ def build(rtx: Any, record_property: Callable) -> Callable[..., BuiltEngine]:
         ("pmm", "resnet50", "uint8", False, 18),
         ("pcb", "resnet18", "raw", True, 18),
         ("pcb-rpp", "resnet18", "uint8", False, 19),
+        ("cama", "resnet18", "normalized", True, 18),
     ],
 )
 def test_exported_networks(
