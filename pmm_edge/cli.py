@@ -450,7 +450,7 @@ def embed(
     many = ("dtype", "shard_rows", "ray", "workers")
     arguments, local = _arguments(locals(), "many", *many), locals()
     of_shards: dict[str, Any] = {name: local[name] for name in many if local[name] is not None}
-    is_folder = not Path(out).suffix
+    is_folder = "://" in out or not Path(out).suffix
     with progress() as report:
         if is_folder:
             if arguments.pop("tracklets"):

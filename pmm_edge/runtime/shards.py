@@ -364,7 +364,8 @@ def embed_parts(
                 with storage.open(item.path) as file:
                     content = file.read()
         except OSError as error:
-            return BadImage(item.path, str(error))
+            storage.check(error, item.path)
+            return BadImage(item.path, "it does not exist")
         return try_crop(item.path, size.height, size.width, content)
 
     with closing(ahead(batches(), 2)) as read:
@@ -453,6 +454,8 @@ def read_tar(source: Item, storage: Storage) -> Iterator[Item]:
                 if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"no end, or a damaged header, at byte {tar.offset:,}")
         except (tarfile.TarError, OSError, EOFError, ValueError) as damage:
+            if isinstance(damage, OSError):
+                storage.check(damage, source.path)
             problem = f"the tar file is damaged, and its images after the damage are missing: {damage}"
 
     for _, sample in groupby(members(), key=itemgetter(0)):

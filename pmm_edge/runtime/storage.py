@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pmm_edge.errors import OutputError, PmmError
+from pmm_edge.errors import DataError, OutputError, PmmError
 from pmm_edge.files import written_whole
 
 
@@ -40,6 +40,12 @@ class Storage:
     def open(self, path: Path) -> BinaryIO:
         """Open a file to read; OSError if that is impossible."""
         return path.open("rb") if self.remote is None else self.remote.open_input_file(path.as_posix())
+
+    def check(self, error: OSError, path: Path) -> None:
+        """Raise DataError if an error is that of a network, which says nothing about the file and may pass."""
+        if self.remote and not isinstance(error, FileNotFoundError):
+            problem = f"cannot read {path}: {str(error).splitlines()[0]}"
+            raise DataError(problem, "Repeat the command; finished shards are kept") from error
 
     def size(self, path: Path) -> int | None:
         """Size of a file in bytes, or None if there is none."""

@@ -22,6 +22,7 @@ from pmm_edge.data.dataset import read
 from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError, PmmWarning
 from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.shards import BAD_FOLDER, MANIFEST, EmbeddedShards, ahead, embed_shards
+from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 
@@ -279,6 +280,9 @@ def test_the_command(pmm: Callable, tiny_onnx: Path, crops: Path, tmp_path: Path
 def test_object_storage(
     onnx: Embedder, crops: Path, whole: EmbeddedShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def broken(self: Storage, path: Path) -> None:
+        raise OSError("timed out")
+
     class Buckets:
         """The file systems of pyarrow, with a folder in the place of S3."""
 
@@ -303,6 +307,12 @@ def test_object_storage(
     assert contents(tmp_path / "bucket" / "out") == contents(tmp_path / "here")
     with pytest.raises(DataError):
         embed_shards(onnx, "s3://nothing", tmp_path / "none")
+    with monkeypatch.context() as patched:  # a network that fails is not a bad image
+        patched.setattr(Storage, "open", broken)
+        for source in ("s3://crops/cam0", "s3://crops/x.tar"):
+            with pytest.raises(DataError, match="timed out"):
+                embed_shards(onnx, source, tmp_path / "none")
+            shutil.rmtree(tmp_path / "none")
     for wrong in ("s4://crops", "http://host/crops"):
         with pytest.raises(PmmError, match="crops"):
             embed_shards(onnx, wrong, tmp_path / "none")
