@@ -1,24 +1,23 @@
 """The command line. Each command parses its arguments, calls one public function and prints the result."""
 
-import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import typer
 from rich.markup import escape
 
 from pmm_edge import __version__, render
+from pmm_edge.cli_gallery import gallery_app
+from pmm_edge.cli_options import Device, Json, Layout, Model, arg, opt, out_opt, parameters_of, with_flags
 from pmm_edge.console import INTERRUPTED, note, print_json, print_plain, print_table, progress, protect_streams
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
-from pmm_edge.files import check_output
 from pmm_edge.machine import in_torchrun
 from pmm_edge.runs import resolve_checkpoint
 from pmm_edge.spec import CalibrationMethod, Distance, HardwareCompatibility, InputForm, Precision, QuantizationTarget
@@ -36,57 +35,12 @@ app = typer.Typer(
 )
 
 
-def _opt(default: Any, text: str, *names: str, panel: str | None = None, **more: Any) -> Any:
-    return typer.Option(default, *names, help=text, rich_help_panel=panel, **more)
-
-
-def _arg(default: Any, text: str, metavar: str) -> Any:
-    return typer.Argument(default, help=text, metavar=metavar)
-
-
-def _out(default: Any, text: str, metavar: str | None = None) -> Any:
-    return _opt(default, text, "--out", "-o", metavar=metavar)
-
-
-# Arguments and options of several commands; the others are declared where they are used.
-Model = Annotated[Path, typer.Argument(help="Run folder, checkpoint, .onnx, .engine or .safetensors file.")]
-Layout = Annotated[str | None, typer.Option(help="Data set layout. Default: detected; pmm data -h lists the layouts.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or N. Default: a usable GPU.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-def _arguments(parameters: dict[str, Any], *others: str) -> dict[str, Any]:
-    """The parameters of a command that its public function takes as well: all but `as_json` and `others`."""
-    return {name: value for name, value in parameters.items() if name not in ("as_json", *others)}
-
-
 def _or_newest(path: Path | None) -> Path:
     """The path, or the checkpoint of the newest run, which is then named."""
     if path is None:
         path = resolve_checkpoint(None)
         note(f"[dim]the newest run is {escape(str(path.parent))}[/]")
     return path
-
-
-def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace `**settings` of a command by an option for each field of a dataclass that has a help text."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        *parameters, _ = inspect.signature(command).parameters.values()
-        kinds = get_type_hints(config)
-        for setting in fields(config):
-            if text := setting.metadata.get("help"):
-                if limits := setting.metadata.get("range"):
-                    text = f"{text}, {limits[0]} to {limits[1]}. Default: {setting.default}."
-                option = _opt(None, text, panel=setting.metadata.get("panel"))
-                kind = kinds[setting.name] | None
-                keyword = inspect.Parameter.KEYWORD_ONLY
-                parameters.append(inspect.Parameter(setting.name, keyword, default=option, annotation=kind))
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return command
-
-    return decorate
 
 
 def _version(wanted: bool) -> None:
@@ -97,22 +51,22 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: bool = _opt(False, "Show tracebacks; also accepted after the command.", "--debug"),
-    version: bool = _opt(False, "Show the version.", "--version", callback=_version, is_eager=True),
+    debug: bool = opt(False, "Show tracebacks; also accepted after the command.", "--debug"),
+    version: bool = opt(False, "Show the version.", "--version", callback=_version, is_eager=True),
 ) -> None:
     """Options of every command."""
 
 
 @app.command()
-@_with_flags(TrainConfig)
+@with_flags(TrainConfig)
 def train(
-    data: list[Path] | None = _arg(None, "Data sets; see above. Default: the built-in synthetic set.", "DATA"),
-    preset: str | None = _opt(None, "Settings to start from, see above. Default: quick."),
-    config: Path | None = _opt(None, "TOML file with any of the settings below; its preset gives the rest."),
+    data: list[Path] | None = arg(None, "Data sets; see above. Default: the built-in synthetic set.", "DATA"),
+    preset: str | None = opt(None, "Settings to start from, see above. Default: quick."),
+    config: Path | None = opt(None, "TOML file with any of the settings below; its preset gives the rest."),
     layout: Layout = None,
-    out: Path | None = _out(None, "Run folder. Default: runs/TIME-PRESET."),
-    resume: Path | None = _opt(None, "Run folder to resume with its settings. Name DATA only if the data set moved."),
-    print_config: bool = _opt(False, "Print the settings as TOML and exit.", "--print-config"),
+    out: Path | None = out_opt(None, "Run folder. Default: runs/TIME-PRESET."),
+    resume: Path | None = opt(None, "Run folder to resume with its settings. Name DATA only if the data set moved."),
+    print_config: bool = opt(False, "Print the settings as TOML and exit.", "--print-config"),
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -146,22 +100,22 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
-_precision, _tensorrt, _bundle = (partial(_opt, panel=name) for name in ("Precision", "TensorRT", "Deployment bundles"))
+_precision, _tensorrt, _bundle = (partial(opt, panel=name) for name in ("Precision", "TensorRT", "Deployment bundles"))
 
 
 @app.command()
 def export(
-    checkpoint: Path | None = _arg(None, "Checkpoint, run folder or .onnx file. Default: newest run.", "CHECKPOINT"),
-    out: Path | None = _out(None, ".onnx file to write, or .engine for an .onnx CHECKPOINT. Default: in the run."),
-    input_form: InputForm | None = _opt(
+    checkpoint: Path | None = arg(None, "Checkpoint, run folder or .onnx file. Default: newest run.", "CHECKPOINT"),
+    out: Path | None = out_opt(None, ".onnx file to write, or .engine for an .onnx CHECKPOINT. Default: in the run."),
+    input_form: InputForm | None = opt(
         None,
         "uint8 (default): (N, H, W, 3) RGB, normalized in the graph. raw: float32 (N, 3, H, W) in 0..255, normalized in"
         " the graph, for DeepStream. normalized: float32 (N, 3, H, W), for consumers that normalize.",
     ),
-    opset: int | None = _opt(None, "ONNX opset, 17 to 20. Default: 18, for INT8 for TensorRT 19."),
-    normalize_output: bool = _opt(False, "Scale embeddings to unit length.", "--normalize-output"),
-    static_batch: int | None = _opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
-    safetensors: bool = _opt(False, "Also write the weights, for PyTorch.", "--safetensors"),
+    opset: int | None = opt(None, "ONNX opset, 17 to 20. Default: 18, for INT8 for TensorRT 19."),
+    normalize_output: bool = opt(False, "Scale embeddings to unit length.", "--normalize-output"),
+    static_batch: int | None = opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
+    safetensors: bool = opt(False, "Also write the weights, for PyTorch.", "--safetensors"),
     precision: Precision = _precision("fp32", "Precision of weights and activations."),
     calibration: Path | None = _precision(None, "Data set for INT8 and for FP16 range checks. Default: the run's."),
     layout: str | None = _precision(None, "Layout of that data set. Default: detected."),
@@ -195,7 +149,7 @@ def export(
     - `pmm export best.pt --precision fp16 --rtx --gpu sm86,sm89`
     - `pmm export model.onnx --deepstream tracker/ --triton models/`
     """
-    arguments = _arguments(locals()) | {"checkpoint": _or_newest(checkpoint)}
+    arguments = parameters_of(locals()) | {"checkpoint": _or_newest(checkpoint)}
     from pmm_edge.export.exporter import export as run
 
     with progress() as report:
@@ -209,19 +163,19 @@ def export(
         note(f"next: [bold]{escape(render.bench_command(result))}[/] compares it with the checkpoint")
 
 
-_gate, _speed = partial(_opt, panel="Gates"), partial(_opt, panel="Speed")
+_gate, _speed = partial(opt, panel="Gates"), partial(opt, panel="Speed")
 
 
 @app.command()
 def bench(
-    models: list[Path] | None = _arg(None, "Models to check. Default: all exports of the reference's run.", "MODEL"),
-    reference: Path | None = _opt(None, "Checkpoint or run folder to compare with. Default: the models' checkpoint."),
-    data: Path | None = _opt(None, "Data set, or folder of crops (without retrieval). Default: the run's."),
+    models: list[Path] | None = arg(None, "Models to check. Default: all exports of the reference's run.", "MODEL"),
+    reference: Path | None = opt(None, "Checkpoint or run folder to compare with. Default: the models' checkpoint."),
+    data: Path | None = opt(None, "Data set, or folder of crops (without retrieval). Default: the run's."),
     layout: Layout = None,
-    limit: int | None = _opt(None, "Use this many evenly spaced images, without retrieval."),
+    limit: int | None = opt(None, "Use this many evenly spaced images, without retrieval."),
     device: Device = None,
-    explain: bool = _opt(False, "Find the first layer of a failing ONNX model that differs.", "--explain"),
-    out: Path | None = _out(None, "Report; also writes .md and .html. Default: in the models' run.", "FILE.json"),
+    explain: bool = opt(False, "Find the first layer of a failing ONNX model that differs.", "--explain"),
+    out: Path | None = out_opt(None, "Report; also writes .md and .html. Default: in the models' run.", "FILE.json"),
     as_json: Json = False,
     min_cosine: float | None = _gate(None, "Minimum cosine of any image. Default: fp32 0.9999, fp16 0.999, int8 0.95."),
     min_mean_cosine: float | None = _gate(None, "Minimum mean cosine. Default: fp16 0.9999, int8 0.99."),
@@ -237,7 +191,7 @@ def bench(
     ),
     batch_sizes: str = _speed("1,8", "Batch sizes to time, such as 1,8,64."),
     parity_only: bool = _speed(False, "Skip all timing.", "--parity-only"),
-    compare: tuple[Path, Path] | None = _opt(None, "Only compare two reports.", metavar="OLD.json NEW.json"),
+    compare: tuple[Path, Path] | None = opt(None, "Only compare two reports.", metavar="OLD.json NEW.json"),
 ) -> None:
     """Check that exported models retrieve the same people as their checkpoint, and measure how fast they are.
 
@@ -253,7 +207,7 @@ def bench(
     - `pmm bench broken.onnx --parity-only --explain`
     - `pmm bench --compare monday/bench.json bench.json`
     """
-    arguments = _arguments(locals(), "compare") | ({} if models or compare else {"reference": _or_newest(reference)})
+    arguments = parameters_of(locals(), "compare") | ({} if models or compare else {"reference": _or_newest(reference)})
     if compare:
         from pmm_edge.bench.regression import compare_reports
 
@@ -287,11 +241,11 @@ def bench(
 
 @app.command()
 def verify(
-    models: list[Path] = _arg(..., "Models that passed pmm bench.", "MODEL"),
-    data: Path | None = _opt(None, "Data set whose query and gallery must be those of the certificate."),
+    models: list[Path] = arg(..., "Models that passed pmm bench.", "MODEL"),
+    data: Path | None = opt(None, "Data set whose query and gallery must be those of the certificate."),
     layout: Layout = None,
-    reference: Path | None = _opt(None, "Checkpoint that must be the one in the certificate, byte for byte."),
-    digest: str | None = _opt(None, "Accept only the certificate with this digest.", metavar="SHA-256"),
+    reference: Path | None = opt(None, "Checkpoint that must be the one in the certificate, byte for byte."),
+    digest: str | None = opt(None, "Accept only the certificate with this digest.", metavar="SHA-256"),
     as_json: Json = False,
 ) -> None:
     """Check that models are still the files that pmm bench certified.
@@ -317,14 +271,14 @@ def verify(
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: list[Path] = _arg(..., "Data sets; pmm data describes them.", "DATA"),
+    data: list[Path] = arg(..., "Data sets; pmm data describes them.", "DATA"),
     layout: Layout = None,
-    distance: Distance = _opt("euclidean", "Distance by which images are ranked; cosine is 1 - cosine."),
-    rerank: bool = _opt(False, "Also show k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3).", "--rerank"),
-    flip: bool = _opt(False, "Also show the mean embedding of each image and its mirror image.", "--flip"),
-    tracklets: bool = _opt(False, "Also show pooled tracklets, as queries and gallery.", "--tracklets"),
-    cmc: Path | None = _opt(None, "Plot the CMC, ranks 1 to 50.", metavar="FILE.png|.svg"),
-    features: Path | None = _opt(None, "Save the embeddings with their labels.", metavar="FILE.npz"),
+    distance: Distance = opt("euclidean", "Distance by which images are ranked; cosine is 1 - cosine."),
+    rerank: bool = opt(False, "Also show k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3).", "--rerank"),
+    flip: bool = opt(False, "Also show the mean embedding of each image and its mirror image.", "--flip"),
+    tracklets: bool = opt(False, "Also show pooled tracklets, as queries and gallery.", "--tracklets"),
+    cmc: Path | None = opt(None, "Plot the CMC, ranks 1 to 50.", metavar="FILE.png|.svg"),
+    features: Path | None = opt(None, "Save the embeddings with their labels.", metavar="FILE.npz"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -339,7 +293,7 @@ def evaluate(
     - `pmm eval model.onnx market1501 --distance cosine`, as most trackers match
     - `pmm eval model.onnx MARS --tracklets`
     """
-    arguments = _arguments(locals())
+    arguments = parameters_of(locals())
     from pmm_edge.bench.evaluation import evaluate_model as run
 
     with progress() as report:
@@ -354,10 +308,10 @@ def evaluate(
 
 @app.command()
 def calibrate(
-    model: Path | None = _arg(None, "Checkpoint, run folder or exported model. Default: newest run.", "MODEL"),
-    data: Path | None = _arg(None, "Data set; pmm data describes it. Default: the run's.", "DATA"),
+    model: Path | None = arg(None, "Checkpoint, run folder or exported model. Default: newest run.", "MODEL"),
+    data: Path | None = arg(None, "Data set; pmm data describes it. Default: the run's.", "DATA"),
     layout: Layout = None,
-    out: Path | None = _out(None, "Plot ROC and DET curves and the histograms of distances.", "FILE.png|.svg"),
+    out: Path | None = out_opt(None, "Plot ROC and DET curves and the histograms of distances.", "FILE.png|.svg"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -371,7 +325,7 @@ def calibrate(
     - `pmm calibrate` uses the newest run and its data set
     - `pmm calibrate best.pt /data/our-cameras -o thresholds.png`
     """
-    arguments = _arguments(locals()) | {"model": _or_newest(model)}
+    arguments = parameters_of(locals()) | {"model": _or_newest(model)}
     from pmm_edge.bench.calibrate import calibrate as run
 
     with progress() as report:
@@ -383,10 +337,10 @@ def calibrate(
 @app.command()
 def match(
     model: Model,
-    first: Path = _arg(..., "Image of a person.", "IMAGE"),
-    second: Path = _arg(..., "Another one.", "IMAGE"),
-    fmr: float = _opt(1e-3, "False-match rate of the threshold: 0.01, 0.001 or 0.0001, as far as calibrated."),
-    distance: Distance | None = _opt(None, "Distance to compare. Default: that of the model, Euclidean."),
+    first: Path = arg(..., "Image of a person.", "IMAGE"),
+    second: Path = arg(..., "Another one.", "IMAGE"),
+    fmr: float = opt(1e-3, "False-match rate of the threshold: 0.01, 0.001 or 0.0001, as far as calibrated."),
+    distance: Distance | None = opt(None, "Distance to compare. Default: that of the model, Euclidean."),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -409,17 +363,17 @@ def match(
         raise typer.Exit(1)
 
 
-_many = partial(_opt, panel="Folder of shards")
+_many = partial(opt, panel="Folder of shards")
 
 
 @app.command()
 def embed(
     model: Model,
-    images: str = _arg(..., "Data set, folder, list (a text file with one path per line) or tar file.", "IMAGES"),
-    out: str = _out("embeddings.npz", "File, or folder of Parquet shards; see above.", "FILE.npz|.parquet|DIR"),
+    images: str = arg(..., "Data set, folder, list (a text file with one path per line) or tar file.", "IMAGES"),
+    out: str = out_opt("embeddings.npz", "File, or folder of Parquet shards; see above.", "FILE.npz|.parquet|DIR"),
     layout: Layout = None,
-    batch: int | None = _opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
-    tracklets: bool = _opt(False, "Write a pooled row per tracklet: a folder, or as in the data set.", "--tracklets"),
+    batch: int | None = opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
+    tracklets: bool = opt(False, "Write a pooled row per tracklet: a folder, or as in the data set.", "--tracklets"),
     dtype: Literal["float32", "float16"] | None = _many(None, "Type of the embeddings. Default: float32."),
     shard_rows: int | None = _many(None, "Images per shard. Default: 8192. A tar file is one shard."),
     ray: str | None = _many(None, "Embed on a Ray cluster; local starts one here.", metavar="auto|local|HOST:PORT"),
@@ -448,7 +402,7 @@ def embed(
     - `pmm embed model.onnx s3://bucket/tars -o s3://bucket/embeddings --ray auto`
     """
     many = ("dtype", "shard_rows", "ray", "workers")
-    arguments, local = _arguments(locals(), "many", *many), locals()
+    arguments, local = parameters_of(locals(), "many", *many), locals()
     of_shards: dict[str, Any] = {name: local[name] for name in many if local[name] is not None}
     is_folder = "://" in out or not Path(out).suffix
     with progress() as report:
@@ -471,133 +425,18 @@ def embed(
         print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)
 
 
-gallery_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Keep embeddings with identity, camera and time; search and delete them.\n\nA GALLERY is a folder, or the URL"
-    " of a Qdrant collection, `http://HOST:6333/COLLECTION`. It holds embeddings of one model and refuses those of"
-    " another. Needs `pip install '.[gallery]'`. docs/gallery.md explains the figures, docs/responsible-use.md what"
-    " storing images of people requires.",
-)
 app.add_typer(gallery_app, name="gallery", rich_help_panel="Commands")
-_gallery = _arg(..., "Folder, or http://HOST:6333/COLLECTION.", "GALLERY")
-Embeds = Annotated[Path | None, typer.Option(help="Model that embeds images; not needed for files of pmm embed.")]
-
-
-@gallery_app.command("add")
-def gallery_add(
-    gallery: str = _gallery,
-    source: Path = _arg(..., "Images as for pmm embed, or a .npz or .parquet file that it wrote.", "SOURCE"),
-    model: Embeds = None,
-    pid: int | None = _opt(None, "Identity of all rows. Default: that of the data set, or unknown."),
-    camera: str | None = _opt(None, "Camera of all rows. Default: that of the data set."),
-    time: str | None = _opt(None, "When the images were taken, such as 2026-11-27T08:00. Default: now."),
-    layout: Layout = None,
-    split: Literal["query", "gallery", "train"] | None = _opt(None, "Add only this part of a data set."),
-    distance: Distance | None = _opt(None, "Distance of a new gallery. Default: that of the model, Euclidean."),
-    dtype: Literal["float32", "float16"] | None = _opt(None, "Vectors of a new folder; float16 halves its size."),
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Add images or embeddings; the first call creates the gallery.
-
-    Rows whose source is in the gallery are left out, so repeat an interrupted command: nothing is lost or doubled.
-
-    - `pmm gallery add people crops/ --model model.onnx --camera lobby`
-    - `pmm gallery add people embeddings.npz`
-    """
-    from pmm_edge.gallery import open_gallery
-
-    with progress() as report:
-        opened = open_gallery(gallery, model, distance=distance, dtype=dtype, device=device)
-        done = opened.add(source, pids=pid, cameras=camera, times=time, layout=layout, split=split, report=report)
-    print_json(done) if as_json else render.show_added(done, gallery)
-
-
-@gallery_app.command("search")
-def gallery_search(
-    gallery: str = _gallery,
-    query: Path = _arg(..., "Image, folder or list of images, or a .npz or .parquet file of pmm embed.", "QUERY"),
-    model: Embeds = None,
-    top: int = _opt(10, "Number of rows per query.", min=1),
-    camera: list[str] | None = _opt(None, "Search only this camera; may be repeated."),
-    since: str | None = _opt(None, "Search only rows from this time on, such as 2026-11-27T08:00."),
-    before: str | None = _opt(None, "Search only rows before this time."),
-    fmr: float | None = _opt(None, "False-match rate of the threshold. Default: 0.001, as far as calibrated."),
-    exact: bool = _opt(False, "Compare every row instead of using the index.", "--exact"),
-    out: Path | None = _out(None, "Draw the rows whose sources are image files.", "FILE.png|.jpg"),
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Find the rows nearest to a query, and say which of them show the same person.
-
-    With a calibrated model (pmm calibrate), rows within the threshold are the same person; if there are none, the
-    verdict is nobody. The false-match rate applies to every row that is searched.
-
-    - `pmm gallery search people query.jpg --model model.onnx --camera lobby --since 2026-11-27`
-    """
-    from pmm_edge.gallery import open_gallery
-
-    if out:
-        check_output(out, (".png", ".jpg"))
-    with progress() as report:
-        opened = open_gallery(gallery, model, device=device)
-        found = opened.search(
-            query, top=top, cameras=camera or None, since=since, before=before, fmr=fmr, exact=exact, report=report
-        )
-    if out:
-        from pmm_edge.pictures.galleries import draw_search
-
-        draw_search(found, out)
-    print_json(list(map(render.search_facts, found))) if as_json else render.show_search(found)
-    render.show_written(out)
-
-
-@gallery_app.command("delete")
-def gallery_delete(
-    gallery: str = _gallery,
-    pid: list[int] | None = _opt(None, "Identity to delete; may be repeated."),
-    source: list[str] | None = _opt(None, "Source to delete, as pmm gallery search prints it; may be repeated."),
-    older_than: str | None = _opt(None, "Delete rows that are older, such as 30d, 12h or 90m.", metavar="AGE"),
-    as_json: Json = False,
-) -> None:
-    """Delete the rows that meet all conditions, from the files as well, and check that none is left.
-
-    - `pmm gallery delete people --pid 7`
-    - `pmm gallery delete people --older-than 30d`
-    """
-    from pmm_edge.gallery import open_gallery
-
-    with progress() as report:
-        opened = open_gallery(gallery)
-        count = opened.delete(pids=pid or None, sources=source or None, older_than=older_than, report=report)
-    facts = {"deleted": count, "rows": opened.info().rows}
-    print_json(facts) if as_json else render.show_deleted(**facts)
-
-
-@gallery_app.command("info")
-def gallery_info(
-    gallery: str = _gallery,
-    check: bool = _opt(False, "Also read all vectors and verify their checksums.", "--check"),
-    as_json: Json = False,
-) -> None:
-    """Describe a gallery: rows, identities, cameras, times, model and index."""
-    from pmm_edge.gallery import open_gallery
-
-    found = open_gallery(gallery).info(check)
-    print_json(found) if as_json else render.show_gallery(found)
 
 
 @app.command()
 def visualize(
-    model: Path | None = _arg(None, "Checkpoint or run folder; for galleries any model. Default: newest.", "MODEL"),
-    what: Literal["cams", "galleries", "mixing", "all"] = _opt("all", "Kind of picture, see above."),
-    data: Path | None = _opt(None, "Data set; for cams also a folder or list of images. Default: the run's data set."),
-    images: int = _opt(6, "Number of images to draw, chosen at random.", metavar="N"),
-    top: int = _opt(10, "Number of gallery images per query.", metavar="K"),
-    seed: int = _opt(0, "Seed for the choice of images and negatives."),
-    out: Path | None = _out(None, "Folder to write. Default: pictures/ in the run folder."),
+    model: Path | None = arg(None, "Checkpoint or run folder; for galleries any model. Default: newest.", "MODEL"),
+    what: Literal["cams", "galleries", "mixing", "all"] = opt("all", "Kind of picture, see above."),
+    data: Path | None = opt(None, "Data set; for cams also a folder or list of images. Default: the run's data set."),
+    images: int = opt(6, "Number of images to draw, chosen at random.", metavar="N"),
+    top: int = opt(10, "Number of gallery images per query.", metavar="K"),
+    seed: int = opt(0, "Seed for the choice of images and negatives."),
+    out: Path | None = out_opt(None, "Folder to write. Default: pictures/ in the run folder."),
     layout: Layout = None,
     device: Device = None,
     as_json: Json = False,
@@ -610,7 +449,7 @@ def visualize(
     - `pmm visualize --what cams --data crops/ --images 20`
     - `pmm visualize model.onnx --what galleries --data market1501`
     """
-    arguments = _arguments(locals()) | {"model": _or_newest(model)}
+    arguments = parameters_of(locals()) | {"model": _or_newest(model)}
     from pmm_edge.pictures.album import visualize as run
 
     with progress() as report:
@@ -619,11 +458,11 @@ def visualize(
 
 
 @app.command()
-@_with_flags(SyntheticConfig)
+@with_flags(SyntheticConfig)
 def synth(
-    folder: Path = _arg(..., "Folder to write; it must be new or empty.", "FOLDER"),
-    workers: int | None = _opt(None, "Worker processes. Default: one per core.", min=1),
-    sheet: Path | None = _opt(None, "Also write a contact sheet.", metavar="FILE.jpg|.png"),
+    folder: Path = arg(..., "Folder to write; it must be new or empty.", "FOLDER"),
+    workers: int | None = opt(None, "Worker processes. Default: one per core.", min=1),
+    sheet: Path | None = opt(None, "Also write a contact sheet.", metavar="FILE.jpg|.png"),
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -650,9 +489,9 @@ def synth(
 
 @app.command()
 def data(
-    folder: Path = _arg(..., "Data set folder or CSV file.", "DATA"),
+    folder: Path = arg(..., "Data set folder or CSV file.", "DATA"),
     layout: Layout = None,
-    decode: bool = _opt(False, "Decode every image; exit code 1 if one is unreadable.", "--decode"),
+    decode: bool = opt(False, "Decode every image; exit code 1 if one is unreadable.", "--decode"),
     as_json: Json = False,
 ) -> None:
     r"""Describe a data set: identities, cameras and images per split, and anything that looks wrong.
@@ -681,7 +520,7 @@ def data(
 
 @app.command()
 def doctor(
-    commands: list[str] | None = _arg(None, "Commands that must work; trt and rtx are those of pmm export.", "COMMAND"),
+    commands: list[str] | None = arg(None, "Commands that must work; trt and rtx are those of pmm export.", "COMMAND"),
     as_json: Json = False,
 ) -> None:
     """Show what is installed, what works, and what each command still needs.
