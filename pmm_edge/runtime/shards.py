@@ -29,7 +29,7 @@ from pmm_edge import __version__
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import is_dataset, no_images, walk_files, warn_ignored
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning, absent, install
-from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, sha256
+from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, remove_unfinished, sha256
 from pmm_edge.images import IMAGE_SUFFIXES, BadImage, Pixels, try_crop
 from pmm_edge.runtime.embed_files import decode_ahead, find_images, read_list
 from pmm_edge.runtime.embedder import Embedder, Embeddings
@@ -181,6 +181,7 @@ def embed_shards(
         raise PmmError(f"shards of {shard_rows} and batches of {batch} images are impossible", "Choose 1 or more")
     target, listing = Storage.of(out), ImageListing(images, layout, shard_rows)
     if target.remote is None and not (target.root / MANIFEST).exists():
+        remove_unfinished(target.root / MANIFEST)  # of a run that was killed at its start
         check_new_folder(target.root)
     for number, _ in listing.shards():
         report("listing images", 0, 0, f"{number * shard_rows:,}")

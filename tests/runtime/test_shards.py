@@ -249,6 +249,8 @@ def test_kills_neither_lose_nor_double_a_row(
     tiny_onnx: Path, crops: Path, whole: EmbeddedShards, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
+    out.mkdir()
+    (out / f".{MANIFEST}.0123abcd.tmp").touch()  # what a kill at the very start leaves
     command = [sys.executable, "-m", "pmm_edge", "embed", tiny_onnx, crops, "-o", out, "--shard-rows", "5"]
     command += ["--batch", "2", "--device", "cpu", "--json"]
     for shards in (1, 3):
