@@ -252,7 +252,9 @@ def _pooled(embedded: EmbeddedFiles) -> EmbeddedFiles:
 def require_tracklets(dataset: ReidDataset) -> None:
     """Raise DataError if a data set has no tracklets."""
     if any(split.tracks is None for split in dataset.splits.values()):
-        raise DataError(f"{dataset.root} has no tracklets", "MARS and pmm synth --frames have; otherwise name a folder")
+        raise DataError(
+            f"{dataset.root} has no tracklets", "pmm synth --frames writes some; pmm embed --tracklets pools folders"
+        )
 
 
 def pool_dataset(dataset: ReidDataset, embeddings: Embeddings) -> tuple[ReidDataset, Embeddings]:

@@ -77,7 +77,8 @@ def load_state(folder: Path, config: TrainConfig, data: str) -> Checkpoint | Non
         return None
     checkpoint, now = load_checkpoint(path), asdict(config)
     with _incomplete():
-        started, of_data = checkpoint.training["config"], checkpoint.training["data"]
+        # A setting that did not exist yet had the effect of today's default.
+        started, of_data = asdict(TrainConfig()) | checkpoint.training["config"], checkpoint.training["data"]
         changed = [
             f"{name}: {value!r}, was {started.get(name)!r}" for name, value in now.items() if value != started.get(name)
         ]

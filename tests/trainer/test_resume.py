@@ -10,7 +10,7 @@ import pytest
 from tiny_training import CONFIG, assert_same_run, journal, start, wait
 
 from pmm_edge.errors import DataError, ModelError, OutputError, PmmError, PmmWarning
-from pmm_edge.model import load_checkpoint
+from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.runs import about_run, data_of
 from pmm_edge.runtime.embed_files import find_images
 from pmm_edge.trainer import logging
@@ -133,6 +133,10 @@ def test_only_the_run_s_own_settings_are_accepted(short, tmp_path):
     for settings in ({"epochs": 3}, {"preset": "quick"}, {"config": CONFIG}, {"out": tmp_path / "other"}):
         with pytest.raises(PmmError):
             train(resume=folder, **settings)
+    older = load_checkpoint(folder / "last.pt")  # of a version without a setting
+    del older.training["config"]["rpp"]
+    save_checkpoint(folder / "last.pt", older)
+    assert train(resume=folder).finished
     text = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(text.replace("seed = 0", "seed = 7"))
     with pytest.raises(ModelError) as caught:
