@@ -138,7 +138,7 @@ def step_of(
     config = choose_config("market1501", settings={**settings, "erase_size": min(64, options.width)})
     trainee = prepare(network(MARKET_PEOPLE, options.backbone, config.mix_blocks), config, device, dtype)
     if network is TextbookPMM or not graph:
-        trainee.replays = None  # the loops of the textbook wait for the GPU, which a graph cannot
+        trainee.step_graph = None  # the loops of the textbook wait for the GPU, which a graph cannot
     crops = torch.randint(0, 256, (options.batch, options.height, options.width, 3), dtype=torch.uint8).to(device)
     pids = (torch.arange(options.batch) // 4).to(device)
     return lambda: train_step(trainee, [Shard(crops, pids, seed=0)], config)

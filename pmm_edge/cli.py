@@ -14,7 +14,18 @@ from rich.markup import escape
 
 from pmm_edge import __version__, render
 from pmm_edge.cli_gallery import gallery_app
-from pmm_edge.cli_options import Device, Json, Layout, Model, arg, opt, out_opt, parameters_of, with_flags
+from pmm_edge.cli_options import (
+    FOREIGN_FLAGS,
+    Device,
+    Json,
+    Layout,
+    Model,
+    arg,
+    opt,
+    out_opt,
+    parameters_of,
+    with_flags,
+)
 from pmm_edge.console import INTERRUPTED, note, print_json, print_plain, print_table, progress, protect_streams
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import CheckFailedError, PmmError, PmmWarning, install
@@ -100,7 +111,9 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
-_precision, _tensorrt, _bundle = (partial(opt, panel=name) for name in ("Precision", "TensorRT", "Deployment bundles"))
+_precision, _tensorrt, _bundle, _many = (
+    partial(opt, panel=name) for name in ("Precision", "TensorRT", "Deployment bundles", "Folder of shards")
+)
 
 
 @app.command()
@@ -363,9 +376,6 @@ def match(
         raise typer.Exit(1)
 
 
-_many = partial(opt, panel="Folder of shards")
-
-
 @app.command()
 def embed(
     model: Model,
@@ -537,20 +547,6 @@ def doctor(
     for name in commands or []:
         if (state := found["commands"][name]).status is Status.PROBLEM:
             raise CheckFailedError(f"{name} {state.detail}", state.remedy)
-
-
-FOREIGN_FLAGS = {
-    "--imgsz": "The input size is set in training: pmm train --height and --width",
-    "--half": "Use --precision fp16",
-    "--int8": "Use --precision int8",
-    "--format": "pmm export writes ONNX; add --trt or --rtx for TensorRT, --safetensors for PyTorch",
-    "--input": "Use --input-form",
-    "--output": "Use --out",
-    "--batch-size": "Use --batch (training), --batch-sizes (bench) or --batch-profile (TensorRT)",
-    "--lr0": "Use --lr",
-    "--weights": "Name the model as an argument; training starts from one with --init-from",
-}
-"""Options of other tools and earlier versions, with a remedy that names ours."""
 
 
 def main() -> None:

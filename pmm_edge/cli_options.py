@@ -55,3 +55,17 @@ def with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., No
         return command
 
     return decorate
+
+
+FOREIGN_FLAGS = {
+    "--imgsz": "The input size is set in training: pmm train --height and --width",
+    "--half": "Use --precision fp16",
+    "--int8": "Use --precision int8",
+    "--format": "pmm export writes ONNX; add --trt or --rtx for TensorRT, --safetensors for PyTorch",
+    "--input": "Use --input-form",
+    "--output": "Use --out",
+    "--batch-size": "Use --batch (training), --batch-sizes (bench) or --batch-profile (TensorRT)",
+    "--lr0": "Use --lr",
+    "--weights": "Name the model as an argument; training starts from one with --init-from",
+}
+"""Options of other tools and earlier versions, with a remedy that names ours."""

@@ -73,13 +73,18 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     for folder, first_pid in (("bounding_box_train", 1), ("query", 101), ("bounding_box_test", 101)):
         (root / folder).mkdir(parents=True)
-        for pid in range(first_pid, first_pid + 4):
-            color = np.random.default_rng(pid).integers(0, 256, 3)
-            for camera in (1, 2, 3):
-                noisy = color + random.normal(0, 30, (128, 64, 3)) + 10 * camera
-                image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-                image.save(root / folder / f"{pid:04d}_c{camera}s1_{len(folder):06d}_00.jpg")
+        draw_people(root / folder, range(first_pid, first_pid + 4), (128, 64), random)
     return root
+
+
+def draw_people(folder: Path, pids: range, size: tuple[int, int], random: np.random.Generator) -> None:
+    """Write an image of each person from each of three cameras."""
+    for pid in pids:
+        color = np.random.default_rng(pid).integers(0, 256, 3)
+        for camera in (1, 2, 3):
+            noisy = color + random.normal(0, 30, (*size, 3)) + 10 * camera
+            image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+            image.save(folder / f"{pid:04d}_c{camera}s1_{len(folder.name):06d}_00.jpg")
 
 
 @pytest.fixture(scope="session")
@@ -88,12 +93,7 @@ def crowd(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("data") / "crowd")
     random = np.random.default_rng(1)
     for folder in ("query", "bounding_box_test"):
-        for pid in range(201, 217):
-            color = np.random.default_rng(pid).integers(0, 256, 3)
-            for camera in (1, 2, 3):
-                noisy = color + random.normal(0, 30, (64, 32, 3)) + 10 * camera
-                image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-                image.save(root / folder / f"{pid:04d}_c{camera}s1_{len(folder):06d}_00.jpg")
+        draw_people(root / folder, range(201, 217), (64, 32), random)
     return root
 
 

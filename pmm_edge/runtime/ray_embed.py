@@ -19,8 +19,9 @@ from pmm_edge.errors import PmmError, absent, install
 from pmm_edge.machine import THREADS
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import Embedder
+from pmm_edge.runtime.listing import Item
 from pmm_edge.runtime.model_file import parse_model, read_model
-from pmm_edge.runtime.shards import MANIFEST, EmbeddedShards, Item, Job, embed_parts, write_shard
+from pmm_edge.runtime.shards import MANIFEST, EmbeddedShards, Job, embed_parts, write_shard
 
 SECONDS = 10.0  # to wait for the address of a cluster
 

@@ -6,19 +6,14 @@ whole, so that after a kill a shard is either finished or missing.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tarfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, islice, repeat
-from operator import itemgetter
-from pathlib import Path, PurePath
+from itertools import groupby, islice
+from pathlib import Path
 from queue import Full, Queue
 from threading import Event, Thread
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,12 +22,12 @@ import numpy as np
 
 from pmm_edge import __version__
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import is_dataset, no_images, walk_files, warn_ignored
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning, absent, install
 from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, remove_unfinished, sha256
-from pmm_edge.images import IMAGE_SUFFIXES, BadImage, Pixels, try_crop
-from pmm_edge.runtime.embed_files import decode_ahead, find_images, read_list
+from pmm_edge.images import BadImage, Pixels, try_crop
+from pmm_edge.runtime.embed_files import decode_ahead
 from pmm_edge.runtime.embedder import Embedder, Embeddings
+from pmm_edge.runtime.listing import ImageListing, Item, is_tar, read_tar
 from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
@@ -42,30 +37,7 @@ SHARD_ROWS = 8192
 """Images of one shard; a tar file is a shard of its own."""
 GROUP_ROWS = 1024  # rows that are kept in memory until they are written
 MANIFEST, BAD_FOLDER = "_manifest.json", "_bad"  # readers of Parquet folders ignore names that start with _
-MEMBER_LIMIT = 64 << 20  # bytes of one file in a tar file that are read into memory
 LISTED = 20  # unreadable images that a result names
-
-
-class Item(NamedTuple):
-    """An image to embed, or a tar file of images."""
-
-    path: Path
-    name: str  # as it is stored
-    pid: int | None = None
-    camid: int | None = None
-    split: str | None = None
-    shard: int = 0
-    content: bytes | None = None  # of an image in a tar file
-    error: str = ""  # why it cannot be read
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The JSON file of an image in a tar file."""
-
-    pid: int | None = None
-    camid: int | None = None
-    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +67,6 @@ class Manifest:
         return {METADATA_KEY: self.spec.to_json()} | {f"pmm_edge.{name}": value for name, value in own.items()}
 
 
-_LABELS = "pids", "camids", "split"  # of a data set
 _JOB = {
     "file_sha256": "with another model",
     "list_sha256": "from other images",
@@ -222,62 +193,6 @@ def embed_shards(
     return result
 
 
-class ImageListing:
-    """The images of a source, cut into shards; it is read again for each pass, so that no list is kept in memory."""
-
-    def __init__(self, source: str | Path | Sequence[str | Path], layout: str | None, shard_rows: int) -> None:
-        self.source, self.layout, self.shard_rows = source, layout, shard_rows
-        self.files = self.count = 0  # of the last complete pass
-        self.storage = Storage.of(source) if isinstance(source, str | Path) else Storage(Path())
-        self.digest = ""
-
-    def shards(self) -> Iterator[tuple[int, list[Item]]]:
-        """Yield each shard: its number, and its images or its tar file."""
-        self.files, number, shard, digest = 0, 0, list[Item](), hashlib.sha256()
-        for item in self._items():
-            is_tar = _is_tar(item.path)
-            size = self.storage.size(item.path) if is_tar else ""
-            digest.update(os.fsencode(f"{item.name}\0{item.pid}\0{item.camid}\0{item.split}\0{size}\n"))
-            if shard and (is_tar or len(shard) == self.shard_rows or _is_tar(shard[0].path)):
-                yield number, shard
-                number, shard = number + 1, []
-            shard.append(item._replace(shard=number))
-            self.files += 1
-        if shard:
-            yield number, shard
-        self.count, self.digest = number + 1, digest.hexdigest()
-
-    def _items(self) -> Iterator[Item]:
-        source, path, ignored, empty = self.source, self.storage.root, Counter[str](), True
-        if self.storage.remote:
-            files = [path] if self.storage.size(path) is not None else self.storage.files(deep=True)
-            files = [file for file in files if file.suffix.lower() in (*IMAGE_SUFFIXES, ".tar")]
-            if not files:
-                raise no_images(Path(str(source)), ignored)
-            yield from (Item(file, file.relative_to(path).as_posix() if file != path else file.name) for file in files)
-            return
-        is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        if not isinstance(source, str | Path) or self.layout or is_image or is_dataset(path):
-            found = find_images(path if isinstance(source, str) else source, self.layout)
-            columns = [found.labels[name].tolist() if found.labels else repeat(None) for name in _LABELS]
-            yield from map(Item, found.paths, found.names, *columns)
-        elif path.is_dir():
-            for file in walk_files(path, True, ignored, {*IMAGE_SUFFIXES, ".tar"}):
-                empty = False
-                yield Item(file, file.relative_to(path).as_posix())
-            if empty:
-                raise no_images(path, ignored)
-            warn_ignored(path, ignored)
-        elif _is_tar(path) and path.is_file():
-            yield Item(path, path.name)
-        else:
-            yield from (Item(path.parent / name, name) for name in read_list(path))
-
-
-def _is_tar(path: Path) -> bool:
-    return path.suffix.lower() == ".tar"
-
-
 def _claim(target: Storage, manifest: Manifest) -> None:
     """Write the manifest; if the folder has one, raise OutputError unless its shards are those of this run."""
     path, remedy = target.root / MANIFEST, "Name a new folder, or repeat the command that started this one"
@@ -352,7 +267,7 @@ def embed_parts(
 
     def batches() -> Iterator[list[Item]]:
         for _, items in shards:
-            images = (image for item in items for image in (read_tar(item, storage) if _is_tar(item.path) else (item,)))
+            images = (image for item in items for image in (read_tar(item, storage) if is_tar(item.path) else (item,)))
             while own := list(islice(images, batch or embedder.chunk)):
                 yield own
 
@@ -431,54 +346,6 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
                 bad_writer.write_table(pa.Table.from_arrays(columns, schema=bad_schema))
         writer.add_key_value_metadata({"pmm_edge.rows": str(total), "pmm_edge.bad": str(len(bad))})
     result.rows, result.bad = result.rows + total, result.bad + len(bad)
-
-
-def read_tar(source: Item, storage: Storage) -> Iterator[Item]:
-    """Yield the images of a tar file in WebDataset naming, without extracting it; damage becomes an item with an error.
-
-    Neighbors with the same name up to the first dot of the base name belong together.
-    """
-    problem = empty = "the tar file contains no images"
-
-    def members() -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
-        nonlocal problem
-        try:
-            with storage.open(source.path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, suffix = name.lower().partition(".")
-                    if member.isreg() and key:
-                        file = tar.extractfile(member) if member.size <= MEMBER_LIMIT else None
-                        yield f"{folder}/{key}", PurePath(f"_.{suffix}").suffix, member, file.read() if file else None
-                stream.seek(tar.offset)  # tarfile takes a damaged header for the end of the file
-                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"no end, or a damaged header, at byte {tar.offset:,}")
-        except (tarfile.TarError, OSError, EOFError, ValueError) as damage:
-            if isinstance(damage, OSError):
-                storage.check(damage, source.path)
-            problem = f"the tar file is damaged, and its images after the damage are missing: {damage}"
-
-    for _, sample in groupby(members(), key=itemgetter(0)):
-        images, label, error = [], Labels(source.pid, source.camid, source.split), ""
-        for _, suffix, member, content in sample:
-            try:
-                if suffix in IMAGE_SUFFIXES:
-                    images.append((member, content))
-                elif suffix == ".json":
-                    label = decode_json(Labels, content or b"", member.name)
-                elif suffix == ".cls":
-                    label = replace(label, pid=int(content or b""))
-            except (DataError, ValueError) as wrong:
-                error = f"wrong labels in {member.name}: {wrong}"
-        for member, content in images:
-            problem = "" if problem == empty else problem
-            if content is None:
-                error = f"it has {member.size:,} bytes, more than {MEMBER_LIMIT:,}"
-            path, name = source.path / member.name, f"{source.name}/{member.name}"
-            yield Item(path, name, label.pid, label.camid, label.split, source.shard, content, error)
-    if problem:
-        yield source._replace(error=problem)
 
 
 def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:

@@ -195,7 +195,7 @@ class Trainee:
     average: AveragedModel | None  # moving average of the weights
     device: torch.device
     dtype: torch.dtype  # autocast type
-    replays: "StepGraph | None" = None  # on one GPU
+    step_graph: "StepGraph | None" = None  # on one GPU
     phase: int = 0  # of refined part pooling
     occlusion: Occlusion | None = None  # of adversarially occluded samples
 
@@ -230,12 +230,12 @@ def prepare(
     update = get_ema_multi_avg_fn(config.ema)
     average = AveragedModel(network, multi_avg_fn=update, use_buffers=True) if config.ema else None
     # In float16 the scaler decides in each step whether to update, and several processes exchange gradients.
-    replays = StepGraph() if device.type == "cuda" and world.size == 1 and dtype != torch.float16 else None
+    step_graph = StepGraph() if device.type == "cuda" and world.size == 1 and dtype != torch.float16 else None
     optimizer = torch.optim.Adam(
-        network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=replays is not None
+        network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=bool(step_graph)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainee(network, forward, optimizer, scaler, average, device, dtype, replays)
+    return Trainee(network, forward, optimizer, scaler, average, device, dtype, step_graph)
 
 
 def start_phase(trainee: Trainee, config: TrainConfig, epoch: int) -> None:
@@ -245,8 +245,8 @@ def start_phase(trainee: Trainee, config: TrainConfig, epoch: int) -> None:
         for network in (trainee.network, trainee.evaluated):
             assert isinstance(network, RefinedPCB)
             network.start_phase(phase)
-        if phase != trainee.phase and trainee.replays:
-            trainee.replays = StepGraph()
+        if phase != trainee.phase and trainee.step_graph:
+            trainee.step_graph = StepGraph()
         trainee.phase = phase
 
 
@@ -309,8 +309,8 @@ def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tu
 
     Returns the mean loss of the shards and its parts, on the device: reading them waits for it.
     """
-    if trainee.replays:
-        means = trainee.replays.step(trainee, shards, config)
+    if trainee.step_graph:
+        means = trainee.step_graph.step(trainee, shards, config)
     else:
         means = _update(trainee, shards, config, [_generator(trainee.device, shard) for shard in shards])
     if trainee.average:

@@ -60,7 +60,7 @@ def test_a_replayed_step_is_the_step(method, accumulate, monkeypatch):
     try:
         for replayed in (True, False):
             trainee, _ = trainee_of(config, torch.float32)
-            trainee.replays = trainee.replays if replayed else None
+            trainee.step_graph = trainee.step_graph if replayed else None
             source, taken = torch.Generator("cuda").manual_seed(1), []
             for number in range(9):
                 set_learning_rate(trainee, 2.0 ** -(14 + number % 3))  # exact in float32
