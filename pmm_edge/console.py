@@ -99,7 +99,10 @@ def err() -> Console:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Show one progress bar for each `what` that is reported: done, total, time left and the detail."""
+    """Show one progress bar for each `what` that is reported: done, total, time left and the detail.
+
+    If Ctrl-C ends the block, say so.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     bars = Progress(
@@ -119,10 +122,14 @@ def progress() -> Iterator[Report]:
         bars.update(tasks[what], completed=done, total=total, detail=printable(detail))
 
     try:
-        yield report
-    finally:
-        if tasks:
-            bars.stop()
+        try:
+            yield report
+        finally:
+            if tasks:
+                bars.stop()
+    except KeyboardInterrupt:
+        note("[yellow]interrupted:[/] no file is left half-written; repeat the command")
+        raise
 
 
 def note(text: str) -> None:

@@ -49,9 +49,9 @@ def load(
             raise ModelError(f"{path} cannot be loaded: {missing}", remedy)
         from pmm_edge.runtime.torch_backend import load_torch as backend
     else:
-        raise ModelError(
-            f"cannot load {path}: unknown suffix", "Name a .onnx, .engine, .pt or .safetensors file made by pmm-edge"
-        )
+        problem = "unknown suffix" if path.exists() else "it does not exist"
+        remedy = "Name a run folder, or a .onnx, .engine, .pt or .safetensors file made by pmm-edge"
+        raise ModelError(f"cannot load {path}: {problem}", remedy)
     file = file or open_model(path, require_certificate)
     embedder = backend(file, device)
     if file.certificate and embedder.spec != file.certificate.spec:

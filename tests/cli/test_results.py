@@ -29,6 +29,19 @@ SMALL = ["--train-identities", 2, "--test-identities", 1, "--cameras", 2, "--ima
 TINY = ["--height", 96, "--width", 64, "--epochs", 1, "--batch", 8, "--erase-size", 8, "--device", "cpu"]
 
 
+def test_ctrl_c_is_one_line_and_leaves_no_file(
+    pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys.modules["pmm_edge.runtime.embed_files"], "decode_ahead", Mock(side_effect=KeyboardInterrupt)
+    )
+    for arguments in (("embed", "-o", tmp_path / "e.npz"), ("eval", "--features", tmp_path / "e.npz")):
+        ended = pmm(arguments[0], tiny_onnx, tiny_dataset, *arguments[1:])
+        assert ended.exit_code == 130
+        assert "interrupted" in ended.stderr.strip().splitlines()[-1]
+        assert not (tmp_path / "e.npz").exists()
+
+
 @pytest.mark.torch
 def test_a_run(pmm: Callable, tiny_dataset: Path, tmp_path: Path) -> None:
     printed = pmm("train", tiny_dataset, "-o", tmp_path / "run", *TINY, "--json").json

@@ -66,6 +66,7 @@ WRONG_USE = {
     "verify model.onnx --data none": "none",
     # eval, embed, visualize
     "eval missing.onnx data": "missing.onnx",
+    "eval missing data": "it does not exist",
     "eval missing.engine data": "pmm export missing.onnx --trt",
     "eval model.onnx none": "none",
     EVAL + "--layout market150": "Did you mean 'market1501'?",
