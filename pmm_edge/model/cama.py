@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pmm_edge.model.backbone import Backbone
+from pmm_edge.errors import PmmError
+from pmm_edge.model.backbone import MOBILE, ResNetBackbone
 from pmm_edge.model.mixing import Generator
 from pmm_edge.model.network import Negatives, Pooled, ReidNetwork, StageOutput, average_pool
 
@@ -32,7 +33,7 @@ BRANCHES = 3
 ACTIVE = 0.3  # share of a map that its mask marks
 
 
-class BranchedBackbone(Backbone):
+class BranchedBackbone(ResNetBackbone):
     """A ResNet whose last stage exists once for each branch: (N, 3, H, W) -> maps of all branches (N, 3 C, h, w)."""
 
     def __init__(self, name: str) -> None:
@@ -55,6 +56,8 @@ class CAMA(ReidNetwork):
 
     def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
         nn.Module.__init__(self)
+        if backbone in MOBILE:
+            raise PmmError(f"CAMA copies the last stage of a ResNet, which {backbone} is not", "Choose a ResNet")
         self.backbone = BranchedBackbone(backbone)
         self.average_heads, self.max_heads = [], []
         layers = [nn.Linear(self.backbone.channels, num_classes, bias=False) for _ in range(BRANCHES)]

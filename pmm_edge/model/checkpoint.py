@@ -17,11 +17,12 @@ from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.files import written_whole
 from pmm_edge.model.cama import CAMA
 from pmm_edge.model.mixing import check_block_grid, scaled_mix_blocks
-from pmm_edge.model.network import BDB, PMM, ReidNetwork
+from pmm_edge.model.network import BDB, PMM, STAGE_SIZE, ReidNetwork
 from pmm_edge.model.pcb import PCB, RefinedPCB
 from pmm_edge.spec import Method, Mix, ModelSpec
 
 PAPER_K = 3  # for Market-1501, on a map of 32 blocks (paper section 3.1)
+MAX_STAGE_SIZE = 8192  # of an embedding: the spec of an untrusted file may name any
 _FORMAT = "pmm-edge checkpoint 1"
 
 
@@ -36,6 +37,7 @@ def build_model(
     mix_blocks: int | None = None,
     block_size: tuple[int, int] = (3, 2),
     rpp: bool = False,
+    embedding_size: int = STAGE_SIZE,
     pretrained: str | Path | None = None,
 ) -> ReidNetwork:
     """Build a network with weights drawn from torch's global generator.
@@ -43,12 +45,15 @@ def build_model(
     Args:
         method: `pmm`, `bdb`, `pcb`, `aos`, `cama` or `baseline`.
         num_classes: number of training identities.
-        backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50` or `resnet101`.
+        backbone: `resnet10`, `resnet18`, `resnet34`, `resnet50`, `resnet101`, `mobilenet_v3_small`,
+            `mobilenet_v3_large` or `efficientnet_b0`; CAMA needs a ResNet.
         height, width: input size in pixels.
         mix: what stages II and III of PMM are trained on; ignored by the other methods.
         mix_blocks: K; None scales the 3 of 32 blocks that the paper uses for Market-1501 to the map.
         block_size: (height, width) of a block on the map, which the blocks must divide.
         rpp: whether PCB has refined part pooling; ignored by the other methods.
+        embedding_size: values of the embedding of each head, twice as many in the part branch of BDB; ignored by PCB
+            and CAMA, which have sizes of their own.
         pretrained: weights of the backbone: `imagenet`, a file in torchvision's layout, or None.
 
     Raises PmmError if an argument is wrong, ModelError if the weights do not fit.
@@ -56,24 +61,23 @@ def build_model(
     for what, name, known in (("method", method, get_args(Method)), ("mix", mix, get_args(Mix))):
         if name not in known:
             raise PmmError(f"unknown {what} '{name}'", f"{did_you_mean(name, known)}Choose {', '.join(known)}")
+    if not 1 <= embedding_size <= MAX_STAGE_SIZE:
+        raise PmmError(f"embedding_size is {embedding_size}", f"Choose 1 to {MAX_STAGE_SIZE}")
     network: ReidNetwork
-    if method != "pmm":
-        kinds: dict[str, type[ReidNetwork]] = {
-            "baseline": ReidNetwork,
-            "aos": ReidNetwork,
-            "bdb": BDB,
-            "pcb": RefinedPCB if rpp else PCB,
-            "cama": CAMA,
-        }
-        network = kinds[method](num_classes, backbone)
+    if method == "cama":
+        network = CAMA(num_classes, backbone)
+    elif method == "pcb":
+        network = (RefinedPCB if rpp else PCB)(num_classes, backbone)
+    elif method != "pmm":
+        network = (BDB if method == "bdb" else ReidNetwork)(num_classes, backbone, embedding_size)
     elif mix not in ("a-hard-mix", "a-cutmix", "dropblock"):  # those that select blocks of the map
-        network = PMM(num_classes, backbone, mix=mix)
+        network = PMM(num_classes, backbone, mix=mix, embedding_size=embedding_size)
     else:
         blocks = check_block_grid(height, width, block_size)
         k = scaled_mix_blocks(PAPER_K, blocks) if mix_blocks is None else mix_blocks
         if not 1 <= k < blocks:
             raise PmmError(f"mix_blocks is {k} of {blocks} blocks", f"Choose mix_blocks from 1 to {blocks - 1}")
-        network = PMM(num_classes, backbone, k, block_size, mix)
+        network = PMM(num_classes, backbone, k, block_size, mix, embedding_size)
     if pretrained is not None:
         load_pretrained(network, backbone, pretrained)
     return network
@@ -82,16 +86,18 @@ def build_model(
 def network_of(spec: ModelSpec) -> ReidNetwork:
     """Build the network that a spec describes, without its weights."""
     same = {name: getattr(spec, name) for name in ("num_classes", "backbone", "mix", "mix_blocks", "block_size", "rpp")}
-    return build_model(spec.architecture, height=spec.input.height, width=spec.input.width, **same)
+    start, stop = spec.stages.get("I", (0, STAGE_SIZE))
+    size = spec.input
+    return build_model(spec.architecture, height=size.height, width=size.width, embedding_size=stop - start, **same)
 
 
 def load_pretrained(network: ReidNetwork, backbone: str, pretrained: str | Path) -> None:
     """Load the weights of the backbone in place; arguments and errors as in `build_model`."""
     content = imagenet_weights(backbone) if pretrained == "imagenet" else _read_torch_file(Path(pretrained))
-    remedy = "Use weights of the torchvision ResNet of the same name"
+    remedy = "Use weights of the torchvision network of the same name"
     if not isinstance(content, Mapping):
         raise ModelError("the file of backbone weights does not contain a state dict", remedy)
-    weights = {name: tensor for name, tensor in content.items() if not str(name).startswith("fc.")}
+    weights = {name: tensor for name, tensor in content.items() if not str(name).startswith(("fc.", "classifier."))}
     try:
         network.backbone.load_torchvision(weights)
     except (RuntimeError, AttributeError, TypeError) as error:

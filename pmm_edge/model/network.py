@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from pmm_edge.errors import PmmError
-from pmm_edge.model.backbone import Backbone
+from pmm_edge.model.backbone import build_backbone
 from pmm_edge.model.mixing import Generator, draw_negatives, grad_cam, mix, random_blocks, top_blocks
 
 Negatives = tuple[Tensor, Tensor] | None
 InitMode = Literal["fan_in", "fan_out"]
-STAGE_SIZE = 512  # of the embedding of one stage
+STAGE_SIZE = 512  # of the embedding of one stage, by default
 
 
 def average_pool(features: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def max_pool(features: Tensor) -> Tensor:
 class StageOutput(NamedTuple):
     """Output of one stage in training mode."""
 
-    embedding: Tensor  # (N, 512) after ReLU, for the triplet loss
+    embedding: Tensor  # (N, D) after ReLU, for the triplet loss
     logits: Tensor  # (N, classes), for the identity loss
     cam: Tensor | None = (
         None  # (N, H, W) Grad-CAM that guides the mixing for the next stage, or the CAM that CAMA penalizes
@@ -91,14 +91,16 @@ class ReidNetwork(nn.Module):
     average_heads: list[Head]  # on the average-pooled map of the backbone; first in the embedding
     max_heads: list[Head]  # on the max-pooled map of `bottleneck`
 
-    def __init__(self, num_classes: int, backbone: str = "resnet50", **sizes: int) -> None:
+    def __init__(
+        self, num_classes: int, backbone: str = "resnet50", embedding_size: int = STAGE_SIZE, **sizes: int
+    ) -> None:
         """Build stage I, and a bottleneck with one head for each name and size in `sizes`, if there are any."""
         super().__init__()
-        self.backbone = Backbone(backbone)
+        self.backbone = build_backbone(backbone)
         channels = self.backbone.channels
         if sizes:
             self.bottleneck = Bottleneck(channels, channels // 4)
-        self.stage1 = Head(channels, num_classes, "fan_in")
+        self.stage1 = Head(channels, num_classes, "fan_in", embedding_size)
         self.average_heads, self.max_heads = [self.stage1], []
         for name, size in sizes.items():
             self.max_heads.append(Head(channels, num_classes, "fan_out", size))
@@ -183,8 +185,9 @@ class PMM(ReidNetwork):
         mix_blocks: int = 3,
         block_size: tuple[int, int] = (3, 2),
         mix: str = "a-hard-mix",
+        embedding_size: int = STAGE_SIZE,
     ) -> None:
-        super().__init__(num_classes, backbone, stage2=STAGE_SIZE, stage3=STAGE_SIZE)
+        super().__init__(num_classes, backbone, embedding_size, stage2=embedding_size, stage3=embedding_size)
         self.mix_blocks, self.block_size, self.mix = mix_blocks, block_size, mix
 
     def train_stages(
@@ -232,14 +235,14 @@ class PMM(ReidNetwork):
 
 
 class BDB(ReidNetwork):
-    """Batch DropBlock network (Dai et al., ICCV 2019): a global branch of size 512 and a part branch of size 1024.
+    """Batch DropBlock network (Dai et al., ICCV 2019): a global branch of size 512 and a part branch of twice that.
 
     The part branch reads the bottleneck's map without one full-width stripe, the same for the whole batch. PMM splits
     this branch into its stages II and III, so both networks have the same layers except for one classifier's bias.
     """
 
-    def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
-        super().__init__(num_classes, backbone, part=2 * STAGE_SIZE)
+    def __init__(self, num_classes: int, backbone: str = "resnet50", embedding_size: int = STAGE_SIZE) -> None:
+        super().__init__(num_classes, backbone, embedding_size, part=2 * embedding_size)
 
     def max_maps(self, features: Tensor, generator: Generator) -> list[Tensor]:
         return [drop_stripe(features, generator)]

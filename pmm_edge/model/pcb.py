@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pmm_edge.model.backbone import Backbone
+from pmm_edge.model.backbone import build_backbone
 from pmm_edge.model.mixing import Generator
 from pmm_edge.model.network import Negatives, Pooled, ReidNetwork, StageOutput
 
@@ -62,7 +62,7 @@ class PCB(ReidNetwork):
 
     def __init__(self, num_classes: int, backbone: str = "resnet50") -> None:
         nn.Module.__init__(self)
-        self.backbone = Backbone(backbone)
+        self.backbone = build_backbone(backbone)
         self.head = PartHead(self.backbone.channels, num_classes)
         self.average_heads, self.max_heads = [], []
 

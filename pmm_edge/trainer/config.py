@@ -38,11 +38,16 @@ class TrainConfig:
     mix: Mix = _setting("a-hard-mix", METHOD, "What stages II and III of PMM are trained on.")
     mix_blocks: int = _setting(3, METHOD, "Number of blocks of the feature map that mixing replaces (K).", 1)
     mix_block_size: str = _setting("3x2", METHOD, "Height and width of a block on the feature map, such as 3x2.")
-    backbone: str = _setting("resnet50", METHOD, "resnet10, resnet18, resnet34, resnet50 or resnet101.")
+    backbone: str = _setting(
+        "resnet50",
+        METHOD,
+        "resnet10, resnet18, resnet34, resnet50, resnet101, mobilenet_v3_small, mobilenet_v3_large or efficientnet_b0.",
+    )
     backbone_weights: str = _setting("imagenet", METHOD, "imagenet, none, or a file in torchvision's layout.")
     init_from: str = _setting(
         "", METHOD, "Checkpoint to start from (ours or the authors'); tensors that fit are loaded."
     )
+    embedding_size: int = _setting(512, METHOD, "Values of the embedding of each head; not for PCB and CAMA.", 1)
     height: int = _setting(384, METHOD, "Input height in pixels.", 1)
     width: int = _setting(128, METHOD, "Input width in pixels.", 1)
     epochs: int = _setting(400, TRAINING, "Number of epochs; the learning rate schedule is scaled to it.", 1)
@@ -85,6 +90,11 @@ class TrainConfig:
             ("ema", self.ema >= 1, "Choose a decay below 1, such as 0.999"),
             ("mix", self.mix != "a-hard-mix" and self.method != "pmm", "Leave --mix out, or choose --method pmm"),
             ("rpp", self.rpp and self.method != "pcb", "Leave --rpp out, or choose --method pcb"),
+            (
+                "embedding_size",
+                self.embedding_size != 512 and self.method in ("pcb", "cama"),
+                f"Leave --embedding-size out: {self.method} has a size of its own",
+            ),
             ("epochs", self.rpp and self.epochs < 3, "Refined part pooling needs 3 or more"),
         ):
             if wrong:

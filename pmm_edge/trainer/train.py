@@ -249,7 +249,7 @@ def new_network(config: TrainConfig, num_classes: int, world: World = World()) -
     given = load_any_weights(Path(config.init_from)) if config.init_from else {}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        settings = ("method", "backbone", "height", "width", "mix", "mix_blocks", "block_size", "rpp")
+        settings = ("method", "backbone", "height", "width", "mix", "mix_blocks", "block_size", "rpp", "embedding_size")
         network = build_model(num_classes=num_classes, **{name: getattr(config, name) for name in settings})
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}

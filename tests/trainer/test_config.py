@@ -59,6 +59,9 @@ def test_a_file_overrides_its_preset_and_settings_override_the_file(tmp_path):
         ('mix = "cutmix"\nmethod = "bdb"', "--method pmm"),
         ("rpp = true", "--method pcb"),
         ('rpp = true\nmethod = "pcb"\nepochs = 2', "3 or more"),
+        ("embedding_size = 0", "1"),
+        ('method = "pcb"\nembedding_size = 256', "--embedding-size"),
+        ('method = "cama"\nembedding_size = 256', "--embedding-size"),
         ("epochs = [", ""),
     ],
 )
