@@ -116,7 +116,7 @@ def show(found: Mapping[str, Sequence[Figures]], rows: Iterable[str], title: str
     table = Table("", "seeds", *heads, title=title, title_justify="left")
     for name in rows:
         if found.get(name):
-            rank1, mean_ap, at_50 = (_mean_and_deviation([figures[key] for figures in found[name]]) for key in FIGURES)
+            rank1, mean_ap, at_50 = (mean_and_deviation([figures[key] for figures in found[name]]) for key in FIGURES)
             theirs = [f"{value:.1f}" for value in paper[name]] if name in paper else ["", ""]
             table.add_row(name, str(len(found[name])), rank1, theirs[0], mean_ap, at_50, theirs[1])
     if table.row_count:
@@ -144,6 +144,7 @@ def draw(found: Mapping[str, Sequence[Figures]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _mean_and_deviation(values: list[float]) -> str:
+def mean_and_deviation(values: list[float]) -> str:
+    """Mean and standard deviation of fractions, in %."""
     values = [100 * value for value in values]
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

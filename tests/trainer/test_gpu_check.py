@@ -146,6 +146,7 @@ def run(stages, tmp_path):
 
     def run(letter, method_epochs=1, **other):
         sizes = {**vars(stages.SMALL), "step": Namespace(backbone="tiny", height=96, width=32, batch=8), "rows": "PMM"}
+        sizes["methods"] = stages.SMALL.methods | {"backbone": "tiny"}
         check = stages.Check(letter, tmp_path, Namespace(**{**sizes, **other}), 60, method_epochs)
         stages.RUN[letter](check)
         assert json.loads((tmp_path / f"{letter}.json").read_text())["errors"] == check.found["errors"], "saved"
@@ -184,6 +185,17 @@ def test_training_and_inference_of_the_trained_network(run):
     assert steps.keys() >= {"bf16", "FP32", "bf16, without CUDA graph", "bf16, --compile", "FP32, textbook Grad-CAM"}
     least = max(value for name, value in floor.items() if name.startswith("floor by"))
     assert steps["FP32"]["times the floor"] == pytest.approx(steps["FP32"]["step, ms"] / least)
+    goals, floor, step = figures["Goals on an H100"], figures["Floor of a step"]["bf16"], steps["bf16"]["step, ms"]
+    for what, base in (
+        ("floor by operations", "floor by operations, ms"),
+        ("bytes of all operators", "their time, ms"),
+    ):
+        row = goals[f"step in bf16, times the {what}"]
+        assert row["measured"] == pytest.approx(step / floor[base]) and row["goal"] == "at most 1.5"
+        assert row["met"] == ("yes" if step <= 1.5 * floor[base] else "no")
+    assert goals["400 epochs in bf16, min"]["met"] == "yes"
+    compiled = goals["--compile, times as fast as without"]
+    assert compiled["met"] == ("yes" if compiled["measured"] >= 1.2 else "no") and compiled["goal"] == "at least 1.2"
     epochs = figures["pmm train --preset market1501"]["bf16"]
     assert epochs["400 epochs, min"] == pytest.approx(400 * epochs["epoch, s"] / 60)
     assert epochs["epochs"] == 3 and 0 <= epochs["waiting for data, %"] < 100 and epochs["mAP, %"] > 0
@@ -212,19 +224,53 @@ def test_the_energy_counter_is_read_around_steps_and_inference(run, stages, monk
     assert all(row["W"] == pytest.approx(50, rel=0.1) and row["mJ per image"] > 0 for row in rows.values())
 
 
-def test_the_methods_are_trained_in_processes_of_their_own(run):
-    figures, found = run("f", rows="PMM")
+def test_the_methods_are_trained_one_after_the_other(run):
+    figures, found = run("f", rows="PMM,none", seeds=(0, 1))
     assert not found["errors"] and "status" not in found
-    (row,) = (table["PMM"] for name, table in figures.items() if name.startswith("Methods on"))
-    each = figures["Each training"]["PMM, seed 0"]
-    assert row["seeds"] == 1 and float(row["mAP, %"]) == pytest.approx(each["mAP, %"], abs=0.06)
-    assert figures["Trainings"]["all"]["finished"] == figures["Trainings"]["all"]["of"] == 1
+    (rows,) = (table for name, table in figures.items() if name.startswith("Methods on"))
+    each = figures["Each training"]
+    assert list(each) == ["PMM, seed 0", "none, seed 0", "PMM, seed 1", "none, seed 1"]
+    assert all(row["s"] > 0 for row in each.values())
+    for name, row in rows.items():
+        average, _, deviation = row["mAP, %"].partition(" ± ")
+        first, second = (each[f"{name}, seed {seed}"]["mAP, %"] for seed in (0, 1))
+        assert row["seeds"] == 2 and float(average) == pytest.approx((first + second) / 2, abs=0.06)
+        assert float(deviation) == pytest.approx(abs(first - second) / 2**0.5, abs=0.06)
+
+
+def test_a_training_of_the_check_has_the_figures_of_pmm_train(run, stages, tmp_path):
+    from pmm_edge.data.synthetic import SyntheticConfig, cached_synthetic
+    from pmm_edge.trainer.train import train
+
+    figures, _ = run("f", rows="PMM", method_epochs=2)
+    data = cached_synthetic(SyntheticConfig(**stages.SMALL.method_data))
+    settings = stages.SMALL.methods | {"backbone": "tiny", "epochs": 2, "precision": "bf16", "device": "cpu"}
+    best = train(data, out=tmp_path / "run", **settings, evaluate_every=2).best
+    expected = {"Rank-1, %": 100 * best.rank1, "mAP, %": 100 * best.mAP, "mAP@50, %": 100 * best.mAP_at_50}
+    row = figures["Each training"]["PMM, seed 0"]
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
 def test_trainings_that_do_not_finish_are_counted(run, stages, monkeypatch):
-    monkeypatch.setattr(stages.time, "monotonic", iter([0.0, 1.0, *[59.0] * 99]).__next__)
-    figures, found = run("f", rows="PMM")
-    assert found["status"] == "timeout" and figures["Trainings"]["all"]["finished"] == 0
+    import gpu_methods
+
+    trained, ends = gpu_methods._train, iter([1e9, 1e9, 0.0])  # the third one has no time
+    monkeypatch.setattr(gpu_methods, "_train", lambda *arguments: trained(*arguments[:-1], next(ends)))
+    figures, found = run("f", rows="PMM,none", seeds=(0, 1))
+    assert found["status"] == "timeout" and len(found["skipped"]) == 1
+    (rows,) = (table for name, table in figures.items() if name.startswith("Methods on"))
+    assert {name: row["seeds"] for name, row in rows.items()} == {"PMM": 1, "none": 1}, "a whole table of one seed"
+
+
+def test_missing_modules_of_exports_are_named(run, monkeypatch):
+    import gpu_check
+
+    find = gpu_check.find_spec
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if "transformers" in name else find(name))
+    figures, found = run("d")
+    assert not figures and not found["errors"]
+    assert len(found["skipped"]) == 1 and "onnxruntime.transformers" in found["skipped"][0]
+    assert gpu_check.Stage("", 100, ("json.tool", "no_package.module")).missing == ["no_package.module"]
 
 
 def test_gpu_tests_are_counted_by_outcome(run, stages, monkeypatch, tmp_path):
