@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pmm_edge.bench.report import BenchReport, Change, Latency, ModelReport, Scope, read_report
+from pmm_edge.bench.report import BenchReport, Change, Decision, Latency, ModelReport, Scope, read_report
 from pmm_edge.bench.tables import Table, describe_failure, milliseconds
-from pmm_edge.spec import RetrievalFigures
+from pmm_edge.spec import Distance, RetrievalFigures
 
 Unit = Literal["points", "cosine", "factor"]
-"""Points and cosines are better if higher, factors (times, memory, energy, sizes) if lower."""
+"""Points and cosines are better if higher, factors (times, memory, energy, sizes, false matches) if lower."""
 # Path in a model's report, label, unit, what must be the same in both reports, minimum noise, scale.
 FIGURES: tuple[tuple[str, str, Unit, tuple[str, ...], float, float], ...] = (
     ("retrieval.mAP", "mAP", "points", ("images", "reference"), 0.01, 100),
     ("retrieval.rank1", "Rank-1", "points", ("images", "reference"), 0.01, 100),
     ("retrieval.mINP", "mINP", "points", ("images", "reference"), 0.01, 100),
+    ("decisions.thresholds.fmr_ratio", "false-match rate ratio", "factor", ("images", "reference"), 0.05, 1),
+    ("decisions.thresholds.tmr", "true-match rate, %", "points", ("images", "reference"), 0.01, 100),
     ("parity.whole.cosine_min", "minimum cosine", "cosine", ("images",), 0, 1),
     ("parity.whole.cosine_mean", "mean cosine", "cosine", ("images",), 0, 1),
     ("latency.median_ms", "median, ms", "factor", ("machine",), 0.05, 1),
@@ -55,6 +57,9 @@ class MetricChange:
     outcome: Outcome
     batch: int | None = None
     scope: Scope | None = None
+    distance: Distance | None = None
+    nominal: float | None = None
+    """False-match rate of the threshold of a decision."""
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
@@ -62,6 +67,8 @@ class MetricChange:
         name, old, new, noise = self.label, self.old, self.new, self.noise
         if self.scope:
             name = f"batch {self.batch}{', end to end' if self.scope == 'end to end' else ''}, {name}"
+        elif self.distance:
+            name = f"{self.distance} {self.nominal:g}, {name}"
         if self.unit == "points":
             return name, f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f} points", f"± {noise:.2f} points"
         if self.unit == "cosine":
@@ -101,8 +108,8 @@ class Comparison:
 def compare_reports(old: Path, new: Path) -> Comparison:
     """Compare two bench.json files; models are matched by file name and precision.
 
-    Accuracy is compared on the same images only, retrieval with the same reference, times on the same machine. Raises
-    DataError for a report that cannot be read.
+    Accuracy is compared on the same images only, retrieval and decisions with the same reference, times on the same
+    machine. Raises DataError for a report that cannot be read.
     """
     before, now = read_report(old), read_report(new)
     gpus = {before.environment.gpu, now.environment.gpu} - {None}  # a bench that used no GPU names none
@@ -116,7 +123,7 @@ def compare_reports(old: Path, new: Path) -> Comparison:
     general: tuple[tuple[bool, NoteKind, str], ...] = (
         (now.complete, "interrupted", f"{new} is the report of an interrupted bench"),
         (same["images"], "other images", "the images differ: accuracy is not compared"),
-        (same["reference"], "other reference", "the references differ: retrieval is not compared"),
+        (same["reference"], "other reference", "the references differ: retrieval and decisions are not compared"),
         (same["machine"], "other machine", f"{machines}: times, memory and energy are not compared"),
     )
     notes, findings = [Note(kind, text) for holds, kind, text in general if not holds], list[MetricChange]()
@@ -183,8 +190,9 @@ def _changes(old: ModelReport, new: ModelReport, same: set[str]) -> Iterator[Met
             before, now = scale * before, scale * now
             worse, better = _IS_WORSE[unit](before, now, noise), _IS_WORSE[unit](now, before, noise)
             outcome: Outcome = "worse" if worse else "better" if better else "same"
-            timing = key[:2] if isinstance(news[key], Latency) else ()
-            yield MetricChange(Path(new.path).name, path, label, unit, before, now, noise, outcome, *timing)
+            told = ("batch", "scope", "distance", "nominal") if isinstance(news[key], Latency | Decision) else ()
+            where = {each: getattr(news[key], each, None) for each in told}
+            yield MetricChange(Path(new.path).name, path, label, unit, before, now, noise, outcome, **where)
 
 
 def _parts(model: ModelReport, parents: list[str]) -> dict[tuple[Any, ...], Any]:
@@ -193,16 +201,22 @@ def _parts(model: ModelReport, parents: list[str]) -> dict[tuple[Any, ...], Any]
     for name in parents:
         part = getattr(part, name, None)
     parts = part if isinstance(part, list) else [] if part is None else [part]
-    return {tuple(getattr(one, name, None) for name in ("batch", "scope", "source")): one for one in parts}
+    same = ("batch", "scope", "source", "distance", "nominal")
+    return {tuple(getattr(one, name, None) for name in same): one for one in parts}
 
 
 def _spread(model: ModelReport, part: Any, name: str) -> float:
-    """Half the 95 % interval of a figure, 0 where it has none; of a time as a fraction of it."""
+    """Half the 95 % interval of a figure, 0 where it has none; of a time or ratio as a fraction of it."""
     if isinstance(part, Latency):
         # Its own, for the median of n normal samples, or that of its ratio over turns, which shows drift.
         own = 1.96 * 1.2533 * part.variation / math.sqrt(part.runs)
         return max(own, (part.ratio_high - part.ratio_low) / 2 / part.ratio)
+    if isinstance(part, Decision):
+        change = part.tmr_change
+        if name == "tmr":
+            return (change.high - change.low) / 2
+        return (part.fmr_ratio_high - part.fmr_ratio_low) / 2 / part.fmr_ratio
     if isinstance(part, RetrievalFigures):
-        change: Change | None = getattr(model.retrieval_change, name, None)
-        return (change.high - change.low) / 2 if change else 7e-4  # a reference has no interval: 0.1 points for both
+        found: Change | None = getattr(model.retrieval_change, name, None)
+        return (found.high - found.low) / 2 if found else 7e-4  # a reference has no interval: 0.1 points for both
     return 0.0

@@ -9,11 +9,12 @@ import pytest
 from report_sample import passing_report, sample_report
 
 from pmm_edge.bench.regression import FIGURES, Comparison, compare_reports, comparison_table
-from pmm_edge.bench.report import BenchReport, ModelReport
+from pmm_edge.bench.report import BenchReport, Decision, ModelReport
 
 Edit = Callable[[ModelReport], ModelReport]
 
 MAP, COSINE_MIN, COSINE_MEAN = "retrieval.mAP", "parity.whole.cosine_min", "parity.whole.cosine_mean"
+FALSE, TRUE = "decisions.thresholds.fmr_ratio", "decisions.thresholds.tmr"
 MEDIAN, MEMORY, ENERGY = "latency.median_ms", "cold_start.peak_memory_mib", "energy.joules_per_embedding"
 
 
@@ -70,6 +71,17 @@ def departed(cosine_min: float, cosine_mean: float = 1.0) -> Edit:
     return edited("parity", whole=lambda own: replace(own.whole, cosine_min=cosine_min, cosine_mean=cosine_mean))
 
 
+def decided(fmr_factor: float = 1.0, tmr_points: float = 0.0) -> Edit:
+    """Change the rates at all thresholds, with their intervals."""
+
+    def at(one: Decision) -> Decision:
+        names = ("fmr_ratio", "fmr_ratio_low", "fmr_ratio_high")
+        ratios = {name: fmr_factor * getattr(one, name) for name in names}
+        return replace(one, fmr=fmr_factor * one.fmr, tmr=one.tmr + tmr_points / 100, **ratios)
+
+    return edited("decisions", thresholds=lambda own: [at(one) for one in own.thresholds])
+
+
 def test_equal_reports(report: BenchReport, tmp_path: Path) -> None:
     found = compared(report, report, tmp_path)
     assert (found.regressions, found.notes, comparison_table(found).rows) == ([], [], [])
@@ -103,6 +115,12 @@ LOOSE = edited("gates", min_cosine=0.1, max_map_drop=3.0, max_stretch=2.0)
         pytest.param(0, [slower(1.15), WIDE], set(), set(), id="wide intervals"),
         pytest.param(2, [less_accurate(0.25)], set(), set(), id="mAP within both intervals of 0.2 points"),
         pytest.param(2, [less_accurate(0.35)], {MAP}, set(), id="mAP beyond both intervals"),
+        # The sample's intervals: ± 2.5 % and ± 0.25 points for Euclidean distance, none for cosine.
+        pytest.param(0, [decided(1.04)], set(), set(), id="false matches below 5 %"),
+        pytest.param(0, [decided(1.2)], {FALSE}, set(), id="more false matches"),
+        pytest.param(0, [decided(0.8)], set(), {FALSE}, id="fewer false matches"),
+        pytest.param(0, [decided(tmr_points=-0.5)], {TRUE}, set(), id="fewer true matches"),
+        pytest.param(0, [decided(0.8, tmr_points=-0.5)], {TRUE}, {FALSE}, id="a stricter threshold"),
         pytest.param(0, [departed(1 - 9e-6)], set(), set(), id="cosine far from its gate"),
         pytest.param(0, [departed(1 - 5e-5)], {COSINE_MIN}, set(), id="cosine close to its gate"),
         pytest.param(0, [departed(0.95, 0.96), LOOSE], {COSINE_MIN, COSINE_MEAN}, set(), id="a loosened gate"),
@@ -117,6 +135,25 @@ def test_figures(
     assert changed(found, "better") == {(name, figure) for figure in better}
     assert found.notes == []
     assert all(one.new / one.old == pytest.approx(1.3) for one in found.regressions if one.figure == MEDIAN)
+
+
+def test_decisions_are_compared_at_the_same_distance_and_rate(report: BenchReport, tmp_path: Path) -> None:
+    def rows(new: BenchReport) -> dict[tuple[str | None, float | None, str], tuple[str, float]]:
+        found = compared(report, with_model(new, 0), tmp_path).findings
+        return {
+            (one.distance, one.nominal, one.figure): (one.outcome, one.noise)
+            for one in found
+            if one.model == Path(new.models[0].path).name and one.figure in (FALSE, TRUE)
+        }
+
+    found = rows(with_model(report, 0, decided(tmr_points=-0.2)))
+    assert {key[:2] for key in found} == {("euclidean", 1e-3), ("cosine", 1e-4)}
+    assert found["euclidean", 1e-3, TRUE] == ("same", pytest.approx(2**0.5 * 0.25))
+    assert found["cosine", 1e-4, TRUE] == ("worse", 0.01)
+    fewer = edited("decisions", thresholds=lambda own: own.thresholds[:1])
+    assert {key[:2] for key in rows(with_model(report, 0, fewer))} == {("euclidean", 1e-3)}
+    moved = edited("decisions", thresholds=lambda own: [replace(one, threshold=9.0) for one in own.thresholds])
+    assert len(rows(with_model(report, 0, moved))) == 4, "another threshold for the same rate"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +179,7 @@ def test_times_are_compared_on_the_same_machine(
 
 
 def test_with_other_images_or_another_reference(report: BenchReport, tmp_path: Path) -> None:
-    worse = with_model(report, 2, less_accurate(5))
+    worse = with_model(report, 2, less_accurate(5), decided(3))
     for other, kind, compared_still in (
         (replace(worse, reference=replace(worse.reference, sha256="b" * 64)), "other reference", {COSINE_MIN}),
         (replace(worse, data_sha256="e" * 64), "other images", set()),
