@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from math import ceil
@@ -33,9 +32,9 @@ from numpy.typing import NDArray
 from pmm_edge.console import Report
 from pmm_edge.errors import DataError, OutputError, PmmError, absent, install
 from pmm_edge.files import decode_sealed, encode_sealed, written_whole
-from pmm_edge.gallery.gallery import FLAT_ROWS, Found, Gallery, GalleryInfo, Rows, StoredType, Where
-from pmm_edge.gallery.index import IndexFacts, Nearest, build_index, search_index
-from pmm_edge.gallery.inputs import EmbeddingModel
+from pmm_edge.gallery.gallery import FLAT_ROWS, Gallery, GalleryInfo, Hit, StoredType, Where, local_time
+from pmm_edge.gallery.index import IndexFacts, build_index, nearest_rows, search_index
+from pmm_edge.gallery.inputs import EmbeddingModel, Rows
 from pmm_edge.retrieval.distances import pairwise_distances
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embedder import Embeddings
@@ -77,7 +76,7 @@ class Manifest:
     schema: Literal[1] = 1
 
 
-class _View:
+class View:
     """The files of one manifest, mapped into memory."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -158,13 +157,6 @@ class _View:
             if len(self) >= FLAT_ROWS:
                 pages.madvise(mmap.MADV_DONTNEED)  # or all vectors would count as our memory
 
-    def scan(self, queries: Embeddings, want: int, positions: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Positions of the nearest rows, found one by one: (Q, want), -1 where there are no more."""
-        nearest = Nearest(queries, want)
-        for part in self.chunks(positions):
-            nearest.update(*part)
-        return nearest.positions
-
     def approximate(self, queries: Embeddings, want: int, mask: NDArray[np.bool_] | None) -> NDArray[np.int64]:
         """Positions of rows that include the nearest, from the index and the rows after it: (Q, C), -1 for none."""
         import faiss
@@ -181,7 +173,9 @@ class _View:
         found = search_index(self.index, queries, count, probes, selector)
         positions = np.where(found < 0, -1, np.searchsorted(self.numbers, found))
         tail = np.flatnonzero(self.numbers >= facts.below if mask is None else mask & (self.numbers >= facts.below))
-        return np.concatenate([positions, self.scan(queries, want, tail)], axis=1) if len(tail) else positions
+        if not len(tail):
+            return positions
+        return np.concatenate([positions, nearest_rows(queries, want, self.chunks(tail))], axis=1)
 
     def mask(self, where: Where) -> NDArray[np.bool_] | None:
         """Which rows meet the conditions; None if there are none."""
@@ -209,10 +203,10 @@ class _View:
         start = self.ends[position - 1] if position > self.starts[segment] else 0
         return self.texts[segment][int(start) : int(self.ends[position])]
 
-    def found(self, position: int, distance: float) -> Found:
+    def hit(self, position: int, distance: float) -> Hit:
+        number, pid, time = (values[position].item() for values in (self.ids, self.pids, self.times))
         camera, source = self.manifest.cameras[self.cameras[position]], os.fsdecode(self.source(position))
-        time = self.times[position].item()
-        return Found(distance, int(self.ids[position]), int(self.pids[position]), camera, time, source)
+        return Hit.of(distance, number, pid, camera, time, source)
 
 
 class FolderGallery(Gallery):
@@ -229,7 +223,7 @@ class FolderGallery(Gallery):
             raise PmmError(f"a gallery in a folder needs FAISS: {missing}", install("gallery"))
         super().__init__(str(folder), model)
         self.folder, self._settings = folder, (distance, dtype or "float32")
-        self._view: _View | None = None
+        self._view: View | None = None
         self._sorted_ids = np.empty(0, np.uint64)
         self._load()
         if self._view is None and folder.exists():
@@ -247,7 +241,7 @@ class FolderGallery(Gallery):
                 return
             manifest = decode_sealed(Manifest, text, str(self.folder / "gallery.json"), DataError, DAMAGED)
             try:
-                self._view = _View(self.folder, manifest)
+                self._view = View(self.folder, manifest)
             except FileNotFoundError as error:  # a writer replaced the manifest in between
                 if text == before:
                     raise DataError(f"{error.filename} is missing", DAMAGED) from error
@@ -257,7 +251,7 @@ class FolderGallery(Gallery):
             return
 
     @property
-    def view(self) -> _View:
+    def view(self) -> View:
         self._existing()
         assert self._view is not None
         return self._view
@@ -270,12 +264,10 @@ class FolderGallery(Gallery):
             try:
                 lock.acquire()
             except Timeout as error:
-                raise OutputError(
-                    f"another process is writing to {self.folder}", "Try again when it is done"
-                ) from error
+                problem = f"another process is writing to {self.folder}"
+                raise OutputError(problem, "Try again when it is done") from error
         try:
-            self._load()
-            self._sweep()
+            self._refresh()
             yield
         finally:
             lock.release()
@@ -288,8 +280,9 @@ class FolderGallery(Gallery):
             problem = f"cannot write {self.folder}: {error.strerror or error}; what it contained is unchanged"
             raise OutputError(problem, "Choose a folder that is writable, or free space") from error
 
-    def _sweep(self) -> None:
-        """Remove files that the manifest does not name: of a killed process, or with deleted rows."""
+    def _refresh(self) -> None:
+        """Load the manifest, and remove files that it does not name: of a killed process, or with deleted rows."""
+        self._load()
         if self._view is None:
             return
         manifest = self._view.manifest
@@ -304,8 +297,7 @@ class FolderGallery(Gallery):
     def _create(self, model: EmbeddingModel) -> None:
         distance, dtype = self._settings
         self._commit(Manifest(model, distance or model.spec.distance, dtype))
-        self._load()
-        self._sweep()
+        self._refresh()
 
     def _commit(self, manifest: Manifest) -> None:
         with written_whole(self.folder / "gallery.json") as temporary:
@@ -338,12 +330,8 @@ class FolderGallery(Gallery):
             with self._reported():
                 segments[-1] = self._extend(segments[-1], rows.embeddings[part], piece, texts[part])
             start += len(piece)
-            manifest = replace(
-                manifest,
-                cameras=tuple(names),
-                next_number=manifest.next_number + len(piece),
-                segments=tuple(segments),
-            )
+            end = manifest.next_number + len(piece)
+            manifest = replace(manifest, cameras=tuple(names), next_number=end, segments=tuple(segments))
             self._commit(manifest)
             report(f"adding to {self.folder.name}", start, count)
         new = np.sort(rows.ids)
@@ -383,8 +371,7 @@ class FolderGallery(Gallery):
                 return
             self._commit(replace(view.manifest, index=None))
         elif facts is None or count >= 4 * facts.trained or facts.removed > facts.trained // 4:
-            what, numbers = f"indexing {self.folder.name}", view.numbers
-            self._replace_index(*build_index(view, numbers, lambda done: report(what, done, count)))
+            self._replace_index(*build_index(view, f"indexing {self.folder.name}", report))
         elif grown >= max(TAIL, count // 100):
             index = view.load_index()
             for positions, vectors in view.chunks(np.flatnonzero(view.numbers >= facts.below)):
@@ -392,8 +379,7 @@ class FolderGallery(Gallery):
             self._replace_index(index, replace(facts, below=view.manifest.next_number))
         else:
             return
-        self._load()
-        self._sweep()
+        self._refresh()
 
     def _replace_index(self, index: Any, facts: IndexFacts) -> None:
         import faiss
@@ -403,23 +389,22 @@ class FolderGallery(Gallery):
             temporary.write_bytes(content)
         self._commit(replace(self.view.manifest, index=replace(facts, name=name, checksum=zlib.crc32(content))))
 
-    def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Found]]]:
+    def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Hit]]]:
         view = self.view
         mask = view.mask(where)
         count = len(view) if mask is None else int(mask.sum())
         if exact or view.manifest.index is None or count < FLAT_ROWS:
-            candidates = view.scan(queries, top + MARGIN, None if mask is None else np.flatnonzero(mask))
+            rows = view.chunks(None if mask is None else np.flatnonzero(mask))
+            candidates = nearest_rows(queries, top + MARGIN, rows)
         else:
             candidates = view.approximate(queries, top, mask)
-        rankings: list[list[Found]] = []
+        rankings: list[list[Hit]] = []
         for query, row in zip(queries, candidates, strict=True):
-            positions = np.sort(row[row >= 0])
-            if not len(positions):
-                rankings.append([])
-                continue
-            distances = pairwise_distances(query[None], view.take(positions), self.distance)[0]
-            order = np.argsort(distances, kind="stable")[:top]
-            rankings.append([view.found(int(positions[one]), float(distances[one])) for one in order])
+            positions, order = np.sort(row[row >= 0]), np.empty(0, np.int64)
+            if len(positions):
+                distances = pairwise_distances(query[None], view.take(positions), self.distance)[0]
+                order = np.argsort(distances, kind="stable")[:top]
+            rankings.append([view.hit(int(positions[one]), float(distances[one])) for one in order])
         return count, rankings
 
     def _remove(self, where: Where, report: Report) -> int:
@@ -450,8 +435,7 @@ class FolderGallery(Gallery):
             self._replace_index(index, replace(facts, removed=facts.removed + gone.size))
             manifest = self.view.manifest
         self._commit(replace(manifest, segments=tuple(kept)))
-        self._load()
-        self._sweep()
+        self._refresh()
         left = self.view.mask(where)
         if left is not None and left.any():
             raise OutputError(f"{int(left.sum())} rows of {self.folder} were not deleted", "Delete them again")
@@ -477,13 +461,10 @@ class FolderGallery(Gallery):
                 raise DataError(f"{path} is damaged: its checksum does not match", DAMAGED)
         if check and view.manifest.index:
             view.load_index()
-        moments: list[datetime | None] = [None, None]
-        if len(view):
-            moments = [datetime.fromtimestamp(time).astimezone() for time in (view.times.min(), view.times.max())]
+        oldest, newest = map(local_time, (view.times.min(), view.times.max())) if len(view) else (None, None)
         cameras = sorted(filter(None, (view.manifest.cameras[number] for number in np.unique(view.cameras))))
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         identities = int((np.unique(view.pids) >= 0).sum())
-        oldest, newest = moments
         counts = len(view), identities, cameras, oldest, newest, size, view.manifest.index
         return GalleryInfo(self.location, model, self.distance, self.dtype, *counts)
 

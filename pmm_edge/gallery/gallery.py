@@ -2,34 +2,37 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import DataError, ModelError, PmmError
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
 from pmm_edge.gallery.inputs import (
+    PART_ROWS,
     EmbeddingModel,
     Moment,
-    Part,
+    Rows,
     duration,
-    embed_parts,
+    embed_rows,
     embedded_files,
+    image_rows,
     read_embedded,
     seconds,
-    source_ids,
 )
-from pmm_edge.images import BadImage, Pixels
+from pmm_edge.images import BadImage
 from pmm_edge.retrieval.distances import check_matrix, finite_rows, unit_length
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
 from pmm_edge.runtime import Embedder, embed_files, load
 from pmm_edge.runtime.embedder import Embeddings
+from pmm_edge.runtime.listing import ImageListing
 from pmm_edge.spec import Calibration, Distance, Threshold
 
 UNKNOWN = -1
@@ -43,42 +46,15 @@ StoredType = Literal["float32", "float16"]
 Verdict = Literal["same person", "nobody", "no threshold"]
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """N rows to store."""
-
-    embeddings: Embeddings  # (N, D) float32
-    ids: NDArray[np.uint64]
-    pids: NDArray[np.int64]  # UNKNOWN where the identity is not known
-    cameras: NDArray[np.str_]  # empty where the camera is not known
-    times: NDArray[np.float64]  # seconds since 1970, UTC
-    sources: NDArray[np.object_]
-
-    def select(self, chosen: NDArray[np.bool_]) -> "Rows":
-        """The rows where (N,) `chosen` is True."""
-        return self if chosen.all() else Rows(*(values[chosen] for values in vars(self).values()))
-
-
 @dataclass(frozen=True)
 class Where:
     """Conditions on rows, all of which must hold; None is no condition. Times are seconds since 1970, UTC."""
 
-    cameras: tuple[str, ...] | None = None
+    cameras: Sequence[str] | None = None
     since: float | None = None  # inclusive
     before: float | None = None  # exclusive
-    pids: tuple[int, ...] | None = None
-    sources: tuple[str, ...] | None = None
-
-
-class Found(NamedTuple):
-    """A row near a query, as it is stored."""
-
-    distance: float
-    id: int
-    pid: int
-    camera: str
-    time: float
-    source: str
+    pids: Sequence[int] | None = None
+    sources: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +68,16 @@ class Hit:
     camera: str
     time: datetime
     source: str
+
+    @staticmethod
+    def of(distance: float, number: int, pid: int, camera: str, time: float, source: str) -> "Hit":
+        """A row as it is stored, before it is compared with a threshold."""
+        return Hit(distance, None, number, None if pid == UNKNOWN else pid, camera, local_time(time), source)
+
+
+def local_time(seconds: float) -> datetime:
+    """The time of a row, in seconds since 1970, in the time zone of this machine."""
+    return datetime.fromtimestamp(seconds).astimezone()
 
 
 @dataclass(frozen=True)
@@ -153,7 +139,9 @@ class Gallery(ABC):
     dtype: StoredType
 
     def __init__(self, location: str, model: Embedder | EmbeddingModel | None) -> None:
-        self.location, self._user_model = location, model
+        self.location = location
+        self._embedder = model if isinstance(model, Embedder) else None
+        self._user_model = None if model is None else EmbeddingModel.of(model)
 
     @abstractmethod
     def _create(self, model: EmbeddingModel) -> None:
@@ -168,7 +156,7 @@ class Gallery(ABC):
         """Store rows with new ids. An error loses nothing that was stored before."""
 
     @abstractmethod
-    def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Found]]]:
+    def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Hit]]]:
         """Return the number of rows that meet the conditions, and the nearest of them for each query."""
 
     @abstractmethod
@@ -205,7 +193,7 @@ class Gallery(ABC):
             gallery.add(embeddings, sources=names, pids=pids)
 
         Args:
-            source: images as for `pmm_edge.embed_files`, embedded with the model of `open_gallery`; a .npz or .parquet
+            source: images as for `pmm_edge.embed_shards`, embedded with the model of `open_gallery`; a .npz or .parquet
                 file of `pmm embed`, or a folder of .parquet files; or an (N, D) array, which needs `sources`.
             pids: identity of each row, or of all; -1 is unknown. Default: that of the data set.
             cameras: name of the camera of each row, or of all. Default: that of the data set.
@@ -214,41 +202,50 @@ class Gallery(ABC):
             ids: a whole number for each row of an array. Default: derived from its source.
             split: add only the `query`, `gallery` or `train` images of a data set.
 
-        Raises ModelError for embeddings of another model or size, DataError if nothing can be read, and OutputError
-        if the gallery cannot be written or another process is writing to it; what was added before stays.
+        Raises ModelError for embeddings of another model or size, DataError if the source cannot be read,
+        CheckFailedError if none of its images can, and OutputError if the gallery cannot be written or another process
+        is writing to it; what was added before stays.
         """
-        done, now = AddResult(), time.time()
+        moments = time.time() if times is None else seconds(times) if isinstance(times, str | datetime) else times
+        given = {"ids": ids, "pids": pids, "cameras": cameras, "times": moments}
+        labels = {name: values for name, values in given.items() if values is not None}
+        done, listing = AddResult(), None
+        parts: Iterable[tuple[EmbeddingModel, Rows]]
         with self._writing():
             if sources is not None:
-                parts = iter([self._array(source, list(sources))])
+                parts = [self._array(source, sources)]
             elif files := embedded_files(source):
-                parts = (part for file in files for part in read_embedded(file))
+                parts = chain.from_iterable(map(read_embedded, files))
             else:
-                embedder = self._embedder()
-                self._check(EmbeddingModel.of(embedder))
-                parts = embed_parts(embedder, source, layout, self._new_sources, done.skipped, report)
-            for part in parts:
-                self._check(part.model)
-                if split and part.split is not None:
-                    part = part.select(part.split == split)
-                if part.pids is not None:
-                    done.junk += int((part.pids == JUNK_PID).sum())
-                    part = part.select(part.pids != JUNK_PID)
-                if not part.sources:
+                embedder, listing = self._required_embedder(), ImageListing(source, layout, PART_ROWS)
+                what, model = f"embedding with {embedder.path.name}", EmbeddingModel.of(embedder)
+                parts = ((model, rows) for rows in image_rows(listing, what, report))
+            for model, rows in parts:
+                self._check(model)
+                if split and (rows.splits != "").any():
+                    rows = rows.select(rows.splits == split)
+                junk = rows.pids == JUNK_PID
+                rows = rows.select(~junk)
+                rows = rows.labeled(**{"pids": np.where(rows.pids == DISTRACTOR_PID, UNKNOWN, rows.pids)} | labels)
+                new = ~self._known(rows.ids)
+                first = np.unique(rows.ids, return_index=True)[1]
+                new[np.delete(np.arange(len(new)), first)] = False
+                rows = rows.select(new)
+                done.junk, done.known = done.junk + int(junk.sum()), done.known + int((~new).sum())
+                if listing and new.any():
+                    rows, bad = embed_rows(embedder, rows, listing.storage)
+                    done.skipped += bad
+                if not len(rows.ids):
                     continue
                 if self.model is None:
-                    self._create(part.model)
-                row_ids = source_ids(part.sources) if ids is None else _each(ids, np.uint64, "ids", len(part.sources))
-                first = np.zeros(len(row_ids), np.bool_)
-                first[np.unique(row_ids, return_index=True)[1]] = True
-                new = first & ~self._known(row_ids)
-                done.known += int((~new).sum())
-                if new.any():
-                    rows = self._rows(part, row_ids, pids, cameras, now if times is None else times).select(new)
-                    self._append(rows, report)
-                    done.added += len(rows.ids)
+                    self._create(model)
+                self._append(replace(rows, embeddings=self._checked(rows.embeddings)), report)
+                done.added += len(rows.ids)
             if done.added:
                 self._finish(report)
+        if done.skipped and not done.added + done.known:
+            problem = f"none of the {len(done.skipped):,} images can be read: {done.skipped[0]}"
+            raise CheckFailedError(problem, "Replace the files, or name other images")
         done.rows = self.info().rows if self.model else 0
         return done
 
@@ -286,19 +283,13 @@ class Gallery(ABC):
         names, queries, calibration = self._queries(query, report)
         threshold = self._threshold(calibration or model.spec.calibration, fmr)
         first, end = (None if moment is None else seconds(moment) for moment in (since, before))
-        where = Where(None if cameras is None else tuple(cameras), first, end)
+        where = Where(cameras, first, end)
         searched, found = self._nearest(self._checked(queries), top, where, exact)
-
-        def hit(row: Found) -> Hit:
-            same = None if threshold is None else row.distance <= threshold.distance
-            moment = datetime.fromtimestamp(row.time).astimezone()
-            return Hit(
-                row.distance, same, row.id, None if row.pid == UNKNOWN else row.pid, row.camera, moment, row.source
-            )
-
+        if threshold:
+            found = [[replace(hit, same_person=hit.distance <= threshold.distance) for hit in hits] for hits in found]
         return [
-            SearchResult(name, list(map(hit, rows)), searched, self.distance, threshold)
-            for name, rows in zip(names, found, strict=True)
+            SearchResult(name, hits, searched, self.distance, threshold)
+            for name, hits in zip(names, found, strict=True)
         ]
 
     def delete(
@@ -318,10 +309,8 @@ class Gallery(ABC):
         if pids is None and sources is None and older_than is None:
             raise PmmError("deleting needs an identity, a source or an age", "Name what to delete")
         before = None if older_than is None else time.time() - duration(older_than).total_seconds()
-        people = None if pids is None else tuple(pids)
-        where = Where(before=before, pids=people, sources=None if sources is None else tuple(sources))
         with self._writing():
-            return self._remove(where, report)
+            return self._remove(Where(before=before, pids=pids, sources=sources), report)
 
     def _existing(self) -> EmbeddingModel:
         if self.model is None:
@@ -334,9 +323,8 @@ class Gallery(ABC):
             return
         what, remedy = f"{self.location} holds embeddings of another model", "Use that model, or another gallery"
         if model.spec.embedding_size != own.spec.embedding_size:
-            raise ModelError(
-                f"{what}: they have {own.spec.embedding_size} values, not {model.spec.embedding_size}", remedy
-            )
+            sizes = f"{own.spec.embedding_size} values, not {model.spec.embedding_size}"
+            raise ModelError(f"{what}: they have {sizes}", remedy)
         if model.sha256 != own.sha256:
             raise ModelError(f"{what}: its checkpoint is {own.sha256[:12]}, not {model.sha256[:12]}", remedy)
         if model.spec.normalized_output != own.spec.normalized_output and self.distance == "euclidean":
@@ -358,75 +346,49 @@ class Gallery(ABC):
             raise DataError(problem, "Check the image and the precision of the model")
         return embeddings
 
-    def _rows(self, part: Part, ids: NDArray[np.uint64], pids: Any, cameras: Any, times: Any) -> Rows:
-        if pids is None:
-            pids = UNKNOWN if part.pids is None else np.where(part.pids == DISTRACTOR_PID, UNKNOWN, part.pids)
-        if cameras is None:
-            cameras = "" if part.camids is None else part.camids
-        moments = seconds(times) if isinstance(times, str | datetime) else times
-        count = len(ids)
-        labels = _each(pids, np.int64, "pids", count), _each(cameras, np.str_, "cameras", count)
-        stored = _each(moments, np.float64, "times", count), np.array(part.sources, object)
-        return Rows(self._checked(part.embeddings), ids, *labels, *stored)
-
-    def _new_sources(self, sources: list[str]) -> NDArray[np.bool_]:
-        return ~self._known(source_ids(sources)) if self.model else np.ones(len(sources), np.bool_)
-
-    def _embedder(self) -> Embedder:
-        if not isinstance(self._user_model, Embedder):
+    def _required_embedder(self) -> Embedder:
+        if self._embedder is None:
             raise PmmError("images can only be embedded with a model", "Name the model of the gallery (--model)")
-        return self._user_model
+        return self._embedder
 
-    def _array(self, values: ArrayLike, sources: list[str]) -> Part:
+    def _array(self, values: ArrayLike, sources: Sequence[str]) -> tuple[EmbeddingModel, Rows]:
         if self._user_model is None:
             raise PmmError("an array does not say which model computed it", "Pass the model to open_gallery")
         embeddings = check_matrix(values, "embeddings")
         if len(embeddings) != len(sources):
             raise DataError(f"there are {len(embeddings)} embeddings and {len(sources)} sources", "Pass one for each")
-        return Part(EmbeddingModel.of(self._user_model), embeddings, sources)
+        return self._user_model, Rows.of(embeddings, sources)
 
     def _queries(self, query: Any, report: Report) -> tuple[list[str], ArrayLike, Calibration | None]:
         """Return name and embedding of each query, and the thresholds of the model that computed them."""
-        if isinstance(query, np.ndarray) and query.dtype.kind == "f":
-            own = None if self._user_model is None else EmbeddingModel.of(self._user_model).spec.calibration
-            return [f"query {number}" for number in range(len(np.atleast_2d(query)))], np.atleast_2d(query), own
         if files := embedded_files(query):
-            parts = [part for file in files for part in read_embedded(file)]
-            for part in parts:
-                self._check(part.model)
+            models, parts = zip(*chain.from_iterable(map(read_embedded, files)), strict=True)
+            for model in models:
+                self._check(model)
             names = [name for part in parts for name in part.sources]
-            return names, np.concatenate([part.embeddings for part in parts]), parts[0].model.spec.calibration
-        embedder = self._embedder()
-        if isinstance(query, np.ndarray) or (
-            isinstance(query, Sequence) and query and isinstance(query[0], np.ndarray)
+            return names, np.concatenate([part.embeddings for part in parts]), models[0].spec.calibration
+        calibration = self._user_model.spec.calibration if self._user_model else None
+        if isinstance(query, np.ndarray) and query.dtype.kind == "f":
+            rows = np.atleast_2d(query)
+        elif isinstance(query, np.ndarray) or (
+            isinstance(query, list | tuple) and query and isinstance(query[0], np.ndarray)
         ):
-            crops: Sequence[Pixels] | Pixels = query
-            return [f"query {number}" for number in range(len(crops))], embedder.embed(crops), embedder.spec.calibration
-        embedded = embed_files(embedder, query, report=report)
-        return list(map(str, embedded.images.paths)), embedded.embeddings, embedder.spec.calibration
+            rows = self._required_embedder().embed(query)
+        else:
+            embedded = embed_files(self._required_embedder(), query, report=report)
+            return list(map(str, embedded.images.paths)), embedded.embeddings, calibration
+        return [f"query {number}" for number in range(len(rows))], rows, calibration
 
     def _threshold(self, calibration: Calibration | None, fmr: float | None) -> Threshold | None:
-        if calibration is None:
-            if fmr is not None:
-                raise ModelError(
-                    f"the model of {self.location} has no decision thresholds",
-                    "Run pmm calibrate, export the model, and create the gallery again",
-                )
-            return None
+        if calibration is None and fmr is not None:
+            remedy = "Run pmm calibrate, export the model, and create the gallery again"
+            raise ModelError(f"the model of {self.location} has no decision thresholds", remedy)
         try:
-            return calibration.threshold(FMR if fmr is None else fmr, self.distance)
+            return calibration.threshold(FMR if fmr is None else fmr, self.distance) if calibration else None
         except ModelError:
             if fmr is None:  # too few people for the default
                 return None
             raise
-
-
-def _each(values: Any, kind: Any, name: str, count: int) -> NDArray[Any]:
-    """One value for each of `count` rows; raise DataError if that is not possible."""
-    try:
-        return np.broadcast_to(np.asarray(values).astype(kind), count)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"{name} cannot be used for {count} rows: {error}", "Pass one value, or one per row") from error
 
 
 def open_gallery(
@@ -470,9 +432,8 @@ def open_gallery(
     if gallery.model:
         for name, wanted in (("distance", distance), ("dtype", dtype)):
             if wanted and wanted != (own := getattr(gallery, name)):
-                raise DataError(
-                    f"the {name} of {location} is {own}, not {wanted}", "Leave it out, or use another gallery"
-                )
-        if user_model:
-            gallery._check(EmbeddingModel.of(user_model))
+                problem = f"the {name} of {location} is {own}, not {wanted}"
+                raise DataError(problem, "Leave it out, or use another gallery")
+        if gallery._user_model:
+            gallery._check(gallery._user_model)
     return gallery

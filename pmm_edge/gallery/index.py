@@ -1,14 +1,20 @@
 """The FAISS index of a folder: inverted lists of 128 principal components of 8 bits. Exact distances come after it."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil, log2, sqrt
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pmm_edge.console import Report
 from pmm_edge.runtime.embedder import Embeddings
+
+if TYPE_CHECKING:
+    from pmm_edge.gallery.folder import View
 
 COMPONENTS, COMPONENT_ROWS = 128, 20_000
 """The index compares 128 principal components of 8 bits each, computed from at most 20,000 rows."""
@@ -34,42 +40,33 @@ class IndexFacts:
     removed: int = 0  # rows deleted since
 
 
-class Vectors(Protocol):
-    """The stored vectors, (N, D), read in parts."""
+def nearest_rows(
+    queries: Embeddings, want: int, parts: Iterable[tuple[NDArray[np.int64], Embeddings]]
+) -> NDArray[np.int64]:
+    """Compare all rows, given as positions and vectors, by Euclidean distance in float32.
 
-    def __len__(self) -> int: ...
+    Returns the positions of the nearest ones, (Q, want), nearest first, -1 where there are no more.
+    """
+    import faiss
 
-    def take(self, positions: NDArray[np.int64]) -> Embeddings: ...
-
-    def chunks(self) -> Iterator[tuple[NDArray[np.int64], Embeddings]]: ...
-
-
-class Nearest:
-    """The `want` nearest rows of each query, by squared Euclidean distance in float32."""
-
-    def __init__(self, queries: Embeddings, want: int) -> None:
-        self.queries, self.want = queries, want
-        self.distances = np.full((len(queries), want), np.inf, np.float32)
-        self.positions = np.full((len(queries), want), -1, np.int64)
-
-    def update(self, positions: NDArray[np.int64], vectors: Embeddings) -> None:
-        """Consider more rows."""
-        import faiss
-
-        distances, nearest = faiss.knn(self.queries, vectors, min(self.want, len(vectors)))
-        distances = np.concatenate([self.distances, distances], axis=1)
-        order = np.argsort(distances, axis=1, kind="stable")[:, : self.want]
-        self.distances = np.take_along_axis(distances, order, 1)
-        self.positions = np.take_along_axis(np.concatenate([self.positions, positions[nearest]], axis=1), order, 1)
+    best = np.full((len(queries), want), np.inf, np.float32)
+    nearest = np.full((len(queries), want), -1, np.int64)
+    for positions, vectors in parts:
+        distances, found = faiss.knn(queries, vectors, min(want, len(vectors)))
+        distances = np.concatenate([best, distances], axis=1)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :want]
+        best = np.take_along_axis(distances, order, 1)
+        nearest = np.take_along_axis(np.concatenate([nearest, positions[found]], axis=1), order, 1)
+    return nearest
 
 
-def build_index(view: Vectors, numbers: NDArray[np.int64], report: Callable[[int], None]) -> tuple[Any, IndexFacts]:
+def build_index(view: View, what: str, report: Report) -> tuple[Any, IndexFacts]:
     """Train an index, add all rows by their ascending numbers, and tune it until it finds the neighbors of some."""
     import faiss
 
-    count, generator = len(view), np.random.default_rng(0)
+    count, numbers, generator = len(view), view.numbers, np.random.default_rng(0)
     lists = 2 ** round(log2(2 * sqrt(count)))
-    report(0)
+    report(what, 0, count)
     sample = view.take(np.sort(generator.choice(count, min(count, LIST_SAMPLES * lists), replace=False)))
     projection = _principal_components(sample[:: ceil(len(sample) / COMPONENT_ROWS)], min(COMPONENTS, sample.shape[1]))
     inner = faiss.index_factory(projection.d_out, f"IVF{lists},SQ8")
@@ -79,23 +76,26 @@ def build_index(view: Vectors, numbers: NDArray[np.int64], report: Callable[[int
     del sample
     probed = np.sort(generator.choice(count, PROBED, replace=False))
     queries = view.take(probed)
-    nearest, done = Nearest(queries, 11), 0
-    for positions, vectors in view.chunks():
-        index.add_with_ids(vectors, numbers[positions])
-        nearest.update(positions, vectors)
-        report(done := done + len(positions))
-    truth = [row[row != own][:10] for row, own in zip(nearest.positions, probed, strict=True)]
+
+    def added() -> Iterator[tuple[NDArray[np.int64], Embeddings]]:
+        for positions, vectors in view.chunks():
+            index.add_with_ids(vectors, numbers[positions])
+            yield positions, vectors
+            report(what, int(positions[-1]) + 1, count)
+
+    nearest = nearest_rows(queries, 11, added())
+    truth = [row[row != own][:10] for row, own in zip(nearest, probed, strict=True)]
     probes, candidates = max(1, lists // 32), 100
     while True:
         found = search_index(index, queries, candidates + 1, probes)
         recall = float(np.mean([np.isin(numbers[row], one).mean() for row, one in zip(truth, found, strict=True)]))
         if recall >= RECALL or (probes == lists and candidates >= 1000):
             break
-        probes, candidates = (
-            (min(lists, ceil(1.4 * probes)), candidates) if probes < lists else (probes, 2 * candidates)
-        )
-    facts = IndexFacts("", 0, int(numbers[-1]) + 1, count, lists, probes, candidates, recall)
-    return index, facts
+        if probes < lists:
+            probes = min(lists, ceil(1.4 * probes))
+        else:
+            candidates *= 2
+    return index, IndexFacts("", 0, int(numbers[-1]) + 1, count, lists, probes, candidates, recall)
 
 
 def _principal_components(sample: Embeddings, count: int) -> Any:

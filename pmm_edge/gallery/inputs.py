@@ -1,10 +1,11 @@
 """What can be added to a gallery or searched in it: images, files of `pmm embed`, and arrays."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -17,14 +18,16 @@ from pmm_edge.errors import DataError, ModelError, PmmError, absent, install
 from pmm_edge.files import sha256
 from pmm_edge.images import BadImage
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID
-from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embed_files import find_images
+from pmm_edge.runtime import Embedder
+from pmm_edge.runtime.listing import ImageListing, unpacked
+from pmm_edge.runtime.shards import embed_parts
+from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 PART_ROWS = 2048
 """Images are embedded and files are read in parts of this size, so that memory does not grow with their number."""
-_COLUMNS = {"path": "paths", "pid": "pids", "camid": "camids", "embedding": "embeddings"}
-_LABELS = ("pids", "camids", "split")
+_COLUMNS = {"path": "paths", "pid": "pids", "camid": "camids", "embedding": "embeddings"}  # of shards, as in a file
+_KINDS = {"ids": np.uint64, "pids": np.int64, "cameras": np.str_, "times": np.float64, "splits": np.str_}
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 Moment = datetime | str | float
@@ -46,29 +49,41 @@ class EmbeddingModel:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """N embeddings of one model, with the labels of a data set if they come from one."""
+class Rows:
+    """N rows to store. Without other labels, ids are derived from sources, and the other labels are unknown."""
 
-    model: EmbeddingModel
-    embeddings: NDArray[Any]  # (N, D)
-    sources: list[str]
-    pids: NDArray[np.int64] | None = None  # -1 is junk, 0 is unknown
-    camids: NDArray[Any] | None = None  # or text
-    split: NDArray[np.str_] | None = None
+    embeddings: NDArray[Any]  # (N, D), or (N, 0) if they are images to embed
+    sources: NDArray[np.object_]
+    ids: NDArray[np.uint64]
+    pids: NDArray[np.int64]
+    cameras: NDArray[np.str_]  # empty where the camera is not known
+    times: NDArray[np.float64]  # seconds since 1970, UTC
+    splits: NDArray[np.str_]  # query, gallery or train; empty outside of a data set
+    images: NDArray[np.object_]  # of type `Item`, if they are images to embed
 
-    def select(self, chosen: NDArray[np.bool_]) -> "Part":
+    @staticmethod
+    def of(embeddings: NDArray[Any], sources: Sequence[str], images: Sequence[Any] = (), **labels: Any) -> "Rows":
+        """Rows with some labels, as `labeled` takes them."""
+        hashes = [blake2b(source.encode("utf-8", "surrogateescape"), digest_size=8).digest() for source in sources]
+        ids, count = np.frombuffer(b"".join(hashes), "<u8") >> np.uint64(1), len(sources)
+        unknown = np.full(count, DISTRACTOR_PID), np.full(count, ""), np.zeros(count), np.full(count, "")
+        items = np.fromiter(images or [None] * count, object, count)
+        return Rows(embeddings, np.array(sources, object), ids, *unknown, items).labeled(**labels)
+
+    def labeled(self, **labels: Any) -> "Rows":
+        """Rows with other `ids`, `pids`, `cameras`, `times` or `splits`: one value for each row or for all."""
+        values, count = dict[str, Any](), len(self.sources)
+        for name, given in labels.items():
+            try:
+                values[name] = np.broadcast_to(np.asarray(given).astype(_KINDS[name]), count)
+            except (ValueError, TypeError, OverflowError) as error:
+                problem = f"{name} cannot be used for {count} rows: {error}"
+                raise DataError(problem, "Pass one value, or one per row") from error
+        return replace(self, **values)
+
+    def select(self, chosen: NDArray[np.bool_]) -> "Rows":
         """The rows where (N,) `chosen` is True."""
-        labels: dict[str, Any] = {
-            name: values[chosen] for name in _LABELS if (values := getattr(self, name)) is not None
-        }
-        sources = [self.sources[row] for row in np.flatnonzero(chosen)]
-        return replace(self, embeddings=self.embeddings[chosen], sources=sources, **labels)
-
-
-def source_ids(sources: Sequence[str]) -> NDArray[np.uint64]:
-    """Derive the id of each row from its source: 63 bits of a hash."""
-    hashes = (blake2b(source.encode("utf-8", "surrogateescape"), digest_size=8).digest() for source in sources)
-    return np.frombuffer(b"".join(hashes), "<u8") >> np.uint64(1)
+        return self if chosen.all() else Rows(*(values[chosen] for values in vars(self).values()))
 
 
 def embedded_files(source: object) -> list[Path]:
@@ -76,20 +91,18 @@ def embedded_files(source: object) -> list[Path]:
     if not isinstance(source, str | Path):
         return []
     path = Path(source)
-    if path.suffix.lower() in (".npz", ".parquet") and not path.is_dir():
-        return [path]
-    return sorted(path.glob("*.parquet")) if path.is_dir() else []
+    if path.is_dir():
+        return sorted(path.glob("*.parquet"))
+    return [path] if path.suffix.lower() in (".npz", ".parquet") else []
 
 
-def read_embedded(path: Path) -> Iterator[Part]:
+def read_embedded(path: Path) -> Iterator[tuple[EmbeddingModel, Rows]]:
     """Read a file of `pmm embed` in parts; raise DataError if it is damaged or not such a file."""
-    problem = f"{path} is not a file of pmm embed, or is damaged"
     try:
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                columns = {name: file[name] for name in file.files if name not in ("spec", "model_sha256")}
-                model = _model(file["spec"].item(), str(file.get("model_sha256", "")), path)
-            yield _part(model, columns)
+                columns = {name: file[name] for name in file.files}
+            yield _model(columns.pop("spec").item(), "", path), _rows(columns)
             return
         if missing := absent("pyarrow"):
             raise PmmError(f"{path} cannot be read: {missing}", install("parquet"))
@@ -102,60 +115,60 @@ def read_embedded(path: Path) -> Iterator[Part]:
                 columns = {}
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
                     if name in ("embedding", "embeddings"):
-                        flat = column.flatten().to_numpy(zero_copy_only=False)
-                        columns[name] = flat.reshape(len(column), -1)
-                    elif column.null_count < len(column):
-                        absent_value = DISTRACTOR_PID if name == "pid" else ""
-                        values = [absent_value if value is None else value for value in column.to_pylist()]
-                        columns[name] = np.array(values)
-                yield _part(model, columns)
+                        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+                    else:
+                        unknown = DISTRACTOR_PID if name == "pid" else ""
+                        values = np.array([unknown if value is None else value for value in column.to_pylist()])
+                    columns[_COLUMNS.get(name, name)] = values
+                yield model, _rows(columns)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist", "Create it with pmm embed") from error
     except (ValueError, KeyError, EOFError, OSError, BadZipFile, AttributeError) as error:
-        raise DataError(f"{problem}: {error}", "Create it again") from error
+        raise DataError(f"{path} is not a file of pmm embed, or is damaged: {error}", "Create it again") from error
 
 
 def _model(spec: str, digest: str, path: Path) -> EmbeddingModel:
     parsed = ModelSpec.from_json(spec, str(path))
     if not (digest := digest or parsed.checkpoint_sha256 or ""):
-        raise ModelError(
-            f"{path} does not say which checkpoint computed it", "Run pmm embed again, with an export of it"
-        )
+        problem = f"{path} does not say which checkpoint computed it"
+        raise ModelError(problem, "Run pmm embed again, with an export of it")
     return EmbeddingModel(digest, parsed)
 
 
-def _part(model: EmbeddingModel, columns: dict[str, NDArray[Any]]) -> Part:
-    columns = {_COLUMNS.get(name, name): values for name, values in columns.items()}
-    labels = {name: columns[name] for name in _LABELS if name in columns}
-    if not all(len(values) == len(columns["embeddings"]) for values in columns.values()):
+def _rows(columns: dict[str, NDArray[Any]]) -> Rows:
+    if len({len(values) for values in columns.values()}) != 1:
         raise ValueError("its columns differ in length")
-    return Part(model, columns["embeddings"], list(map(str, columns["paths"].tolist())), **labels)
+    names = {"pids": "pids", "camids": "cameras", "split": "splits"}
+    labels: dict[str, Any] = {names[name]: values for name, values in columns.items() if name in names}
+    return Rows.of(columns["embeddings"], list(map(str, columns["paths"].tolist())), **labels)
 
 
-def embed_parts(
-    embedder: Embedder,
-    images: Any,
-    layout: str | None,
-    is_new: Callable[[list[str]], NDArray[np.bool_]],
-    skipped: list[BadImage],
-    report: Report,
-) -> Iterator[Part]:
-    """Embed images in parts; those that are not new get zeros, and unreadable ones are appended to `skipped`."""
-    found, model = find_images(images, layout), EmbeddingModel.of(embedder)
-    paths, total = [path.absolute() for path in found.paths], len(found.paths)
-    for start in range(0, total, PART_ROWS):
-        part = paths[start : start + PART_ROWS]
-        sources = list(map(str, part))
-        embeddings, usable = np.zeros((len(part), model.spec.embedding_size), np.float32), np.ones(len(part), np.bool_)
-        if (new := np.flatnonzero(is_new(sources))).size:
-            embedded = embed_files(embedder, [part[row] for row in new], skip_bad=True)
-            bad = {image.path for image in embedded.skipped}
-            usable[new] = [part[row] not in bad for row in new]
-            embeddings[new[usable[new]]] = embedded.embeddings
-            skipped += embedded.skipped
-        labels = {name: found.labels[name][start : start + PART_ROWS] for name in _LABELS} if found.labels else {}
-        yield Part(model, embeddings, sources, **labels).select(usable)
-        report(f"embedding with {embedder.path.name}", start + len(part), total)
+def image_rows(listing: ImageListing, what: str, report: Report) -> Iterator[Rows]:
+    """Yield the images of a source in parts, to be filtered before `embed_rows` embeds them."""
+    for _ in listing.shards():  # counts them
+        pass
+    for shard in listing.shards():
+        images = unpacked(shard, listing.storage)
+        while items := list(islice(images, PART_ROWS)):
+            paths = [item.path if listing.storage.remote else item.path.absolute() for item in items]
+            yield Rows.of(
+                np.empty((len(items), 0)),
+                list(map(str, paths)),
+                items,
+                pids=[DISTRACTOR_PID if item.pid is None else item.pid for item in items],
+                cameras=["" if item.camid is None else str(item.camid) for item in items],
+                splits=[item.split or "" for item in items],
+            )
+        report(what, shard[0].shard + 1, listing.count)
+
+
+def embed_rows(embedder: Embedder, rows: Rows, storage: Storage) -> tuple[Rows, list[BadImage]]:
+    """Embed the images of one or more rows; leave out those that cannot be read, and list them."""
+    parts = list(embed_parts(embedder, [rows.images.tolist()], None, storage))
+    bad = [BadImage(item.path, item.error) for part in parts for item in part.bad]
+    unreadable = {image.path for image in bad}
+    rows = rows.select(np.array([item.path not in unreadable for item in rows.images]))
+    return replace(rows, embeddings=np.concatenate([part.embeddings for part in parts])), bad
 
 
 def seconds(moment: Moment) -> float:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pmm_edge.console import Report
 from pmm_edge.errors import DataError, OutputError, PmmError, absent, install
 from pmm_edge.files import decode_json, encode_json
-from pmm_edge.gallery.gallery import FLAT_ROWS, UNKNOWN, Found, Gallery, GalleryInfo, Rows, Where
-from pmm_edge.gallery.inputs import EmbeddingModel
+from pmm_edge.gallery.gallery import FLAT_ROWS, UNKNOWN, Gallery, GalleryInfo, Hit, Where, local_time
+from pmm_edge.gallery.inputs import EmbeddingModel, Rows
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.spec import Distance, ModelSpec
@@ -108,7 +108,7 @@ class QdrantGallery(Gallery):
                 self.client.upsert(self.collection, points=batch, wait=True)
             report(f"adding to {self.collection}", min(start + BATCH, count), count)
 
-    def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Found]]]:
+    def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Hit]]]:
         from qdrant_client import models
 
         condition = _filter(where)
@@ -127,11 +127,11 @@ class QdrantGallery(Gallery):
                 requests = [request(query=query.tolist()) for query in queries[start : start + SEARCHES]]
                 rankings += self.client.query_batch_points(self.collection, requests=requests)
 
-        def found(point: Any) -> Found:
+        def hit(point: Any) -> Hit:
             distance = point.score if self.distance == "euclidean" else 1 - point.score
-            return Found(distance, point.id, *(point.payload[key] for key in KEYS))
+            return Hit.of(distance, point.id, *(point.payload[key] for key in KEYS))
 
-        return count, [[found(point) for point in ranking.points] for ranking in rankings]
+        return count, [list(map(hit, ranking.points)) for ranking in rankings]
 
     def _remove(self, where: Where, report: Report) -> int:
         from qdrant_client import models
@@ -159,11 +159,11 @@ class QdrantGallery(Gallery):
             for direction in (models.Direction.ASC, models.Direction.DESC):
                 order = models.OrderBy(key="time", direction=direction)
                 points = self.client.scroll(self.collection, limit=1, order_by=order, with_payload=["time"])[0]
-                moments += [datetime.fromtimestamp(point.payload["time"]).astimezone() for point in points] or [None]
+                moments += [local_time(point.payload["time"]) for point in points] or [None]
         identities = sum(pid != UNKNOWN for pid in facets["pid"])
         cameras = sorted(filter(None, facets["camera"]))
-        oldest, newest = moments
-        return GalleryInfo(self.location, model, self.distance, self.dtype, rows, identities, cameras, oldest, newest)
+        facts = self.location, model, self.distance, self.dtype, rows, identities, cameras
+        return GalleryInfo(*facts, oldest=moments[0], newest=moments[1])
 
 
 def _text(source: str) -> str:

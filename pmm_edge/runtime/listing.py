@@ -6,7 +6,7 @@ import hashlib
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, repeat
 from operator import itemgetter
@@ -55,20 +55,20 @@ class ImageListing:
         self.storage = Storage.of(source) if isinstance(source, str | Path) else Storage(Path())
         self.digest = ""
 
-    def shards(self) -> Iterator[tuple[int, list[Item]]]:
-        """Yield each shard: its number, and its images or its tar file."""
+    def shards(self) -> Iterator[list[Item]]:
+        """Yield each shard: its images or its tar file."""
         self.files, number, shard, digest = 0, 0, list[Item](), hashlib.sha256()
         for item in self._items():
             in_tar = is_tar(item.path)
             size = self.storage.size(item.path) if in_tar else ""
             digest.update(os.fsencode(f"{item.name}\0{item.pid}\0{item.camid}\0{item.split}\0{size}\n"))
             if shard and (in_tar or len(shard) == self.shard_rows or is_tar(shard[0].path)):
-                yield number, shard
+                yield shard
                 number, shard = number + 1, []
             shard.append(item._replace(shard=number))
             self.files += 1
         if shard:
-            yield number, shard
+            yield shard
         self.count, self.digest = number + 1, digest.hexdigest()
 
     def _items(self) -> Iterator[Item]:
@@ -103,7 +103,13 @@ def is_tar(path: Path) -> bool:
     return path.suffix.lower() == ".tar"
 
 
-def read_tar(source: Item, storage: Storage) -> Iterator[Item]:
+def unpacked(items: Iterable[Item], storage: Storage) -> Iterator[Item]:
+    """Yield images, in place of a tar file those in it."""
+    for item in items:
+        yield from _read_tar(item, storage) if is_tar(item.path) else (item,)
+
+
+def _read_tar(source: Item, storage: Storage) -> Iterator[Item]:
     """Yield the images of a tar file in WebDataset naming, without extracting it; damage becomes an item with an error.
 
     Neighbors with the same name up to the first dot of the base name belong together.

@@ -38,11 +38,11 @@ class Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Embed and write one shard; return its counts, or an error that repeating it cannot mend."""
         try:
-            return {"outcome": pickle.dumps(self._embed(*pickle.loads(row["shard"])))}
+            return {"outcome": pickle.dumps(self._embed(pickle.loads(row["shard"])))}
         except PmmError as error:
             return {"outcome": pickle.dumps((type(error), error.problem, error.remedy))}
 
-    def _embed(self, number: int, items: list[Item]) -> EmbeddedShards:
+    def _embed(self, items: list[Item]) -> EmbeddedShards:
         job = self.job
         if self.embedder is None:
             if job.target.size(job.target.root / MANIFEST) is None:
@@ -54,13 +54,11 @@ class Worker:
             self.embedder = load(parse_model(job.model, content) if content else job.model, job.device)
         embedder = self.embedder
         shard = EmbeddedShards("", job.manifest, job.target, embedder.backend, embedder.device)
-        write_shard(shard, number, embed_parts(embedder, [(number, items)], job.batch, job.images), lambda: None)
+        write_shard(shard, items[0].shard, embed_parts(embedder, [items], job.batch, job.images), lambda: None)
         return shard
 
 
-def embed_on_ray(
-    address: str, workers: int | None, job: Job, shards: Iterable[tuple[int, list[Item]]]
-) -> Iterator[EmbeddedShards]:
+def embed_on_ray(address: str, workers: int | None, job: Job, shards: Iterable[list[Item]]) -> Iterator[EmbeddedShards]:
     """Embed shards on the cluster at `address`, and yield the counts of each that is finished, in any order.
 
     Raises PmmError if Ray is not installed or the cluster does not answer, and the error of a worker that cannot go on.
@@ -73,10 +71,10 @@ def embed_on_ray(
     import ray
 
     rows = []
-    for number, items in shards:
+    for items in shards:
         if job.images.remote is None:  # workers have another current folder
             items = [item._replace(path=item.path.absolute()) for item in items]
-        rows.append({"shard": pickle.dumps((number, items))})
+        rows.append({"shard": pickle.dumps(items)})
     if not rows:
         return
     with ExitStack() as stack:

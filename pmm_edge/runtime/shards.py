@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from queue import Full, Queue
-from threading import Event, Thread
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,7 +27,7 @@ from pmm_edge.files import check_new_folder, decode_json, encode_json, json_dige
 from pmm_edge.images import BadImage, Pixels, try_crop
 from pmm_edge.runtime.embed_files import decode_ahead
 from pmm_edge.runtime.embedder import Embedder, Embeddings
-from pmm_edge.runtime.listing import ImageListing, Item, is_tar, read_tar
+from pmm_edge.runtime.listing import ImageListing, Item, unpacked
 from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
@@ -154,8 +154,8 @@ def embed_shards(
     if target.remote is None and not (target.root / MANIFEST).exists():
         remove_unfinished(target.root / MANIFEST)  # of a run that was killed at its start
         check_new_folder(target.root)
-    for number, _ in listing.shards():
-        report("listing images", 0, 0, f"{number * shard_rows:,}")
+    for items in listing.shards():
+        report("listing images", 0, 0, f"{items[0].shard * shard_rows:,}")
     embedder = model if isinstance(model, Embedder) else load(model, device)
     digest = sha256(embedder.path)
     checkpoint = embedder.spec.checkpoint_sha256 or digest
@@ -170,10 +170,10 @@ def embed_shards(
         speed = f"{result.embedded:,} images, {result.embedded / (time.perf_counter() - start):,.0f}/s"
         report(what, result.kept + done, manifest.shards, speed)
 
-    todo = ((number, items) for number, items in listing.shards() if number not in finished)
+    todo = (items for items in listing.shards() if items[0].shard not in finished)
     if ray is None:
         with closing(ahead(embed_parts(embedder, todo, batch, listing.storage), 64)) as parts:
-            for done, (number, own) in enumerate(groupby(parts, lambda part: part.items[0].shard)):
+            for done, (number, own) in enumerate(groupby(parts, lambda part: part.shard)):
                 write_shard(result, number, own, partial(shown, done))
                 shown(done + 1)
     else:
@@ -204,12 +204,7 @@ def _claim(target: Storage, manifest: Manifest) -> None:
                 count = f" ({earlier.files:,} files, now {manifest.files:,})" if name == "list_sha256" else ""
                 raise OutputError(f"the embeddings in {target.root} were computed {difference}{count}", remedy)
     with target.written(path) as sink:
-        content = encode_json(manifest).encode()
-        sink.write_bytes(content) if isinstance(sink, Path) else sink.write(content)
-
-
-def _shard_path(target: Storage, number: int) -> Path:
-    return target.root / f"shard-{number:06d}.parquet"
+        sink.write(encode_json(manifest).encode())
 
 
 def _finished(result: EmbeddedShards, report: Report) -> set[int]:
@@ -252,22 +247,23 @@ def _check_shard(target: Storage, path: Path, manifest: Manifest, number: int) -
 
 
 class Part(NamedTuple):
-    """A batch of images of one shard, decoded and embedded."""
+    """Images of one shard that were embedded at once."""
 
-    items: list[Item]
-    images: list[Pixels | BadImage]
-    embeddings: Embeddings  # (N, D) float32 of the N readable images
+    shard: int
+    items: list[Item]  # N readable images
+    embeddings: Embeddings  # (N, D) float32
+    bad: list[Item]  # the others, with their errors
 
 
 def embed_parts(
-    embedder: Embedder, shards: Iterable[tuple[int, list[Item]]], batch: int | None, storage: Storage
+    embedder: Embedder, shards: Iterable[list[Item]], batch: int | None, storage: Storage
 ) -> Iterator[Part]:
     """Embed shards in batches within a shard, reading and decoding the next ones on other threads."""
     size = embedder.spec.input
 
     def batches() -> Iterator[list[Item]]:
-        for _, items in shards:
-            images = (image for item in items for image in (read_tar(item, storage) if is_tar(item.path) else (item,)))
+        for items in shards:
+            images = unpacked(items, storage)
             while own := list(islice(images, batch or embedder.chunk)):
                 yield own
 
@@ -286,9 +282,16 @@ def embed_parts(
 
     with closing(ahead(batches(), 2)) as read:
         for items, images in decode_ahead(read, decode):
-            crops = [image for image in images if not isinstance(image, BadImage)]
+            good, crops, bad = list[Item](), list[Pixels](), list[Item]()
+            for item, image in zip(items, images, strict=True):
+                item = item._replace(content=None)  # it is decoded, and may be large
+                if isinstance(image, BadImage):
+                    bad.append(item._replace(error=image.reason))
+                else:
+                    good.append(item)
+                    crops.append(image)
             empty = np.empty((0, embedder.spec.embedding_size), np.float32)
-            yield Part(list(items), images, embedder.embed_prepared(np.stack(crops)) if crops else empty)
+            yield Part(items[0].shard, good, embedder.embed_prepared(np.stack(crops)) if crops else empty, bad)
 
 
 def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], report: Callable[[], None]) -> None:
@@ -296,92 +299,66 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    manifest, path = result.manifest, _shard_path(result.storage, number)
-    bad_path = path.parent / BAD_FOLDER / path.name
-    kind = pa.float32() if manifest.dtype == "float32" else pa.float16()
-    labels = [("path", pa.string()), ("pid", pa.int64()), ("camid", pa.int64()), ("split", pa.string())]
-    metadata = manifest.metadata(number)
-    schema = pa.schema([*labels, ("embedding", pa.list_(kind, manifest.spec.embedding_size))], metadata)
-    bad: list[tuple[Any, ...]] = []
-    rows: list[tuple[Any, ...]] = []
-    embeddings: list[Embeddings] = []
+    manifest, path = result.manifest, result.storage.root / f"shard-{number:06d}.parquet"
+    labels = {"path": pa.string(), "pid": pa.int64(), "camid": pa.int64(), "split": pa.string()}
+    metadata, kind = manifest.metadata(number), pa.from_numpy_dtype(manifest.dtype)
+    schema = pa.schema({**labels, "embedding": pa.list_(kind, manifest.spec.embedding_size)}, metadata)
+    options = {"use_dictionary": ["split", "camid"], "write_page_checksum": True}
+    items, embeddings, bad = list[Item](), list[Embeddings](), list[Item]()
     total = 0
 
-    def flush() -> None:
+    def table(items: list[Item], schema: Any, last: Any) -> Any:
+        rows = [(_utf8(item.name), item.pid, item.camid, item.split) for item in items]
+        columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), schema.types, strict=False)]
+        return pa.Table.from_arrays([*columns, last], schema=schema)
+
+    def write_rows() -> None:
         values = np.concatenate(embeddings).astype(manifest.dtype)
         if manifest.dtype == "float16" and np.isinf(values).any():
             raise ModelError(f"embeddings of {manifest.model} exceed the range of float16", "Use --dtype float32")
-        columns = [pa.array(column, kind) for column, (_, kind) in zip(zip(*rows, strict=True), labels, strict=True)]
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
-        writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        rows.clear()
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        writer.write_table(table(items, schema, vectors))
+        items.clear()
         embeddings.clear()
 
-    options = {"use_dictionary": ["split", "camid"], "write_page_checksum": True}
     with result.storage.written(path) as sink, ParquetWriter(sink, schema, **options) as writer:
         for part in parts:
-            for item, image in zip(part.items, part.images, strict=True):
-                name = item.name.encode("utf-8", "backslashreplace").decode()
-                label = (name, item.pid, item.camid, item.split)
-                if isinstance(image, BadImage):
-                    bad.append((*label, image.reason.encode("utf-8", "backslashreplace").decode()))
-                    if len(result.skipped) < LISTED:
-                        result.skipped.append(image)
-                else:
-                    rows.append(label)
+            items += part.items
             embeddings.append(part.embeddings)
-            total += len(part.embeddings)
-            result.embedded += len(part.embeddings)
+            bad += part.bad
+            result.skipped += [BadImage(one.path, one.error) for one in part.bad][: LISTED - len(result.skipped)]
+            result.embedded += len(part.items)
+            total += len(part.items)
             report()
-            if len(rows) >= GROUP_ROWS:
-                flush()
-        if rows:
-            flush()
+            if len(items) >= GROUP_ROWS:
+                write_rows()
+        if items:
+            write_rows()
         if bad:
-            bad_schema = pa.schema([*labels, ("error", pa.string())], metadata)
-            columns = [
-                pa.array(column, kind) for column, kind in zip(zip(*bad, strict=True), bad_schema.types, strict=True)
-            ]
-            with result.storage.written(bad_path) as other, ParquetWriter(other, bad_schema, **options) as bad_writer:
-                bad_writer.write_table(pa.Table.from_arrays(columns, schema=bad_schema))
+            bad_schema = pa.schema({**labels, "error": pa.string()}, metadata)
+            place = result.storage.written(path.parent / BAD_FOLDER / path.name)
+            with place as other, ParquetWriter(other, bad_schema, **options) as bad_writer:
+                bad_writer.write_table(table(bad, bad_schema, pa.array([_utf8(item.error) for item in bad])))
         writer.add_key_value_metadata({"pmm_edge.rows": str(total), "pmm_edge.bad": str(len(bad))})
     result.rows, result.bad = result.rows + total, result.bad + len(bad)
 
 
+def _utf8(text: str) -> str:
+    """Escape the bytes of a path that are not UTF-8, which Parquet cannot store."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
     """Yield items that another thread computes, at most `most` in advance; close the generator to end it early."""
-    results: Queue[tuple[Any, BaseException | None]] = Queue(most)
-    stopped = Event()
-
-    def put(item: object, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            with suppress(Full):
-                results.put((item, error), timeout=0.05)
-                break
-
-    def compute() -> None:
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, iterator, end) for _ in range(most))
         try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    break
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
+            while (item := pending.popleft().result()) is not end:
+                pending.append(thread.submit(next, iterator, end))
+                yield item  # type: ignore[misc]  # not the end
         finally:
-            if isinstance(items, Generator):
-                items.close()
-
-    thread = Thread(target=compute, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = results.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+            for future in pending:
+                future.cancel()
+            if isinstance(iterator, Generator):
+                thread.submit(iterator.close).result()

@@ -65,11 +65,11 @@ class Storage:
         return sorted(path for path in found if not path.name.startswith("."))
 
     @contextmanager
-    def written(self, path: Path) -> Iterator[Path | BinaryIO]:
-        """Write a file as a whole: yield a temporary path or, for object storage, a buffer that is sent at the end."""
+    def written(self, path: Path) -> Iterator[BinaryIO]:
+        """Write a file as a whole: yield a temporary one or, for object storage, a buffer that is sent at the end."""
         if self.remote is None:
-            with written_whole(path) as temporary:
-                yield temporary
+            with written_whole(path) as temporary, temporary.open("wb") as file:
+                yield file
             return
         buffer = io.BytesIO()
         yield buffer

@@ -1,6 +1,7 @@
 """Both kinds of storage against a plain list of rows: adding, searching with filters, deciding, deleting."""
 
 import shutil
+import tarfile
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from qdrant_client import QdrantClient
 
 import pmm_edge
-from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError
 from pmm_edge.gallery import Gallery
 from pmm_edge.images import read_crop
 from pmm_edge.retrieval import pairwise_distances
@@ -201,6 +202,30 @@ def test_images_and_files_of_embed_are_the_same_rows(tiny_onnx: Path, tiny_datas
     assert gallery.add(crops).known == 12
     first = gallery.search([read_crop(query, 128, 64)])[0].hits[0]
     assert (first.source, first.pid, first.camera) == (str(crops / query.name), None, "door")
+
+
+def test_only_new_images_are_embedded_from_folders_and_tar_files(
+    tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """The rest of an interrupted command, whatever cannot be read, in a gallery that needs unit vectors."""
+    crops, images = tmp_path / "crops", sorted((tiny_dataset / "query").iterdir())
+    crops.mkdir()
+    shutil.copy(images[0], crops / "a.jpg")
+    gallery = pmm_edge.open_gallery(tmp_path / "people", tiny_onnx, distance="cosine", device="cpu")
+    assert gallery.add(crops).added == 1
+    (crops / "broken.jpg").touch()
+    for added in (0, 1):
+        done = gallery.add(crops)
+        assert (done.added, done.known, len(done.skipped)) == (added, 1, 1)
+        shutil.copy(images[1], crops / "b.jpg")
+    with tarfile.open(crops / "c.tar", "w") as tar:
+        tar.add(images[2], "x/c.jpg")
+    assert gallery.add(crops).added == 1
+    assert gallery.search(images[2])[0].hits[0].source == str(crops / "c.tar" / "x" / "c.jpg")
+    for name in ("a.jpg", "b.jpg", "c.tar"):
+        (crops / name).unlink()
+    with pytest.raises(CheckFailedError, match="broken"):
+        gallery.add(crops)
 
 
 @pytest.mark.torch
