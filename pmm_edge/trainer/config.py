@@ -48,6 +48,10 @@ class TrainConfig:
         "", METHOD, "Checkpoint to start from (ours or the authors'); tensors that fit are loaded."
     )
     embedding_size: int = _setting(512, METHOD, "Values of the embedding of each head; not for PCB and CAMA.", 1)
+    teacher: str = _setting(
+        "", METHOD, "Checkpoint of a trained network from whose embeddings a baseline network learns as well."
+    )
+    distill_weight: float = _setting(1.0, TRAINING, "Weight of the losses that compare a network with its teacher.", 0)
     height: int = _setting(384, METHOD, "Input height in pixels.", 1)
     width: int = _setting(128, METHOD, "Input width in pixels.", 1)
     epochs: int = _setting(400, TRAINING, "Number of epochs; the learning rate schedule is scaled to it.", 1)
@@ -95,6 +99,7 @@ class TrainConfig:
                 self.embedding_size != 512 and self.method in ("pcb", "cama"),
                 f"Leave --embedding-size out: {self.method} has a size of its own",
             ),
+            ("teacher", self.teacher and self.method != "baseline", "Leave --method out, or choose --method baseline"),
             ("epochs", self.rpp and self.epochs < 3, "Refined part pooling needs 3 or more"),
         ):
             if wrong:
@@ -150,8 +155,8 @@ def choose_config(
     """Combine a preset (`quick` by default) or a configuration with single settings, which take precedence.
 
     Settings that a TOML file leaves out come from the preset that it names. K follows the number of blocks on the
-    feature map unless `mix_blocks` is set. Raises PmmError if a file cannot be read, a name is unknown (the nearest one
-    is suggested), or a value is wrong.
+    feature map unless `mix_blocks` is set. A teacher without a method chooses the method `baseline`. Raises PmmError if
+    a file cannot be read, a name is unknown (the nearest one is suggested), or a value is wrong.
     """
     if preset is not None and config is not None:
         raise PmmError("a preset and a configuration are both given", "The configuration can name its preset; give one")
@@ -180,6 +185,8 @@ def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
             checked[name] = msgspec.convert(value, kind)  # strict, except that an integer is accepted for a float
         except msgspec.ValidationError as error:
             raise PmmError(f"{name} is {value!r}", str(error)) from error
+    if checked.get("teacher"):
+        checked.setdefault("method", "baseline")
     config = replace(base, **checked)
     geometry = ("height", "width", "block_size")
     if "mix_blocks" in values or all(getattr(config, name) == getattr(base, name) for name in geometry):

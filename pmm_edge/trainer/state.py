@@ -67,10 +67,11 @@ def save_state(
     save_checkpoint(folder / LAST, Checkpoint(spec, trainee.network.state_dict(), training))
 
 
-def load_state(folder: Path, config: TrainConfig, data: str) -> Checkpoint | None:
+def load_state(folder: Path, config: TrainConfig, data: str, teacher: str | None = None) -> Checkpoint | None:
     """Read `last.pt` of a run that is to be resumed; None if it was stopped before its first checkpoint.
 
-    Raises ModelError if the settings were changed, DataError if the data set was.
+    `data` is the fingerprint of the data set, `teacher` the SHA-256 of the teacher's file, which may have moved.
+    Raises ModelError if the settings or the teacher were changed, DataError if the data set was.
     """
     path = folder / LAST
     if not path.exists():
@@ -80,7 +81,9 @@ def load_state(folder: Path, config: TrainConfig, data: str) -> Checkpoint | Non
         # A setting that did not exist yet had the effect of today's default.
         started, of_data = asdict(TrainConfig()) | checkpoint.training["config"], checkpoint.training["data"]
         changed = [
-            f"{name}: {value!r}, was {started.get(name)!r}" for name, value in now.items() if value != started.get(name)
+            f"{name}: {value!r}, was {before!r}"
+            for name, value in now.items()
+            if value != (before := started.get(name)) and not (name == "teacher" and value and before)
         ]
         checkpoint.training["position"] = msgspec.convert(checkpoint.training["position"], Position)
     if changed:
@@ -88,6 +91,10 @@ def load_state(folder: Path, config: TrainConfig, data: str) -> Checkpoint | Non
             f"{folder / CONFIG} was changed since the run started ({'; '.join(changed)})",
             "Restore it, or start a new run with these settings",
         )
+    if teacher != checkpoint.spec.teacher_sha256:
+        problem = f"the teacher {config.teacher} (SHA-256 {teacher}) is not the one from which the run {folder} learns"
+        remedy = f"Name a file with SHA-256 {checkpoint.spec.teacher_sha256} as teacher in {folder / CONFIG}"
+        raise ModelError(problem, f"{remedy}, or start a new run")
     if data != of_data:
         raise DataError(
             f"the images of the data set have changed since the run {folder} started",
@@ -119,7 +126,9 @@ def _incomplete() -> Iterator[None]:
         raise ModelError(f"{LAST} is not a complete state of a run ({reason})", "Start a new run") from error
 
 
-def model_spec(config: TrainConfig, network: ReidNetwork, num_classes: int, dataset: str) -> ModelSpec:
+def model_spec(
+    config: TrainConfig, network: ReidNetwork, num_classes: int, dataset: str, teacher: str | None = None
+) -> ModelSpec:
     """The spec that travels with the network from here on, without retrieval figures."""
     return ModelSpec(
         architecture=config.method,
@@ -133,5 +142,6 @@ def model_spec(config: TrainConfig, network: ReidNetwork, num_classes: int, data
         block_size=config.block_size,
         rpp=config.rpp,
         dataset=dataset,
+        teacher_sha256=teacher,
         tools={"pmm-edge": pmm_edge.__version__, "torch": str(torch.__version__)},  # torch's own type has no JSON form
     )

@@ -30,6 +30,7 @@ from pmm_edge.retrieval.metrics import DISTRACTOR_PID
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.device import World
 from pmm_edge.trainer.logging import Meter
+from pmm_edge.trainer.teacher import Student, distillation_loss
 
 Indices = NDArray[np.int64]
 PAPER_EPOCHS = 400
@@ -70,6 +71,11 @@ class Shard(NamedTuple):
     pids: Tensor  # (N,) int64 class indices
     seed: int  # of augmentation and mixing
     corners: Tensor | None = None  # (N, 2) int64, of the windows of adversarial occlusion
+    targets: Tensor | None = None  # (N, D) float32 embeddings of the teacher
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that it has, by name."""
+        return {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
 
 
 def class_indices(train: Split) -> tuple[Indices, Indices]:
@@ -100,6 +106,7 @@ class Feed:
             )
         self._config, self._device = config, device
         self.occlusion = Occlusion(len(used), config.height, config.width) if config.method == "aos" else None
+        self.targets: NDArray[np.float32] | None = None  # (images, D) embeddings of the teacher
         self._own = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
         cache, workers = int(config.cache_gib * 2**30) // world.local_size, threads(world.local_size)
         self.crops = Crops(self.paths, config.height, config.width, cache, workers, train.pids[used])
@@ -128,8 +135,9 @@ class Feed:
                     if self.occlusion:
                         drawn = self.occlusion.draw(own, np.random.default_rng(source.spawn(1)[0]))
                         corners = self._to_device(drawn)
+                    targets = None if self.targets is None else self._to_device(self.targets[own])
                     pixels, pids = self._to_device(images), self._to_device(self.classes[own])
-                    shards.append(Shard(pixels, pids, int(seed[0] >> 1), corners))
+                    shards.append(Shard(pixels, pids, int(seed[0] >> 1), corners, targets))
                 yield shards
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
@@ -189,7 +197,7 @@ class Trainee:
     """A network in training, with everything that changes with it."""
 
     network: ReidNetwork
-    forward: Callable[..., tuple[StageOutput, ...]]  # wrapped in DistributedDataParallel in several processes
+    forward: Callable[..., Any]  # the network, or the Student, wrapped in DistributedDataParallel in several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None  # moving average of the weights
@@ -198,11 +206,12 @@ class Trainee:
     step_graph: "StepGraph | None" = None  # on one GPU
     phase: int = 0  # of refined part pooling
     occlusion: Occlusion | None = None  # of adversarially occluded samples
+    projection: nn.Module | None = None  # of the embedding to the size of the teacher's
 
     @property
     def stateful(self) -> dict[str, Any]:
         """What changes besides the weights, by its name in checkpoints."""
-        some = {"average": self.average, "occlusion": self.occlusion}
+        some = {"average": self.average, "occlusion": self.occlusion, "projection": self.projection}
         optional = {name: part for name, part in some.items() if part}
         return {"optimizer": self.optimizer, "scaler": self.scaler, **optional}
 
@@ -213,9 +222,17 @@ class Trainee:
 
 
 def prepare(
-    network: ReidNetwork, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World = World()
+    network: ReidNetwork,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World = World(),
+    teacher_size: int | None = None,
 ) -> Trainee:
-    """Move a network to its device, in channels-last memory, and create its optimizer (Adam, coupled weight decay)."""
+    """Move a network to its device, in channels-last memory, and create its optimizer (Adam, coupled weight decay).
+
+    `teacher_size` is the embedding size of its teacher, if it has one.
+    """
     if config.sync_batch_norm and world.size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device).to(memory_format=torch.channels_last).train()
@@ -225,17 +242,24 @@ def prepare(
             part.compile()
     device_ids = [device] if device.type == "cuda" else None
     forward: nn.Module = network
+    projection = None
+    if teacher_size is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            forward = student = Student(network, teacher_size).to(device)
+        projection = student.projection
+    trained = forward.parameters()
     if world.size > 1:  # the phases of refined part pooling leave parameters out
-        forward = DistributedDataParallel(network, device_ids, find_unused_parameters=config.rpp)
+        forward = DistributedDataParallel(forward, device_ids, find_unused_parameters=config.rpp)
     update = get_ema_multi_avg_fn(config.ema)
     average = AveragedModel(network, multi_avg_fn=update, use_buffers=True) if config.ema else None
     # In float16 the scaler decides in each step whether to update, and several processes exchange gradients.
     step_graph = StepGraph() if device.type == "cuda" and world.size == 1 and dtype != torch.float16 else None
     optimizer = torch.optim.Adam(
-        network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=bool(step_graph)
+        trained, lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=bool(step_graph)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainee(network, forward, optimizer, scaler, average, device, dtype, step_graph)
+    return Trainee(network, forward, optimizer, scaler, average, device, dtype, step_graph, projection=projection)
 
 
 def start_phase(trainee: Trainee, config: TrainConfig, epoch: int) -> None:
@@ -271,10 +295,8 @@ class StepGraph:
             self._eager_steps = max(0, self._eager_steps - 1)
             return _update(trainee, shards, config, [_generator(device, shard) for shard in shards])
         if self._graph is None:
-            self._shards = [
-                Shard(crops.clone(), pids.clone(), seed, corners if corners is None else corners.clone())
-                for crops, pids, seed, corners in shards
-            ]
+            own = ({name: part.clone() for name, part in shard.tensors().items()} for shard in shards)
+            self._shards = [Shard(**shard._asdict() | copies) for shard, copies in zip(shards, own, strict=True)]
             self._generators = [torch.Generator(device) for _ in shards]
             for group in trainee.optimizer.param_groups:
                 group["lr"] = torch.as_tensor(group["lr"], device=device)
@@ -286,10 +308,8 @@ class StepGraph:
                 self._results = _update(trainee, self._shards, config, self._generators)
             self._graph = graph
         for mine, given, generator in zip(self._shards, shards, self._generators, strict=True):
-            mine.crops.copy_(given.crops)
-            mine.pids.copy_(given.pids)
-            if mine.corners is not None and given.corners is not None:
-                mine.corners.copy_(given.corners)
+            for name, part in mine.tensors().items():
+                part.copy_(given.tensors()[name])
             generator.manual_seed(given.seed)
         self._graph.replay()
         return {name: value.clone() for name, value in self._results.items()}
@@ -336,7 +356,8 @@ def _update(
         results.append({"loss": loss.detach(), **parts})
     if config.clip_norm:
         trainee.scaler.unscale_(trainee.optimizer)
-        nn.utils.clip_grad_norm_(trainee.network.parameters(), config.clip_norm)
+        trained = [parameter for group in trainee.optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(trained, config.clip_norm)
     trainee.scaler.step(trainee.optimizer)
     trainee.scaler.update()
     return {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
@@ -356,6 +377,11 @@ def _shard_loss(
             cam = network.attention(images, pids)
             images, mixed = attentive_cutmix(images, pids, cam, network.block_size, network.mix_blocks, generator)
         outputs = trainee.forward(images, pids, generator=generator)
+    if shard.targets is not None:
+        outputs, projected = outputs
+        loss, parts = pmm_loss(outputs, pids)
+        distillation, more = distillation_loss(outputs, projected, shard.targets)
+        return loss + config.distill_weight * distillation, parts | more
     if isinstance(network, PCB | CAMA):
         return (pcb_loss if isinstance(network, PCB) else cama_loss)(outputs, pids)
     return pmm_loss(outputs, pids, mixed)

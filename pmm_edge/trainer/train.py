@@ -55,6 +55,7 @@ from pmm_edge.trainer.step import (
     start_phase,
     train_step,
 )
+from pmm_edge.trainer.teacher import Teacher, read_teacher
 
 EVALUATION_BATCH = 64
 SAVE_SECONDS = 30  # between two saves of last.pt without an evaluation: on a GPU, saving may take longer than an epoch
@@ -92,6 +93,7 @@ class Run:
     journal: Journal
     stop: Callable[[], bool]  # whether Ctrl-C or SIGTERM came
     report: Report
+    teacher: Teacher | None  # until it has embedded the training images
     saved: float = 0.0  # when last.pt was written
 
     def save(self) -> None:
@@ -176,6 +178,11 @@ def train(
         crops = Crops(images, chosen.height, chosen.width, cache, threads(world.local_size))
         fingerprint, test_images = dataset.fingerprint(), [*dataset.query.paths, *dataset.gallery.paths]
         check_same_work(world, chosen, fingerprint, datasets[0].root)
+        teacher, teacher_sha256, teacher_size = None, None, None
+        if chosen.teacher:
+            teacher = read_teacher(Path(chosen.teacher), world, device, resume)
+            chosen = replace(chosen, teacher=str(teacher.path.absolute()))  # resumed from anywhere
+            teacher_sha256, teacher_size = teacher.sha256, teacher.spec.embedding_size
         (root, read_as), *more = [(str(one.root.absolute()), one.layout) for one in datasets]
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
@@ -191,11 +198,12 @@ def train(
                         warnings.warn(f"{one.root}: {finding.text}", PmmWarning, stacklevel=2)
         world.barrier()  # the other processes stop here if the first one is refused
         if resume:
-            checkpoint = world.first(lambda: load_state(folder, chosen, fingerprint))
+            checkpoint = world.first(lambda: load_state(folder, chosen, fingerprint, teacher_sha256))
             if world.leads and about:
                 write_about_run(folder, replace(about, data=root, more=more))  # for later commands
         network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
-        spec = checkpoint.spec if checkpoint else model_spec(chosen, network, feed.num_classes, dataset.name)
+        about_spec = feed.num_classes, dataset.name, teacher_sha256
+        spec = checkpoint.spec if checkpoint else model_spec(chosen, network, *about_spec)
         position: Position = checkpoint.training["position"] if checkpoint else Position()
         if world.leads:
             for name in (CONFIG, LAST, BEST):  # the other files are written again at once
@@ -210,13 +218,14 @@ def train(
         stop = stack.enter_context(stop_on_signal())
         report = report if world.leads else silent
         with torch_errors_explained(device, chosen, world):
-            trainee = prepare(network, chosen, device, dtype, world)
+            trainee = prepare(network, chosen, device, dtype, world, teacher_size)
             trainee.occlusion = feed.occlusion
             if checkpoint:
                 restore_state(trainee, checkpoint)
             digest = lru_cache(maxsize=None)(partial(data_sha256, test_images, dataset.root, report))
             about_data = judged, fingerprint, digest
-            run = Run(chosen, *about_data, folder, world, feed, crops, spec, trainee, position, journal, stop, report)
+            changing = trainee, position, journal
+            run = Run(chosen, *about_data, folder, world, feed, crops, spec, *changing, stop, report, teacher)
             finished = fit(run)
         figures = position.best, position.before, position.calibration
         return TrainResult(folder, position.epoch, finished, *figures, stop())
@@ -320,7 +329,7 @@ def fit(run: Run) -> bool:
             run.save()
             run.journal.write(f"interrupted in epoch {position.epoch + 1}, step {position.step}; it is saved")
             return False
-        if not measure_occlusion(run):
+        if not (measure_occlusion(run) and ask_teacher(run)):
             continue  # a stop was requested
         if train_epoch(run):
             position.epoch, position.step = position.epoch + 1, 0
@@ -429,6 +438,23 @@ def measure_occlusion(run: Run) -> bool:
     if parts is None:
         return False
     occlusion.falls, occlusion.epoch = np.concatenate(run.world.gather(parts)), position.epoch
+    return True
+
+
+def ask_teacher(run: Run) -> bool:
+    """Let the teacher, if there is one, embed all training images before the first step; False if interrupted.
+
+    Its embeddings are not saved: a resumed run computes them again, to the same bits on a CPU.
+    """
+    feed, teacher = run.feed, run.teacher
+    if teacher is None:
+        return True
+    size, workers = teacher.spec.input, feed.crops.workers
+    crops = Crops(feed.paths, size.height, size.width, 0, workers, feed.crops.pids)  # each of them is needed once
+    parts = for_all_images(run, teacher.network, crops, "teacher", lambda images, _: teacher.embed(images))
+    if parts is None:
+        return False
+    feed.targets, run.teacher = teacher.targets(np.concatenate(run.world.gather(parts))), None
     return True
 
 

@@ -40,6 +40,8 @@ WRONG_USE = {
     TRAIN + "--batch 7": "multiple of 2",
     TRAIN + "--preset quik": "Did you mean 'quick'",
     TRAIN + "--resume runs": "Leave out",
+    TRAIN + "--teacher missing.pt": "missing.pt",
+    TRAIN + "--teacher lone.pt --method pmm": "--method baseline",
     TRAIN + "--out /proc/run": "/proc/run",
     "train --resume runs --print-config": "runs",
     # export

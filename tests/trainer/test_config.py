@@ -42,6 +42,18 @@ def test_a_file_overrides_its_preset_and_settings_override_the_file(tmp_path):
     assert choose_config(config=path) == replace(PRESETS[DEFAULT_PRESET], epochs=3)
 
 
+def test_a_teacher_chooses_the_baseline_unless_a_method_is_given(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "edge"\nmethod = "pmm"\nteacher = ""\n')
+    assert choose_config(config=path).method == "pmm"
+    for base in ({"preset": "market1501"}, {"config": path}):
+        config = choose_config(**base, settings={"teacher": "best.pt"})
+        assert (config.method, config.teacher) == ("baseline", "best.pt")
+    with pytest.raises(PmmError) as caught:
+        choose_config(settings={"teacher": "best.pt", "method": "bdb"})
+    assert "--method baseline" in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("toml", "remedy"),
     [

@@ -57,11 +57,30 @@ def test_torchrun_on_two_machines_takes_the_steps_of_one_process_with_two_micro_
     assert journal(folder) == [("evaluate", 0), ("train", 1), ("train", 2), ("evaluate", 2)], "one process writes"
 
     alone = train(tiny_dataset, config=replace(SHORT, accumulate=2), out=tmp_path / "one").folder
-    ours, theirs = (load_checkpoint(path / "last.pt").training["optimizer"]["state"] for path in (folder, alone))
+    assert_same_steps(folder, alone)
+
+
+def assert_same_steps(one, other):
+    ours, theirs = (load_checkpoint(path / "last.pt").training["optimizer"]["state"] for path in (one, other))
+    assert ours.keys() == theirs.keys()
     for number, state in theirs.items():
         for moment in ("exp_avg", "exp_avg_sq"):
             scale = state[moment].abs().max()
             assert (ours[number][moment] - state[moment]).abs().max() <= 2e-2 * scale + 1e-12, (number, moment)
+
+
+def test_two_processes_with_a_teacher_that_the_first_one_has_take_the_steps_of_one(
+    together, whole, tiny_dataset, tmp_path
+):
+    config, machines = replace(SHORT, method="baseline", teacher="teacher.pt"), [tmp_path / name for name in "ab"]
+    for machine in machines:
+        shutil.copytree(tiny_dataset, machine / "data")
+        (machine / "settings.toml").write_text(config.to_toml())
+    shutil.copy(whole.folder / "best.pt", machines[0] / "teacher.pt")
+    codes, said = together(["data", "--config", "settings.toml", "--out", "run"], machines=machines)
+    assert codes == [0, 0], said
+    config = replace(config, teacher=str(whole.folder), accumulate=2)
+    assert_same_steps(machines[0] / "run", train(tiny_dataset, config=config, out=tmp_path / "one").folder)
 
 
 @pytest.fixture
