@@ -150,13 +150,14 @@ def _cmc_axes(axes: Any) -> None:
 
 def _map_axes(axes: Any) -> None:
     axes.set(xlabel="ms", ylabel="mAP (%)", xscale="log")
-    _log_ticks(axes.xaxis)
+    log_ticks(axes.xaxis)
 
 
-def _log_ticks(axis: Any) -> None:
+def log_ticks(axis: Any) -> None:
+    """Label 1, 2 and 5 of each decade of a logarithmic axis: latencies often span less than a decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # latencies often span less than a decade
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -166,7 +167,7 @@ def _latency_axes(axes: Any) -> None:
     axes.set(xlabel="batch size", ylabel="ms", xscale="log", yscale="log")
     axes.set_xticks(sizes, map(str, sizes))
     axes.set_xticks([], minor=True)
-    _log_ticks(axes.yaxis)
+    log_ticks(axes.yaxis)
 
 
 def _svg(title: str, lines: Points, adjust: Callable[[Any], None]) -> str:
