@@ -47,7 +47,7 @@ def main() -> None:
             with progress() as report:
                 attention = attention_of(path, paths, device=options.device, report=report)
             spec = attention.spec
-            found[name] = (spec.architecture, spec.mix, overlap(attention.maps, tuple(spec.stages)))
+            found[name] = (spec.architecture, spec.mix, overlap(attention.maps, attention.stages))
     except PmmError as error:
         raise SystemExit(f"error: {error}") from error
     where = machine("torch", "numpy")

@@ -126,11 +126,15 @@ def export(
         " the graph, for DeepStream. normalized: float32 (N, 3, H, W), for consumers that normalize.",
     ),
     opset: int | None = opt(None, "ONNX opset, 17 to 20. Default: 18, for INT8 for TensorRT 19."),
+    embedding_size: int | None = opt(
+        None, "Reduce the embedding to N values by PCA; see docs/reduction.md.", metavar="N"
+    ),
+    whiten: bool = opt(False, "Scale each value of the reduced embedding to a variance of 1.", "--whiten"),
     normalize_output: bool = opt(False, "Scale embeddings to unit length.", "--normalize-output"),
     static_batch: int | None = opt(None, "Fix the batch size. Default: dynamic.", metavar="N"),
     safetensors: bool = opt(False, "Also write the weights, for PyTorch.", "--safetensors"),
     precision: Precision = _precision("fp32", "Precision of weights and activations."),
-    calibration: Path | None = _precision(None, "Data set for INT8 and for FP16 range checks. Default: the run's."),
+    calibration: Path | None = _precision(None, "Data set for INT8, FP16 range checks and PCA. Default: the run's."),
     layout: str | None = _precision(None, "Layout of that data set. Default: detected."),
     target: QuantizationTarget | None = _precision(None, "Runtime that the INT8 graph is for. Default: tensorrt."),
     calibration_method: CalibrationMethod | None = _precision(None, "Choice of activation ranges. Default: the best."),
@@ -158,6 +162,7 @@ def export(
 
     - `pmm export` exports the best checkpoint of the newest run
     - `pmm export runs/20261122-174200-quick --precision int8 --target cpu`
+    - `pmm export --embedding-size 256` writes and exports a checkpoint with a smaller embedding
     - `pmm export best.pt --precision fp16 --trt --batch-profile 1,16,64`
     - `pmm export best.pt --precision fp16 --rtx --gpu sm86,sm89`
     - `pmm export model.onnx --deepstream tracker/ --triton models/`
@@ -181,7 +186,9 @@ _gate, _speed = partial(opt, panel="Gates"), partial(opt, panel="Speed")
 
 @app.command()
 def bench(
-    models: list[Path] | None = arg(None, "Models to check. Default: all exports of the reference's run.", "MODEL"),
+    models: list[Path] | None = arg(
+        None, "Models to check, or run folders, for all their exports. Default: those of the reference.", "MODEL"
+    ),
     reference: Path | None = opt(None, "Checkpoint or run folder to compare with. Default: the models' checkpoint."),
     data: Path | None = opt(None, "Data set, or folder of crops (without retrieval). Default: the run's."),
     layout: Layout = None,

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from pmm_edge.console import note, out, percent, print_line, print_table, printable
 from pmm_edge.runs import run_of
-from pmm_edge.spec import Distance, describe_precision
+from pmm_edge.spec import Distance, Reduction, describe_precision
 
 if TYPE_CHECKING:
     from pmm_edge.bench import BenchResult
@@ -71,6 +71,8 @@ def show_export(result: ExportResult) -> None:
             rows.append((file.path.name, f"{file.size / 1e6:.1f}", describe_precision(file.spec), form, *closeness))
         columns = ("file", "MB", "precision", "input", "max difference", "mean cosine")
         print_table(f"exported to {result.files[0].path.parent}", columns, rows)
+        if how := result.files[0].spec.reduction:
+            _show_reduction(how, result.files[0].spec.embedding_size)
         if (search := result.files[0].search) and search.layers:
             kinds = {True: "float", False: "int8"}
             losses = [(one.layer, f"{one.loss:.1e}", percent(one.work), kinds[one.kept]) for one in search.layers]
@@ -88,6 +90,27 @@ def show_export(result: ExportResult) -> None:
             note(f"[dim]NVIDIA's tool builds and times the same with: {escape(engine.trtexec)}[/]")
     for kind, folder in result.bundles.items():
         note(f"{kind}: {escape(str(folder))} [dim](see its README.md)[/]")
+
+
+def _show_reduction(how: Reduction, size: int) -> None:
+    """Print what a smaller embedding costs."""
+    both = {"euclidean": (how.before, how.after), "cosine": (how.before_cosine, how.after_cosine)}
+    rows = [
+        (
+            distance,
+            percent(before.mAP),
+            percent(after.mAP),
+            f"{100 * (after.mAP - before.mAP):+.2f}",
+            percent(before.rank1),
+            percent(after.rank1),
+        )
+        for distance, (before, after) in both.items()
+        if before and after
+    ]
+    title = f"PCA{', whitened' * how.whitened}, {how.from_size:,} to {size:,} values: {percent(how.variance)} % of the"
+    title += f" variance of {how.images:,} training images; retrieval in % on {how.dataset}"
+    columns = ("distance", "mAP before", "mAP after", "points", "Rank-1 before", "Rank-1 after")
+    print_table(title, columns, rows)
 
 
 def bench_command(result: ExportResult) -> str:

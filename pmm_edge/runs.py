@@ -2,6 +2,7 @@
 
 runs/20261122-174200-quick/
 run.json  run.lock  config.toml  log.txt  metrics.jsonl  tensorboard/  last.pt  best.pt  export/model.onnx  bench.json
+reduced-256/  (of `pmm export --embedding-size`: run.json  best.pt  export/model.onnx  bench.json)
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
 from pmm_edge.files import decode_json, encode_json, sha256, written_whole
 
-RUNS, EXPORT_FOLDER = Path("runs"), "export"
+RUNS, EXPORT_FOLDER, REDUCED = Path("runs"), "export", "reduced-"
 ABOUT, CONFIG, BEST, LAST = "run.json", "config.toml", "best.pt", "last.pt"
 ELSEWHERE = RUNS / "elsewhere.txt"
 """Names the last run that was started here in another folder, so that commands without arguments find it."""
@@ -108,13 +109,14 @@ def _runs() -> list[Path]:
 def find_checkpoint(model: Path, digest: str | None) -> Path | None:
     """The checkpoint with this SHA-256 in the run or the folder of a model or in `runs/`; None if it is not there.
 
-    Without a SHA-256 it is best.pt of the model's run.
+    It may be one that was reduced from such a checkpoint. Without a SHA-256 it is best.pt of the model's run.
     """
     run = run_of(model)
     if digest is None:
         return run and run / BEST
     folders = dict.fromkeys([*([run] if run else []), model.parent, *_runs()])
-    files = (file for folder in folders for file in sorted(folder.glob("*.pt")) if file.is_file())
+    places = [place for folder in folders for place in (folder, *sorted(folder.glob(f"{REDUCED}*")))]
+    files = (file for place in places for file in sorted(place.glob("*.pt")) if file.is_file())
     return next((file for file in files if sha256(file) == digest), None)
 
 

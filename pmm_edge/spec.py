@@ -140,6 +140,25 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """How a trained network got a smaller embedding without training (`pmm export --embedding-size`)."""
+
+    checkpoint_sha256: str  # of the checkpoint with the full embedding
+    from_size: int  # of the full embedding
+    stages: dict[str, tuple[int, int]]  # the slice of the full embedding that each stage fills
+    whitened: bool  # each value has a variance of 1 on the images
+    images: int  # training images whose embeddings the projection was computed from
+    dataset: str  # their data set, on whose query and gallery the figures were measured
+    data_sha256: str  # fingerprint of the data set
+    variance: float  # share of the variance of these embeddings that is kept, in 0..1
+    before: RetrievalFigures  # of the full embedding, by Euclidean distance
+    after: RetrievalFigures
+    before_cosine: RetrievalFigures | None  # by cosine distance
+    after_cosine: RetrievalFigures | None
+    method: Literal["pca"] = "pca"
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The contract that travels with every artifact of a trained network; raises ValueError for a size out of range."""
 
@@ -148,7 +167,7 @@ class ModelSpec:
     num_classes: int
     input: InputSpec
     embedding_size: int
-    stages: dict[str, tuple[int, int]]  # the slice [start, stop) of the embedding that each stage fills
+    stages: dict[str, tuple[int, int]]  # the slice [start, stop) that each stage fills; empty for a reduced embedding
     mix_blocks: int | None = None  # K, the number of blocks that mixing replaces in training (paper section 2.2)
     block_size: tuple[int, int] = (3, 2)  # height and width of a block on the feature map
     mix: Mix = "a-hard-mix"
@@ -160,6 +179,7 @@ class ModelSpec:
     retrieval_cosine: RetrievalFigures | None = None  # by cosine distance, as trackers match
     calibration: Calibration | None = None  # decision thresholds; None before pmm calibrate
     checkpoint_sha256: str | None = None  # of the checkpoint that was exported; None in the checkpoint itself
+    reduction: Reduction | None = None  # of the embedding, after training
     normalized_output: bool = False  # embeddings have unit L2 length
     precision: Precision = "fp32"
     quantization: Quantization | None = None
@@ -173,6 +193,8 @@ class ModelSpec:
         for name, value in {**sizes, "block height": self.block_size[0], "block width": self.block_size[1]}.items():
             if not 1 <= value <= 10_000_000:
                 raise ValueError(f"{name} {value} is out of range")
+        if self.reduction and not self.embedding_size < self.reduction.from_size <= 10_000_000:
+            raise ValueError(f"{self.reduction.from_size} values cannot be reduced to {self.embedding_size}")
         if self.calibration and self.calibration.embedding_size != self.embedding_size:
             of_another = f"thresholds of embeddings of {self.calibration.embedding_size} values"
             raise ValueError(f"{of_another} do not apply to {self.embedding_size} values")

@@ -74,8 +74,8 @@ def bench(
         result.report.models[0].parity.whole.cosine_min
 
     Args:
-        models: files that `pmm_edge.load` accepts; by default all exports of the reference's run, without engines that
-            need a GPU or package that is missing here: a warning of the report says why.
+        models: files that `pmm_edge.load` accepts, or run folders; by default the reference's run. A run folder means
+            all its exports, without engines that need a GPU or package that is missing here: a warning says why.
         reference: a model or a run folder. By default the checkpoint that the first model was exported from, which is
             searched in the folder and run of the model and in runs/; without `models`, that of the newest run.
         data: a data set (of this `layout`, if it is not recognized), whose queries and gallery are embedded, or a
@@ -95,7 +95,8 @@ def bench(
     if not batch_sizes or min(batch_sizes) < 1:
         raise PmmError(f"the batch sizes are {list(batch_sizes)}", "Choose 1 or more, such as --batch-sizes 1,8")
     batch_sizes = sorted(set(batch_sizes))
-    paths = [Path(models)] if isinstance(models, str | Path) else [Path(model) for model in models or ()]
+    named = [Path(models)] if isinstance(models, str | Path) else [Path(model) for model in models or ()]
+    paths = [file for path in named for file in (_exports_of(resolve_checkpoint(path)) if path.is_dir() else [path])]
     base = Path(reference) if reference else None
     if base or not paths:
         base = resolve_checkpoint(base)
@@ -108,7 +109,7 @@ def bench(
         try:
             others.append(_load(path, device, gates or {}))
         except NotOnThisMachineError as error:
-            if models or (path == paths[-1] and not others):
+            if path in named or (path == paths[-1] and not others):
                 raise
             # One of all exports of a run, such as an engine for another machine.
             missing.append(BenchWarning(WarningKind.NOT_MEASURED, detail=str(error)))

@@ -87,7 +87,7 @@ class ExportResult:
     """What `export` wrote."""
 
     checkpoint: Path
-    """The checkpoint, or the ONNX file that was exported before."""
+    """The checkpoint, with `embedding_size` the reduced one, or the ONNX file that was exported before."""
     files: list[ExportedFile]
     """The requested input form first."""
     engine: BuiltEngine | None
@@ -106,6 +106,8 @@ def export(
     out: Path | str | None = None,
     input_form: InputForm | None = None,
     opset: int | None = None,
+    embedding_size: int | None = None,
+    whiten: bool = False,
     normalize_output: bool = False,
     static_batch: int | None = None,
     precision: Precision = "fp32",
@@ -144,11 +146,14 @@ def export(
         out: the ONNX file to write; default: in the run's `export` folder. For an ONNX file: the engine to write.
         input_form: `uint8` (default), `raw` or `normalized`; see `InputSpec`.
         opset: 17 to 20, for INT8 for TensorRT 19 or 20; default: 18 and 19.
+        embedding_size: reduce the embedding to this many values by PCA of the training images. The reduced checkpoint
+            is written to `reduced-SIZE/best.pt` next to the full one, and exported from there.
+        whiten: also center the reduced embedding and scale each value to a variance of 1.
         normalize_output: scale embeddings to unit L2 length.
         static_batch: the only batch size that the graph accepts; default: any.
         precision: `fp32`, `fp16` or `int8`.
-        calibration: data set (of `layout`, if that is not detected) whose training images calibrate INT8 and check
-            FP16; default: the run's data set.
+        calibration: data set (of `layout`, if that is not detected) whose training images calibrate INT8, check FP16
+            and set the axes of PCA; default: the run's data set.
         target: engine of the INT8 graph, `tensorrt` (default) or `cpu`.
         calibration_method: of INT8; default: the best of all.
         max_map_drop: keep the layers that INT8 affects most in floating point until mAP drops by at most this many
@@ -168,12 +173,14 @@ def export(
     # Validate the request before any work.
     int8 = {"--target": target, "--calibration-method": calibration_method, "--max-map-drop": max_map_drop}
     build = {"--batch-profile": batch_profile, "--workspace": workspace_gib, "--optimization-level": optimization_level}
+    of_data = {"--calibration": calibration, "--layout": layout}
     only_trt = {"--hardware-compatible": hardware_compatible, "--version-compatible": version_compatible}
     if trt and rtx:
         raise PmmError("--trt and --rtx build different engines", "Run pmm export once for each")
     for is_used, option, dependents in (
         (precision == "int8", "--precision int8", int8),
-        (precision != "fp32", "--precision fp16 or int8", {"--calibration": calibration, "--layout": layout}),
+        (precision != "fp32" or embedding_size, "--precision fp16 or int8, or --embedding-size", of_data),
+        (embedding_size, "--embedding-size", {"--whiten": whiten}),
         (triton, "--triton", {"--triton-name": triton_name}),
         (trt or rtx, "--trt or --rtx", build),
         (trt, "--trt", only_trt | {"--no-timing-cache": not timing_cache}),
@@ -187,6 +194,7 @@ def export(
     graph_opset = opset or (INT8_OPSET if float16_scales else OPSET)
     for is_valid, value, remedy in (
         (opset is None or opset in opsets, f"opset {opset} for this precision", f"Choose {opsets[0]} to {opsets[-1]}"),
+        (embedding_size is None or embedding_size >= 1, f"embedding size {embedding_size}", "Choose 1 or more"),
         (static_batch is None or static_batch >= 1, f"static batch {static_batch}", "Choose 1 or more"),
         (max_map_drop is None or 0 <= max_map_drop <= 100, f"mAP drop {max_map_drop}", "Choose a value such as 0.5"),
         (re.fullmatch(_NAME, triton_name or "default"), f"model name '{triton_name}'", "Use letters, digits, . _ -"),
@@ -197,12 +205,12 @@ def export(
     # Describe the network, and name a file for each input form that is needed.
     source = resolve_checkpoint(Path(checkpoint) if checkpoint else None)
     out, deepstream, triton = (Path(path) if path else None for path in (out, deepstream, triton))
-    loaded = None
+    loaded, smaller = None, None
     if source.suffix == ".onnx":
         embedder = OnnxEmbedder(open_model(source), "cpu")
         spec, form = embedder.spec, embedder.spec.input.form
-        wanted = (opset, normalize_output, static_batch, precision, safetensors, input_form or form)
-        is_changed = wanted != (None, False, None, "fp32", False, form)
+        wanted = (opset, embedding_size, normalize_output, static_batch, precision, safetensors, input_form or form)
+        is_changed = wanted != (None, None, False, None, "fp32", False, form)
         to_engine = trt or rtx
         is_misnamed = out is not None and not (to_engine and out.suffix == ".engine")
         if is_changed or is_misnamed or not (to_engine or deepstream or triton):
@@ -216,19 +224,16 @@ def export(
             remedy = f"{install('train')}; pmm export model.onnx --trt works without it"
             raise PmmError(f"{source} cannot be exported: {missing}", remedy)
         # All that the export of a checkpoint imports, before any work.
-        from pmm_edge.export import graph, quantize
+        from pmm_edge.export import graph, quantize, reduce
         from pmm_edge.model import load_checkpoint
         from pmm_edge.runtime.torch_backend import CLASSIFIER, TorchEmbedder
 
         loaded, form = load_checkpoint(source, open_model(source).content), input_form or "uint8"
         # Method and images are filled in after calibration.
         how = Quantization(target or "tensorrt", "minmax", 0, float_type="fp16" if float16_scales else "fp32")
-        quantization = how if precision == "int8" else None
-        spec = replace(loaded.spec, normalized_output=normalize_output, precision=precision, quantization=quantization)
-        if normalize_output:  # the Euclidean distance of such embeddings ranks as their cosine does
-            thresholds = spec.calibration and spec.calibration.of_unit_length()
-            spec = replace(spec, retrieval=spec.retrieval_cosine, calibration=thresholds)
-        main = out or source.parent / EXPORT_FOLDER / _file_name(spec, form)
+        spec = replace(loaded.spec, precision=precision, quantization=how if precision == "int8" else None)
+        smaller = reduce.reduced_path(source, embedding_size, whiten) if embedding_size else None
+        main = out or (smaller or source).parent / EXPORT_FOLDER / _file_name(spec, form)
         if main.suffix != ".onnx":
             raise PmmError(f"{main} does not end in .onnx", f"Name it {main.with_suffix('.onnx')}")
         files = {form: main}
@@ -270,8 +275,9 @@ def export(
     if trt and triton:
         engine_paths.setdefault(bundles.TRITON_FORM, files[bundles.TRITON_FORM].with_suffix(".engine"))
     weights = first.with_suffix(".safetensors")
-    for path in (*(files.values() if loaded else ()), *engine_paths.values(), *([weights] * safetensors)):
-        check_place(path)
+    for path in (*(files.values() if loaded else ()), *engine_paths.values(), *([weights] * safetensors), smaller):
+        if path:
+            check_place(path)
     if deepstream:
         check_new_folder(deepstream)
     model_folder = triton / (triton_name or bundles.triton_name(spec, as_engine=trt)) if triton else None
@@ -302,13 +308,23 @@ def export(
             shape = (4, spec.input.height, spec.input.width, 3)
             images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
+        if embedding_size and smaller:
+            data = Path(calibration) if calibration else None
+            loaded = reduce.reduce_checkpoint(source, loaded, embedding_size, whiten, data, layout, report)
+            source = smaller
+
         # Write one ONNX file for each input form. They share one network, whose precision is reduced once.
         reference = TorchEmbedder(loaded.network(), loaded.spec, source, "cpu")
         tools = _versions("torch", "onnx", "onnxscript") | {
             "onnxruntime": onnxruntime.__version__,
             "opset": str(graph_opset),
         }
-        spec = replace(spec, checkpoint_sha256=sha256(source), tools=tools)
+        quantization, digest = spec.quantization, sha256(source)
+        spec = replace(loaded.spec, precision=precision, quantization=quantization, checkpoint_sha256=digest)
+        spec = replace(spec, normalized_output=normalize_output, tools=tools)
+        if normalize_output:  # the Euclidean distance of such embeddings ranks as their cosine does
+            thresholds = spec.calibration and spec.calibration.of_unit_length()
+            spec = replace(spec, retrieval=spec.retrieval_cosine, calibration=thresholds)
         reduced = largest = search = None
         for file_form, path in files.items():
             report(f"exporting {path.name}", 0, 2, "writing the graph")

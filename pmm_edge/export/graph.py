@@ -45,6 +45,7 @@ class StrippedNetwork(nn.Module):
             self.network = network
             _fold_batch_norm(network)
             return
+        self.projection = network.projection
         self.backbone = _fold_batch_norm(network.backbone)
         self.average = _merge_heads(network.average_heads)
         if network.max_heads:
@@ -65,7 +66,8 @@ class StrippedNetwork(nn.Module):
             maximum = self.maximum(self.bottleneck(features).amax(dim=(2, 3)))
             embeddings = torch.cat([embeddings, maximum], dim=1)
         # One ReLU after the concatenation: ONNX Runtime 1.31 does not fuse an INT8 linear layer that a ReLU follows.
-        return F.relu(embeddings)
+        embeddings = F.relu(embeddings)
+        return self.projection(embeddings) if self.projection else embeddings
 
 
 def inference_network(network: ReidNetwork, spec: InputSpec, normalize_output: bool = False) -> nn.Module:

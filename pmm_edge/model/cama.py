@@ -59,7 +59,7 @@ class CAMA(ReidNetwork):
         if backbone in MOBILE:
             raise PmmError(f"CAMA copies the last stage of a ResNet, which {backbone} is not", "Choose a ResNet")
         self.backbone = BranchedBackbone(backbone)
-        self.average_heads, self.max_heads = [], []
+        self.average_heads, self.max_heads, self.projection = [], [], None
         layers = [nn.Linear(self.backbone.channels, num_classes, bias=False) for _ in range(BRANCHES)]
         self.branches = nn.ModuleList(nn.ModuleDict({"classifier": layer}) for layer in layers)
         for layer in layers:

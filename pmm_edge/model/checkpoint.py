@@ -11,7 +11,7 @@ from typing import Any, TypeGuard, get_args
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.files import written_whole
@@ -86,9 +86,13 @@ def build_model(
 def network_of(spec: ModelSpec) -> ReidNetwork:
     """Build the network that a spec describes, without its weights."""
     same = {name: getattr(spec, name) for name in ("num_classes", "backbone", "mix", "mix_blocks", "block_size", "rpp")}
-    start, stop = spec.stages.get("I", (0, STAGE_SIZE))
+    stages = spec.reduction.stages if spec.reduction else spec.stages
+    start, stop = stages.get("I", (0, STAGE_SIZE))
     size = spec.input
-    return build_model(spec.architecture, height=size.height, width=size.width, embedding_size=stop - start, **same)
+    network = build_model(spec.architecture, height=size.height, width=size.width, embedding_size=stop - start, **same)
+    if spec.reduction:
+        network.projection = nn.Linear(spec.reduction.from_size, spec.embedding_size)
+    return network
 
 
 def load_pretrained(network: ReidNetwork, backbone: str, pretrained: str | Path) -> None:

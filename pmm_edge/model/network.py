@@ -90,6 +90,7 @@ class ReidNetwork(nn.Module):
     bottleneck: nn.Module
     average_heads: list[Head]  # on the average-pooled map of the backbone; first in the embedding
     max_heads: list[Head]  # on the max-pooled map of `bottleneck`
+    projection: nn.Linear | None  # of the embedding to a smaller one; see `export/reduce.py`
 
     def __init__(
         self, num_classes: int, backbone: str = "resnet50", embedding_size: int = STAGE_SIZE, **sizes: int
@@ -101,7 +102,7 @@ class ReidNetwork(nn.Module):
         if sizes:
             self.bottleneck = Bottleneck(channels, channels // 4)
         self.stage1 = Head(channels, num_classes, "fan_in", embedding_size)
-        self.average_heads, self.max_heads = [self.stage1], []
+        self.average_heads, self.max_heads, self.projection = [self.stage1], [], None
         for name, size in sizes.items():
             self.max_heads.append(Head(channels, num_classes, "fan_out", size))
             self.add_module(name, self.max_heads[-1])
@@ -119,7 +120,8 @@ class ReidNetwork(nn.Module):
         """
         features = self.backbone(images)
         if not self.training:
-            return self.embed(features)
+            embeddings = self.embed(features)
+            return self.projection(embeddings) if self.projection else embeddings
         if pids is None:
             raise PmmError("training mode needs the identities of the images", "Pass pids, or call model.eval()")
         return self.train_stages(features, pids, negatives, generator)
@@ -138,7 +140,7 @@ class ReidNetwork(nn.Module):
         return [features for _ in self.max_heads]
 
     def embed(self, features: Tensor) -> Tensor:
-        """Map of the backbone (N, C, H, W) -> embeddings (N, D) float32."""
+        """Map of the backbone (N, C, H, W) -> embeddings (N, D) float32, before the projection."""
         average = average_pool(features)
         parts = [head.embed(average) for head in self.average_heads]
         if self.max_heads:

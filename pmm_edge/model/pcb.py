@@ -64,7 +64,7 @@ class PCB(ReidNetwork):
         nn.Module.__init__(self)
         self.backbone = build_backbone(backbone)
         self.head = PartHead(self.backbone.channels, num_classes)
-        self.average_heads, self.max_heads = [], []
+        self.average_heads, self.max_heads, self.projection = [], [], None
 
     def part_weights(self, features: Tensor) -> Tensor | None:
         """Weights (N, 6, H, W) with which the parts pool the positions of the map; None for stripes."""

@@ -92,7 +92,7 @@ def visualize(
         rows = np.arange(len(found.paths)) if labels is None else np.flatnonzero(labels["split"] == "query")
         paths = [found.paths[rows[at]] for at in evenly(len(rows), OVERLAP_IMAGES)]
         attention = attention_of(path, paths, device=device, report=report)
-        album.overlap = overlap(attention.maps, tuple(attention.spec.stages))
+        album.overlap = overlap(attention.maps, attention.stages)
         return cam_grid(attention, drawn(len(attention.paths)))
 
     def galleries() -> Image.Image:

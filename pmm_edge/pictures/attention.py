@@ -37,6 +37,8 @@ class Attention:
     paths: Sequence[Path]
     maps: NDArray[np.float32]
     """(N, S, h, w), ReLU applied, not rescaled."""
+    stages: tuple[str, ...]
+    """Names of the stages."""
     classes: NDArray[np.int64]
     """(N, S), the class that each stage predicts, whose evidence the map shows."""
 
@@ -85,7 +87,9 @@ def attention_of(
         maps.append(found.cpu().numpy())
         classes.append(predicted.cpu().numpy())
         report(what, start + len(batch), len(crops))
-    return Attention(loaded.spec, [paths[row] for row in rows], np.concatenate(maps), np.concatenate(classes))
+    return Attention(
+        loaded.spec, [paths[row] for row in rows], np.concatenate(maps), tuple(network.stages), np.concatenate(classes)
+    )
 
 
 def checkpoint_with_heads(path: Path) -> Checkpoint:
@@ -114,7 +118,7 @@ def overlay(photo: Image.Image, cam: NDArray[np.float32]) -> Image.Image:
 
 def cam_grid(found: Attention, rows: Sequence[int] | NDArray[np.intp]) -> Image.Image:
     """Draw some of the images, each followed by the map of each stage; raise DataError if one cannot be read."""
-    size, stages = found.spec.input, found.spec.stages
+    size, stages = found.spec.input, found.stages
     factor, columns = enlargement(size.height), 1 + len(stages)
     abreast = min(len(rows), max(1, COLUMNS // columns))
     lines: list[list[Cell]] = []
