@@ -172,7 +172,7 @@ def seeds_by_name(checkpoints: Sequence[Path]) -> dict[str, list[Path]]:
         spec, run = load_checkpoint(file).spec, run_of(file)
         config = asdict(read_run_config(run)) if run else {}
         settings = {name: value for name, value in config.items() if name not in ("seed", "teacher")}
-        reduced, distilled = getattr(spec, "reduction", None), spec.teacher_sha256
+        reduced, distilled = spec.reduction, spec.teacher_sha256
         key = (*settings.items(), spec.embedding_size, bool(reduced), bool(distilled), None if run else file)
         groups.setdefault(key, []).append(file)
         method = spec.architecture if spec.architecture == "baseline" else spec.architecture.upper()
