@@ -90,7 +90,7 @@ def train(
     first one, which chooses best.pt.
 
     Presets: market1501, dukemtmc-reid, cuhk03-detected and cuhk03-labeled (the paper's settings), quick (minutes on a
-    CPU) and edge (a small network for a small board).
+    CPU), edge (a small network for boards such as the Jetson Orin Nano) and edge-tiny (a still smaller one).
 
     - `pmm train` trains on the built-in data set in minutes, without a GPU
     - `pmm train /data/Market-1501 --preset market1501` is the paper's training

@@ -214,16 +214,22 @@ def layer_names(network: onnx.ModelProto, operators: Collection[str] = LAYERS) -
     }
 
 
-def multiply_adds(network: onnx.ModelProto) -> dict[str, int]:
-    """Count multiply-adds for one image, by node name, of all convolutions and linear layers."""
+def positions(network: onnx.ModelProto) -> dict[str, int]:
+    """Count positions of the map that each convolution and linear layer writes, by node name; 1 without a map."""
     graph = onnx.shape_inference.infer_shapes(network).graph
-    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
     values = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.output)}
     return {
-        node.name: math.prod([*weights[node.input[1]], *(dim.dim_value for dim in values[node.output[0]][2:])])
+        node.name: math.prod(dim.dim_value for dim in values[node.output[0]][2:])
         for node in graph.node
         if node.op_type in LAYERS
     }
+
+
+def multiply_adds(network: onnx.ModelProto) -> dict[str, int]:
+    """Count multiply-adds for one image, by node name, of all convolutions and linear layers."""
+    nodes = {node.name: node for node in network.graph.node}
+    weights = {tensor.name: math.prod(tensor.dims) for tensor in network.graph.initializer}
+    return {name: weights[nodes[name].input[1]] * count for name, count in positions(network).items()}
 
 
 def count_work(network: onnx.ModelProto) -> tuple[float, int]:

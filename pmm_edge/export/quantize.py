@@ -26,7 +26,7 @@ from pmm_edge.console import Report, silent
 from pmm_edge.data.checks import DatasetWarningKind, analyze
 from pmm_edge.data.dataset import ReidDataset, problems, read
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmWarning
-from pmm_edge.export.graph import LAYERS, Parts, finalize, layer_names, multiply_adds
+from pmm_edge.export.graph import LAYERS, Parts, finalize, layer_names, multiply_adds, positions
 from pmm_edge.files import temporary_folder
 from pmm_edge.images import Pixels, evenly, network_input, readable_crops
 from pmm_edge.retrieval.distances import cosines
@@ -198,10 +198,11 @@ def quantize(
     scales and linear layers included, which needs opset 19, and float32 for CPUs.
 
     Layers whose nodes are in `float_layers` are not quantized, nor are the operators between them and the next layer.
-    `only` names the only nodes to quantize; empty for all.
+    Squeeze-and-excitation layers never are. `only` names the only nodes to quantize; empty for all.
     """
     copied = onnx.shape_inference.infer_shapes(network)
     nodes = copied.graph.node
+    float_layers = {*float_layers, *excitations(network)}
     layers = [node for node in nodes if node.op_type in _LAYERS[target] and node.name not in float_layers]
     layers = [node for node in layers if not only or node.name in only]
     producer = {name: node for node in nodes for name in node.output}
@@ -227,6 +228,11 @@ def quantize(
                 sources = [source for source in sources if source.op_type in LAYERS]
             if any(source.name in in_float for source in sources):
                 in_float.append(node.name)
+    # HardSwish is 0 below -3: 8-bit values of its input are not spent there.
+    swished = {node.input[0] for node in nodes if node.op_type == "HardSwish"}
+    ranges = {
+        name: (max(low, min(-3.0, high)) if name in swished else low, high) for name, (low, high) in ranges.items()
+    }
     quantizer = QDQQuantizer(
         copied,
         per_channel=True,
@@ -257,6 +263,15 @@ def quantize(
     finally:
         logging.root.setLevel(level)
     return cast_to_fp16(quantized)[0] if target == "tensorrt" else quantized
+
+
+def excitations(network: onnx.ModelProto) -> list[str]:
+    """Nodes of squeeze-and-excitation layers: convolutions on a map of one position.
+
+    They scale whole channels, so that their rounding errors do not average out, and are too small to gain from INT8.
+    """
+    counts = positions(network)
+    return [node.name for node in network.graph.node if node.op_type == "Conv" and counts[node.name] == 1]
 
 
 def round_weights(
@@ -365,6 +380,7 @@ def quantize_network(
     quantized, search = candidates[best], None
     if max_map_drop is not None:
         names, work, baseline = layer_names(network, _LAYERS[target]), multiply_adds(network), mean_ap(network)
+        names = {node: name for node, name in names.items() if node not in excitations(network)}
         tried = {0: (quantized, mean_ap(quantized))}
         losses: dict[str, float] = {}
         order: list[str] = []

@@ -8,7 +8,10 @@ from functools import partial
 
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.efficientnet import MBConv
+from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import SqueezeExcitation
 
 from pmm_edge.errors import PmmError, did_you_mean
 
@@ -61,6 +64,13 @@ class ResNetBackbone(Backbone):
         return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
 
+class GlobalMean(nn.Module):
+    """Global average pooling (N, C, H, W) -> (N, C, 1, 1), which exports as one node; adaptive pooling may not."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean(dim=(2, 3), keepdim=True)
+
+
 class MobileBackbone(Backbone):
     """The `features` of a MobileNetV3 or EfficientNet, with stride 1 in its last strided convolution."""
 
@@ -68,6 +78,9 @@ class MobileBackbone(Backbone):
         super().__init__()
         features = MOBILE[name]().features
         assert isinstance(features, nn.Sequential)
+        for module in features.modules():
+            if isinstance(module, SqueezeExcitation):
+                module.avgpool = GlobalMean()
         convolutions = [module for module in features.modules() if isinstance(module, nn.Conv2d)]
         [module for module in convolutions if module.stride == (2, 2)][-1].stride = (1, 1)
         self.features, self.channels = features, convolutions[-1].out_channels
@@ -92,11 +105,13 @@ def map_size(height: int, width: int) -> tuple[int, int]:
 
 
 def zero_init_residuals(backbone: Backbone) -> None:
-    """Initialize each bottleneck block as the identity: the weight of its last batch norm is 0.
+    """Initialize each block of three convolutions with a shortcut as the identity: its last batch norm has weight 0.
 
-    Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1. Without it, a ResNet-50 trained from scratch on a
-    small data set learns almost nothing in a few dozen epochs; ResNets without bottleneck blocks learn without it.
+    Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1. Without it, a ResNet-50 or MobileNetV3 trained
+    from scratch on a small data set learns almost nothing in a few dozen epochs; ResNets of basic blocks learn.
     """
     for module in backbone.modules():
         if isinstance(module, Bottleneck):
             nn.init.zeros_(module.bn3.weight)
+        elif isinstance(module, InvertedResidual | MBConv) and module.use_res_connect:
+            nn.init.zeros_(module.block[-1][1].weight)

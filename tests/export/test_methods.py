@@ -1,4 +1,4 @@
-"""Networks without PMM's heads, exported in every precision; `export` compares each file with the checkpoint."""
+"""Other methods and backbones, exported in every precision; `export` compares each file with the checkpoint."""
 
 from pathlib import Path
 
@@ -9,24 +9,27 @@ from torch import nn
 import pmm_edge
 from pmm_edge.export import export
 from pmm_edge.model import Checkpoint, build_model, save_checkpoint
+from pmm_edge.model.backbone import MOBILE
 from pmm_edge.spec import InputSpec, ModelSpec
 
 
-@pytest.fixture(scope="module", params=["pcb-rpp", "cama"])
+@pytest.fixture(scope="module", params=["pcb-rpp", "cama", *MOBILE])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "trainer"))
         from tiny_training import CONFIG
     torch.manual_seed(0)
     method, _, rpp = request.param.partition("-")
-    network = build_model(method, num_classes=4, backbone=CONFIG.backbone, height=96, width=32, rpp=bool(rpp))
+    method, backbone = ("bdb", method) if method in MOBILE else (method, CONFIG.backbone)
+    options = {"backbone": backbone, "rpp": bool(rpp), "embedding_size": 64}
+    network = build_model(method, num_classes=4, height=96, width=32, **options)
     network.refined = bool(rpp)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
     width = max(stop for _, stop in network.stages.values())
-    spec = ModelSpec(method, CONFIG.backbone, 4, InputSpec(96, 32), width, network.stages, rpp=bool(rpp))
+    spec = ModelSpec(method, backbone, 4, InputSpec(96, 32), width, network.stages, rpp=bool(rpp))
     path = tmp_path_factory.mktemp("methods") / "best.pt"
     save_checkpoint(path, Checkpoint(spec, network.state_dict()))
     return path

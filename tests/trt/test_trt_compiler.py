@@ -71,6 +71,9 @@ def build(rtx: Any, record_property: Callable) -> Callable[..., BuiltEngine]:
         ("pcb", "resnet18", "raw", True, 18),
         ("pcb-rpp", "resnet18", "uint8", False, 19),
         ("cama", "resnet18", "normalized", True, 18),
+        ("baseline", "mobilenet_v3_small", "uint8", False, 17),
+        ("bdb", "mobilenet_v3_large", "raw", True, 18),
+        ("pmm", "efficientnet_b0", "normalized", False, 19),
     ],
 )
 def test_exported_networks(
@@ -86,7 +89,7 @@ def test_exported_networks(
     exported = graph.inference_network(network, spec.input, normalized)
     images = np.random.default_rng(0).integers(0, 256, (4, 96, 64, 3), dtype=np.uint8)
     sizes = {}
-    for number, precision in enumerate(("fp32", "fp16", "int8") if backbone == "resnet18" else ("fp16",)):
+    for number, precision in enumerate(("fp32", "fp16", "int8") if backbone != "resnet50" else ("fp16",)):
         quantization = None
         lowest = INT8_OPSET if precision == "int8" else opset
         parts = graph.split(graph.onnx_graph(exported, spec, max(opset, lowest)))
