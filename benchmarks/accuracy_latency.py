@@ -35,7 +35,7 @@ from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.export import export
 from pmm_edge.files import cache_folder, check_output, decode_json, encode_json, sha256, written_whole
 from pmm_edge.model import load_checkpoint
-from pmm_edge.runs import BEST, data_of, resolve_checkpoint, run_of
+from pmm_edge.runs import BEST, CONFIG, data_of, resolve_checkpoint
 from pmm_edge.runtime import Embedder, load
 from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset
 from pmm_edge.spec import Precision, RetrievalFigures
@@ -169,7 +169,8 @@ def seeds_by_name(checkpoints: Sequence[Path]) -> dict[str, list[Path]]:
     groups: dict[object, list[Path]] = {}
     parts: dict[object, list[str]] = {}
     for file in checkpoints:
-        spec, run = load_checkpoint(file).spec, run_of(file)
+        spec = load_checkpoint(file).spec
+        run = next((folder for folder in file.absolute().parents[:2] if (folder / CONFIG).is_file()), None)
         config = asdict(read_run_config(run)) if run else {}
         settings = {name: value for name, value in config.items() if name not in ("seed", "teacher")}
         reduced, distilled = spec.reduction, spec.teacher_sha256

@@ -122,7 +122,6 @@ def test_names_say_what_differs(script, monkeypatch):
         "b": replace(SPEC, architecture="pcb", rpp=True),
         "c": replace(SPEC, architecture="pmm", mix="cutout"),
     }
-    monkeypatch.setattr(script, "run_of", lambda file: None)
     monkeypatch.setattr(script, "load_checkpoint", lambda file: Checkpoint(specs[file.parent.name], {}))
 
     def names():
