@@ -6,6 +6,7 @@ reduced-256/  (of `pmm export --embedding-size`: run.json  best.pt  export/model
 """
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -106,10 +107,11 @@ def _runs() -> list[Path]:
     return sorted((folder for folder in folders if (folder / BEST).is_file()), key=started, reverse=True)
 
 
-def find_checkpoint(model: Path, digest: str | None) -> Path | None:
+def find_checkpoint(model: Path, digest: str | None, identify: Callable[[Path], str | None] = sha256) -> Path | None:
     """The checkpoint with this SHA-256 in the run or the folder of a model or in `runs/`; None if it is not there.
 
     It may be one that was reduced from such a checkpoint. Without a SHA-256 it is best.pt of the model's run.
+    `identify` returns the SHA-256 of a file.
     """
     run = run_of(model)
     if digest is None:
@@ -117,7 +119,7 @@ def find_checkpoint(model: Path, digest: str | None) -> Path | None:
     folders = dict.fromkeys([*([run] if run else []), model.parent, *_runs()])
     places = [place for folder in folders for place in (folder, *sorted(folder.glob(f"{REDUCED}*")))]
     files = (file for place in places for file in sorted(place.glob("*.pt")) if file.is_file())
-    return next((file for file in files if sha256(file) == digest), None)
+    return next((file for file in files if identify(file) == digest), None)
 
 
 def run_of(file: Path) -> Path | None:

@@ -178,7 +178,8 @@ class ModelSpec:
     retrieval: RetrievalFigures | None = None  # by Euclidean distance
     retrieval_cosine: RetrievalFigures | None = None  # by cosine distance, as trackers match
     calibration: Calibration | None = None  # decision thresholds; None before pmm calibrate
-    checkpoint_sha256: str | None = None  # of the checkpoint that was exported; None in the checkpoint itself
+    checkpoint_sha256: str | None = None
+    """SHA-256 of the checkpoint as it was trained: in its exports, and in itself after `pmm calibrate` rewrote it."""
     reduction: Reduction | None = None  # of the embedding, after training
     normalized_output: bool = False  # embeddings have unit L2 length
     precision: Precision = "fp32"

@@ -80,7 +80,9 @@ def calibrate(
         from pmm_edge.model.checkpoint import load_checkpoint, save_checkpoint
 
         checkpoint = load_checkpoint(path, file.content)
-        save_checkpoint(path, replace(checkpoint, spec=replace(checkpoint.spec, calibration=found.calibration)))
+        trained = checkpoint.spec.checkpoint_sha256 or file.sha256  # by which earlier exports and galleries know it
+        spec = replace(checkpoint.spec, calibration=found.calibration, checkpoint_sha256=trained)
+        save_checkpoint(path, replace(checkpoint, spec=spec))
     certificate = certificate_path(path)
     stale = certificate if is_checkpoint and certificate.exists() else None
     return CalibrationResult(path, found, is_checkpoint, embedder.spec.calibration, stale)

@@ -1,7 +1,7 @@
 """`pmm bench`: find models and images, embed, check invariants, compare with the reference, diagnose, time, write."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -175,11 +175,20 @@ def _exports_of(base: Path) -> list[Path]:
 def _reference_of(model: Subject) -> Path:
     """Find the checkpoint that a model was exported from, or raise ModelError."""
     path, digest = model.embedder.path, model.embedder.spec.checkpoint_sha256
-    if found := find_checkpoint(path, digest):
+    if found := find_checkpoint(path, digest) or find_checkpoint(path, digest, _trained_sha256):
         return found
     problem = f"the checkpoint that {path} was exported from (SHA-256 {digest}) is neither next to it nor in {RUNS}/"
     remedy = "Pass it with --reference, or, where torch is not installed, an FP32 .onnx export of it"
     raise ModelError(problem if digest else f"{path} does not say which checkpoint it was exported from", remedy)
+
+
+def _trained_sha256(checkpoint: Path) -> str | None:
+    """SHA-256 that a file had before `pmm calibrate` rewrote it; None if it did not, or the file cannot be read."""
+    with suppress(ModelError, ImportError):
+        from pmm_edge.model.checkpoint import load_checkpoint
+
+        return load_checkpoint(checkpoint).spec.checkpoint_sha256
+    return None
 
 
 def _check_reference(reference: Subject, models: Sequence[Subject]) -> None:

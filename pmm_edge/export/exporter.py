@@ -319,7 +319,7 @@ def export(
             "onnxruntime": onnxruntime.__version__,
             "opset": str(graph_opset),
         }
-        quantization, digest = spec.quantization, sha256(source)
+        quantization, digest = spec.quantization, loaded.spec.checkpoint_sha256 or sha256(source)
         spec = replace(loaded.spec, precision=precision, quantization=quantization, checkpoint_sha256=digest)
         spec = replace(spec, normalized_output=normalize_output, tools=tools)
         if normalize_output:  # the Euclidean distance of such embeddings ranks as their cosine does

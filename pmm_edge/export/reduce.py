@@ -77,7 +77,7 @@ def reduce_checkpoint(
     people = np.flatnonzero(dataset.train.pids > DISTRACTOR_PID)
     paths = [dataset.train.paths[people[place]] for place in evenly(len(people), MAX_IMAGES)]
     _check_number(len(paths), size, source)
-    origin, fingerprint = sha256(path), dataset.fingerprint()
+    origin, fingerprint = spec.checkpoint_sha256 or sha256(path), dataset.fingerprint()
     as_run = AboutRun(out.parent.name, str(source.resolve()), __version__, layout)
     if kept := _kept(out, (size, whiten, origin, fingerprint)):
         write_about_run(out.parent, as_run)  # the data set may have moved
@@ -115,6 +115,7 @@ def reduce_checkpoint(
         retrieval=reduction.after,
         retrieval_cosine=reduction.after_cosine,
         calibration=_thresholds(dataset, after, report),
+        checkpoint_sha256=None,  # of the full network, if it was calibrated
         reduction=reduction,
     )
     layer = {f"projection.{name}": tensor for name, tensor in projection.state_dict().items()}

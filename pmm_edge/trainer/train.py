@@ -204,6 +204,7 @@ def train(
         network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
         about_spec = feed.num_classes, dataset.name, teacher_sha256
         spec = checkpoint.spec if checkpoint else model_spec(chosen, network, *about_spec)
+        spec = replace(spec, checkpoint_sha256=None)  # of a checkpoint that was calibrated, and is trained further
         position: Position = checkpoint.training["position"] if checkpoint else Position()
         if world.leads:
             for name in (CONFIG, LAST, BEST):  # the other files are written again at once

@@ -2,16 +2,20 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import pmm_edge
+from pmm_edge.bench import parity
 from pmm_edge.bench.calibrate import calibrate
 from pmm_edge.errors import DataError, ModelError, PmmWarning
 from pmm_edge.export import export
-from pmm_edge.model import load_checkpoint
+from pmm_edge.files import sha256
+from pmm_edge.gallery.inputs import EmbeddingModel
+from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.runtime.certificate import certificate_path
 
 DISTANCES = ("euclidean", "cosine")
@@ -34,7 +38,8 @@ def normalized(calibrated):
 def test_only_the_spec_of_a_checkpoint_changes(calibrated, tiny_checkpoint, crowd):
     before, after = load_checkpoint(tiny_checkpoint), load_checkpoint(calibrated)
     assert before.spec.calibration is None
-    assert replace(after.spec, calibration=None) == before.spec
+    assert replace(after.spec, calibration=None, checkpoint_sha256=None) == before.spec
+    assert after.spec.checkpoint_sha256 == sha256(tiny_checkpoint)
     assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
     found = after.spec.calibration
     assert (found.dataset, found.identities, found.impostor_pairs) == (crowd.name, 20, 60 * 19 * 2)
@@ -42,6 +47,28 @@ def test_only_the_spec_of_a_checkpoint_changes(calibrated, tiny_checkpoint, crow
     with pytest.raises(ModelError):
         calibrate(calibrated, crowd)  # as by any other command
     certificate_path(calibrated).unlink()
+
+
+def test_exports_and_galleries_of_before_belong_to_the_calibrated_checkpoint(
+    tiny_checkpoint, crowd, tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path(shutil.copy(tiny_checkpoint, tmp_path / "best.pt"))
+    before = export(checkpoint, out=tmp_path / "before.onnx").files[0].path
+    calibrate(checkpoint, crowd)
+    after = export(checkpoint, out=tmp_path / "after.onnx").files[0].path
+    assert sha256(checkpoint) != sha256(tiny_checkpoint)
+    for path in (checkpoint, after):
+        assert EmbeddingModel.of(pmm_edge.load(path, "cpu")).sha256 == sha256(tiny_checkpoint), "that of its galleries"
+    monkeypatch.setattr(parity, "check_batches", lambda *args: [])
+    quick = {"data": tiny_dataset, "limit": 2, "parity_only": True, "device": "cpu"}
+    report = pmm_edge.bench(before, **quick).report
+    assert Path(report.reference.path) == checkpoint and not report.models[0].failures
+    saved = load_checkpoint(checkpoint)
+    weights = {name: tensor + 1 for name, tensor in saved.weights.items()}
+    save_checkpoint(checkpoint, replace(saved, weights=weights, spec=replace(saved.spec, checkpoint_sha256=None)))
+    with pytest.raises(ModelError, match=sha256(tiny_checkpoint)):
+        pmm_edge.bench(before, **quick)
 
 
 def test_exports_carry_the_thresholds_and_keep_them(calibrated, normalized, crowd, tmp_path):
@@ -109,7 +136,9 @@ def test_commands(pmm, calibrated, normalized, crowd):
     assert facts["written"] is False
     assert [entry["fmr"] for entry in facts["refused"]] == [1e-3, 1e-4]
     assert facts["calibration"]["euclidean"]["thresholds"][0]["fmr"] == 0.01
+    trained = load_checkpoint(calibrated).spec.checkpoint_sha256
     shown = pmm("calibrate", calibrated, crowd).ok
+    assert load_checkpoint(calibrated).spec.checkpoint_sha256 == trained, "also if it is calibrated again"
     assert "0.01" in shown.stdout and "pmm export" in shown.stderr
     images = sorted((crowd / "query").iterdir())
     for other, code in ((images[0], 0), (images[-1], 1)):

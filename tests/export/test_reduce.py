@@ -175,6 +175,9 @@ def test_reduced_checkpoint_is_kept_until_checkpoint_or_data_change(run: Path, c
     full = load_checkpoint(folder / "best.pt")
     save_checkpoint(folder / "best.pt", replace(full, spec=replace(full.spec, tools={"another": "1"})))
     assert reduce().reduction.checkpoint_sha256 == sha256(folder / "best.pt") != first.reduction.checkpoint_sha256
+    save_checkpoint(folder / "best.pt", replace(full, spec=replace(full.spec, checkpoint_sha256="b" * 64)))
+    of_calibrated = reduce()  # which is known by the SHA-256 from before its calibration
+    assert (of_calibrated.checkpoint_sha256, of_calibrated.reduction.checkpoint_sha256) == (None, "b" * 64)
     reduced.write_bytes(b"damaged")
     assert reduce().embedding_size == 3
 

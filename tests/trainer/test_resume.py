@@ -59,6 +59,8 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, killed, moment, number, re
     if reached:
         position = load_checkpoint(folder / "last.pt").training["position"]
         assert (position["epoch"], position["step"], position["evaluated"]) == reached
+        last = load_checkpoint(folder / "last.pt")  # as after pmm calibrate: the weights will be others
+        save_checkpoint(folder / "last.pt", replace(last, spec=replace(last.spec, checkpoint_sha256="a" * 64)))
     else:
         assert not list(folder.glob("*.pt"))
     assert train(resume=folder).finished
