@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What an edge box does, and the tests that need no torch, with the lowest allowed version of every base dependency:
+# What an edge box does, and the tests that need no torch, with the lowest allowed version of every base dependency and
+# of the extra gallery:
 #     tests/lowest_versions.sh [PYTHON]
 # FULL (.venv/bin/python, as `make install` creates it) exports the networks. Takes some minutes and the package index.
 set -euo pipefail
@@ -24,6 +25,8 @@ lowest = [line.replace(">=", "==", 1) for line in (*project["dependencies"], *pr
 tools = [line for line in lowest if line.partition("==")[0] in ("matplotlib", "onnx", "tomli-w")]  # of the tests
 (work / "base.txt").write_text("\n".join(lowest[: len(project["dependencies"])]))
 (work / "tests.txt").write_text("\n".join([*tools, "pytest"]))
+extras = [line for name in ("gallery", "parquet") for line in project["optional-dependencies"][name]]
+(work / "gallery.txt").write_text("\n".join(line.replace(">=", "==", 1) for line in extras))
 checkpoint = write_tiny_checkpoint(work / "best.pt")
 for form in ("uint8", "raw"):
     export(checkpoint, out=work / f"{form}.onnx", input_form=form)
@@ -50,4 +53,8 @@ grep "error: .* torch, torchvision" "$work/error"
 pip install --quiet -r "$work/tests.txt" -c "$work/base.txt"
 others='^(import|from) (torch|safetensors|pyarrow|openvino|qdrant_client|gallery|grpc|tritonclient|broken|pmm_edge\.(model|pictures\.attention))\b'
 mapfile -t files < <(grep -LE "$others" $(find tests -name 'test_*.py' -not -path 'tests/trainer/*' | sort))
-PMM_TINY_ONNX=$work/uint8.onnx "$work/venv/bin/python" -m pytest -m "not torch and not gpu" "${files[@]}"
+export PMM_TINY_ONNX=$work/uint8.onnx
+"$work/venv/bin/python" -m pytest -m "not torch and not gpu" "${files[@]}"
+
+pip install --quiet -r "$work/gallery.txt" -c "$work/base.txt"
+"$work/venv/bin/python" -m pytest -m "not torch and not gpu" tests/gallery
