@@ -5,9 +5,9 @@ The reduced network is a checkpoint in a run folder of its own, `RUN/reduced-256
 like any other: it has its own retrieval figures and decision thresholds.
 
 The axes are those of PCA, the eigenvectors of the covariance, largest variance first. The mean is not subtracted from
-the embeddings, though. Euclidean distances do not depend on it. Cosines do: without it they approximate those of the
-full embedding, and on the quickstart's network they retrieve slightly better (docs/reduction.md). Whitened embeddings
-are centered, as scikit-learn's `PCA(whiten=True)` does, which retrieves better by cosine there.
+the embeddings, though. Euclidean distances do not depend on it. Cosines do: without the subtraction they approximate
+those of the full embedding, and mAP by cosine is slightly higher on the quickstart's network (docs/reduction.md).
+Whitened embeddings are centered, as those of scikit-learn's `PCA(whiten=True)`, which is better by cosine.
 """
 
 import warnings
