@@ -12,6 +12,7 @@ from typing import Any, Literal
 import typer
 from rich.markup import escape
 
+import pmm_edge
 from pmm_edge import __version__, render
 from pmm_edge.cli_gallery import gallery_app
 from pmm_edge.cli_options import (
@@ -101,10 +102,10 @@ def train(
         print_plain((read_run_config(resume) if resume else choose_config(preset, config, given)).to_toml())
         return
     note("[dim]loading torch[/]")
-    from pmm_edge.trainer.train import train as run
-
     with progress() as report:
-        result = run(data, preset=preset, config=config, layout=layout, out=out, resume=resume, report=report, **given)
+        result = pmm_edge.train(
+            data, preset=preset, config=config, layout=layout, out=out, resume=resume, report=report, **given
+        )
     if not in_torchrun() or os.environ["RANK"] == "0":  # one of several processes prints
         print_json(result) if as_json else render.show_training(result)
     if not result.finished:
@@ -168,10 +169,8 @@ def export(
     - `pmm export model.onnx --deepstream tracker/ --triton models/`
     """
     arguments = parameters_of(locals()) | {"checkpoint": _or_newest(checkpoint)}
-    from pmm_edge.export.exporter import export as run
-
     with progress() as report:
-        result = run(**arguments, report=report)
+        result = pmm_edge.export(**arguments, report=report)
     print_json({**vars(result), "failures": list(map(str, result.failures))}) if as_json else render.show_export(result)
     for failure in result.failures[:-1]:
         note(f"[red]error:[/] {escape(str(failure))}")
@@ -237,7 +236,6 @@ def bench(
             raise CheckFailedError("; ".join(one.sentence for one in found.regressions), f"See {compare[1]}")
         note("[green]ok:[/] nothing is worse beyond noise")
         return
-    from pmm_edge.bench.pipeline import bench as run
     from pmm_edge.bench.report import Gates
     from pmm_edge.bench.tables import verdict
 
@@ -247,7 +245,7 @@ def bench(
     except ValueError as error:
         raise PmmError(f"--batch-sizes is '{batch_sizes}'", "Write, for example, --batch-sizes 1,8") from error
     with progress() as report:
-        result = run(**arguments, gates=gates, report=report)
+        result = pmm_edge.bench(**arguments, gates=gates, report=report)
     if as_json:
         print_json({"passed": result.report.passed, **vars(result.report)})
     render.show_bench(result, tables=not as_json)
@@ -346,10 +344,8 @@ def calibrate(
     - `pmm calibrate best.pt /data/our-cameras -o thresholds.png`
     """
     arguments = parameters_of(locals()) | {"model": _or_newest(model)}
-    from pmm_edge.bench.calibrate import calibrate as run
-
     with progress() as report:
-        result = run(**arguments, report=report)
+        result = pmm_edge.calibrate(**arguments, report=report)
     print_json(render.calibration_facts(result)) if as_json else render.show_calibration(result)
     render.show_written(out)
 
@@ -371,10 +367,8 @@ def match(
     - `pmm match model.onnx a.jpg b.jpg`
     - `pmm match model.onnx a.jpg b.jpg --fmr 0.01 --distance cosine && echo same`
     """
-    from pmm_edge.runtime import load
-
     try:
-        found = load(model, device).match(first, second, fmr, distance)
+        found = pmm_edge.load(model, device).match(first, second, fmr, distance)
     except PmmError as error:
         error.exit_code = 2  # 1 means different people
         raise
@@ -418,28 +412,22 @@ def embed(
     - `pmm embed model.onnx /data/tars -o embeddings/ --dtype float16`
     - `pmm embed model.onnx s3://bucket/tars -o s3://bucket/embeddings --ray auto`
     """
-    many = ("dtype", "shard_rows", "ray", "workers")
-    arguments, local = parameters_of(locals(), "many", *many), locals()
-    of_shards: dict[str, Any] = {name: local[name] for name in many if local[name] is not None}
-    is_folder = "://" in out or not Path(out).suffix
-    with progress() as report:
-        if is_folder:
-            if arguments.pop("tracklets"):
-                raise PmmError(f"--tracklets cannot write the folder {out}", "Write a .npz or .parquet file")
-            from pmm_edge.runtime.shards import embed_shards
-
-            shards = embed_shards(**arguments, **of_shards, report=report)
-        elif of_shards:
-            option = f"--{min(of_shards).replace('_', '-')}"
-            raise PmmError(f"{option} is for a folder of shards, not for {out}", "Name -o FOLDER")
-        else:
-            from pmm_edge.runtime.embed_files import embed_files
-
-            found = embed_files(**arguments, skip_bad=True, report=report)
-    if is_folder:
+    arguments = parameters_of(locals(), "dtype", "shard_rows", "ray", "workers", "tracklets")
+    many = {"dtype": dtype, "shard_rows": shard_rows, "ray": ray, "workers": workers}
+    of_shards: dict[str, Any] = {name: value for name, value in many.items() if value is not None}
+    if "://" in out or not Path(out).suffix:
+        if tracklets:
+            raise PmmError(f"--tracklets cannot write the folder {out}", "Write a .npz or .parquet file")
+        with progress() as report:
+            shards = pmm_edge.embed_shards(**arguments, **of_shards, report=report)
         print_json(render.shard_facts(shards)) if as_json else render.show_shards(shards)
-    else:
-        print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)
+        return
+    if of_shards:
+        option = f"--{min(of_shards).replace('_', '-')}"
+        raise PmmError(f"{option} is for a folder of shards, not for {out}", "Name -o FOLDER")
+    with progress() as report:
+        found = pmm_edge.embed_files(**arguments, tracklets=tracklets, skip_bad=True, report=report)
+    print_json(render.embedding_facts(found, model, out)) if as_json else render.show_embedded(found, out)
 
 
 app.add_typer(gallery_app, name="gallery", rich_help_panel="Commands")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+import pmm_edge
 from pmm_edge import render
 from pmm_edge.cli_options import Device, Json, Layout, arg, opt, out_opt
 from pmm_edge.console import print_json, progress
@@ -46,10 +47,8 @@ def gallery_add(
     - `pmm gallery add people crops/ --model model.onnx --camera lobby`
     - `pmm gallery add people embeddings.npz`
     """
-    from pmm_edge.gallery import open_gallery
-
     with progress() as report:
-        opened = open_gallery(gallery, model, distance=distance, dtype=dtype, device=device)
+        opened = pmm_edge.open_gallery(gallery, model, distance=distance, dtype=dtype, device=device)
         done = opened.add(source, pids=pid, cameras=camera, times=time, layout=layout, split=split, report=report)
     print_json(done) if as_json else render.show_added(done, gallery)
 
@@ -76,12 +75,10 @@ def gallery_search(
 
     - `pmm gallery search people query.jpg --model model.onnx --camera lobby --since 2026-11-27`
     """
-    from pmm_edge.gallery import open_gallery
-
     if out:
         check_output(out, (".png", ".jpg"))
     with progress() as report:
-        opened = open_gallery(gallery, model, device=device)
+        opened = pmm_edge.open_gallery(gallery, model, device=device)
         found = opened.search(
             query, top=top, cameras=camera or None, since=since, before=before, fmr=fmr, exact=exact, report=report
         )
@@ -106,10 +103,8 @@ def gallery_delete(
     - `pmm gallery delete people --pid 7`
     - `pmm gallery delete people --older-than 30d`
     """
-    from pmm_edge.gallery import open_gallery
-
     with progress() as report:
-        opened = open_gallery(gallery)
+        opened = pmm_edge.open_gallery(gallery)
         count = opened.delete(pids=pid or None, sources=source or None, older_than=older_than, report=report)
     facts = {"deleted": count, "rows": opened.info().rows}
     print_json(facts) if as_json else render.show_deleted(**facts)
@@ -122,7 +117,5 @@ def gallery_info(
     as_json: Json = False,
 ) -> None:
     """Describe a gallery: rows, identities, cameras, times, model and index."""
-    from pmm_edge.gallery import open_gallery
-
-    found = open_gallery(gallery).info(check)
+    found = pmm_edge.open_gallery(gallery).info(check)
     print_json(found) if as_json else render.show_gallery(found)

@@ -343,10 +343,7 @@ def shard_facts(found: EmbeddedShards) -> dict[str, Any]:
 
 def show_shards(found: EmbeddedShards) -> None:
     """Print what a folder of embeddings contains now, and how fast this run was."""
-    for image in found.skipped:
-        note(f"[red]skipped:[/] {escape(f'{image.path}: {image.reason}')}")
-    if found.bad > len(found.skipped):
-        note(f"[red]skipped:[/] {found.bad:,} in all; {escape(f'{found.folder}/_bad')} lists them")
+    _show_unreadable("skipped", found.skipped, f"{found.folder}/_bad lists", found.bad)
     manifest, kept = found.manifest, f", {found.kept:,} of them by an earlier run" if found.kept else ""
     skipped = f", {found.bad:,} skipped" if found.bad else ""
     size = f"{found.rows:,} × {manifest.spec.embedding_size:,} {manifest.dtype}{skipped}"
@@ -355,11 +352,11 @@ def show_shards(found: EmbeddedShards) -> None:
         note(f"[dim]{found.embedded / found.seconds:,.1f} images/s in {found.backend} on {found.device}[/]")
 
 
-def _show_unreadable(label: str, bad: Sequence[BadImage]) -> None:
+def _show_unreadable(label: str, bad: Sequence[BadImage], listed: str = "--json lists", count: int = 0) -> None:
     for image in bad[:LISTED]:
         note(f"[red]{label}:[/] {escape(f'{image.path}: {image.reason}')}")
-    if len(bad) > LISTED:
-        note(f"[red]{label}:[/] and {len(bad) - LISTED:,} more; --json lists all of them")
+    if (more := max(count, len(bad)) - LISTED) > 0:
+        note(f"[red]{label}:[/] and {more:,} more; {escape(listed)} all of them")
 
 
 def show_album(album: Album) -> None:

@@ -20,7 +20,7 @@ from pmm_edge.errors import DataError, PmmWarning
 from pmm_edge.files import decode_json, encode_json, utf8_path, written_whole
 from pmm_edge.runs import AboutRun, about_run, new_run_folder, run_of
 from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import find_images
+from pmm_edge.runtime.listing import find_images
 from pmm_edge.trainer.logging import Journal
 
 ODD = os.fsdecode(b"caf\xe9\x1b[31m\n\xe2\x80\xae")

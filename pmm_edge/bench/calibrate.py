@@ -9,7 +9,7 @@ from pmm_edge.data.checks import warn_of_choices
 from pmm_edge.data.dataset import data_sha256, scan, warn_ignored
 from pmm_edge.errors import DataError
 from pmm_edge.files import check_place
-from pmm_edge.retrieval.thresholds import FoundThresholds, in_camera_order, refused_rates
+from pmm_edge.retrieval.thresholds import FoundThresholds, People, refused_rates
 from pmm_edge.runs import data_of, resolve_checkpoint, run_of
 from pmm_edge.runtime import load
 from pmm_edge.runtime.certificate import certificate_path, open_model
@@ -69,8 +69,7 @@ def calibrate(
         check_place(path)
     file = open_model(path)
     embedder, judged = load(file, device), dataset.without_junk()
-    query, gallery = judged.query, judged.gallery
-    refused_rates(in_camera_order(query.pids, gallery.pids, query.camids, gallery.camids)[2])  # before all the work
+    refused_rates(People(*judged.labels))  # before all the work
     embedded = embed_dataset(embedder, judged, report=report)
     digest = data_sha256([*dataset.query.paths, *dataset.gallery.paths], dataset.root, report)
     found = dataset_thresholds(judged, embedded.embeddings, digest, report)

@@ -1,8 +1,6 @@
 """Decisions: which pairs of images a model calls the same person at the thresholds of its spec (docs/parity.md)."""
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -11,8 +9,8 @@ from numpy.typing import NDArray
 from pmm_edge.bench.report import Change, ChangedPair, Decision, Decisions, Failure, FailureKind, Gates
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset
-from pmm_edge.retrieval.distances import both_distances
-from pmm_edge.retrieval.thresholds import People, in_camera_order
+from pmm_edge.retrieval.distances import both_distances, positive_lengths
+from pmm_edge.retrieval.thresholds import People
 from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.spec import Calibration, Distance, Threshold
 
@@ -20,12 +18,11 @@ LISTED = 3
 """Number of changed pairs that a report names for each threshold."""
 
 
-class _Tally:
+class _Matches:
     """Pairs that the reference (index 0) and the model (index 1) match at one threshold."""
 
-    def __init__(self, threshold: Threshold, people: People, queries: Sequence[Path], gallery: Sequence[Path]) -> None:
-        """Take the people and the paths of rows and columns."""
-        self.threshold, self.people, self.queries, self.gallery = threshold, people, queries, gallery
+    def __init__(self, threshold: Threshold, people: People, dataset: ReidDataset) -> None:
+        self.threshold, self.people, self.dataset = threshold, people, dataset
         self.impostors = np.zeros((2, people.known, people.units), np.int64)
         self.genuine = np.zeros((2, people.known), np.int64)
         self.changed = 0
@@ -46,8 +43,9 @@ class _Tally:
         margin = np.abs(pair[:, changed] - self.threshold.distance).min(axis=0)
         for index in np.argsort(-margin, kind="stable")[:LISTED]:
             place = changed[index]
-            images = str(self.queries[row[place]]), str(self.gallery[column[place]])
-            found = ChangedPair(*images, bool(genuine[place]), float(pair[0, place]), float(pair[1, place]))
+            query = str(self.dataset.query.paths[people.rows[row[place]]])
+            image = str(self.dataset.gallery.paths[people.columns[column[place]]])
+            found = ChangedPair(query, image, bool(genuine[place]), float(pair[0, place]), float(pair[1, place]))
             self.worst.append((float(margin[index]), found))
         self.worst = sorted(self.worst, key=lambda entry: -entry[0])[:LISTED]
 
@@ -93,17 +91,16 @@ def compare_decisions(
     different cameras, without junk. Intervals are from a bootstrap over people in which both models are judged on the
     same draws, so that the difficulty of people cancels out.
     """
-    query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
-    rows, columns, people = in_camera_order(query.pids, gallery.pids, query.camids, gallery.camids)
-    row_pids, column_pids = query.pids[rows], gallery.pids[columns]
-    images = [query.paths[row] for row in rows], [gallery.paths[column] for column in columns]
+    query, gallery, people = dataset.query, dataset.gallery, People(*dataset.labels)
+    row_pids, column_pids = query.pids[people.rows], gallery.pids[people.columns]
     tallies = {
-        name: [_Tally(one, people, *images) for one in getattr(calibration, name).thresholds]
+        name: [_Matches(one, people, dataset) for one in getattr(calibration, name).thresholds]
         for name in get_args(Distance)
     }
     farthest = [np.float32(max(one.threshold.distance for one in found)) for found in tallies.values()]
-    sides = [(one[:count][rows], one[count:][columns]) for one in (reference, candidate)]
-    for (start, *before), (_, *now) in zip(*(both_distances(*side) for side in sides), strict=True):
+    sides = [(one[people.rows], one[len(query) + people.columns]) for one in (reference, candidate)]
+    both = [both_distances(*side, *map(positive_lengths, side)) for side in sides]
+    for (start, *before), (_, *now) in zip(*both, strict=True):
         for found, limit, *pair in zip(tallies.values(), farthest, before, now, strict=True):
             for row, (first, last) in enumerate(people.same_camera[start : start + len(pair[0])]):
                 pair[0][row, first:last] = pair[1][row, first:last] = np.inf
@@ -112,7 +109,7 @@ def compare_decisions(
             same_person, distances = row_pids[row_index] == column_pids[column_index], np.stack([d[near] for d in pair])
             for tally in found:
                 tally.add(row_index, column_index, same_person, distances)
-        report("decisions", start + len(before[0]), len(rows))
+        report("decisions", start + len(before[0]), len(people.rows))
     decisions = [tally.decision(name) for name, found in tallies.items() for tally in found]
     same_images = calibration.data_sha256 == data_sha256
     return Decisions(calibration.dataset, same_images, int(people.genuine.sum()), people.impostors, decisions)

@@ -37,7 +37,8 @@ from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve
 from pmm_edge.runtime import embed_files, load
 from pmm_edge.runtime.certificate import open_model
 from pmm_edge.runtime.cuda import GpuError, NotOnThisMachineError
-from pmm_edge.runtime.embed_files import cosine_figures, evaluate_dataset, find_images
+from pmm_edge.runtime.embed_files import cosine_figures, evaluate_dataset
+from pmm_edge.runtime.listing import find_images
 
 
 @dataclass(frozen=True)

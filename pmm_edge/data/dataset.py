@@ -130,6 +130,11 @@ class ReidDataset:
     def splits(self) -> dict[str, Split]:
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
+    @property
+    def labels(self) -> tuple[NDArray[np.int64], ...]:
+        """Query pids, gallery pids, query camids and gallery camids, in the order of `pmm_edge.evaluate`."""
+        return self.query.pids, self.gallery.pids, self.query.camids, self.gallery.camids
+
     def without_junk(self) -> ReidDataset:
         """What an evaluation needs to read: no metric counts junk in the gallery."""
         return replace(self, gallery=self.gallery.select(np.flatnonzero(self.gallery.pids != JUNK_PID)))

@@ -80,47 +80,40 @@ class View:
     """The files of one manifest, mapped into memory."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.manifest, size = manifest, manifest.model.spec.embedding_size
-        stored = np.dtype(manifest.dtype)
+        self.folder, self.manifest = folder / "data", manifest
+        size, stored = manifest.model.spec.embedding_size, np.dtype(manifest.dtype)
         self.maps, self.vectors, self.texts, self.files = [], [], [], list[int]()
         tables = [np.empty(0, ROW)]
         for segment in manifest.segments:
             sizes = (segment.rows * size * stored.itemsize, segment.rows * ROW.itemsize, segment.text)
-            paths = [folder / "data" / f"{segment.name}{suffix}" for suffix in SUFFIXES]
+            paths = [self.folder / f"{segment.name}{suffix}" for suffix in SUFFIXES]
             vectors, rows, text = map(_map, paths, sizes)
             for path, content, checksum in zip(paths[1:], (rows, text), segment.checksums[1:], strict=True):
-                if zlib.crc32(content) != checksum:
-                    raise DataError(f"{path} is damaged: its checksum does not match", DAMAGED)
+                _verify(path, content, checksum)
             self.maps.append(vectors)
             self.files.append(os.open(paths[0], os.O_RDONLY))
             weakref.finalize(self, os.close, self.files[-1])
             self.vectors.append(np.frombuffer(vectors, stored).reshape(segment.rows, size))
             self.texts.append(text)
             tables.append(np.frombuffer(rows, ROW))
-        table = np.concatenate(tables)
-        self.ends, self.pids, self.times, self.cameras = (
-            table[name].copy() for name in ("end", "pid", "time", "camera")
-        )
-        self.numbers, self.ids = table["number"].astype(np.int64), table["id"].copy()
+        self.table = np.concatenate(tables)
+        self.pids, self.times, self.cameras = (self.table[name].copy() for name in ("pid", "time", "camera"))
+        self.numbers = self.table["number"].astype(np.int64)
         self.starts = np.cumsum([0, *(segment.rows for segment in manifest.segments)])
-        self._index = _map(folder / "data" / f"{manifest.index.name}.index") if manifest.index else b""
-        self.index_path = folder / "data" / f"{manifest.index and manifest.index.name}.index"
+        self._index = _map(self.folder / f"{manifest.index.name}.index") if manifest.index else b""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.table)
 
     def load_index(self) -> Any:
+        """Read the index, to change it."""
         import faiss
 
         assert self.manifest.index
-        if zlib.crc32(self._index) != self.manifest.index.checksum:
-            raise DataError(f"{self.index_path} is damaged: its checksum does not match", DAMAGED)
+        _verify(self.folder / f"{self.manifest.index.name}.index", self._index, self.manifest.index.checksum)
         return faiss.deserialize_index(np.frombuffer(self._index, np.uint8))
 
-    @cached_property
-    def index(self) -> Any:
-        """The index to search."""
-        return self.load_index()
+    index = cached_property(load_index)  # to search it
 
     def take(self, positions: NDArray[np.int64]) -> Embeddings:
         """The vectors at some ascending positions: (N,) -> (N, D) float32.
@@ -135,13 +128,10 @@ class View:
         segments = np.searchsorted(self.starts, positions, side="right") - 1
         breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(segments) != 0)) + 1
         for first, stop in pairwise([0, *breaks.tolist(), len(positions)]):
-            segment = int(segments[first])
-            while first < stop:
-                offset = int(positions[first] - self.starts[segment]) * width
-                read = os.preadv(self.files[segment], [content[first * width : stop * width]], offset) // width
-                if not read:
-                    raise DataError(f"the vectors of {self.manifest.segments[segment].name} are truncated", DAMAGED)
-                first += read
+            segment, run = int(segments[first]), content[first * width : stop * width]
+            offset = int(positions[first] - self.starts[segment]) * width
+            if os.preadv(self.files[segment], [run], offset) < len(run):
+                raise DataError(f"the vectors of {self.manifest.segments[segment].name} are truncated", DAMAGED)
         return taken.astype(np.float32, copy=False)
 
     def chunks(self, positions: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Embeddings]]:
@@ -193,20 +183,20 @@ class View:
             wanted = set(map(os.fsencode, where.sources))
             matches = []
             for text, (first, stop) in zip(self.texts, pairwise(self.starts), strict=True):
-                content, ends = bytes(text), self.ends[first:stop].tolist()
+                content, ends = bytes(text), self.table["end"][first:stop].tolist()
                 matches += [content[start:end] in wanted for start, end in pairwise([0, *ends])]
             masks.append(np.array(matches, np.bool_))
         return np.logical_and.reduce(masks) if masks else None
 
     def source(self, position: int) -> bytes:
         segment = int(np.searchsorted(self.starts, position, side="right")) - 1
-        start = self.ends[position - 1] if position > self.starts[segment] else 0
-        return self.texts[segment][int(start) : int(self.ends[position])]
+        start = self.table["end"][position - 1] if position > self.starts[segment] else 0
+        return self.texts[segment][int(start) : int(self.table["end"][position])]
 
     def hit(self, position: int, distance: float) -> Hit:
-        number, pid, time = (values[position].item() for values in (self.ids, self.pids, self.times))
-        camera, source = self.manifest.cameras[self.cameras[position]], os.fsdecode(self.source(position))
-        return Hit.of(distance, number, pid, camera, time, source)
+        row, source = self.table[position], os.fsdecode(self.source(position))
+        camera = self.manifest.cameras[row["camera"]]
+        return Hit.of(distance, int(row["id"]), int(row["pid"]), camera, float(row["time"]), source)
 
 
 class FolderGallery(Gallery):
@@ -247,7 +237,7 @@ class FolderGallery(Gallery):
                     raise DataError(f"{error.filename} is missing", DAMAGED) from error
                 continue
             self.model, self.distance, self.dtype = manifest.model, manifest.distance, manifest.dtype
-            self._sorted_ids = np.sort(self._view.ids)
+            self._sorted_ids = np.sort(self._view.table["id"])
             return
 
     @property
@@ -326,7 +316,6 @@ class FolderGallery(Gallery):
             part = slice(start, start + SEGMENT_ROWS - segments[-1].rows)
             piece = table[part]
             piece["number"] = manifest.next_number + np.arange(len(piece))
-            piece["end"] = segments[-1].text + np.cumsum([len(text) for text in texts[part]])
             with self._reported():
                 segments[-1] = self._extend(segments[-1], rows.embeddings[part], piece, texts[part])
             start += len(piece)
@@ -338,7 +327,8 @@ class FolderGallery(Gallery):
         self._sorted_ids = np.insert(self._sorted_ids, np.searchsorted(self._sorted_ids, new), new)
 
     def _extend(self, segment: Segment, vectors: Embeddings, table: NDArray[Any], texts: list[bytes]) -> Segment:
-        """Write rows after those of a segment."""
+        """Write rows after those of a segment, where their sources end as well."""
+        table["end"] = segment.text + np.cumsum([len(text) for text in texts])
         vectors = np.ascontiguousarray(vectors, self.dtype)
         contents: list[Any] = [vectors.reshape(-1).view(np.uint8), table.tobytes(), b"".join(texts)]
         offsets = (segment.rows * vectors.itemsize * vectors.shape[1], segment.rows * ROW.itemsize, segment.text)
@@ -424,7 +414,7 @@ class FolderGallery(Gallery):
             positions = first + np.flatnonzero(~mask[first:stop])
             with self._reported():
                 for part, vectors in view.chunks(positions):
-                    new = self._extend(new, vectors, *self._table(part, new.text))
+                    new = self._extend(new, vectors, view.table[part], [view.source(one) for one in part.tolist()])
             kept += [new] if new.rows else []
         numbers = view.numbers[mask]
         if (facts := manifest.index) and (gone := numbers[numbers < facts.below]).size:
@@ -443,22 +433,11 @@ class FolderGallery(Gallery):
         self._finish(report)
         return int(mask.sum())
 
-    def _table(self, positions: NDArray[np.int64], text: int) -> tuple[NDArray[Any], list[bytes]]:
-        """The labels of some rows, whose sources start at a byte of their new segment."""
-        view, table = self.view, np.empty(len(positions), ROW)
-        texts = [view.source(position) for position in positions.tolist()]
-        names = {"number": view.numbers, "id": view.ids, "pid": view.pids, "time": view.times, "camera": view.cameras}
-        for name, values in names.items():
-            table[name] = values[positions]
-        table["end"] = text + np.cumsum([len(one) for one in texts])
-        return table, texts
-
     def info(self, check: bool = False) -> GalleryInfo:
         view, model = self.view, self._existing()
         for segment, pages in zip(view.manifest.segments, view.maps, strict=True):
-            if check and zlib.crc32(pages) != segment.checksums[0]:
-                path = self.folder / "data" / f"{segment.name}.vectors"
-                raise DataError(f"{path} is damaged: its checksum does not match", DAMAGED)
+            if check:
+                _verify(view.folder / f"{segment.name}.vectors", pages, segment.checksums[0])
         if check and view.manifest.index:
             view.load_index()
         oldest, newest = map(local_time, (view.times.min(), view.times.max())) if len(view) else (None, None)
@@ -467,6 +446,11 @@ class FolderGallery(Gallery):
         identities = int((np.unique(view.pids) >= 0).sum())
         counts = len(view), identities, cameras, oldest, newest, size, view.manifest.index
         return GalleryInfo(self.location, model, self.distance, self.dtype, *counts)
+
+
+def _verify(path: Path, content: Any, checksum: int) -> None:
+    if zlib.crc32(content) != checksum:
+        raise DataError(f"{path} is damaged: its checksum does not match", DAMAGED)
 
 
 def _map(path: Path, size: int | None = None) -> Any:

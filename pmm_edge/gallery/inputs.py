@@ -19,8 +19,8 @@ from pmm_edge.files import sha256
 from pmm_edge.images import BadImage
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID
 from pmm_edge.runtime import Embedder
+from pmm_edge.runtime.embed_files import embed_parts
 from pmm_edge.runtime.listing import ImageListing, unpacked
-from pmm_edge.runtime.shards import embed_parts
 from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
@@ -165,9 +165,9 @@ def image_rows(listing: ImageListing, what: str, report: Report) -> Iterator[Row
 def embed_rows(embedder: Embedder, rows: Rows, storage: Storage) -> tuple[Rows, list[BadImage]]:
     """Embed the images of one or more rows; leave out those that cannot be read, and list them."""
     parts = list(embed_parts(embedder, [rows.images.tolist()], None, storage))
-    bad = [BadImage(item.path, item.error) for part in parts for item in part.bad]
-    unreadable = {image.path for image in bad}
-    rows = rows.select(np.array([item.path not in unreadable for item in rows.images]))
+    items = [item for part in parts for item in part.items]
+    rows = rows.select(np.array([not item.error for item in items]))
+    bad = [BadImage(item.path, item.error) for item in items if item.error]
     return replace(rows, embeddings=np.concatenate([part.embeddings for part in parts])), bad
 
 

@@ -19,7 +19,7 @@ from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.galleries import TOP, gallery_grid
 from pmm_edge.runs import data_of, resolve_checkpoint, run_of
 from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import find_images
+from pmm_edge.runtime.listing import find_images
 
 if TYPE_CHECKING:
     from pmm_edge.pictures.attention import Overlap

@@ -64,20 +64,23 @@ def distance_blocks(
         yield start, squared if distance == "squared" else squared.astype(np.float32)
 
 
+def positive_lengths(features: NDArray[Any]) -> NDArray[np.float64]:
+    """Compute the L2 norms of checked features: (N, D) -> (N,). Raises DataError for embeddings of length 0."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
+    if not lengths.all():
+        problem = "some embeddings have length 0 and therefore no cosine"
+        raise DataError(problem, "Check the model: it has no output for these images")
+    return lengths
+
+
 def both_distances(
-    query: NDArray[Any], gallery: NDArray[Any]
+    query: NDArray[Any], gallery: NDArray[Any], row_lengths: NDArray[np.float64], column_lengths: NDArray[np.float64]
 ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
     """Yield `(first query, Euclidean distances, cosine distances)` of checked features, both (rows, G) float32.
 
-    One matrix product serves both. Raises DataError for embeddings of length 0.
+    One matrix product serves both. The lengths are those of `positive_lengths`.
     """
-    wide = gallery.astype(np.float64)
-    lengths = [np.sqrt(np.einsum("ij,ij->i", side, side, dtype=np.float64)) for side in (query, gallery)]
-    if not all(length.all() for length in lengths):
-        problem = "some embeddings have length 0 and therefore no cosine"
-        raise DataError(problem, "Check the model: it has no output for these images")
-    row_lengths, column_lengths = lengths
-    squares = column_lengths**2
+    wide, squares = gallery.astype(np.float64), column_lengths**2
     step, part = rows_per_block(len(gallery)), max(1, _CACHED // len(gallery))
     for block in range(0, len(query), step):
         products = (-2.0 * query[block : block + step].astype(np.float64)) @ wide.T

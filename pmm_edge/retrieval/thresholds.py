@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import DataError
-from pmm_edge.retrieval.distances import both_distances, check_pair
+from pmm_edge.retrieval.distances import both_distances, check_pair, positive_lengths
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, check_labels
 from pmm_edge.spec import Calibration, Distance, DistanceThresholds, Threshold
 
@@ -83,11 +83,18 @@ def find_thresholds(
     """
     query, gallery = check_pair(query_features, gallery_features)
     check_labels(labels, (len(query), len(gallery)))
-    rows, columns, people = in_camera_order(*labels)
+    people = People(*labels)
     refused = refused_rates(people)
     supported = [rate for rate in RATES if rate not in refused]
     nearest = _accepted(supported[0], people.impostors) + 1
-    tallies = _compare(query[rows], gallery[columns], people, nearest, report)
+    query, gallery = query[people.rows], gallery[people.columns]
+    lengths = positive_lengths(query), positive_lengths(gallery)
+    bounds: dict[Distance, float] = {"euclidean": lengths[0].max() + lengths[1].max(), "cosine": 2.0}
+    tallies = {name: _Tally(bound, len(people.genuine_row), nearest) for name, bound in bounds.items()}
+    for first, *distances in both_distances(query, gallery, *lengths):
+        for tally, part in zip(tallies.values(), distances, strict=True):
+            tally.add(part, first, people)
+        report("comparing pairs", first + len(distances[0]), len(query))
     found = {name: _thresholds(name, supported, tally, people) for name, tally in tallies.items()}
     calibration = Calibration(
         dataset=dataset,
@@ -112,25 +119,21 @@ def refused_rates(people: People) -> dict[float, int]:
     return refused
 
 
-def in_camera_order(*labels: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp], People]:
-    """Return the indices of queries and of gallery images that are in pairs, in the order of cameras, and the pairs.
+class People:
+    """Who is on rows and columns of the table of pairs: `rows` are indices of queries, `columns` of gallery images.
 
     Takes query pids, gallery pids, query camids and gallery camids. Raises DataError for fewer than two people.
     """
-    query_pids, gallery_pids, query_camids, gallery_camids = (np.asarray(each, np.int64) for each in labels)
-    # In this order, the gallery images of a query's own camera, which are no pairs, are one slice.
-    rows = np.flatnonzero(~np.isin(query_pids, (JUNK_PID, DISTRACTOR_PID)))
-    rows = rows[np.argsort(query_camids[rows], kind="stable")]
-    columns = np.flatnonzero(gallery_pids != JUNK_PID)
-    columns = columns[np.argsort(gallery_camids[columns], kind="stable")]
-    return rows, columns, People(query_pids[rows], gallery_pids[columns], query_camids[rows], gallery_camids[columns])
 
-
-class People:
-    """Who is on Q rows (queries) and G columns (gallery), both in the order of their cameras, and their pairs."""
-
-    def __init__(self, row_pids: NDArray[Any], column_pids: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]):
-        """Take pids and then camids of rows and columns."""
+    def __init__(self, *labels: ArrayLike) -> None:
+        query_pids, gallery_pids, query_camids, gallery_camids = (np.asarray(each, np.int64) for each in labels)
+        # In the order of cameras, the gallery images of a query's own camera, which are no pairs, are one slice.
+        kept = np.flatnonzero(~np.isin(query_pids, (JUNK_PID, DISTRACTOR_PID)))
+        self.rows = kept[np.argsort(query_camids[kept], kind="stable")]
+        kept = np.flatnonzero(gallery_pids != JUNK_PID)
+        self.columns = kept[np.argsort(gallery_camids[kept], kind="stable")]
+        row_pids, rows = query_pids[self.rows], query_camids[self.rows]
+        column_pids, columns = gallery_pids[self.columns], gallery_camids[self.columns]
         self.same_camera = np.stack([np.searchsorted(columns, rows, side) for side in ("left", "right")], axis=1)
         by_pid = np.argsort(column_pids, kind="stable")
         first, last = (np.searchsorted(column_pids[by_pid], row_pids, side) for side in ("left", "right"))
@@ -258,19 +261,6 @@ class _Tally:
 
     def histogram(self) -> PairHistogram:
         return PairHistogram(self.width, self._bins(self.genuine), self.impostor)
-
-
-def _compare(
-    query: NDArray[Any], gallery: NDArray[Any], people: People, nearest: int, report: Report
-) -> dict[Distance, _Tally]:
-    lengths = [np.sqrt(np.einsum("ij,ij->i", side, side, dtype=np.float64)).max() for side in (query, gallery)]
-    bounds: dict[Distance, float] = {"euclidean": sum(lengths), "cosine": 2.0}
-    tallies = {name: _Tally(bound, len(people.genuine_row), nearest) for name, bound in bounds.items()}
-    for first, *distances in both_distances(query, gallery):
-        for tally, part in zip(tallies.values(), distances, strict=True):
-            tally.add(part, first, people)
-        report("comparing pairs", first + len(distances[0]), len(query))
-    return tallies
 
 
 def _thresholds(name: Distance, rates: Sequence[float], tally: _Tally, people: People) -> DistanceThresholds:

@@ -1,102 +1,35 @@
-"""Embed image files: find them, decode them on threads, embed them in a fixed order, save or evaluate the result."""
+"""Embed image files: decode them on threads, embed them in a fixed order, save or evaluate the result."""
 
-import os
+from __future__ import annotations
+
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, find_files, is_dataset, no_images, read, warn_ignored
-from pmm_edge.errors import CheckFailedError, DataError, PmmError, install
-from pmm_edge.files import NOT_UTF8, check_output, sha256, written_whole
-from pmm_edge.images import IMAGE_SUFFIXES, IN_FIGURES, BadImage, Pixels, try_crop
+from pmm_edge.data.dataset import ReidDataset
+from pmm_edge.errors import CheckFailedError, DataError, PmmError, absent, install
+from pmm_edge.files import check_output, sha256, written_whole
+from pmm_edge.images import IN_FIGURES, BadImage, Pixels, try_crop
 from pmm_edge.machine import threads
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID, RetrievalResult, evaluate
 from pmm_edge.retrieval.thresholds import FoundThresholds, find_thresholds
 from pmm_edge.retrieval.tracklets import pool
 from pmm_edge.runtime.embedder import Embedder, Embeddings
+from pmm_edge.runtime.listing import ImageList, Item, find_images
+from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec, RetrievalFigures
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class ImageList:
-    """N image files to embed."""
-
-    source: str  # `image`, `folder`, `list`, `paths`, or the layout of a data set
-    paths: list[Path]
-    names: list[str]  # the paths as they are stored: relative to the folder or data set, or the lines of a list
-    labels: dict[str, NDArray[Any]] | None = None
-    """Of a data set, (N,) each: `pids` (-1 is junk, 0 a distractor), `camids`, and `split`: query, gallery or train;
-    `tracks`, the number of the tracklet, if it has tracklets; `frames` of pooled tracklets."""
-    dataset: ReidDataset | None = None
-
-
-def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
-    """Find the images to embed, without opening them.
-
-    `source` is an image; a folder, searched by `find_files`; a data set (`layout`, if it is not recognized); a text
-    file with one path per line, relative to its folder; or a sequence of paths. Raises DataError if it does not exist,
-    cannot be read, or contains no images.
-    """
-    if not isinstance(source, str | Path):
-        return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
-    source, ignored = Path(source), Counter[str]()
-    if layout or is_dataset(source):
-        dataset = read(source, layout)
-        splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
-        paths = [path for split in splits.values() for path in split.paths]
-        labels = {name: np.concatenate([getattr(one, name) for one in splits.values()]) for name in ("pids", "camids")}
-        labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
-        tracks = [split.tracks for split in splits.values() if split.tracks is not None]
-        if len(tracks) == len(splits):
-            labels["tracks"] = np.concatenate(tracks)
-        root = dataset.root.parent if dataset.root.is_file() else dataset.root
-        names = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
-        images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
-    elif source.is_dir():
-        try:
-            paths = find_files(source, deep=True, ignored=ignored)
-        except OSError as error:
-            raise DataError(f"cannot read {source}: {error.strerror}", "Check its permissions") from error
-        images = ImageList("folder", paths, [path.relative_to(source).as_posix() for path in paths])
-    elif source.suffix.lower() in IMAGE_SUFFIXES and source.is_file():
-        images = ImageList("image", [source], [source.name])
-    else:
-        names = list(read_list(source))
-        images = ImageList("list", [source.parent / name for name in names], names)
-    if not images.paths:
-        raise no_images(source, ignored)
-    warn_ignored(source, ignored)
-    return images
-
-
-def read_list(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file with one image path per line; raise DataError if it is none."""
-    problem = "is not a text file with one path per line" if path.exists() else "does not exist"
-    wrong = DataError(f"{path} {problem}", "Name an image, a folder, a data set or a list of paths")
-    if not path.is_file():  # reading a pipe would block
-        raise wrong
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
-            for line in lines:
-                name = line.strip()
-                # Names that are not UTF-8 must exist, or this is not a text file.
-                if "\0" in line or (NOT_UTF8.search(name) and not os.path.lexists(path.parent / name)):
-                    raise wrong
-                if name:
-                    yield name
-    except OSError as error:
-        raise wrong from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +65,83 @@ class EmbeddedFiles:
         table = pa.table(columns | {"embeddings": list(self.embeddings)}, metadata={METADATA_KEY: self.spec.to_json()})
         with written_whole(path) as temporary, temporary.open("wb") as file:
             pyarrow.parquet.write_table(table, file)
+
+
+class Part(NamedTuple):
+    """Images of one shard that were embedded at once."""
+
+    items: list[Item]  # those with an error could not be read
+    embeddings: Embeddings  # (N, D) float32 of the N others
+    flipped: Embeddings | None = None  # the same of their mirror images
+
+
+def embed_parts(
+    embedder: Embedder, shards: Iterable[Iterable[Item]], batch: int | None, storage: Storage, flip: bool = False
+) -> Iterator[Part]:
+    """Embed shards in batches within a shard, reading and decoding the next ones on other threads."""
+    size, empty = embedder.spec.input, np.empty((0, embedder.spec.embedding_size), np.float32)
+
+    def batches() -> Iterator[list[Item]]:
+        for shard in shards:
+            images = iter(shard)
+            while own := list(islice(images, batch or embedder.chunk)):
+                yield own
+
+    def decode(item: Item) -> Pixels | BadImage:
+        if item.error:
+            return BadImage(item.path, item.error)
+        content = item.content
+        try:
+            if content is None and storage.remote:
+                with storage.open(item.path) as file:
+                    content = file.read()
+        except OSError as error:
+            storage.check(error, item.path)
+            return BadImage(item.path, "it does not exist")
+        return try_crop(item.path, size.height, size.width, content)
+
+    with closing(ahead(batches(), 2)) as read:
+        for items, images in decode_ahead(read, decode):
+            reasons = [image.reason if isinstance(image, BadImage) else "" for image in images]
+            done = [item._replace(error=reason, content=None) for item, reason in zip(items, reasons, strict=True)]
+            crops = [image for image in images if not isinstance(image, BadImage)]
+            if not crops:
+                yield Part(done, empty)
+                continue
+            pixels = np.stack(crops)
+            flipped = embedder.embed_prepared(pixels[:, :, ::-1]) if flip else None
+            yield Part(done, embedder.embed_prepared(pixels), flipped)
+
+
+def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
+    """Yield items that another thread computes, at most `most` in advance; close the generator to end it early."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, iterator, end) for _ in range(most))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(thread.submit(next, iterator, end))
+                yield item  # type: ignore[misc]  # not the end
+        finally:
+            for future in pending:
+                future.cancel()
+            if isinstance(iterator, Generator):
+                thread.submit(iterator.close).result()
+
+
+def decode_ahead(
+    batches: Iterable[Sequence[T]], decode: Callable[[T], Pixels | BadImage]
+) -> Iterator[tuple[Sequence[T], list[Pixels | BadImage]]]:
+    """Yield each batch with its decoded images, decoding two batches ahead."""
+    pending: deque[tuple[Sequence[T], Iterator[Pixels | BadImage]]] = deque()
+    with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
+        for batch in batches:
+            pending.append((batch, pool.map(decode, batch)))
+            if len(pending) > 2:
+                first, images = pending.popleft()
+                yield first, list(images)
+        for batch, images in pending:
+            yield batch, list(images)
 
 
 def save_npz(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
@@ -176,49 +186,39 @@ def embed_files(
 
     if out is not None:
         check_output(Path(out), (".npz", ".parquet"))
-        if Path(out).suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
-            problem = f"writing {out} requires pyarrow, which is not installed"
-            raise PmmError(problem, f"{install('parquet')}, or write a .npz file")
+        if Path(out).suffix.lower() == ".parquet":
+            require_pyarrow(out)
     found = find_images(images, layout)
     if tracklets and found.dataset:
         require_tracklets(found.dataset)
     embedder = model if isinstance(model, Embedder) else load(model, device)
-    batch = embedder.chunk if batch is None else batch
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise PmmError(f"a batch of {batch} images cannot be embedded", "Choose 1 or more")
-    size, total = embedder.spec.input, len(found.paths)
-    embeddings = np.empty((1 + flip, total, embedder.spec.embedding_size), np.float32)
-    rows: list[int] = []
-    skipped: list[BadImage] = []
-    what, done, start = f"embedding with {embedder.path.name}", 0, time.perf_counter()
-    report(what, done, total)
-    batches = (found.paths[first : first + batch] for first in range(0, total, batch))
-    for _, decoded in decode_ahead(batches, lambda path: try_crop(path, size.height, size.width)):
-        crops = []
-        for row, image in enumerate(decoded, start=done):
-            if not isinstance(image, BadImage):
-                rows.append(row)
-                crops.append(image)
-            elif skip_bad:
-                skipped.append(image)
-            else:
-                raise image.error()
-        if crops:
-            pixels, target = np.stack(crops), embeddings[:, len(rows) - len(crops) : len(rows)]
-            target[0] = embedder.embed_prepared(pixels)
-            if flip:
-                target[1] = embedder.embed_prepared(pixels[:, :, ::-1])
-        done += len(decoded)
-        report(what, done, total, f"{done / (time.perf_counter() - start):,.0f} images/s")
+    total, items, skipped = len(found.paths), list[Item](), list[BadImage]()
+    embeddings, rows = np.empty((1 + flip, total, embedder.spec.embedding_size), np.float32), 0
+    what, start = f"embedding with {embedder.path.name}", time.perf_counter()
+    report(what, 0, total)
+    for part in embed_parts(embedder, [map(Item, found.paths, found.names)], batch, Storage(Path()), flip):
+        items += part.items
+        skipped += [BadImage(item.path, item.error) for item in part.items if item.error]
+        if skipped and not skip_bad:
+            raise skipped[0].error()
+        stop = rows + len(part.embeddings)
+        embeddings[0, rows:stop] = part.embeddings
+        if part.flipped is not None:
+            embeddings[1, rows:stop] = part.flipped
+        rows = stop
+        report(what, len(items), total, f"{len(items) / (time.perf_counter() - start):,.0f} images/s")
     seconds = time.perf_counter() - start
     if skipped and not rows:
         problem = f"none of the {total:,} images can be read: {skipped[0].path}: {skipped[0].reason}"
         raise CheckFailedError(problem, "Replace the files, or name other images")
     if skipped:
-        labels = found.labels and {name: values[rows] for name, values in found.labels.items()}
-        paths, names = [found.paths[row] for row in rows], [found.names[row] for row in rows]
+        kept = [row for row, item in enumerate(items) if not item.error]
+        labels = found.labels and {name: values[kept] for name, values in found.labels.items()}
+        paths, names = [found.paths[row] for row in kept], [found.names[row] for row in kept]
         found = ImageList(found.source, paths, names, labels)
-    embeddings = embeddings[:, : len(rows)]
+    embeddings = embeddings[:, :rows]
     flipped = embeddings.mean(axis=0) if flip else None
     engine = embedder.backend, embedder.device
     embedded = EmbeddedFiles(embedder.spec, found, embeddings[0], flipped, skipped, *engine, seconds)
@@ -230,6 +230,12 @@ def embed_files(
             embedded = replace(embedded, spec=named)
         embedded.save(Path(out))
     return embedded
+
+
+def require_pyarrow(out: str | Path) -> None:
+    """Raise PmmError if Parquet files cannot be written."""
+    if missing := absent("pyarrow"):
+        raise PmmError(f"writing {out} requires pyarrow: {missing}", f"{install('parquet')}, or write a .npz file")
 
 
 def _pooled(embedded: EmbeddedFiles) -> EmbeddedFiles:
@@ -310,22 +316,5 @@ def dataset_thresholds(
     dataset: ReidDataset, embeddings: Embeddings, data_sha256: str, report: Report = silent
 ) -> FoundThresholds:
     """Find the decision thresholds for embeddings of the queries of a data set followed by its gallery."""
-    query, gallery, count = dataset.query, dataset.gallery, len(dataset.query)
-    labels = query.pids, gallery.pids, query.camids, gallery.camids
-    features = embeddings[:count], embeddings[count:]
-    return find_thresholds(*features, *labels, dataset=dataset.name, data_sha256=data_sha256, report=report)
-
-
-def decode_ahead(
-    batches: Iterable[Sequence[T]], decode: Callable[[T], Pixels | BadImage]
-) -> Iterator[tuple[Sequence[T], list[Pixels | BadImage]]]:
-    """Yield each batch with its decoded images, decoding two batches ahead."""
-    pending: deque[tuple[Sequence[T], Iterator[Pixels | BadImage]]] = deque()
-    with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
-        for batch in batches:
-            pending.append((batch, pool.map(decode, batch)))
-            if len(pending) > 2:
-                first, images = pending.popleft()
-                yield first, list(images)
-        for batch, images in pending:
-            yield batch, list(images)
+    features, names = np.split(embeddings, [len(dataset.query)]), {"dataset": dataset.name, "data_sha256": data_sha256}
+    return find_thresholds(*features, *dataset.labels, **names, report=report)

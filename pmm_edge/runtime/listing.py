@@ -1,4 +1,4 @@
-"""What `pmm embed` reads into shards: images in folders, lists and data sets, and images in tar files."""
+"""What `pmm embed` reads: images in folders, lists and data sets, and images in tar files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,90 @@ from dataclasses import dataclass, replace
 from itertools import groupby, repeat
 from operator import itemgetter
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pmm_edge.data.dataset import is_dataset, no_images, walk_files, warn_ignored
+import numpy as np
+from numpy.typing import NDArray
+
+from pmm_edge.data.dataset import ReidDataset, find_files, is_dataset, no_images, read, walk_files, warn_ignored
 from pmm_edge.errors import DataError
-from pmm_edge.files import decode_json
+from pmm_edge.files import NOT_UTF8, decode_json
 from pmm_edge.images import IMAGE_SUFFIXES
-from pmm_edge.runtime.embed_files import find_images, read_list
 from pmm_edge.runtime.storage import Storage
 
 _LABELS = "pids", "camids", "split"  # of a data set
 MEMBER_LIMIT = 64 << 20  # bytes of one file in a tar file that are read into memory
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """N image files to embed."""
+
+    source: str  # `image`, `folder`, `list`, `paths`, or the layout of a data set
+    paths: list[Path]
+    names: list[str]  # the paths as they are stored: relative to the folder or data set, or the lines of a list
+    labels: dict[str, NDArray[Any]] | None = None
+    """Of a data set, (N,) each: `pids` (-1 is junk, 0 a distractor), `camids`, and `split`: query, gallery or train;
+    `tracks`, the number of the tracklet, if it has tracklets; `frames` of pooled tracklets."""
+    dataset: ReidDataset | None = None
+
+
+def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
+    """Find the images to embed, without opening them.
+
+    `source` is an image; a folder, searched by `find_files`; a data set (`layout`, if it is not recognized); a text
+    file with one path per line, relative to its folder; or a sequence of paths. Raises DataError if it does not exist,
+    cannot be read, or contains no images.
+    """
+    if not isinstance(source, str | Path):
+        return ImageList("paths", [Path(path) for path in source], [str(path) for path in source])
+    source, ignored = Path(source), Counter[str]()
+    if layout or is_dataset(source):
+        dataset = read(source, layout)
+        splits = {name: dataset.splits[name] for name in ("query", "gallery", "train")}
+        paths = [path for split in splits.values() for path in split.paths]
+        labels = {name: np.concatenate([getattr(one, name) for one in splits.values()]) for name in ("pids", "camids")}
+        labels["split"] = np.repeat(list(splits), [len(split) for split in splits.values()])
+        tracks = [split.tracks for split in splits.values() if split.tracks is not None]
+        if len(tracks) == len(splits):
+            labels["tracks"] = np.concatenate(tracks)
+        root = dataset.root.parent if dataset.root.is_file() else dataset.root
+        names = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
+        images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
+    elif source.is_dir():
+        try:
+            paths = find_files(source, deep=True, ignored=ignored)
+        except OSError as error:
+            raise DataError(f"cannot read {source}: {error.strerror}", "Check its permissions") from error
+        images = ImageList("folder", paths, [path.relative_to(source).as_posix() for path in paths])
+    elif source.suffix.lower() in IMAGE_SUFFIXES and source.is_file():
+        images = ImageList("image", [source], [source.name])
+    else:
+        names = list(read_list(source))
+        images = ImageList("list", [source.parent / name for name in names], names)
+    if not images.paths:
+        raise no_images(source, ignored)
+    warn_ignored(source, ignored)
+    return images
+
+
+def read_list(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with one image path per line; raise DataError if it is none."""
+    problem = "is not a text file with one path per line" if path.exists() else "does not exist"
+    wrong = DataError(f"{path} {problem}", "Name an image, a folder, a data set or a list of paths")
+    if not path.is_file():  # reading a pipe would block
+        raise wrong
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+            for line in lines:
+                name = line.strip()
+                # Names that are not UTF-8 must exist, or this is not a text file.
+                if "\0" in line or (NOT_UTF8.search(name) and not os.path.lexists(path.parent / name)):
+                    raise wrong
+                if name:
+                    yield name
+    except OSError as error:
+        raise wrong from error
 
 
 class Item(NamedTuple):

@@ -18,10 +18,11 @@ from urllib.parse import urlsplit
 from pmm_edge.errors import PmmError, absent, install
 from pmm_edge.machine import THREADS
 from pmm_edge.runtime import load
+from pmm_edge.runtime.embed_files import embed_parts
 from pmm_edge.runtime.embedder import Embedder
-from pmm_edge.runtime.listing import Item
+from pmm_edge.runtime.listing import Item, unpacked
 from pmm_edge.runtime.model_file import parse_model, read_model
-from pmm_edge.runtime.shards import MANIFEST, EmbeddedShards, Job, embed_parts, write_shard
+from pmm_edge.runtime.shards import MANIFEST, EmbeddedShards, Job, write_shard
 
 SECONDS = 10.0  # to wait for the address of a cluster
 
@@ -54,7 +55,8 @@ class Worker:
             self.embedder = load(parse_model(job.model, content) if content else job.model, job.device)
         embedder = self.embedder
         shard = EmbeddedShards("", job.manifest, job.target, embedder.backend, embedder.device)
-        write_shard(shard, items[0].shard, embed_parts(embedder, [items], job.batch, job.images), lambda: None)
+        parts = embed_parts(embedder, [unpacked(items, job.images)], job.batch, job.images)
+        write_shard(shard, items[0].shard, parts, lambda: None)
         return shard
 
 

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from pmm_edge import __version__
 from pmm_edge.console import Report, silent
-from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning, absent, install
+from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning
 from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, remove_unfinished, sha256
-from pmm_edge.images import BadImage, Pixels, try_crop
-from pmm_edge.runtime.embed_files import decode_ahead
+from pmm_edge.images import BadImage
+from pmm_edge.runtime.embed_files import Part, ahead, embed_parts, require_pyarrow
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.runtime.listing import ImageListing, Item, unpacked
 from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
-T = TypeVar("T")
 EmbeddingType = Literal["float32", "float16"]
 SHARD_ROWS = 8192
 """Images of one shard; a tar file is a shard of its own."""
@@ -146,8 +143,7 @@ def embed_shards(
     """
     from pmm_edge.runtime import load
 
-    if missing := absent("pyarrow"):
-        raise PmmError(f"writing {out} requires pyarrow: {missing}", f"{install('parquet')}, or write a .npz file")
+    require_pyarrow(out)
     if shard_rows < 1 or (batch is not None and batch < 1):
         raise PmmError(f"shards of {shard_rows} and batches of {batch} images are impossible", "Choose 1 or more")
     target, listing = Storage.of(out), ImageListing(images, layout, shard_rows)
@@ -172,8 +168,9 @@ def embed_shards(
 
     todo = (items for items in listing.shards() if items[0].shard not in finished)
     if ray is None:
-        with closing(ahead(embed_parts(embedder, todo, batch, listing.storage), 64)) as parts:
-            for done, (number, own) in enumerate(groupby(parts, lambda part: part.shard)):
+        shards = (unpacked(items, listing.storage) for items in todo)
+        with closing(ahead(embed_parts(embedder, shards, batch, listing.storage), 64)) as parts:
+            for done, (number, own) in enumerate(groupby(parts, lambda part: part.items[0].shard)):
                 write_shard(result, number, own, partial(shown, done))
                 shown(done + 1)
     else:
@@ -246,54 +243,6 @@ def _check_shard(target: Storage, path: Path, manifest: Manifest, number: int) -
     return rows, bad
 
 
-class Part(NamedTuple):
-    """Images of one shard that were embedded at once."""
-
-    shard: int
-    items: list[Item]  # N readable images
-    embeddings: Embeddings  # (N, D) float32
-    bad: list[Item]  # the others, with their errors
-
-
-def embed_parts(
-    embedder: Embedder, shards: Iterable[list[Item]], batch: int | None, storage: Storage
-) -> Iterator[Part]:
-    """Embed shards in batches within a shard, reading and decoding the next ones on other threads."""
-    size = embedder.spec.input
-
-    def batches() -> Iterator[list[Item]]:
-        for items in shards:
-            images = unpacked(items, storage)
-            while own := list(islice(images, batch or embedder.chunk)):
-                yield own
-
-    def decode(item: Item) -> Pixels | BadImage:
-        if item.error:
-            return BadImage(item.path, item.error)
-        content = item.content
-        try:
-            if content is None and storage.remote:
-                with storage.open(item.path) as file:
-                    content = file.read()
-        except OSError as error:
-            storage.check(error, item.path)
-            return BadImage(item.path, "it does not exist")
-        return try_crop(item.path, size.height, size.width, content)
-
-    with closing(ahead(batches(), 2)) as read:
-        for items, images in decode_ahead(read, decode):
-            good, crops, bad = list[Item](), list[Pixels](), list[Item]()
-            for item, image in zip(items, images, strict=True):
-                item = item._replace(content=None)  # it is decoded, and may be large
-                if isinstance(image, BadImage):
-                    bad.append(item._replace(error=image.reason))
-                else:
-                    good.append(item)
-                    crops.append(image)
-            empty = np.empty((0, embedder.spec.embedding_size), np.float32)
-            yield Part(items[0].shard, good, embedder.embed_prepared(np.stack(crops)) if crops else empty, bad)
-
-
 def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], report: Callable[[], None]) -> None:
     """Write a shard from its parts, and the table of its unreadable images, and count both in `result`."""
     import pyarrow as pa
@@ -323,12 +272,10 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
 
     with result.storage.written(path) as sink, ParquetWriter(sink, schema, **options) as writer:
         for part in parts:
-            items += part.items
+            items += [item for item in part.items if not item.error]
             embeddings.append(part.embeddings)
-            bad += part.bad
-            result.skipped += [BadImage(one.path, one.error) for one in part.bad][: LISTED - len(result.skipped)]
-            result.embedded += len(part.items)
-            total += len(part.items)
+            bad += [item for item in part.items if item.error]
+            result.embedded, total = result.embedded + len(part.embeddings), total + len(part.embeddings)
             report()
             if len(items) >= GROUP_ROWS:
                 write_rows()
@@ -341,24 +288,9 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
                 bad_writer.write_table(table(bad, bad_schema, pa.array([_utf8(item.error) for item in bad])))
         writer.add_key_value_metadata({"pmm_edge.rows": str(total), "pmm_edge.bad": str(len(bad))})
     result.rows, result.bad = result.rows + total, result.bad + len(bad)
+    result.skipped += [BadImage(item.path, item.error) for item in bad[: LISTED - len(result.skipped)]]
 
 
 def _utf8(text: str) -> str:
     """Escape the bytes of a path that are not UTF-8, which Parquet cannot store."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
-    """Yield items that another thread computes, at most `most` in advance; close the generator to end it early."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(next, iterator, end) for _ in range(most))
-        try:
-            while (item := pending.popleft().result()) is not end:
-                pending.append(thread.submit(next, iterator, end))
-                yield item  # type: ignore[misc]  # not the end
-        finally:
-            for future in pending:
-                future.cancel()
-            if isinstance(iterator, Generator):
-                thread.submit(iterator.close).result()

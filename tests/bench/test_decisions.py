@@ -16,7 +16,7 @@ from pmm_edge.bench.parity import DEFAULT_GATES
 from pmm_edge.bench.report import BenchReport, Change, Decision, Decisions, FailureKind, Gates, WarningKind
 from pmm_edge.data.dataset import ReidDataset, Split, scan
 from pmm_edge.retrieval import pairwise_distances
-from pmm_edge.retrieval.thresholds import in_camera_order
+from pmm_edge.retrieval.thresholds import People
 from pmm_edge.runtime.certificate import check_certificate
 from pmm_edge.runtime.embed_files import dataset_thresholds, embed_dataset
 from pmm_edge.spec import Calibration
@@ -48,7 +48,8 @@ def test_counts_are_those_of_all_distances(seed: int, monkeypatch: pytest.Monkey
     pairs = (query.camids[:, None] != gallery.camids) & (query.pids > 0)[:, None] & (gallery.pids != -1)
     same = pairs & (query.pids[:, None] == gallery.pids)
     other = pairs & ~same
-    rows, columns, people = in_camera_order(query.pids, gallery.pids, query.camids, gallery.camids)
+    people = People(*dataset.labels)
+    rows, columns = people.rows, people.columns
     weights = people.weights.astype(float)  # of people, in each draw of the bootstrap
 
     def drawn(chosen: np.ndarray, both: bool) -> np.ndarray:

@@ -22,19 +22,8 @@ from pmm_edge.errors import PmmError, PmmWarning
 from pmm_edge.trainer.config import TrainConfig
 
 COMMANDS = (
-    "train",
-    "export",
-    "bench",
-    "verify",
-    "eval",
-    "calibrate",
-    "match",
-    "embed",
-    "visualize",
-    "synth",
-    "data",
-    "doctor",
-)
+    "train", "export", "bench", "verify", "eval", "calibrate", "match", "embed", "visualize", "synth", "data", "doctor",
+)  # fmt: skip
 PATH = "/data/" + "a long name " * 15 + "/:smile:/[bold]x"
 
 

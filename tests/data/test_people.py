@@ -15,7 +15,8 @@ from pmm_edge.data.dataset import CSV, FOLDERS, MARS, is_dataset, queries_with_m
 from pmm_edge.data.people import CameraRule, SplitRule, choose_queries
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
-from pmm_edge.runtime.embed_files import evaluate_dataset, find_images
+from pmm_edge.runtime.embed_files import evaluate_dataset
+from pmm_edge.runtime.listing import find_images
 
 WRITTEN_BY_SCIPY = {  # scipy.io.savemat, uncompressed and compressed
     "tracks_test_info.mat": (

@@ -3,7 +3,9 @@
 import shutil
 import tarfile
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +44,20 @@ class Reference:
         return len(rows), distances[order].tolist(), [rows[one][4] for one in order]
 
 
+@pytest.fixture(params=["folder", "qdrant"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path, client: QdrantClient) -> Callable[..., Gallery]:
+    """Opens the gallery people in each kind of storage."""
+    if request.param == "qdrant":
+        return partial(pmm_edge.open_gallery, "people", client=client)
+    return partial(pmm_edge.open_gallery, tmp_path / "people")
+
+
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("storage", ["folder", "float16", "qdrant"])
 def test_a_gallery_is_its_rows(storage: str, distance: Distance, tmp_path: Path, client: QdrantClient) -> None:
-    def reopened() -> Gallery:
-        if storage == "qdrant":
-            return pmm_edge.open_gallery("people", model_of(), client=client, distance=distance)
-        dtype = "float16" if storage == "float16" else "float32"
-        return pmm_edge.open_gallery(tmp_path / "people", model_of(), dtype=dtype, distance=distance)
-
+    kinds = {"qdrant": {"client": client}, "float16": {"dtype": "float16"}, "folder": {"dtype": "float32"}}
+    place = "people" if storage == "qdrant" else tmp_path / "people"
+    reopened = partial(pmm_edge.open_gallery, place, model_of(), distance=distance, **kinds[storage])
     random, reference, gallery = np.random.default_rng(0), Reference(distance), reopened()
     for step in range(6):
         count, first = int(random.integers(80, 220)), 1000 * step
@@ -97,18 +104,14 @@ def test_a_gallery_is_its_rows(storage: str, distance: Distance, tmp_path: Path,
         assert info.index.trained >= 400
 
 
-@pytest.mark.parametrize("storage", ["folder", "qdrant"])
-def test_the_threshold_decides(storage: str, tmp_path: Path, client: QdrantClient) -> None:
-    where: dict[str, Any] = {"client": client} if storage == "qdrant" else {}
-    location = "people" if storage == "qdrant" else tmp_path / "people"
-    embeddings = np.eye(3, SIZE, dtype=np.float32)
-    gallery = pmm_edge.open_gallery(location, model_of(), **where)
+def test_the_threshold_decides(opened: Callable[..., Gallery]) -> None:
+    embeddings, gallery = np.eye(3, SIZE, dtype=np.float32), opened(model_of())
     gallery.add(embeddings, sources=["a", "b", "c"], pids=[4, 5, -1])
     (found,) = gallery.search(embeddings[:1])
     assert (found.verdict, found.threshold, found.hits[0].same_person) == ("no threshold", None, None)
     with pytest.raises(ModelError):
         gallery.search(embeddings[:1], fmr=1e-3)
-    gallery = pmm_edge.open_gallery(location, calibrated(1.0), **where)  # the model was calibrated later
+    gallery = opened(calibrated(1.0))  # the model was calibrated later
     near, far = gallery.search(np.stack([0.5 * embeddings[0], -9 * embeddings[0]]))
     assert (near.verdict, far.verdict) == ("same person", "nobody")
     assert [(hit.pid, hit.same_person) for hit in near.hits] == [(4, True), (5, False), (None, False)]
@@ -129,20 +132,17 @@ def test_age_and_ids(tmp_path: Path) -> None:
     assert [hit.source for hit in gallery.search(rows[:1])[0].hits] == ["y"]
 
 
-@pytest.mark.parametrize("storage", ["folder", "qdrant"])
-def test_wrong_use(storage: str, tmp_path: Path, client: QdrantClient) -> None:
-    where: dict[str, Any] = {"client": client} if storage == "qdrant" else {}
-    location = "people" if storage == "qdrant" else tmp_path / "people"
-    gallery, rows = pmm_edge.open_gallery(location, model_of(), **where), np.ones((2, SIZE), np.float32)
+def test_wrong_use(opened: Callable[..., Gallery]) -> None:
+    gallery, rows = opened(model_of()), np.ones((2, SIZE), np.float32)
     for call in (lambda: gallery.search(rows), lambda: gallery.delete(pids=[1]), lambda: gallery.info()):
         with pytest.raises(DataError, match="people"):
             call()
     gallery.add(rows, sources=["a", "b"])
     for other in (model_of(SIZE + 1), model_of(digest="b"), model_of(normalized_output=True)):
         with pytest.raises(ModelError, match="people"):
-            pmm_edge.open_gallery(location, other, **where)
+            opened(other)
     with pytest.raises(DataError, match="cosine"):
-        pmm_edge.open_gallery(location, distance="cosine", **where)
+        opened(distance="cosine")
     for values, error in (
         (np.ones((2, SIZE - 1)), ModelError),
         (np.full((2, SIZE), np.nan), DataError),
@@ -162,7 +162,7 @@ def test_wrong_use(storage: str, tmp_path: Path, client: QdrantClient) -> None:
     with pytest.raises(PmmError):
         gallery.search(rows, top=0)
     with pytest.raises(PmmError, match="model"):
-        pmm_edge.open_gallery(location, **where).search("query.jpg")
+        opened().search("query.jpg")
     assert gallery.info().rows == 2
 
 

@@ -14,7 +14,7 @@ from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.model.pcb import PCB
 from pmm_edge.pictures import UnsuitableError
 from pmm_edge.pictures.attention import attention_of, overlap, stage_maps
-from pmm_edge.runtime.embed_files import find_images
+from pmm_edge.runtime.listing import find_images
 
 NAMES = ("I", "II", "III")
 

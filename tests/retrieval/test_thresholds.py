@@ -7,7 +7,7 @@ import pytest
 
 from pmm_edge.errors import DataError
 from pmm_edge.retrieval import pairwise_distances, thresholds
-from pmm_edge.retrieval.thresholds import find_thresholds, in_camera_order
+from pmm_edge.retrieval.thresholds import People, find_thresholds
 
 
 def people(seed, identities=20, distractors=15, ties=False):
@@ -84,7 +84,8 @@ def test_curves_are_those_of_scikit_learn(distance, ties):
 def test_intervals_are_those_of_a_bootstrap_over_people():
     query, gallery, *labels = data = people(3)
     threshold = find_thresholds(*data).calibration.threshold(1e-2)
-    rows, columns, found = in_camera_order(*labels)
+    found = People(*labels)
+    rows, columns = found.rows, found.columns
     row_pids, column_pids = labels[0][rows], labels[1][columns]
     units = {*zip(row_pids, found.row_unit, strict=True), *zip(column_pids, found.column_unit, strict=True)}
     assert len({unit for _, unit in units}) == len(units) == 20 + 15, "one for each person and for each distractor"

@@ -17,7 +17,8 @@ from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError
 from pmm_edge.images import IN_FIGURES
 from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embed_files import cosine_figures, embed_dataset, evaluate_dataset, find_images, pool_dataset
+from pmm_edge.runtime.embed_files import cosine_figures, embed_dataset, evaluate_dataset, pool_dataset
+from pmm_edge.runtime.listing import find_images
 from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec
 
 NAMES = ["a/10.jpg", "a/2.PNG", "b.jpg", "c/d/e.jpeg"]

@@ -21,7 +21,8 @@ import pmm_edge
 from pmm_edge.data.dataset import read
 from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError, PmmWarning
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.shards import BAD_FOLDER, MANIFEST, EmbeddedShards, ahead, embed_shards
+from pmm_edge.runtime.embed_files import ahead
+from pmm_edge.runtime.shards import BAD_FOLDER, MANIFEST, EmbeddedShards, embed_shards
 from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
@@ -179,11 +180,7 @@ def test_other_runs_are_refused_and_nothing_is_lost(
     onnx: Embedder, crops: Path, whole: EmbeddedShards, torch: Embedder, tmp_path: Path
 ) -> None:
     folder, expected = Path(whole.folder), contents(whole.folder)
-    for model, changes in (
-        (onnx, {"shard_rows": 6}),
-        (onnx, {"dtype": "float16"}),
-        (torch, {}),
-    ):
+    for model, changes in ((onnx, {"shard_rows": 6}), (onnx, {"dtype": "float16"}), (torch, {})):
         with pytest.raises(OutputError, match="whole"):
             embed_shards(model, crops, folder, **{"shard_rows": 5, **changes})
     elsewhere = embed_shards(torch, crops, tmp_path / "elsewhere", shard_rows=5)
@@ -195,12 +192,10 @@ def test_other_runs_are_refused_and_nothing_is_lost(
     shutil.copy(crops / "cam0" / "00.jpg", crops / "cam1" / "new.jpg")
     with pytest.raises(OutputError):
         embed_shards(onnx, crops, folder, shard_rows=5)
-    (folder / MANIFEST).write_text("{}")
-    with pytest.raises(OutputError):
-        embed_shards(onnx, crops, folder, shard_rows=5)
-    (folder / MANIFEST).unlink()
-    with pytest.raises(OutputError):
-        embed_shards(onnx, crops, folder, shard_rows=5)
+    for spoil in (lambda: (folder / MANIFEST).write_text("{}"), (folder / MANIFEST).unlink):
+        spoil()
+        with pytest.raises(OutputError):
+            embed_shards(onnx, crops, folder, shard_rows=5)
 
 
 def test_wrong_use(onnx: Embedder, crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

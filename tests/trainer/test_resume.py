@@ -12,7 +12,7 @@ from tiny_training import CONFIG, assert_same_run, journal, start, wait
 from pmm_edge.errors import DataError, ModelError, OutputError, PmmError, PmmWarning
 from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.runs import about_run, data_of
-from pmm_edge.runtime.embed_files import find_images
+from pmm_edge.runtime.listing import find_images
 from pmm_edge.trainer import logging
 from pmm_edge.trainer import train as train_file
 from pmm_edge.trainer.state import run_lock
