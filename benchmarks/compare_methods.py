@@ -17,6 +17,7 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,7 +32,8 @@ from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.files import decode_toml, written_whole
-from pmm_edge.runs import CONFIG
+from pmm_edge.files import sha256 as file_sha256
+from pmm_edge.runs import CONFIG, resolve_checkpoint
 from pmm_edge.trainer.config import DEFAULT_PRESET, TrainConfig, choose_config
 from pmm_edge.trainer.train import TrainResult, train
 
@@ -44,7 +46,7 @@ class StopRequestedError(Exception):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trainings on one data set that differ in method, mix and seed only."""
+    """Trainings on one data set that differ in method, mix, teacher and seed only."""
 
     base: TrainConfig
     data: Path
@@ -56,9 +58,14 @@ class Comparison:
 
 
 def main() -> None:
+    end_with(lambda: run(planned()))
+
+
+def end_with(work: Callable[[], int]) -> None:
+    """Exit with the code of `work`; a wrong argument and Ctrl-C are one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # between trainings like Ctrl-C; a training saves first
     try:
-        sys.exit(run(planned()))
+        sys.exit(work())
     except PmmError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -67,19 +74,28 @@ def main() -> None:
 
 def planned() -> Comparison:
     """Parse the command line; every training is checked before the first one starts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_trainings(str(__doc__), Path("runs/compare-methods"))
+    parser.add_argument("--methods", default="", help="rows of the tables, such as PMM,BDB,CutOut; default: all")
+    options = parser.parse_args()
+    return comparison(options, rows_named(options.methods))
+
+
+def parser_of_trainings(text: str, out: Path) -> argparse.ArgumentParser:
+    """The arguments of a comparison; `text` is its help, `out` the default of its output folder."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path, help="data set folder; default: the synthetic data set")
     parser.add_argument("--layout", help="layout of the data set if it is not detected")
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="default: %(default)s")
-    parser.add_argument("--methods", default="", help="rows of the tables, such as PMM,BDB,CutOut; default: all")
     parser.add_argument("--epochs", type=int, help="number of epochs, with one evaluation at the end")
     parser.add_argument("--dtype", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of pmm train")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare-methods"), help="default: %(default)s")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=out, help="default: %(default)s")
+    return parser
 
-    rows = rows_named(options.methods)
+
+def comparison(options: argparse.Namespace, rows: Mapping[str, Row]) -> Comparison:
+    """The trainings that the arguments ask for; raise PmmError if one of them is not possible."""
     base = choose_config(options.preset, settings=_settings(options))
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -92,7 +108,7 @@ def planned() -> Comparison:
     dataset = scan(data, options.layout)
     key = sha256((base.to_toml() + dataset.fingerprint()).encode()).hexdigest()[:8]
     folder = options.out / f"{dataset.root.name}-{base.preset}-{key}"
-    return Comparison(base, dataset.root, folder, rows, seeds, options.layout)
+    return Comparison(base, dataset.root, folder, dict(rows), seeds, options.layout)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +121,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise PmmError(f"--set {text}", "Write KEY=VALUE, such as epochs=3")
-        if name in ("preset", "method", "mix", "seed"):
+        if name in ("preset", "method", "mix", "teacher", "seed"):
             raise PmmError(f"--set {name}: the rows differ in it", "Use --preset, --methods or --seeds")
         try:
             values |= decode_toml(dict[str, Any], f"{name} = {value}", "--set")
@@ -116,6 +132,13 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def run(comparison: Comparison) -> int:
     """Run the missing trainings, then print and draw all figures; return the exit code."""
+    found, code = figures_of(comparison)
+    _show(comparison, found)
+    return code
+
+
+def figures_of(comparison: Comparison) -> tuple[dict[str, list[Figures]], int]:
+    """Run the missing trainings; return the figures of each row that has any, by seed, and the exit code."""
     found: dict[str, list[Figures]] = {}
     code = 0
     try:
@@ -129,8 +152,14 @@ def run(comparison: Comparison) -> int:
     except (StopRequestedError, KeyboardInterrupt):
         print("interrupted; the same command continues from here", file=sys.stderr)
         code = INTERRUPTED
-    _show(comparison, {name: figures for name, figures in found.items() if figures})
-    return code
+    return {name: figures for name, figures in found.items() if figures}, code
+
+
+def folder_of(comparison: Comparison, row: Row, seed: int) -> Path:
+    """The run folder of a training."""
+    config = choose_config(config=comparison.base, settings=row)
+    teacher = f"-{file_sha256(resolve_checkpoint(Path(config.teacher)))[:8]}" if config.teacher else ""
+    return comparison.folder / f"{config.method}{'-rpp' * config.rpp}-{config.mix}{teacher}-seed-{seed}"
 
 
 def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
@@ -140,7 +169,7 @@ def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
         StopRequestedError: the training was interrupted.
     """
     config = choose_config(config=comparison.base, settings={**row, "seed": seed})
-    folder = comparison.folder / f"{config.method}{'-rpp' * config.rpp}-{config.mix}-seed-{seed}"
+    folder = folder_of(comparison, row, seed)
     result = folder / RESULT
     if not result.exists():
         trained = _trained(config, comparison, folder)

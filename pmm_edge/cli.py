@@ -93,8 +93,12 @@ def train(
     Presets: market1501, dukemtmc-reid, cuhk03-detected and cuhk03-labeled (the paper's settings), quick (minutes on a
     CPU), edge (a small network for boards such as the Jetson Orin Nano) and edge-tiny (a still smaller one).
 
+    --teacher trains a small network with one head that also learns from the embeddings of a trained one, of any method
+    and size. The result has the size and speed of the small network.
+
     - `pmm train` trains on the built-in data set in minutes, without a GPU
     - `pmm train /data/Market-1501 --preset market1501` is the paper's training
+    - `pmm train DATA --preset edge --teacher runs/20261122-174200-market1501` learns from an earlier run
     - `torchrun --nproc-per-node 4 -m pmm_edge train /data/Market-1501 --preset market1501`
     """
     given = {name: value for name, value in settings.items() if value is not None}

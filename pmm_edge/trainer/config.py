@@ -49,7 +49,7 @@ class TrainConfig:
     )
     embedding_size: int = _setting(512, METHOD, "Values of the embedding of each head; not for PCB and CAMA.", 1)
     teacher: str = _setting(
-        "", METHOD, "Checkpoint of a trained network from whose embeddings a baseline network learns as well."
+        "", METHOD, "Run or checkpoint of a trained network to learn from; the method is then baseline."
     )
     distill_weight: float = _setting(1.0, TRAINING, "Weight of the losses that compare a network with its teacher.", 0)
     height: int = _setting(384, METHOD, "Input height in pixels.", 1)

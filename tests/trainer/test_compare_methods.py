@@ -1,12 +1,15 @@
 """The comparison of methods as a user runs it: what it trains, what it reuses, what stops it."""
 
+import importlib
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pmm_edge.runtime import load
 from pmm_edge.trainer import train as train_file
 
 SETTINGS = ("backbone=tiny", "height=48", "width=32", "mix_block_size=1x1", "batch=8", "erase_size=8", "device=cpu")
@@ -16,16 +19,14 @@ SETTINGS = ("backbone=tiny", "height=48", "width=32", "mix_block_size=1x1", "bat
 def compare(monkeypatch, capsys, tiny_dataset, tmp_path):
     """Run the script in this process, whose signal handlers it changes."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import compare_methods
-
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def run(*arguments):
+    def run(*arguments, script="compare_methods"):
         flags = ["--dtype=fp32", "--epochs=1", "--seeds=0", *(f"--set={text}" for text in SETTINGS)]
-        command = ["compare_methods.py", tiny_dataset, "--out", tmp_path / "out", *flags, *arguments]
+        command = [script, tiny_dataset, "--out", tmp_path / "out", *flags, *arguments]
         monkeypatch.setattr(sys, "argv", [*map(str, command)])
         with pytest.raises(SystemExit) as ended:
-            compare_methods.main()
+            importlib.import_module(script).main()
         return ended.value.code, capsys.readouterr().out
 
     yield run
@@ -35,11 +36,11 @@ def compare(monkeypatch, capsys, tiny_dataset, tmp_path):
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """Method, mix and seed of each training."""
+    """Method, mix (or the teacher) and seed of each training."""
     seen, fit = [], train_file.fit
 
     def recorded(run):
-        seen.append((run.config.method, run.config.mix, run.config.seed))
+        seen.append((run.config.method, run.config.teacher or run.config.mix, run.config.seed))
         return fit(run)
 
     monkeypatch.setattr(train_file, "fit", recorded)
@@ -62,6 +63,39 @@ def test_a_row_of_both_tables_is_trained_once_and_reused(compare, trainings, tmp
     assert len(results) == 2 and all(result["epochs"] == 1 for result in results)
     figures = [[f"{100 * result[name]:.1f}" for name in ("Rank-1", "mAP", "mAP@50")] for result in results]
     assert shown[0][1:] in [["1", rank1, "94.1", *rest, "85.2"] for rank1, *rest in figures], "and the paper's figures"
+
+
+def test_a_student_is_compared_with_itself_without_a_teacher_and_with_its_teacher(
+    compare, trainings, whole, tmp_path, monkeypatch
+):
+    import student
+
+    exported, gflops = {}, {"baseline": 1.0, "pmm": 6.0}
+
+    def loaded(onnx, device):  # exporting takes longer than all the rest
+        embedder = load(exported[onnx], device)
+        embedder.spec = replace(embedder.spec, gflops=gflops[embedder.spec.architecture], parameters=1)
+        return embedder
+
+    monkeypatch.setattr(student, "export", lambda checkpoint, out, **_: exported.update({out: checkpoint}))
+    monkeypatch.setattr(student, "load", loaded)
+    command = ["--teacher", whole.folder, "--json", tmp_path / "student.json", "--seeds", "0,1"]
+    code, printed = compare(*command, script="student")
+    assert code == 0
+    teacher = str(whole.folder / "best.pt")
+    assert trainings == [("baseline", mix, seed) for seed in (0, 1) for mix in ("a-hard-mix", teacher)]
+    result = json.loads((tmp_path / "student.json").read_text())
+    without, taught, of_teacher = result["sides"].values()
+    (figures,) = of_teacher["figures"]
+    assert figures["mAP"] == pytest.approx(whole.best.mAP)
+    gains = [one["mAP"] - other["mAP"] for one, other in zip(taught["figures"], without["figures"], strict=True)]
+    assert result["gains"] == pytest.approx(gains)
+    assert result["work"] == pytest.approx(1 / 6)
+    assert result["loss"] == pytest.approx(whole.best.mAP - sum(one["mAP"] for one in taught["figures"]) / 2)
+    assert [row[0] for row in rows(printed)] == [*result["sides"]]
+    assert all(side["median_ms"].keys() == {"1", "8"} for side in result["sides"].values())
+    assert len(trainings) == 4 and compare(*command, script="student")[0] == 0
+    assert len(trainings) == 4, "they are reused"
 
 
 @pytest.mark.parametrize(

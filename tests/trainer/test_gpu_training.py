@@ -16,13 +16,19 @@ CONFIG = TrainConfig(
 )
 
 
-def trainee_of(config, dtype):
+TEACHER_SIZE = 24
+
+
+def trainee_of(config, dtype, teacher_size=None):
     device = torch.device("cuda")
     torch.manual_seed(0)
     network = build_model(config.method, num_classes=2, backbone="resnet18", height=96, width=64, mix=config.mix)
     crops = torch.randint(0, 256, (8, 96, 64, 3), dtype=torch.uint8).to(device)
     pids = (torch.arange(8) // 4).to(device)
-    return prepare(network, config, device, dtype), [Shard(crops, pids, seed=0)]
+    targets = None if teacher_size is None else torch.randn(8, teacher_size, device=device)
+    return prepare(network, config, device, dtype, teacher_size=teacher_size), [
+        Shard(crops, pids, seed=0, targets=targets)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -37,29 +43,31 @@ def test_a_step_in_each_type_is_finite_and_moves_the_weights(mix, dtype):
     assert not torch.equal(before, trainee.network.stage1.classifier.weight)
 
 
-def test_a_step_never_waits_for_the_gpu():
-    trainee, shards = trainee_of(CONFIG, torch.bfloat16)
+@pytest.mark.parametrize("teacher_size", [None, TEACHER_SIZE])
+def test_a_step_never_waits_for_the_gpu(teacher_size):
+    config = CONFIG if teacher_size is None else replace(CONFIG, method="baseline")
+    trainee, shards = trainee_of(config, torch.bfloat16, teacher_size)
     for ready in (2, 4):  # the third step runs kernel by kernel, the seventh replays a CUDA graph
         for _ in range(ready):
-            train_step(trainee, shards, CONFIG)
+            train_step(trainee, shards, config)
         torch.cuda.set_sync_debug_mode("error")
         try:
             set_learning_rate(trainee, 1e-4)
-            train_step(trainee, shards, CONFIG)
+            train_step(trainee, shards, config)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("method", ["pmm", "bdb", "pcb", "cama"])
+@pytest.mark.parametrize("method", ["pmm", "bdb", "pcb", "cama", "baseline"])  # the baseline with a teacher
 def test_a_replayed_step_is_the_step(method, accumulate, monkeypatch):
     """Other images, identities, seeds and learning rates in each step; the fifth step is smaller than the others."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    config, losses = replace(CONFIG, method=method), []
+    config, losses, teacher_size = replace(CONFIG, method=method), [], TEACHER_SIZE if method == "baseline" else None
     torch.use_deterministic_algorithms(True)
     try:
         for replayed in (True, False):
-            trainee, _ = trainee_of(config, torch.float32)
+            trainee, _ = trainee_of(config, torch.float32, teacher_size)
             trainee.step_graph = trainee.step_graph if replayed else None
             source, taken = torch.Generator("cuda").manual_seed(1), []
             for number in range(9):
@@ -70,6 +78,7 @@ def test_a_replayed_step_is_the_step(method, accumulate, monkeypatch):
                         torch.randint(0, 256, (size, 96, 64, 3), dtype=torch.uint8, device="cuda", generator=source),
                         (torch.arange(size, device="cuda") // 2 + number) % 2,
                         seed=10 * number + part,
+                        targets=teacher_size and torch.randn(size, teacher_size, device="cuda", generator=source),
                     )
                     for part in range(accumulate)
                 ]
