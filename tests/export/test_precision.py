@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from people import write_people
 from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
 
 import pmm_edge
 from pmm_edge.errors import CheckFailedError, DataError, PmmWarning
@@ -22,6 +23,7 @@ from pmm_edge.export.exporter import INT8_OPSET
 from pmm_edge.export.graph import LAYERS, Parts, layer_names, onnx_graph, row_preprocessing, split
 from pmm_edge.export.quantize import METHODS, Calibration, Ranges, read_calibration, value_ranges
 from pmm_edge.model import load_checkpoint
+from pmm_edge.model.backbone import GlobalMean
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime.torch_backend import Preprocess
 from pmm_edge.spec import FLOAT16_MAX, InputSpec, ModelSpec, Quantization, describe_precision
@@ -46,6 +48,22 @@ class Mini(nn.Module):
             features = (second(first(features).relu()) + features).relu()
         pooled = features.mean(dim=(2, 3)), features.amax(dim=(2, 3))
         return torch.cat([head(values) for head, values in zip(self.heads, pooled, strict=True)], dim=1).relu()
+
+
+class Gated(nn.Module):
+    """A depthwise convolution, HardSwish and a squeeze-and-excitation gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 7, 8), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.depthwise.weight.data *= 30
+        self.gate, self.last = SqueezeExcitation(8, 4, scale_activation=nn.Hardsigmoid), nn.Conv2d(8, 32, 1)
+        self.gate.avgpool = GlobalMean()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = nn.functional.hardswish(self.depthwise(self.stem(images).relu()))
+        return self.last(self.gate(features)).mean(dim=(2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +309,25 @@ def test_layers_are_quantized_as_requested(target: str, mini: Parts, ranges: dic
     assert kinds == [node.op_type for node in mini.network.graph.node]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_gates_stay_float_and_what_hardswish_reads_starts_at_minus_3(
+    target: str, mini_spec: ModelSpec, calibration: Calibration
+) -> None:
+    network = split(
+        onnx_graph(nn.Sequential(Preprocess(mini_spec.input), Gated()).eval(), mini_spec, INT8_OPSET)
+    ).network
+    found = value_ranges(network, calibration.ranges, SIZE, "minmax", target)
+    graph = Graph(quantize.quantize(network, found, target))
+    names = layer_names(network)
+    assert {names[node] for node in graph.int8_layers} == {"stem", "depthwise", "last"}
+    assert len(graph.layers) == 5
+    if target == "cpu":
+        (swish,) = (node for node in graph.nodes if node.op_type == "HardSwish")
+        scale, zero_point = (graph.constants[name] for name in graph.producer[swish.input[0]].input[1:])
+        assert -zero_point.astype(float) * scale == pytest.approx(-3, abs=float(scale))
+        assert min(low for low, _ in found.values()) < -4
+
+
 def test_operators_after_a_float_layer_stay_float(mini: Parts, ranges: dict[str, Ranges]) -> None:
     second_of_first_block = list(layer_names(mini.network))[2]
     # The addition of its own block. The shortcut of the next one comes from it, but its convolution is INT8.
@@ -335,6 +372,22 @@ def test_search_keeps_the_fewest_most_sensitive_layers_in_float(
         assert drop([nodes[name] for name in kept]) <= allowed < drop([nodes[name] for name in kept[:-1]])
     with pytest.raises(CheckFailedError):
         quantize.quantize_network(mini, mini_spec, calibration, "minmax", -1)
+
+
+def test_a_low_cosine_keeps_layers_in_float_without_a_limit_of_map(
+    mini: Parts, mini_spec: ModelSpec, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, quantization, search = quantize.quantize_network(mini, mini_spec, calibration, "minmax")
+    assert (quantization.float_layers, search) == ((), None)
+
+    def loss(network: onnx.ModelProto) -> float:
+        float32, int8 = (run(mini.join(each), calibration.selection) for each in (mini.network, network))
+        return 1 - float(cosines(float32, int8).mean())
+
+    monkeypatch.setattr(quantize, "MAX_LOSS", loss(whole) / 2)
+    network, quantization, search = quantize.quantize_network(mini, mini_spec, calibration, "minmax")
+    assert search and search.map_int8 is None and 0 < len(quantization.float_layers) < 5
+    assert loss(network) <= loss(whole) / 2
 
 
 def test_unusable_calibration_data(people: Path, tmp_path: Path) -> None:
