@@ -227,6 +227,7 @@ def train(
             about_data = judged, fingerprint, digest
             changing = trainee, position, journal
             run = Run(chosen, *about_data, folder, world, feed, crops, spec, *changing, stop, report, teacher)
+            teacher = None  # its memory is free once it has embedded the images
             finished = fit(run)
         figures = position.best, position.before, position.calibration
         return TrainResult(folder, position.epoch, finished, *figures, stop())
