@@ -32,7 +32,7 @@ from pmm_edge.runtime.torch_backend import load_torch
 from pmm_edge.spec import ModelSpec
 from pmm_edge.trainer.device import World
 
-PARTS = {"relation_distance": 25.0, "relation_angle": 50.0, "embedding": 10.0}
+PARTS = {"relation_distance": 75.0, "relation_angle": 150.0, "embedding": 30.0}
 """The losses of distillation and their weights (docs/student.md)."""
 SUFFIXES = (".pt", ".pth", ".safetensors")
 ROUNDING = 1e-6  # a squared distance below this share of the mean squared length is 0
