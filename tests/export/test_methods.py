@@ -38,7 +38,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_precisions_targets_and_weights(
     checkpoint: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "MAX_LOSS", 0.04)  # of random weights; a search takes minutes
+    monkeypatch.setattr(quantize, "MAX_LOSS", 0.05)  # what export accepts: a search takes long
     trained = pmm_edge.load(checkpoint, "cpu")
     names = ("fp32", "cpu") if trained.spec.backbone == "efficientnet_b0" else ("fp32", "cpu", "tensorrt", "fp16")
     out = {name: tmp_path / f"{name}.onnx" for name in names}
