@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -48,9 +48,7 @@ class TrainConfig:
         "", METHOD, "Checkpoint to start from (ours or the authors'); tensors that fit are loaded."
     )
     embedding_size: int = _setting(512, METHOD, "Values of the embedding of each head; not for PCB and CAMA.", 1)
-    teacher: str = _setting(
-        "", METHOD, "Run or checkpoint of a trained network to learn from; the method is then baseline."
-    )
+    teacher: str = _setting("", METHOD, "Checkpoint or run folder of the teacher; implies --method baseline.")
     distill_weight: float = _setting(1.0, TRAINING, "Weight of the losses that compare a network with its teacher.", 0)
     height: int = _setting(384, METHOD, "Input height in pixels.", 1)
     width: int = _setting(128, METHOD, "Input width in pixels.", 1)
@@ -88,6 +86,9 @@ class TrainConfig:
         for name, wrong, remedy in (
             ("mix_block_size", not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size), "Write for example 3x2"),
             ("batch", batch % unit or batch < 2 * unit, f"Choose a multiple of {unit}, {2 * unit} or more"),
+            ("teacher", self.teacher and self.method != "baseline", "Leave --method out, or choose --method baseline"),
+            ("mix", self.teacher and self.mix != "a-hard-mix", "Leave out --mix, or --teacher"),
+            ("rpp", self.teacher and self.rpp, "Leave out --rpp, or --teacher"),
             ("erase_size", self.erase_size > min(self.height, self.width), f"Fit it into {self.height}x{self.width}"),
             ("erase_size", self.mix == "cutout" and not self.erase_size, "Set --erase-size, or choose --mix none"),
             ("lr", self.lr == 0, "Choose a positive learning rate, such as 1e-3"),
@@ -99,7 +100,6 @@ class TrainConfig:
                 self.embedding_size != 512 and self.method in ("pcb", "cama"),
                 f"Leave --embedding-size out: {self.method} has a size of its own",
             ),
-            ("teacher", self.teacher and self.method != "baseline", "Leave --method out, or choose --method baseline"),
             ("epochs", self.rpp and self.epochs < 3, "Refined part pooling needs 3 or more"),
         ):
             if wrong:
@@ -185,14 +185,18 @@ def choose_config(
         raise PmmError("a preset and a configuration are both given", "The configuration can name its preset; give one")
     values: Mapping[str, Any] = {}
     if isinstance(config, Path):
-        try:
-            values = decode_toml(dict[str, Any], config.read_text("utf-8", "surrogateescape"), str(config))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PmmError(f"cannot read {config}: {error}", "Name a TOML file, as config.toml of a run") from error
+        values = _read_toml(config)
         preset, config = str(values.get("preset", DEFAULT_PRESET)), None
     if config is None and (preset := preset or DEFAULT_PRESET) not in PRESETS:
         raise PmmError(f"unknown preset '{preset}'", f"{did_you_mean(preset, PRESETS)}Choose {', '.join(PRESETS)}")
     return _override(_override(config or PRESETS[str(preset)], values), settings or {})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return decode_toml(dict[str, Any], path.read_text("utf-8", "surrogateescape"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PmmError(f"cannot read {path}: {error}", "Name a TOML file, as config.toml of a run") from error
 
 
 def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
@@ -202,7 +206,7 @@ def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         if name not in kinds:
             raise PmmError(f"unknown setting '{name}'", f"{did_you_mean(name, kinds)}Settings: {', '.join(kinds)}")
         kind = str if get_origin(kinds[name]) is Literal else kinds[name]
-        if name == "device" and type(value) is int:
+        if (name == "device" and type(value) is int) or (kind is str and isinstance(value, PurePath)):
             value = str(value)
         try:
             checked[name] = msgspec.convert(value, kind)  # strict, except that an integer is accepted for a float
@@ -210,6 +214,8 @@ def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
             raise PmmError(f"{name} is {value!r}", str(error)) from error
     if checked.get("teacher"):
         checked.setdefault("method", "baseline")
+    if checked.get("method", base.method) in ("pcb", "cama"):
+        checked.setdefault("embedding_size", 512)  # a preset may have another one, which they do not use
     config = replace(base, **checked)
     geometry = ("height", "width", "block_size")
     if "mix_blocks" in values or all(getattr(config, name) == getattr(base, name) for name in geometry):
@@ -229,4 +235,6 @@ def read_run_config(folder: Path) -> TrainConfig:
         raise ModelError(f"the run {folder} never started", f"Train into it: pmm train --out {folder}")
     if about_run(folder) is None or not (folder / CONFIG).exists():
         raise ModelError(f"{folder} is not a run folder", "Name a folder of pmm train, such as runs/<time>-quick")
-    return choose_config(config=folder / CONFIG)
+    # The file has every setting that existed when the run started. Later ones had the effect of their defaults, while
+    # the preset may have changed.
+    return _override(TrainConfig(), _read_toml(folder / CONFIG))

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pmm_edge.errors import ModelError, PmmError
+from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.trainer.config import DEFAULT_PRESET, PRESETS, TrainConfig, choose_config, read_run_config
 
 
@@ -47,11 +49,32 @@ def test_a_teacher_chooses_the_baseline_unless_a_method_is_given(tmp_path):
     path.write_text('preset = "edge"\nmethod = "pmm"\nteacher = ""\n')
     assert choose_config(config=path).method == "pmm"
     for base in ({"preset": "market1501"}, {"config": path}):
-        config = choose_config(**base, settings={"teacher": "best.pt"})
+        config = choose_config(**base, settings={"teacher": Path("best.pt")})
         assert (config.method, config.teacher) == ("baseline", "best.pt")
     with pytest.raises(PmmError) as caught:
         choose_config(settings={"teacher": "best.pt", "method": "bdb"})
     assert "--method baseline" in caught.value.remedy
+    for wrong in ({"mix": "cutout"}, {"mix": "cutmix"}, {"rpp": True}):
+        with pytest.raises(PmmError) as caught:
+            choose_config(settings={"teacher": "best.pt", **wrong})
+        assert "--teacher" in caught.value.remedy and "--method" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("method", ["pcb", "cama"])
+def test_a_method_with_an_embedding_size_of_its_own_ignores_that_of_the_preset(method):
+    assert choose_config("edge", settings={"method": method}).embedding_size == 512
+    assert choose_config(config=PRESETS["edge"], settings={"method": method}).embedding_size == 512
+    with pytest.raises(PmmError) as caught:
+        choose_config("edge", settings={"method": method, "embedding_size": 256})
+    assert "--embedding-size" in caught.value.remedy
+
+
+def test_settings_that_did_not_exist_when_a_run_started_are_defaults_and_not_those_of_todays_preset(tmp_path):
+    folder, config = tmp_path / "run", replace(PRESETS["edge"], method="pmm", embedding_size=512)
+    new_run_folder(AboutRun("edge", "data", "0"), folder)
+    lines = config.to_toml().splitlines()
+    (folder / "config.toml").write_text("\n".join(line for line in lines if not line.startswith("embedding_size")))
+    assert PRESETS["edge"].embedding_size != 512 and read_run_config(folder) == config
 
 
 @pytest.mark.parametrize(
