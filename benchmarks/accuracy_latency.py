@@ -2,8 +2,8 @@
 
 Name checkpoints, run folders, or folders of runs such as the output of compare_methods.py. Each checkpoint is exported
 in both precisions and evaluated on the data set of its run; exports and evaluations are kept in a cache folder and
-reused. Then all networks are timed in turns, each once: latency does not depend on the weights. Runs that differ only
-in the seed are one model, with mean and standard deviation of mAP.
+reused. Delete the cache after an update of pmm-edge. Then all networks are timed in turns, each once: latency does not
+depend on the weights. Runs that differ only in the seed are one model, with mean and standard deviation of mAP.
 
     python benchmarks/accuracy_latency.py runs/compare-methods/synthetic-* runs/student/reduced-256/best.pt
     python benchmarks/accuracy_latency.py runs/*/ --json figures.json --picture accuracy-latency.png
@@ -173,18 +173,19 @@ def seeds_by_name(checkpoints: Sequence[Path]) -> dict[str, list[Path]]:
         run = next((folder for folder in file.absolute().parents[:2] if (folder / CONFIG).is_file()), None)
         config = asdict(read_run_config(run)) if run else {}
         settings = {name: value for name, value in config.items() if name not in ("seed", "teacher")}
-        reduced, distilled = spec.reduction, spec.teacher_sha256
-        key = (*settings.items(), spec.embedding_size, bool(reduced), bool(distilled), None if run else file)
+        whitened = spec.reduction and spec.reduction.whitened  # None if the embedding is not reduced
+        key = (*settings.items(), spec.embedding_size, whitened, spec.teacher_sha256, None if run else file)
         groups.setdefault(key, []).append(file)
         method = spec.architecture if spec.architecture == "baseline" else spec.architecture.upper()
         method += "+RPP" * config.get("rpp", spec.rpp)  # best.pt may be from before the refinement
         method += f" ({spec.mix})" * (spec.architecture == "pmm" and spec.mix != "a-hard-mix")
         size = f"{spec.input.height}x{spec.input.width}"
-        flags = ["distilled" if distilled else "", "PCA" if reduced else ""]
-        parts[key] = [method, spec.backbone, size, *flags, f"{spec.embedding_size}-d", file.absolute().parent.name]
+        flags = ["distilled" if spec.teacher_sha256 else "", {None: "", False: "PCA", True: "PCA whitened"}[whitened]]
+        folder = file.absolute().parent.name
+        parts[key] = [method, spec.backbone, size, *flags, f"{spec.embedding_size}-d", folder, str(file)]
     columns = [*zip(*parts.values(), strict=True)]
     shown = [0, *(number for number in range(1, 5) if len(set(columns[number])) > 1)]
-    for more in ([], [5], [6]):  # embedding size and folder only where names are not unique without them
+    for more in ([], [5], [6], [7]):  # embedding size, folder and path only where names are not unique without them
         shown += more
         names = {key: " ".join(found[number] for number in shown if found[number]) for key, found in parts.items()}
         if len({*names.values()}) == len(names):

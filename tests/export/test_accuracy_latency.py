@@ -16,7 +16,7 @@ from pmm_edge.errors import CheckFailedError
 from pmm_edge.export import export
 from pmm_edge.model import Checkpoint, build_model, save_checkpoint
 from pmm_edge.runs import CONFIG, AboutRun, write_about_run
-from pmm_edge.spec import InputSpec, ModelSpec
+from pmm_edge.spec import InputSpec, ModelSpec, Reduction, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
 
 SETTINGS = TrainConfig(method="baseline", backbone="resnet10", height=64, width=32, erase_size=8)
@@ -115,7 +115,7 @@ def test_wrong_use(run, people, tiny_dataset, tmp_path):
     assert str(theirs / "best.pt") in run(ours, theirs)[2]
 
 
-def test_names_say_what_differs(script, monkeypatch):
+def test_names_say_what_differs(script, monkeypatch, tmp_path):
     larger = replace(SPEC, backbone="resnet18")
     specs = {
         "a": SPEC,
@@ -132,6 +132,23 @@ def test_names_say_what_differs(script, monkeypatch):
     assert names() == ["baseline resnet10 512-d", "baseline resnet18 512-d", "baseline resnet18 256-d"]
     specs = {"a": SPEC, "b": SPEC}
     assert names() == ["baseline 512-d a", "baseline 512-d b"]
+
+    # Of one run, and of two runs that differ only in the teacher:
+    for run in ("c", "d"):
+        write_about_run(tmp_path / run, AboutRun(run, "", "0"))
+        (tmp_path / run / CONFIG).write_text(SETTINGS.to_toml())
+    figures = RetrievalFigures(0.5, 0.5, 0.5, 0.5)
+    plain = Reduction(64 * "0", 512, {}, False, 12, "people", 64 * "0", 0.9, figures, figures, None, None)
+    small, student = replace(SPEC, embedding_size=8, reduction=plain), replace(SPEC, teacher_sha256=64 * "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "load_checkpoint", lambda file: Checkpoint(specs[str(file.parent)], {}))
+    whitened = replace(small, reduction=replace(plain, whitened=True))
+    specs = {"c": SPEC, "c/reduced-8": small, "c/reduced-8-whitened": whitened}
+    assert names() == ["baseline", "baseline PCA", "baseline PCA whitened"]
+    specs = {"c": student, "d": replace(SPEC, teacher_sha256=64 * "2")}
+    assert names() == ["baseline 512-d c", "baseline 512-d d"]
+    specs = {"c": student, "d": student}
+    assert names() == ["baseline"]
 
 
 def test_labels_do_not_overlap(script):
