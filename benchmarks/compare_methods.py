@@ -32,8 +32,9 @@ from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.files import decode_toml, written_whole
-from pmm_edge.files import sha256 as file_sha256
+from pmm_edge.gallery.inputs import EmbeddingModel
 from pmm_edge.runs import CONFIG, resolve_checkpoint
+from pmm_edge.runtime import load
 from pmm_edge.trainer.config import DEFAULT_PRESET, TrainConfig, choose_config
 from pmm_edge.trainer.train import TrainResult, train
 
@@ -95,7 +96,7 @@ def parser_of_trainings(text: str, out: Path) -> argparse.ArgumentParser:
 
 
 def comparison(options: argparse.Namespace, rows: Mapping[str, Row]) -> Comparison:
-    """The trainings that the arguments ask for; raise PmmError if one of them is not possible."""
+    """Build the trainings from the arguments; raise PmmError if one of them is not possible."""
     base = choose_config(options.preset, settings=_settings(options))
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -121,7 +122,9 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise PmmError(f"--set {text}", "Write KEY=VALUE, such as epochs=3")
-        if name in ("preset", "method", "mix", "teacher", "seed"):
+        if name == "teacher":
+            raise PmmError("--set teacher: only students have one", "Use benchmarks/student.py --teacher")
+        if name in ("preset", "method", "mix", "seed"):
             raise PmmError(f"--set {name}: the rows differ in it", "Use --preset, --methods or --seeds")
         try:
             values |= decode_toml(dict[str, Any], f"{name} = {value}", "--set")
@@ -158,7 +161,10 @@ def figures_of(comparison: Comparison) -> tuple[dict[str, list[Figures]], int]:
 def folder_of(comparison: Comparison, row: Row, seed: int) -> Path:
     """The run folder of a training."""
     config = choose_config(config=comparison.base, settings=row)
-    teacher = f"-{file_sha256(resolve_checkpoint(Path(config.teacher)))[:8]}" if config.teacher else ""
+    teacher = ""
+    if config.teacher:
+        embedder = load(resolve_checkpoint(Path(config.teacher)), device="cpu")
+        teacher = f"-{EmbeddingModel.of(embedder).sha256[:8]}"
     return comparison.folder / f"{config.method}{'-rpp' * config.rpp}-{config.mix}{teacher}-seed-{seed}"
 
 

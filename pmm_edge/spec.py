@@ -174,7 +174,7 @@ class ModelSpec:
     rpp: bool = False  # PCB has refined part pooling
     distance: Distance = "euclidean"
     dataset: str | None = None
-    teacher_sha256: str | None = None  # of the file of the network from which this one learned
+    teacher_sha256: str | None = None  # SHA-256 of the teacher's checkpoint
     retrieval: RetrievalFigures | None = None  # by Euclidean distance
     retrieval_cosine: RetrievalFigures | None = None  # by cosine distance, as trackers match
     calibration: Calibration | None = None  # decision thresholds; None before pmm calibrate

@@ -108,7 +108,8 @@ def zero_init_residuals(backbone: Backbone) -> None:
     """Initialize each block of three convolutions with a shortcut as the identity: its last batch norm has weight 0.
 
     Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1. Without it, a ResNet-50 or MobileNetV3 trained
-    from scratch on a small data set learns almost nothing in a few dozen epochs; ResNets of basic blocks learn.
+    from scratch on a small data set learns almost nothing in a few dozen epochs. ResNets of basic blocks do not need
+    it.
     """
     for module in backbone.modules():
         if isinstance(module, Bottleneck):

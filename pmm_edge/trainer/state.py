@@ -70,7 +70,7 @@ def save_state(
 def load_state(folder: Path, config: TrainConfig, data: str, teacher: str | None = None) -> Checkpoint | None:
     """Read `last.pt` of a run that is to be resumed; None if it was stopped before its first checkpoint.
 
-    `data` is the fingerprint of the data set, `teacher` the SHA-256 of the teacher's file, which may have moved.
+    `data` is the fingerprint of the data set, `teacher` the SHA-256 of the teacher's checkpoint, which may have moved.
     Raises ModelError if the settings or the teacher were changed, DataError if the data set was.
     """
     path = folder / LAST

@@ -74,7 +74,7 @@ class Shard(NamedTuple):
     targets: Tensor | None = None  # (N, D) float32 embeddings of the teacher
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that it has, by name."""
+        """Return the tensors that are set, by name."""
         return {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
 
 

@@ -44,7 +44,7 @@ class Teacher:
 
     network: nn.Module
     spec: ModelSpec
-    sha256: str  # of its file
+    sha256: str  # of its checkpoint as it was trained
     path: Path  # as in the settings
 
     def embed(self, images: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Teacher:
         return (self.network(images) + self.network(images.flip(3))) / 2
 
     def targets(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embeddings of all training images (N, D), minus their mean. Raises ModelError if they are of no use."""
+        """Subtract the mean of all training images (N, D). Raises ModelError if they are not finite or all equal."""
         if not np.isfinite(embeddings).all() or (embeddings == embeddings[0]).all():
             problem = f"the embeddings of the teacher {self.path} are not finite, or the same for all training images"
             raise ModelError(problem, "Choose another teacher; pmm eval shows how good it is")
@@ -79,7 +79,7 @@ def read_teacher(given: Path, world: World, device: torch.device, resume: Path |
     file = parse_model(*world.first(read))
     file.check()
     embedder = load_torch(file, str(device))
-    return Teacher(embedder.network, embedder.spec, file.sha256, given)
+    return Teacher(embedder.network, embedder.spec, embedder.spec.checkpoint_sha256 or file.sha256, given)
 
 
 class Student(nn.Module):

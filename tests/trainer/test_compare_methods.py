@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pmm_edge.files import sha256
+from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.runtime import load
 from pmm_edge.trainer import train as train_file
 
@@ -95,7 +97,11 @@ def test_a_student_is_compared_with_itself_without_a_teacher_and_with_its_teache
     assert [row[0] for row in rows(printed)] == [*result["sides"]]
     assert all(side["median_ms"].keys() == {"1", "8"} for side in result["sides"].values())
     assert len(trainings) == 4 and compare(*command, script="student")[0] == 0
-    assert len(trainings) == 4, "they are reused"
+    calibrated = load_checkpoint(whole.folder / "best.pt")
+    spec = replace(calibrated.spec, checkpoint_sha256=sha256(whole.folder / "best.pt"), dataset="other")
+    save_checkpoint(tmp_path / "best.pt", replace(calibrated, spec=spec))
+    assert compare(*command, "--teacher", tmp_path / "best.pt", script="student")[0] == 0
+    assert len(trainings) == 4, "they are reused, also if the teacher was calibrated"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,7 @@ def test_a_student_is_compared_with_itself_without_a_teacher_and_with_its_teache
     [
         (["--methods", "PMN"], "Did you mean 'pmm'"),
         (["--set", "epoch=3"], "Did you mean 'epochs'"),
+        (["--set", "teacher=best.pt"], "benchmarks/student.py --teacher"),
         (["--set", "erase_size=0", "--methods", "PMM,CutOut"], "--erase-size"),
         (["--layout", "market1502", "--methods", "PMM"], "Did you mean 'market1501'?"),
     ],
