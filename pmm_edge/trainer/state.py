@@ -17,6 +17,7 @@ from pmm_edge.runs import CONFIG, LAST
 from pmm_edge.spec import Calibration, InputSpec, ModelSpec, RetrievalFigures
 from pmm_edge.trainer.config import TrainConfig
 from pmm_edge.trainer.step import Trainee
+from pmm_edge.trainer.teacher import PARTS
 
 
 @contextmanager
@@ -63,6 +64,8 @@ def save_state(
     No random state is saved: each shard has its own seed (see `Feed`). `data` is the fingerprint of the data set.
     """
     training = {"config": asdict(config), "data": data, "position": asdict(position)}
+    if spec.teacher_sha256:
+        training["distillation"] = dict(PARTS)
     training |= {name: part.state_dict() for name, part in trainee.stateful.items()}
     save_checkpoint(folder / LAST, Checkpoint(spec, trainee.network.state_dict(), training))
 
@@ -71,7 +74,8 @@ def load_state(folder: Path, config: TrainConfig, data: str, teacher: str | None
     """Read `last.pt` of a run that is to be resumed; None if it was stopped before its first checkpoint.
 
     `data` is the fingerprint of the data set, `teacher` the SHA-256 of the teacher's checkpoint, which may have moved.
-    Raises ModelError if the settings or the teacher were changed, DataError if the data set was.
+    Raises ModelError if the settings, the teacher or the weights of distillation were changed, DataError if the data
+    set was.
     """
     path = folder / LAST
     if not path.exists():
@@ -95,6 +99,9 @@ def load_state(folder: Path, config: TrainConfig, data: str, teacher: str | None
         problem = f"the teacher {config.teacher} (SHA-256 {teacher}) is not the one from which the run {folder} learns"
         remedy = f"Name a file with SHA-256 {checkpoint.spec.teacher_sha256} as teacher in {folder / CONFIG}"
         raise ModelError(problem, f"{remedy}, or start a new run")
+    if teacher and (weights := checkpoint.training.get("distillation", PARTS)) != PARTS:
+        problem = f"the run {folder} began with other weights of distillation ({weights}, now {PARTS})"
+        raise ModelError(problem, "Start a new run, or resume it with the version of pmm-edge that began it")
     if data != of_data:
         raise DataError(
             f"the images of the data set have changed since the run {folder} started",

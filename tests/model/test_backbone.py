@@ -80,11 +80,18 @@ def test_what_is_refused(arguments, remedy):
     assert remedy in caught.value.remedy
 
 
-def test_zero_initialized_bottlenecks_are_identities():
-    backbone = build_backbone("resnet50").eval()
+@pytest.mark.parametrize(
+    ("name", "block", "channels"),
+    [("resnet50", "layer3.1", 1024), ("mobilenet_v3_small", "features.3", 24), ("efficientnet_b0", "features.2.1", 24)],
+)
+def test_zero_initialized_blocks_are_identities(name, block, channels):
+    backbone = build_backbone(name).eval()
     zero_init_residuals(backbone)
-    x = torch.rand(2, 1024, 4, 4)
-    assert torch.equal(backbone.layer3[1](x), x)  # a block without a convolution on its shortcut
+    x = torch.rand(2, channels, 4, 4)
+    assert torch.equal(backbone.get_submodule(block)(x), x)  # a block without a convolution on its shortcut
+
+
+def test_basic_blocks_are_not_zero_initialized():
     other = build_backbone("resnet18")
     zero_init_residuals(other)
     assert all((norm.weight == 1).all() for norm in other.modules() if isinstance(norm, torch.nn.BatchNorm2d))

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from tiny_training import CONFIG, assert_same_run
 from torch import nn
 
 import pmm_edge as pmm
-from pmm_edge.errors import ModelError, PmmError
+from pmm_edge.errors import ModelError, PmmError, PmmWarning
+from pmm_edge.export.reduce import reduce_checkpoint, reduced_path
 from pmm_edge.files import sha256
 from pmm_edge.model import StageOutput, load_checkpoint, save_checkpoint
+from pmm_edge.runtime.model_file import DIGEST_KEY, parse_model
+from pmm_edge.spec import METADATA_KEY
 from pmm_edge.trainer import logging, teacher
 from pmm_edge.trainer import train as train_file
+from pmm_edge.trainer.device import World
 from pmm_edge.trainer.teacher import distillation_loss, embedding_loss, relation_losses
 from pmm_edge.trainer.train import train
 
@@ -119,7 +124,7 @@ def test_targets_are_mean_embeddings_of_images_and_mirror_images(student, tiny_c
 
 
 def test_best_pt_has_no_projection_and_names_the_teacher(student, whole):
-    folder = student(precision="bf16", clip_norm=10.0, epochs=1).folder
+    folder = student(precision="bf16", clip_norm=10.0, epochs=1, distill_weight=0.5).folder
     best, last = (load_checkpoint(folder / name) for name in ("best.pt", "last.pt"))
     own = best.network().state_dict()
     assert best.weights.keys() == last.weights.keys() == own.keys() and best.training == {}
@@ -133,7 +138,49 @@ def test_best_pt_has_no_projection_and_names_the_teacher(student, whole):
     )
     (line,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
     weighted = sum(weight * line[name] for name, weight in teacher.PARTS.items())
-    assert line["loss"] == pytest.approx(line["triplet_1"] + line["identity_1"] + weighted, rel=1e-5)
+    assert line["loss"] == pytest.approx(line["triplet_1"] + line["identity_1"] + 0.5 * weighted, rel=1e-5)
+
+
+def test_a_run_that_began_with_other_weights_of_distillation_is_not_resumed(student, monkeypatch):
+    folder = student(epochs=1).folder
+    monkeypatch.setitem(teacher.PARTS, "embedding", 31.0)
+    with pytest.raises(ModelError, match="embedding"):
+        train(resume=folder)
+
+
+def test_a_reduced_checkpoint_is_a_teacher_and_initializes_the_full_network(student, whole, crowd, tmp_path):
+    full = shutil.copy(whole.folder / "best.pt", tmp_path / "best.pt")
+    reduced = reduce_checkpoint(full, load_checkpoint(full), 4, False, crowd, None, lambda *_: None)
+    path = reduced_path(full, 4, False)
+    last = load_checkpoint(student(teacher=str(path), epochs=1).folder / "last.pt")
+    assert last.training["projection"]["weight"].shape == (4, 512) and last.spec.teacher_sha256 == sha256(path)
+    with pytest.warns(PmmWarning, match=f"{len(reduced.weights) - 2} of {len(reduced.weights)} tensors fit"):
+        network = train_file.new_network(replace(CONFIG, seed=1, init_from=str(path)), 4)
+    assert all(torch.equal(tensor, reduced.weights[name]) for name, tensor in network.state_dict().items())
+
+
+def test_exported_weights_are_the_same_teacher_as_their_checkpoint(tiny_checkpoint, tmp_path):
+    checkpoint, exported = load_checkpoint(tiny_checkpoint), tmp_path / "model.safetensors"
+    spec = replace(checkpoint.spec, checkpoint_sha256=sha256(tiny_checkpoint))
+    weights = {name: part.contiguous() for name, part in checkpoint.weights.items() if "classifier" not in name}
+    metadata = {METADATA_KEY: spec.to_json()}
+    metadata[DIGEST_KEY] = parse_model(exported, save(weights, metadata)).digest
+    exported.write_bytes(save(weights, metadata))
+    places, images = (tiny_checkpoint, exported), torch.rand(2, 3, 96, 64)
+    ours, theirs = (teacher.read_teacher(path, World(), torch.device("cpu")) for path in places)
+    assert ours.sha256 == theirs.sha256 == sha256(tiny_checkpoint)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.embed(images), theirs.embed(images))
+
+
+def test_a_teacher_may_have_been_trained_on_another_number_of_people(student, whole, tmp_path):
+    other = load_checkpoint(whole.folder / "best.pt")
+    for name, tensor in other.weights.items():
+        if "classifier" in name:
+            other.weights[name] = tensor[[0, 1, 2, 3, 0, 1, 2]]
+    save_checkpoint(tmp_path / "other.pt", replace(other, spec=replace(other.spec, num_classes=7)))
+    spec = load_checkpoint(student(teacher=str(tmp_path / "other.pt"), epochs=1).folder / "best.pt").spec
+    assert (spec.num_classes, spec.teacher_sha256) == (4, sha256(tmp_path / "other.pt"))
 
 
 def test_a_step_moves_the_projection_and_its_weight_scales_the_loss(student):
