@@ -190,7 +190,7 @@ _gate, _speed = partial(opt, panel="Gates"), partial(opt, panel="Speed")
 @app.command()
 def bench(
     models: list[Path] | None = arg(
-        None, "Models to check, or run folders, for all their exports. Default: those of the reference.", "MODEL"
+        None, "Models, or run folders to check all their exports. Default: the exports of the reference's run.", "MODEL"
     ),
     reference: Path | None = opt(None, "Checkpoint or run folder to compare with. Default: the models' checkpoint."),
     data: Path | None = opt(None, "Data set, or folder of crops (without retrieval). Default: the run's."),

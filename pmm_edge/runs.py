@@ -6,7 +6,7 @@ reduced-256/  (of `pmm export --embedding-size`: run.json  best.pt  export/model
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -107,11 +107,13 @@ def _runs() -> list[Path]:
     return sorted((folder for folder in folders if (folder / BEST).is_file()), key=started, reverse=True)
 
 
-def find_checkpoint(model: Path, digest: str | None, identify: Callable[[Path], str | None] = sha256) -> Path | None:
+def find_checkpoint(
+    model: Path, digest: str | None, digests: Callable[[Path], Iterable[str | None]] = lambda file: [sha256(file)]
+) -> Path | None:
     """The checkpoint with this SHA-256 in the run or the folder of a model or in `runs/`; None if it is not there.
 
     It may be one that was reduced from such a checkpoint. Without a SHA-256 it is best.pt of the model's run.
-    `identify` returns the SHA-256 of a file.
+    `digests` returns the SHA-256 by which a file may be known.
     """
     run = run_of(model)
     if digest is None:
@@ -119,7 +121,7 @@ def find_checkpoint(model: Path, digest: str | None, identify: Callable[[Path], 
     folders = dict.fromkeys([*([run] if run else []), model.parent, *_runs()])
     places = [place for folder in folders for place in (folder, *sorted(folder.glob(f"{REDUCED}*")))]
     files = (file for place in places for file in sorted(place.glob("*.pt")) if file.is_file())
-    return next((file for file in files if identify(file) == digest), None)
+    return next((file for file in files if digest in digests(file)), None)
 
 
 def run_of(file: Path) -> Path | None:

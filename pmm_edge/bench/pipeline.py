@@ -31,7 +31,7 @@ from pmm_edge.console import Report, printable, silent
 from pmm_edge.data.checks import unreadable
 from pmm_edge.data.dataset import ReidDataset, data_sha256, queries_with_match
 from pmm_edge.errors import DataError, ModelError, PmmError
-from pmm_edge.files import check_output, written_whole
+from pmm_edge.files import check_output, sha256, written_whole
 from pmm_edge.images import evenly, read_crops
 from pmm_edge.runs import EXPORT_FOLDER, RUNS, data_of, find_checkpoint, resolve_checkpoint, run_of
 from pmm_edge.runtime import embed_files, load
@@ -97,11 +97,16 @@ def bench(
         raise PmmError(f"the batch sizes are {list(batch_sizes)}", "Choose 1 or more, such as --batch-sizes 1,8")
     batch_sizes = sorted(set(batch_sizes))
     named = [Path(models)] if isinstance(models, str | Path) else [Path(model) for model in models or ()]
-    paths = [file for path in named for file in (_exports_of(resolve_checkpoint(path)) if path.is_dir() else [path])]
     base = Path(reference) if reference else None
-    if base or not paths:
+    if base or not named:
         base = resolve_checkpoint(base)
-        paths = paths or _exports_of(base)
+    listed = [] if named or not base else _exports_of(base, base)
+    for path in named:
+        listed += _exports_of(resolve_checkpoint(path), base) if path.is_dir() else [path]
+    firsts: dict[Path, Path] = {}  # a file may be named alone and through its run
+    for path in listed:
+        firsts.setdefault(path.resolve(), path)
+    paths = [*firsts.values()]
     out = Path(out) if out else (run_of(paths[0]) or paths[0].parent) / "bench.json"
     check_output(out, [".json"])
     before = machine_state()
@@ -110,7 +115,7 @@ def bench(
         try:
             others.append(_load(path, device, gates or {}))
         except NotOnThisMachineError as error:
-            if path in named or (path == paths[-1] and not others):
+            if path.resolve() in [one.resolve() for one in named] or (path == paths[-1] and not others):
                 raise
             # One of all exports of a run, such as an engine for another machine.
             missing.append(BenchWarning(WarningKind.NOT_MEASURED, detail=str(error)))
@@ -164,32 +169,34 @@ def bench(
     return BenchResult(found, [out, summary, page], write_certificates(found))
 
 
-def _exports_of(base: Path) -> list[Path]:
+def _exports_of(base: Path, reference: Path | None) -> list[Path]:
+    """The exports in the run of a checkpoint or export, without it and the reference; raise ModelError if none."""
     folder = base.parent if base.parent.name == EXPORT_FOLDER else base.parent / EXPORT_FOLDER
     suffixes = (".onnx", ".engine", ".safetensors")
-    paths = sorted(path for path in folder.glob("*") if path.suffix in suffixes and path != base)
+    without = (base.resolve(), reference and reference.resolve())
+    paths = sorted(path for path in folder.glob("*") if path.suffix in suffixes and path.resolve() not in without)
     if not paths:
-        raise ModelError(f"{folder} has no exported model", "Run pmm export first, or name the models")
+        raise ModelError(f"{folder} has no exported model to compare", "Run pmm export first, or name the models")
     return paths
 
 
 def _reference_of(model: Subject) -> Path:
     """Find the checkpoint that a model was exported from, or raise ModelError."""
     path, digest = model.embedder.path, model.embedder.spec.checkpoint_sha256
-    if found := find_checkpoint(path, digest) or find_checkpoint(path, digest, _trained_sha256):
+    if found := find_checkpoint(path, digest, _digests):
         return found
     problem = f"the checkpoint that {path} was exported from (SHA-256 {digest}) is neither next to it nor in {RUNS}/"
     remedy = "Pass it with --reference, or, where torch is not installed, an FP32 .onnx export of it"
     raise ModelError(problem if digest else f"{path} does not say which checkpoint it was exported from", remedy)
 
 
-def _trained_sha256(checkpoint: Path) -> str | None:
-    """SHA-256 that a file had before `pmm calibrate` rewrote it; None if it did not, or the file cannot be read."""
+def _digests(checkpoint: Path) -> Iterator[str | None]:
+    """SHA-256 of a file, and the one that it had before `pmm calibrate` rewrote it, if it did."""
+    yield sha256(checkpoint)
     with suppress(ModelError, ImportError):
         from pmm_edge.model.checkpoint import load_checkpoint
 
-        return load_checkpoint(checkpoint).spec.checkpoint_sha256
-    return None
+        yield load_checkpoint(checkpoint).spec.checkpoint_sha256
 
 
 def _check_reference(reference: Subject, models: Sequence[Subject]) -> None:
@@ -198,7 +205,7 @@ def _check_reference(reference: Subject, models: Sequence[Subject]) -> None:
     digest = spec.checkpoint_sha256 or (reference.figures.sha256 if base.suffix in (".pt", ".pth") else None)
     for path, own in ((model.embedder.path, model.embedder.spec.checkpoint_sha256) for model in models):
         if digest and own and own != digest:
-            found = find_checkpoint(path, own)
+            found = find_checkpoint(path, own, _digests)
             problem = f"{path} was exported from {found or f'the checkpoint with SHA-256 {own}'}, not from {base}"
             again = "Export it again, or pass that checkpoint with --reference"
             raise ModelError(problem, f"Run pmm bench {path} --reference {found}" if found else again)

@@ -15,6 +15,7 @@ from pmm_edge.bench import BenchReport, bench, parity, pipeline
 from pmm_edge.bench.pipeline import bench_images
 from pmm_edge.bench.report import BenchWarning, ColdStart, FailureKind, InvariantName, ModelReport, WarningKind
 from pmm_edge.errors import DataError, ModelError, PmmError
+from pmm_edge.files import sha256
 from pmm_edge.model import load_checkpoint, save_checkpoint
 from pmm_edge.runs import AboutRun, new_run_folder
 from pmm_edge.runtime.certificate import certificate_path, check_certificate
@@ -85,6 +86,14 @@ def test_by_default_all_exports_of_the_newest_run_are_compared(
         assert result.report.reference.path.endswith("runs/one/best.pt")
         assert [Path(model.path).name for model in result.report.models] == ["model.onnx"]
         assert result.files[0].parent.name == "one"
+    named = folder / "export" / "second.onnx"
+    shutil.copy(tiny_onnx, named)
+    for models, reference, expected in (
+        ([named.resolve(), folder], folder, [named.resolve(), folder / "export/model.onnx"]),
+        ([folder], named.resolve(), [folder / "export/model.onnx"]),  # not compared with itself
+    ):
+        result = bench(models, reference=reference, limit=2, device="cpu", parity_only=True)
+        assert [model.path for model in result.report.models] == list(map(str, expected))
 
 
 def test_nothing_is_compared_with_a_broken_reference(tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -139,6 +148,13 @@ def test_the_reference_is_the_checkpoint_that_the_model_was_exported_from(
         with pytest.raises(ModelError, match=f"--reference {right}"):
             check([model], reference=newest)
         right.unlink()
+    trained = load_checkpoint(tiny_checkpoint)
+    calibrated = replace(trained, spec=replace(trained.spec, checkpoint_sha256=sha256(tiny_checkpoint)))
+    save_checkpoint(older / "best.pt", calibrated)
+    assert check(model).report.reference.path == str(older / "best.pt")
+    with pytest.raises(ModelError, match=f"--reference {older / 'best.pt'}"):
+        check([model], reference=newest)
+    (older / "best.pt").unlink()
     with pytest.raises(ModelError, match="--reference"):  # a checkpoint in no run
         check(shutil.copy(tiny_checkpoint, "box/any.pt"))
     assert (newest / "bench.json").read_text() == "mine"
@@ -170,7 +186,7 @@ def test_an_interrupt_keeps_what_was_measured(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(home, step, once_then_interrupted)
-    models = [tiny_onnx] * (2 if step == "retrieval_change" else 1)
+    models = [tiny_onnx, shutil.copy(tiny_onnx, "copy.onnx")][: 2 if step == "retrieval_change" else 1]
     report = run(models, tiny_onnx, tiny_dataset, parity_only=step != "measure_latency")
     assert (report.complete, report.passed) == (False, False)
     assert (report.models[0].retrieval is None) == (step == "embed_files")
