@@ -45,8 +45,9 @@ MAX_IMAGES = 20_000
 
 
 def reduced_path(checkpoint: Path, size: int, whiten: bool) -> Path:
-    """Where the reduced checkpoint is written: `reduced-256/best.pt` next to the checkpoint."""
-    return checkpoint.parent / f"{REDUCED}{size}{'-whitened' * whiten}" / BEST
+    """Where the reduced checkpoint is written: `reduced-256/best.pt` next to best.pt, `reduced-256-last` to last.pt."""
+    name = "" if checkpoint.name == BEST else f"-{checkpoint.stem}"
+    return checkpoint.parent / f"{REDUCED}{size}{'-whitened' * whiten}{name}" / BEST
 
 
 def reduce_checkpoint(

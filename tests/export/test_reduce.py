@@ -234,4 +234,4 @@ def test_wrong_use_is_one_line(pmm: Callable, run: Path, tiny_onnx: Path, tiny_d
     assert sorted(path.name for path in tmp_path.iterdir()) == ["crops", "stray.pt"]
     found = pmm("export", stray, "--embedding-size", 4, "--calibration", tiny_dataset, "--json").json
     assert found["files"][0]["spec"]["reduction"]["from_size"] == 1536
-    assert Path(found["checkpoint"]) == tmp_path / "reduced-4" / "best.pt"
+    assert Path(found["checkpoint"]) == tmp_path / "reduced-4-stray" / "best.pt"
