@@ -231,7 +231,7 @@ def quantize(
                 sources = [source for source in sources if source.op_type in LAYERS]
             if any(source.name in in_float for source in sources):
                 in_float.append(node.name)
-    # HardSwish is 0 below -3: 8-bit values of its input are not spent there.
+    # HardSwish is 0 below -3: so its 8-bit range starts there.
     swished = {node.input[0] for node in nodes if node.op_type == "HardSwish"}
     ranges = {
         name: (max(low, min(-3.0, high)) if name in swished else low, high) for name, (low, high) in ranges.items()
@@ -406,8 +406,12 @@ def quantize_network(
             order = sorted(losses, key=losses.__getitem__, reverse=True)
         fewest = bisect_left(range(len(order)), True, key=holds)
         if order and fewest == len(order):
-            reason = "INT8 loses more than allowed even with all layers but one in floating point"
-            raise CheckFailedError(reason, "Allow a larger --max-map-drop, or export FP16")
+            reason = f"INT8 loses more than {max_map_drop} points of mAP"
+            remedy = "Allow a larger --max-map-drop, or export FP16"
+            if max_map_drop is None:
+                reason = f"the mean cosine to FP32 stays below {1 - MAX_LOSS}"
+                remedy = "Export FP16, or accept a loss of mAP with --max-map-drop"
+            raise CheckFailedError(f"{reason} even with all layers but one in floating point", remedy)
         quantized, reached = tried[fewest]
         total = sum(work.values())
         layers = [
