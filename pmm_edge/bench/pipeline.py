@@ -100,13 +100,13 @@ def bench(
     base = Path(reference) if reference else None
     if base or not named:
         base = resolve_checkpoint(base)
-    listed = [] if named or not base else _exports_of(base, base)
+    paths = [] if named or not base else _exports_of(base, base)
     for path in named:
-        listed += _exports_of(resolve_checkpoint(path), base) if path.is_dir() else [path]
-    firsts: dict[Path, Path] = {}  # a file may be named alone and through its run
-    for path in listed:
-        firsts.setdefault(path.resolve(), path)
-    paths = [*firsts.values()]
+        if path.is_dir():  # without files that are named themselves, or twice
+            listed = {one.resolve() for one in (*named, *paths)}
+            paths += [file for file in _exports_of(resolve_checkpoint(path), base) if file.resolve() not in listed]
+        else:
+            paths.append(path)
     out = Path(out) if out else (run_of(paths[0]) or paths[0].parent) / "bench.json"
     check_output(out, [".json"])
     before = machine_state()
