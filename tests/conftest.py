@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +27,11 @@ except ModuleNotFoundError:  # in tests/lowest_versions.sh
 HEIGHT, WIDTH = 96, 64
 
 
-@pytest.fixture(autouse=True)
-def one_thread_for_tiny_networks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Threads of a network this small only wait for each other, on a busy machine for seconds."""
-    if torch is None:
-        yield
-        return
-    threads = torch.get_num_threads()
-    if {"tiny_checkpoint", "tiny_onnx"} & {*request.fixturenames}:
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Identical bits need sums in identical order; threads of networks this small also only wait for each other."""
+    if torch is not None:
         torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -231,7 +231,7 @@ def quantize(
                 sources = [source for source in sources if source.op_type in LAYERS]
             if any(source.name in in_float for source in sources):
                 in_float.append(node.name)
-    # HardSwish is 0 below -3: so its 8-bit range starts there.
+    # HardSwish is 0 below -3, so the 8-bit range of its input starts there.
     swished = {node.input[0] for node in nodes if node.op_type == "HardSwish"}
     ranges = {
         name: (max(low, min(-3.0, high)) if name in swished else low, high) for name, (low, high) in ranges.items()
@@ -382,10 +382,8 @@ def quantize_network(
     best = methods[0] if method else min(methods, key=lambda name: loss(candidates[name]))
     quantized, search = candidates[best], None
     if max_map_drop is not None or loss(quantized) > MAX_LOSS:
-        names, work, judge = layer_names(network, _LAYERS[target]), multiply_adds(network), mean_ap
-        names = {node: name for node, name in names.items() if node not in excitations(network)}
-        if max_map_drop is None:
-            judge = loss
+        work, excluded, judge = multiply_adds(network), excitations(network), loss if max_map_drop is None else mean_ap
+        names = {node: name for node, name in layer_names(network, _LAYERS[target]).items() if node not in excluded}
         baseline = judge(network)
         tried = {0: (quantized, judge(quantized))}
         losses: dict[str, float] = {}
@@ -418,8 +416,8 @@ def quantize_network(
             LayerSensitivity(names[node], losses[node], work[node] / total, kept=number < fewest)
             for number, node in enumerate(order)
         ]
-        by_map = max_map_drop is not None
-        search = SensitivitySearch(baseline if by_map else None, reached if by_map else None, layers)
+        before, after = (None, None) if max_map_drop is None else (baseline, reached)
+        search = SensitivitySearch(before, after, layers)
     float_layers = tuple(layer.layer for layer in search.layers if layer.kept) if search else ()
     found = replace(
         spec.quantization,

@@ -202,9 +202,11 @@ def train(
             if world.leads and about:
                 write_about_run(folder, replace(about, data=root, more=more))  # for later commands
         network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
-        about_spec = feed.num_classes, dataset.name, teacher_sha256
-        spec = checkpoint.spec if checkpoint else model_spec(chosen, network, *about_spec)
-        spec = replace(spec, checkpoint_sha256=None)  # of a checkpoint that was calibrated, and is trained further
+        spec = (
+            replace(checkpoint.spec, checkpoint_sha256=None)  # if it was calibrated, that of other weights from here on
+            if checkpoint
+            else model_spec(chosen, network, feed.num_classes, dataset.name, teacher_sha256)
+        )
         position: Position = checkpoint.training["position"] if checkpoint else Position()
         if world.leads:
             for name in (CONFIG, LAST, BEST):  # the other files are written again at once
@@ -224,9 +226,10 @@ def train(
             if checkpoint:
                 restore_state(trainee, checkpoint)
             digest = lru_cache(maxsize=None)(partial(data_sha256, test_images, dataset.root, report))
-            about_data = judged, fingerprint, digest
-            changing = trainee, position, journal
-            run = Run(chosen, *about_data, folder, world, feed, crops, spec, *changing, stop, report, teacher)
+            run = Run(
+                chosen, judged, fingerprint, digest, folder, world, feed, crops, spec,
+                trainee, position, journal, stop, report, teacher,
+            )  # fmt: skip
             teacher = None  # its memory is free once it has embedded the images
             finished = fit(run)
         figures = position.best, position.before, position.calibration

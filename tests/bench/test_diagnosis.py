@@ -1,12 +1,10 @@
 """Deliberately broken models fail with their cause; good ones pass."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import broken
 import numpy as np
 import pytest
-import torch
 
 from pmm_edge.bench import ModelReport, bench, pipeline
 from pmm_edge.bench.report import Cause, FailureKind, InvariantName, LikelyCause
@@ -17,14 +15,6 @@ Judged = dict[str, ModelReport]
 
 def kinds(model: ModelReport) -> list[FailureKind]:
     return [failure.kind for failure in model.failures]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

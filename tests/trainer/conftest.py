@@ -1,19 +1,9 @@
 """One tiny training that the tests of its results and of resuming share."""
 
 import pytest
-import torch
 from tiny_training import CONFIG
 
 from pmm_edge.trainer.train import train
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Identical bits need sums in identical order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
