@@ -27,6 +27,7 @@ from pmm_edge.console import Report, print_line, print_table, progress
 from pmm_edge.errors import PmmError
 from pmm_edge.export import export
 from pmm_edge.files import check_output, encode_json, sha256, written_whole
+from pmm_edge.model import load_checkpoint
 from pmm_edge.runs import resolve_checkpoint
 from pmm_edge.runtime import load
 
@@ -79,6 +80,7 @@ def run() -> int:
     teacher = resolve_checkpoint(options.teacher)
     if teacher.suffix == ".safetensors":  # trains students, but cannot be exported
         raise PmmError(f"{teacher} cannot be exported to INT8", "Name the teacher's checkpoint (.pt) or run folder")
+    load_checkpoint(teacher)  # before anything is trained
     trainings = comparison(options, {WITHOUT: {"method": "baseline"}, WITH: {"teacher": str(teacher)}})
     found, code = figures_of(trainings)
     if [len(figures) for figures in found.values()] == 2 * [len(trainings.seeds)]:

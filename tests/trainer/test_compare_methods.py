@@ -118,3 +118,12 @@ def test_wrong_use_is_refused_before_anything_is_trained(compare, tmp_path, argu
     code, _ = compare(*arguments)
     assert message in str(code)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "damaged.pt", "weights.safetensors"])
+def test_a_wrong_teacher_is_refused_before_anything_is_trained(compare, tmp_path, name):
+    if name != "missing.pt":
+        (tmp_path / name).write_text("no network")
+    code, _ = compare("--teacher", tmp_path / name, script="student")
+    assert name in str(code)
+    assert not (tmp_path / "out").exists()
