@@ -4,6 +4,11 @@
 
 Every convolution and linear layer is computed in float16 like ONNX Runtime's kernels for Arm with FP16 instructions: a
 fused multiply-add for each term, whose result is rounded to float16, and a new sum every 512 terms.
+
+What to expect: with the unit roundoff u = 2^-11 of float16, rounding a value x adds an error of variance 0.18 u² x² on
+average (uniform within half a unit of the last place, logarithmic mantissa). A sum of n terms of random sign has
+partial sums with a mean square of k/n of the final one, so n roundings add 0.18 u² (1 + 2 + ... + n)/n = 0.09 n u².
+Float32 sums leave three roundings, of the weight, the input and the output: 0.54 u². With n = 512 the ratio is 85.
 """
 
 from __future__ import annotations
