@@ -91,7 +91,7 @@ def train(
     first one, which chooses best.pt.
 
     Presets: market1501, dukemtmc-reid, cuhk03-detected and cuhk03-labeled (the paper's settings), quick (minutes on a
-    CPU), edge (a small network for boards such as the Jetson Orin Nano) and edge-tiny (a still smaller one).
+    CPU), edge (a small network for boards such as the Jetson Orin Nano) and edge-tiny (an even smaller one).
 
     --teacher trains a small network with one head that also learns from the embeddings of a trained one, of any method
     and size. The result has the size and speed of the small network.
@@ -149,7 +149,7 @@ def export(
     workspace_gib: float | None = _tensorrt(None, "Maximum scratch memory.", "--workspace", metavar="GIB"),
     optimization_level: int | None = _tensorrt(None, "0 (fastest build) to 5 (longest search)."),
     hardware_compatible: HardwareCompatibility | None = _tensorrt(
-        None, "Support more GPUs: ampere: all since Ampere. same: all of this compute capability. Not for Jetson."
+        None, "Support more GPUs: all since Ampere, or all of the same compute capability. Not for Jetson."
     ),
     version_compatible: bool = _tensorrt(False, "Build for later TensorRT versions as well.", "--version-compatible"),
     timing_cache: bool = _tensorrt(True, "Reuse layer timings of earlier builds."),
@@ -387,7 +387,7 @@ def embed(
     images: str = arg(..., "Data set, folder, list (a text file with one path per line) or tar file.", "IMAGES"),
     out: str = out_opt("embeddings.npz", "File, or folder of Parquet shards; see above.", "FILE.npz|.parquet|DIR"),
     layout: Layout = None,
-    batch: int | None = opt(None, "Images per batch. Default: 64, or the engine's optimal batch."),
+    batch: int | None = opt(None, "Images per batch. Default: 64; with an engine at least two of its largest batches."),
     tracklets: bool = opt(False, "Write a pooled row per tracklet: a folder, or as in the data set.", "--tracklets"),
     dtype: Literal["float32", "float16"] | None = _many(None, "Type of the embeddings. Default: float32."),
     shard_rows: int | None = _many(None, "Images per shard. Default: 8192. A tar file is one shard."),

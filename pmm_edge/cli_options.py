@@ -25,7 +25,9 @@ def out_opt(default: Any, text: str, metavar: str | None = None) -> Any:
 
 
 # Arguments and options of several commands; the others are declared where they are used.
-Model = Annotated[Path, typer.Argument(help="Run folder, checkpoint, .onnx, .engine or .safetensors file.")]
+Model = Annotated[
+    Path, typer.Argument(help="Run folder, checkpoint, .onnx, .engine or .safetensors file.", metavar="MODEL")
+]
 Layout = Annotated[str | None, typer.Option(help="Data set layout. Default: detected; pmm data -h lists the layouts.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or N. Default: a usable GPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
