@@ -121,7 +121,7 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Check that a file can be written, before the work of minutes that fills it; raise OutputError otherwise."""
+    """Check that a file can be written, before minutes of work; raise OutputError otherwise."""
     try:
         _check_parents(path)
         if path.is_dir():

@@ -67,7 +67,7 @@ def try_crop(path: Path, height: int, width: int, content: bytes | None = None) 
     """Decode an image file to (height, width, 3) uint8 RGB, turned upright as its EXIF orientation says.
 
     `content` is that of the file, if it is already in memory. Returns a BadImage if the file is missing, truncated or
-    no image. All files are decoded here.
+    not an image. All files are decoded here.
     """
     try:
         if content is None and path.exists() and not path.is_file():
@@ -177,7 +177,7 @@ def cut_boxes(frame: Pixels, boxes: ArrayLike) -> list[Pixels]:
     try:
         corners = np.asarray(boxes, np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"the boxes are no array of numbers ({error})", "Pass an (N, 4) array") from error
+        raise DataError(f"the boxes are not an array of numbers ({error})", "Pass an (N, 4) array") from error
     if not corners.size:
         return []
     if corners.ndim != 2 or corners.shape[1] != 4:
@@ -217,7 +217,7 @@ def check_pixels(array: object, name: str) -> None:
     for wrong, problem, remedy in (
         (array.ndim == 2 or channels == (1,), "is gray", "Repeat its channel three times"),
         (channels == (4,), "has an alpha channel", f"Pass {name.split()[0]}[:, :, :3]"),
-        (channels != (3,), "is no RGB image", "Pass (height, width, 3) arrays"),
+        (channels != (3,), "is not an RGB image", "Pass (height, width, 3) arrays"),
         (0 in array.shape, "has no pixels", "Leave it out"),
         (array.dtype != np.uint8, "is not uint8", "Pass uint8 values of 0 to 255; pmm-edge normalizes"),
     ):

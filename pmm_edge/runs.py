@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 
 from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
@@ -35,19 +36,17 @@ class AboutRun:
 
 def new_run_path(name: str) -> Path:
     """Create the default folder of a new run, `runs/<time>-<name>`, with a suffix if another run has just taken it."""
-    first, number = f"{datetime.now():%Y%m%d-%H%M%S}-{name}", 1
-    folder = RUNS / first
+    folder = first = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     try:
         RUNS.mkdir(exist_ok=True)
-        while True:
-            try:
+        for number in count(2):
+            with suppress(FileExistsError):
                 folder.mkdir()  # atomic: one of several processes succeeds
-                return folder
-            except FileExistsError:
-                number += 1
-                folder = RUNS / f"{first}-{number}"
+                break
+            folder = Path(f"{first}-{number}")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}", "Choose another folder with --out") from error
+    return folder
 
 
 def new_run_folder(about: AboutRun, folder: Path) -> Path:

@@ -10,6 +10,7 @@ from pmm_edge.files import decode_json, encode_json
 METADATA_KEY = "pmm_edge.spec"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FLOAT16_MAX = 65504.0
+MAX_SIDE = 10_000  # of an input, in pixels
 
 InputForm = Literal["uint8", "raw", "normalized"]
 Distance = Literal["euclidean", "cosine"]  # cosine: 1 minus the cosine similarity, in 0..2
@@ -44,7 +45,7 @@ class InputSpec:
     resize: Literal["bilinear"] = "bilinear"
 
     def __post_init__(self) -> None:
-        if not (1 <= self.height <= 10_000 and 1 <= self.width <= 10_000):
+        if not (1 <= self.height <= MAX_SIDE and 1 <= self.width <= MAX_SIDE):
             raise ValueError(f"an input of {self.height}x{self.width} pixels is out of range")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} or std {self.std} is not finite, or std is not positive")

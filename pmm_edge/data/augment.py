@@ -19,10 +19,10 @@ def normalize(crops: Tensor) -> Tensor:
 
     (N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, channels-last in memory.
     """
-    if crops.device.type != "cpu":
-        return _normalize_batch(crops)
-    nothing = torch.zeros(len(crops), dtype=torch.long)
-    return augment_each(crops, nothing, nothing, nothing, nothing, 0)
+    scale, shift = _scale_and_shift(crops.device, crops.shape[2])
+    images = crops.float()
+    images.view(*images.shape[:2], -1).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
+    return images.permute(0, 3, 1, 2)
 
 
 def augment(
@@ -58,7 +58,7 @@ def augment_each(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, c
     draws = zip(flipped.tolist(), erased.tolist(), rows.tolist(), columns.tolist(), strict=True)
     for crop, image, (flip, erase, row, column) in zip(crops, images, draws, strict=True):
         image.copy_(crop.flip(1) if flip else crop)
-        image.view(len(image), -1).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
+        image.view(len(image), -1).mul_(scale).sub_(shift)
         if erase:
             image[row : row + size, column : column + size] = 0.0
     return images.permute(0, 3, 1, 2)
@@ -66,7 +66,7 @@ def augment_each(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, c
 
 def augment_batch(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
     """Augment the whole batch at once without synchronizing, for GPUs. Arguments as in `augment_each`."""
-    images = _normalize_batch(torch.where(flipped[:, None, None, None], crops.flip(2), crops))
+    images = normalize(torch.where(flipped[:, None, None, None], crops.flip(2), crops))
     y, x = (torch.arange(length, device=crops.device) for length in crops.shape[1:3])
     in_rows = (y >= rows[:, None]) & (y < rows[:, None] + size)
     in_columns = (x >= columns[:, None]) & (x < columns[:, None] + size)
@@ -74,13 +74,8 @@ def augment_batch(crops: Tensor, flipped: Tensor, erased: Tensor, rows: Tensor, 
     return images.masked_fill_(square[:, None], 0.0)
 
 
-def _normalize_batch(crops: Tensor) -> Tensor:
-    scale, shift = _scale_and_shift(crops.device)
-    return crops.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
-
-
-@cache  # once for each device: copying a constant to a GPU synchronizes
-def _scale_and_shift(device: torch.device, pixels: int = 1) -> tuple[Tensor, Tensor]:
+@cache  # once for each device and width: copying a constant to a GPU synchronizes
+def _scale_and_shift(device: torch.device, pixels: int) -> tuple[Tensor, Tensor]:
     """The factors of `x * scale - shift`, equal to `(x / 255 - mean) / std`; (3 * pixels,) each."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (1 / (255 * std)).repeat(pixels).to(device), (mean / std).repeat(pixels).to(device)

@@ -123,7 +123,7 @@ class ReidDataset:
     query: Split
     gallery: Split
     layout: str = ANY_MARKET
-    ignored: Mapping[str, int] = field(default_factory=dict)  # see `find_files`
+    ignored: Mapping[str, int] = field(default_factory=dict)  # see `walk_files`
     reading: Reading = field(default_factory=Reading)
 
     @property
@@ -191,13 +191,13 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
         elif kind == FOLDERS:
             found, (rows, reading) = layout or "", _read_people(root, layout, ignored)
         elif kind == MARS or (not kind and _is_mars(root)):
-            trained, tested = (find_files(root / name, True, ignored) for name in ("bbox_train", "bbox_test"))
+            trained, tested = ([*walk_files(root / name, True, ignored)] for name in ("bbox_train", "bbox_test"))
             found, (rows, reading) = MARS, people.label_mars(trained, tested, root / "info")
         elif _is_converted_cuhk03(root) and layout in (None, kind := f"cuhk03-np-{root.name.removeprefix('images_')}"):
             found, splits = kind, _read_converted_cuhk03(root)
-        elif (_is_market(root) and layout not in _MSMT17_SETS) or layout in (*_MARKET_SETS, ANY_MARKET):
+        elif layout in (*_MARKET_SETS, ANY_MARKET) or (layout is None and _is_market(root)):
             found, splits = _read_market(root, layout, ignored)
-        elif _is_msmt17(root) or layout:
+        elif layout or _is_msmt17(root):
             found, splits = _read_msmt17(root, layout)
         elif nearby := [str(child) for child in (*sorted(root.iterdir()), root.resolve().parent) if is_dataset(child)]:
             problem = f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}"
@@ -258,11 +258,6 @@ def _cuhk03_lists(root: Path) -> Path:
     return root.with_name(f"splits_new_{root.name.removeprefix('images_')}.json")
 
 
-def find_files(folder: Path, deep: bool, ignored: Counter[str]) -> list[Path]:
-    """The image files of a folder, sorted, as `walk_files` finds them."""
-    return list(walk_files(folder, deep, ignored))
-
-
 def walk_files(
     folder: Path,
     deep: bool,
@@ -305,13 +300,13 @@ def walk_files(
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """What `find_files` ignored; empty if nothing."""
+    """What `walk_files` ignored; empty if nothing."""
     counts = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(ignored.items()))
     return counts and f"skipped: {counts}; only {', '.join(sorted(IMAGE_SUFFIXES))} files are read"
 
 
 def warn_ignored(source: Path, ignored: Mapping[str, int]) -> None:
-    """Issue a PmmWarning if `find_files` ignored anything."""
+    """Issue a PmmWarning if `walk_files` ignored anything."""
     if ignored:
         warnings.warn(f"{source}: {describe_ignored(ignored)}", PmmWarning, stacklevel=3)
 
@@ -324,7 +319,7 @@ def no_images(source: Path, ignored: Mapping[str, int], remedy: str = "") -> Dat
 
 def _read_market(root: Path, layout: str | None, ignored: Counter[str]) -> tuple[str, list[Split]]:
     splits = [_read_market_folder(root / name, ignored) for name in (TRAIN, QUERY, GALLERY)]
-    if layout in (*_MARKET_SETS, ANY_MARKET):
+    if layout:
         return layout, splits
     # File names alone do not tell: other data sets, including the synthetic one, copy those of Market-1501.
     train, folder = splits[0], re.sub(r"[^a-z0-9]", "", root.name.lower())
@@ -338,7 +333,7 @@ def _read_market(root: Path, layout: str | None, ignored: Counter[str]) -> tuple
 
 def _read_market_folder(folder: Path, ignored: Counter[str]) -> Split:
     images, skipped = [], Counter[str]()
-    for path in find_files(folder, deep=False, ignored=skipped):
+    for path in walk_files(folder, deep=False, ignored=skipped):
         match = _MARKET_NAME.match(path.name)
         if match is None:
             remedy = "Rename it to IDENTITY_cCAMERA..., such as 0002_c1s1_000451_03.jpg, or remove it"
@@ -410,15 +405,15 @@ def _read_people(root: Path, layout: str | None, ignored: Counter[str]) -> tuple
     found = Counter({f"folder {name}": 1 for name in unused})
     files = {}
     for split in splits:
-        images = find_files(root / split, deep=True, ignored=found)
+        images = [*walk_files(root / split, deep=True, ignored=found)]
         files[split] = [path for path in images if path.parent != root / split]
         found["image in no person's folder"] += len(images) - len(files[split])
     if not any(files.values()):
-        remedy = _PER_PERSON if images else "docs/datasets.md shows the layouts"
+        remedy = _PER_PERSON if found["image in no person's folder"] else "docs/datasets.md shows the layouts"
         raise DataError(f"{root} does not contain {TRAIN}, {QUERY} and {GALLERY}, or a folder per person", remedy)
     deepest = max((path for images in files.values() for path in images), key=lambda path: len(path.parts))
     if layout is None and len(deepest.relative_to(root).parts) - bool(splits[0]) > 3:  # any folder of images
-        problem = f"{root} is no known data set: {deepest} is deeper than PERSON/CAMERA/IMAGE"
+        problem = f"{root} is not a known data set: {deepest} is deeper than PERSON/CAMERA/IMAGE"
         raise DataError(problem, "Pass --layout folders if its folders are people, or see docs/datasets.md")
     ignored.update(+found)
     return people.label_people(files, root, (layout or "").partition(":")[2])

@@ -1,8 +1,10 @@
 """Load training batches: decoded crops with a cache, replacements for unreadable images, the P x K sampler."""
 
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from pmm_edge.errors import DataError
 from pmm_edge.images import IN_FIGURES, BadImage, try_crop
 from pmm_edge.machine import threads
 
+T = TypeVar("T")
 CACHE_BYTES = 8 << 30  # the training set of Market-1501 at 384x128 takes 1.9 GB
 
 
@@ -19,9 +22,9 @@ class Crops:
 
     Threads suffice, without copies between processes: Pillow decodes and resizes without the GIL.
     `height` and `width` are in pixels. Images that do not fit into `cache_bytes` are decoded again each time.
-    `workers` is the number of decoding threads, by default one for each usable core. If the (N,) identities of the
-    images, `pids`, are given, an unreadable image is replaced by the next readable one of its identity, the same in
-    every run; otherwise it is an error, which takes them for the images of an evaluation.
+    `workers` is the number of decoding threads, by default one for each usable core. With the (N,) identities `pids`,
+    for training, an unreadable image is replaced by the next readable one of its identity, the same in every run.
+    Without them, for evaluation, it is an error.
     """
 
     def __init__(
@@ -54,20 +57,9 @@ class Crops:
             return self._cache[indices]
         return np.stack(list(self._pool.map(self._crop, indices.tolist())))
 
-    def prefetched(self, batches: Sequence[NDArray[np.int64]], ahead: int = 2) -> Generator[NDArray[np.uint8]]:
-        """Yield `batch(indices)` for each of `batches`, decoding the next ones in the background."""
-        waiting: list[Future[NDArray[np.uint8]]] = []
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as assembler:
-            try:
-                for indices in batches:
-                    waiting.append(assembler.submit(self.batch, indices))
-                    if len(waiting) > ahead:
-                        yield waiting.pop(0).result()
-                while waiting:
-                    yield waiting.pop(0).result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+    def prefetched(self, batches: Sequence[NDArray[np.int64]], most: int = 2) -> Generator[NDArray[np.uint8]]:
+        """Yield `batch(indices)` for each of `batches`, decoding at most `most` in advance; see `ahead`."""
+        return ahead(map(self.batch, batches), most)
 
     def _crop(self, index: int) -> NDArray[np.uint8]:
         if index < len(self._cache) and self._decoded[index]:
@@ -106,6 +98,22 @@ class Crops:
                     "Check the data set with pmm data --decode, or raise --max-bad-images",
                 )
         return messages
+
+
+def ahead(items: Iterable[T], most: int) -> Generator[T]:
+    """Yield items that another thread computes, at most `most` in advance; close the generator to end it early."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, iterator, end) for _ in range(most))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(thread.submit(next, iterator, end))
+                yield item  # type: ignore[misc]  # not the end
+        finally:
+            for future in pending:
+                future.cancel()
+            if isinstance(iterator, Generator):
+                thread.submit(iterator.close).result()
 
 
 def identity_batches(

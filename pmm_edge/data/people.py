@@ -28,7 +28,7 @@ COLUMNS = ("path", "pid", "camid", "split")
 NOBODY = {"-1": JUNK_PID, "0000": DISTRACTOR_PID}
 """Names that stand for no person, as in Market-1501. `0` is a person."""
 _CAMERA_TOKEN = re.compile(r"(?<![a-z])c(?:am(?:era)?)?[_-]?(\d{1,9})(?!\d)", re.IGNORECASE | re.ASCII)
-_MARS_NAME = re.compile(r"(\d{4}|00-1)C(\d)T(\d{4})F\d{3,}\.jpg", re.ASCII)
+_MARS_NAME = re.compile(r"(\d{4}|00-1)C(\d)T(\d{4,9})F\d{3,}\.jpg", re.ASCII)
 _MATLAB_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _MATLAB_MATRIX, _MATLAB_COMPRESSED, _MATLAB_BYTES = 14, 15, 1 << 26
 
@@ -170,9 +170,8 @@ def read_csv(source: Path) -> tuple[Rows, Reading]:
     Relative paths start at the folder of the file and must stay in it; absolute paths may lead anywhere. Raises
     DataError that names the row, counted in lines from 1, if an entry is wrong, a file is missing or listed twice.
     """
-    rows: Rows = {split: [] for split in SPLITS}
-    numbers: dict[str, int] = {}
-    table: list[tuple[Path, str, int, str]] = []
+    rows: Rows = {split: [] for split in SPLITS}  # with the names of the people
+    lines: dict[str, int] = {}  # where each image is listed first
 
     def wrong(problem: str, remedy: str) -> DataError:
         return DataError(f"row {reader.line_num} of {source} {problem}", remedy)
@@ -198,16 +197,15 @@ def read_csv(source: Path) -> tuple[Rows, Reading]:
                     raise wrong(f"leads out of the folder of the file: {path}", "Write an absolute path")
                 if not image.is_file():
                     raise wrong(f"names {image}, which does not exist", "Correct the path, or remove the row")
-                first = numbers.setdefault(os.path.normpath(image), reader.line_num)
+                first = lines.setdefault(os.path.normpath(image), reader.line_num)
                 if first != reader.line_num:
                     raise wrong(f"repeats {image} of row {first}", "Remove one of the rows")
-                table.append((image, pid, int(camid), split))
+                rows[split].append((image, pid, int(camid)))
         except (csv.Error, ValueError) as error:  # ValueError: a null character in a path
             raise wrong(f"cannot be read: {error}", "Save it as comma-separated text in UTF-8") from error
-    people = number_names((pid for _, pid, _, _ in table), NOBODY, 1)
-    for image, pid, camera, split in table:
-        rows[split].append((image, people[pid], camera))
-    return rows, Reading(CameraRule.COLUMN, people=_texts(people))
+    people = number_names((pid for found in rows.values() for _, pid, _ in found), NOBODY, 1)
+    numbered = {split: [(path, people[pid], camid) for path, pid, camid in found] for split, found in rows.items()}
+    return numbered, Reading(CameraRule.COLUMN, people=_texts(people))
 
 
 def label_mars(train: Sequence[Path], test: Sequence[Path], info: Path) -> tuple[Rows, Reading]:
@@ -215,13 +213,13 @@ def label_mars(train: Sequence[Path], test: Sequence[Path], info: Path) -> tuple
 
     Where these cannot be read, `choose_queries` chooses tracklets. Raises DataError if a name is wrong.
     """
-    keys = [_mars_key(path.name) for path in (*train, *test)]
-    for path, key in zip((*train, *test), keys, strict=True):
-        if key is None:
+    numbers: dict[tuple[int, int, int], int] = {}  # of the tracklets
+    rows: list[Row] = []
+    for path in (*train, *test):
+        if (key := _mars_key(path.name)) is None:
             remedy = "It must be like 0001C1T0001F001.jpg; unpack the data set again"
             raise DataError(f"the name of {path} has no identity, camera and tracklet", remedy)
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    rows: list[Row] = [(path, *key[:2], numbers[key]) for path, key in zip((*train, *test), keys, strict=True) if key]
+        rows.append((path, *key[:2], numbers.setdefault(key, len(numbers))))
     tests, queries, rule = rows[len(train) :], _mars_queries(info), SplitRule.GIVEN
     if queries is None:
         pids, camids, tracks = ([row[column] for row in tests] for column in (1, 2, 3))

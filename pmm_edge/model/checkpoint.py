@@ -76,7 +76,8 @@ def build_model(
         blocks = check_block_grid(height, width, block_size)
         k = scaled_mix_blocks(PAPER_K, blocks) if mix_blocks is None else mix_blocks
         if not 1 <= k < blocks:
-            raise PmmError(f"mix_blocks is {k} of {blocks} blocks", f"Choose mix_blocks from 1 to {blocks - 1}")
+            remedy = f"Choose mix_blocks from 1 to {blocks - 1}" if blocks > 1 else "Choose smaller blocks"
+            raise PmmError(f"mix_blocks is {k} of {blocks} blocks", remedy)
         network = PMM(num_classes, backbone, k, block_size, mix, embedding_size)
     if pretrained is not None:
         load_pretrained(network, backbone, pretrained)
@@ -228,7 +229,7 @@ def our_name(released_name: str) -> str:
     for theirs, ours in _OUR_NAMES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    raise ModelError(f"{released_name} is no tensor of a released checkpoint", "Use a .pth.tar file of the authors")
+    raise ModelError(f"{released_name} is not a tensor of a released checkpoint", "Use a .pth.tar file of the authors")
 
 
 def _our_weights(content: Any, source: str) -> dict[str, Tensor]:

@@ -34,9 +34,7 @@ class StageOutput(NamedTuple):
 
     embedding: Tensor  # (N, D) after ReLU, for the triplet loss
     logits: Tensor  # (N, classes), for the identity loss
-    cam: Tensor | None = (
-        None  # (N, H, W) Grad-CAM that guides the mixing for the next stage, or the CAM that CAMA penalizes
-    )
+    cam: Tensor | None = None  # (N, H, W) that guides the mixing for the next stage, or that CAMA penalizes
     negatives: Tensor | None = None  # (N,) int64 indices of the samples mixed in for the next stage
 
 
@@ -141,11 +139,8 @@ class ReidNetwork(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """Map of the backbone (N, C, H, W) -> embeddings (N, D) float32, before the projection."""
-        average = average_pool(features)
-        parts = [head.embed(average) for head in self.average_heads]
-        if self.max_heads:
-            maximum = max_pool(self.bottleneck(features))
-            parts += [head.embed(maximum) for head in self.max_heads]
+        heads = (*self.average_heads, *self.max_heads)
+        parts = [head.embed(stage.vector) for head, stage in zip(heads, self.pooled(features), strict=True)]
         return torch.cat(parts, dim=1).float()
 
     def pooled(self, features: Tensor) -> list[Pooled]:

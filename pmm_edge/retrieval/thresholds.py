@@ -120,14 +120,14 @@ def refused_rates(people: People) -> dict[float, int]:
 
 
 class People:
-    """Who is on rows and columns of the table of pairs: `rows` are indices of queries, `columns` of gallery images.
+    """The people on rows and columns of the table of pairs: `rows` are indices of queries, `columns` of gallery images.
 
     Takes query pids, gallery pids, query camids and gallery camids. Raises DataError for fewer than two people.
     """
 
     def __init__(self, *labels: ArrayLike) -> None:
         query_pids, gallery_pids, query_camids, gallery_camids = (np.asarray(each, np.int64) for each in labels)
-        # In the order of cameras, the gallery images of a query's own camera, which are no pairs, are one slice.
+        # In the order of cameras, the gallery images of a query's own camera, which form no pairs, are one slice.
         kept = np.flatnonzero(~np.isin(query_pids, (JUNK_PID, DISTRACTOR_PID)))
         self.rows = kept[np.argsort(query_camids[kept], kind="stable")]
         kept = np.flatnonzero(gallery_pids != JUNK_PID)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset
+from pmm_edge.data.loader import ahead
 from pmm_edge.errors import CheckFailedError, DataError, PmmError, absent, install
 from pmm_edge.files import check_output, sha256, written_whole
 from pmm_edge.images import IN_FIGURES, BadImage, Pixels, try_crop
@@ -111,22 +112,6 @@ def embed_parts(
             pixels = np.stack(crops)
             flipped = embedder.embed_prepared(pixels[:, :, ::-1]) if flip else None
             yield Part(done, embedder.embed_prepared(pixels), flipped)
-
-
-def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
-    """Yield items that another thread computes, at most `most` in advance; close the generator to end it early."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(next, iterator, end) for _ in range(most))
-        try:
-            while (item := pending.popleft().result()) is not end:
-                pending.append(thread.submit(next, iterator, end))
-                yield item  # type: ignore[misc]  # not the end
-        finally:
-            for future in pending:
-                future.cancel()
-            if isinstance(iterator, Generator):
-                thread.submit(iterator.close).result()
 
 
 def decode_ahead(

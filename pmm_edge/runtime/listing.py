@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pmm_edge.data.dataset import ReidDataset, find_files, is_dataset, no_images, read, walk_files, warn_ignored
+from pmm_edge.data.dataset import ReidDataset, is_dataset, no_images, read, walk_files, warn_ignored
 from pmm_edge.errors import DataError
 from pmm_edge.files import NOT_UTF8, decode_json
 from pmm_edge.images import IMAGE_SUFFIXES
@@ -42,7 +42,7 @@ class ImageList:
 def find_images(source: str | Path | Sequence[str | Path], layout: str | None = None) -> ImageList:
     """Find the images to embed, without opening them.
 
-    `source` is an image; a folder, searched by `find_files`; a data set (`layout`, if it is not recognized); a text
+    `source` is an image; a folder, searched by `walk_files`; a data set (`layout`, if it is not recognized); a text
     file with one path per line, relative to its folder; or a sequence of paths. Raises DataError if it does not exist,
     cannot be read, or contains no images.
     """
@@ -63,7 +63,7 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
     elif source.is_dir():
         try:
-            paths = find_files(source, deep=True, ignored=ignored)
+            paths = [*walk_files(source, deep=True, ignored=ignored)]
         except OSError as error:
             raise DataError(f"cannot read {source}: {error.strerror}", "Check its permissions") from error
         images = ImageList("folder", paths, [path.relative_to(source).as_posix() for path in paths])

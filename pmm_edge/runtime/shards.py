@@ -20,10 +20,11 @@ import numpy as np
 
 from pmm_edge import __version__
 from pmm_edge.console import Report, silent
+from pmm_edge.data.loader import ahead
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning
 from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, remove_unfinished, sha256
 from pmm_edge.images import BadImage
-from pmm_edge.runtime.embed_files import Part, ahead, embed_parts, require_pyarrow
+from pmm_edge.runtime.embed_files import Part, embed_parts, require_pyarrow
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.runtime.listing import ImageListing, Item, unpacked
 from pmm_edge.runtime.storage import Storage

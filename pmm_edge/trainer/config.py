@@ -16,7 +16,7 @@ import msgspec
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
 from pmm_edge.files import decode_toml
 from pmm_edge.runs import CONFIG, about_run, never_began
-from pmm_edge.spec import Method, Mix
+from pmm_edge.spec import MAX_SIDE, Method, Mix
 
 AutocastType = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["paper", "cosine"]
@@ -84,7 +84,9 @@ class TrainConfig:
                 raise PmmError(f"{name} is '{value}'", f"{did_you_mean(value, choices)}Choose {', '.join(choices)}")
         batch, unit = self.batch, self.images_per_identity * self.accumulate
         for name, wrong, remedy in (
-            ("mix_block_size", not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mix_block_size), "Write for example 3x2"),
+            ("height", self.height > MAX_SIDE, f"The largest value is {MAX_SIDE}"),
+            ("width", self.width > MAX_SIDE, f"The largest value is {MAX_SIDE}"),
+            ("mix_block_size", not re.fullmatch(r"[1-9]\d{,2}x[1-9]\d{,2}", self.mix_block_size), "Write it like 3x2"),
             ("batch", batch % unit or batch < 2 * unit, f"Choose a multiple of {unit}, {2 * unit} or more"),
             ("teacher", self.teacher and self.method != "baseline", "Leave --method out, or choose --method baseline"),
             ("mix", self.teacher and self.mix != "a-hard-mix", "Leave out --mix, or --teacher"),

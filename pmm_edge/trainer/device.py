@@ -69,8 +69,8 @@ class World:
     def first(self, work: Callable[[], T]) -> T:
         """Do work in the first process, however long it takes, and return its result in all.
 
-        torch ends a process that waits for another one for longer than the group's time limit, 30 minutes; so they
-        exchange signs of life meanwhile.
+        torch ends a process that waits for another one for longer than the group's timeout, 30 minutes; so the
+        processes exchange heartbeats meanwhile.
         """
         if self.size == 1:
             return work()
@@ -91,21 +91,6 @@ class World:
         dist.broadcast_object_list(result, 0)
         return result[0]
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
-
-
-def _from_environment() -> World:
-    if not in_torchrun():
-        return World()
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
-    try:
-        return World(*(int(os.environ.get(name) or os.environ["WORLD_SIZE"]) for name in names))
-    except ValueError as error:
-        raise PmmError(f"{', '.join(names)} are not all numbers", "Start several processes with torchrun") from error
-
 
 @contextmanager
 def joined(resume: Path | None = None) -> Iterator[World]:
@@ -115,10 +100,14 @@ def joined(resume: Path | None = None) -> Iterator[World]:
     process finds the run folder `resume` on its machine; `RANK` is set to the new rank.
     Raises PmmError if another process has stopped, does not answer or cannot be joined.
     """
-    world = _from_environment()
-    if world.size == 1:
-        yield world
+    if not in_torchrun():
+        yield World()
         return
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    try:
+        world = World(*(int(os.environ.get(name) or os.environ["WORLD_SIZE"]) for name in names))
+    except ValueError as error:
+        raise PmmError(f"{', '.join(names)} are not all numbers", "Start several processes with torchrun") from error
     try:
         store, rank, size = next(rendezvous("env://"))
         if resume:

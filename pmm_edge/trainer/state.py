@@ -45,14 +45,14 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Position:
-    """How far a run is."""
+    """The progress of a run."""
 
     epoch: int = 0  # complete epochs
     step: int = 0  # steps of the next epoch that are done
     evaluated: int = 0  # the last epoch that was evaluated
     stale: int = 0  # evaluations since the best one
     best: RetrievalFigures | None = None
-    before: RetrievalFigures | None = None  # the first step
+    before: RetrievalFigures | None = None  # figures before the first step
     calibration: Calibration | None = None  # of the best epoch
 
 

@@ -122,7 +122,7 @@ class Feed:
     def shards(self, batches: list[Indices], epoch: int, first_step: int, meter: Meter) -> Iterator[list[Shard]]:
         """Yield the shards of this process for each step from `first_step`, decoded ahead; `meter` gets the waits."""
         parts = [np.split(batch, self.count)[number] for batch in batches[first_step:] for number in self._own]
-        with closing(self.crops.prefetched(parts, ahead=2 * len(self._own))) as ahead:
+        with closing(self.crops.prefetched(parts, 2 * len(self._own))) as ahead:
             for step in range(first_step, len(batches)):
                 start = time.perf_counter()
                 crops = [next(ahead) for _ in self._own]
@@ -293,7 +293,7 @@ class StepGraph:
         self._shapes = self._shapes or shapes
         if self._eager_steps or shapes != self._shapes:
             self._eager_steps = max(0, self._eager_steps - 1)
-            return _update(trainee, shards, config, [_generator(device, shard) for shard in shards])
+            return _update(trainee, shards, config)
         if self._graph is None:
             own = ({name: part.clone() for name, part in shard.tensors().items()} for shard in shards)
             self._shards = [Shard(**shard._asdict() | copies) for shard, copies in zip(shards, own, strict=True)]
@@ -329,22 +329,18 @@ def train_step(trainee: Trainee, shards: list[Shard], config: TrainConfig) -> tu
 
     Returns the mean loss of the shards and its parts, on the device: reading them waits for it.
     """
-    if trainee.step_graph:
-        means = trainee.step_graph.step(trainee, shards, config)
-    else:
-        means = _update(trainee, shards, config, [_generator(trainee.device, shard) for shard in shards])
+    step = trainee.step_graph.step if trainee.step_graph else _update
+    means = step(trainee, shards, config)
     if trainee.average:
         trainee.average.update_parameters(trainee.network)
     return means.pop("loss"), means
 
 
-def _generator(device: torch.device, shard: Shard) -> torch.Generator:
-    return torch.Generator(device).manual_seed(shard.seed)
-
-
 def _update(
-    trainee: Trainee, shards: list[Shard], config: TrainConfig, generators: list[torch.Generator]
+    trainee: Trainee, shards: list[Shard], config: TrainConfig, generators: list[torch.Generator] | None = None
 ) -> dict[str, Tensor]:
+    """Take a step with these random generators, by default new ones with the seeds of the shards."""
+    generators = generators or [torch.Generator(trainee.device).manual_seed(shard.seed) for shard in shards]
     trainee.optimizer.zero_grad(set_to_none=True)
     results = []
     for number, (shard, generator) in enumerate(zip(shards, generators, strict=True), start=1):

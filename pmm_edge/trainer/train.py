@@ -186,31 +186,32 @@ def train(
         (root, read_as), *more = [(str(one.root.absolute()), one.layout) for one in datasets]
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
-        folder = world.first(lambda: folder or new_run_path(chosen.preset))
-        if world.leads:
-            stack.enter_context(run_lock(folder))
+
+        def lock_folder() -> Path:
+            place = folder or new_run_path(chosen.preset)
+            stack.enter_context(run_lock(place))
             if resume is None:
-                new_run_folder(AboutRun(chosen.preset, root, pmm_edge.__version__, read_as, more=more), folder)
-                with written_whole(folder / CONFIG) as temporary:
+                new_run_folder(AboutRun(chosen.preset, root, pmm_edge.__version__, read_as, more=more), place)
+                with written_whole(place / CONFIG) as temporary:
                     temporary.write_text(chosen.to_toml(), "utf-8", "surrogateescape")  # may name files
                 for one in datasets:
                     for finding in analyze(one).warnings:
                         warnings.warn(f"{one.root}: {finding.text}", PmmWarning, stacklevel=2)
-        world.barrier()  # the other processes stop here if the first one is refused
+            for name in (CONFIG, LAST, BEST):  # the other files are written again at once
+                remove_unfinished(place / name)
+            return place
+
+        folder = world.first(lock_folder)  # the other processes stop here if the first one is refused
         if resume:
             checkpoint = world.first(lambda: load_state(folder, chosen, fingerprint, teacher_sha256))
             if world.leads and about:
                 write_about_run(folder, replace(about, data=root, more=more))  # for later commands
-        network = checkpoint.network() if checkpoint else network or new_network(chosen, feed.num_classes, world)
-        spec = (
-            replace(checkpoint.spec, checkpoint_sha256=None)  # if it was calibrated, that of other weights from here on
-            if checkpoint
-            else model_spec(chosen, network, feed.num_classes, dataset.name, teacher_sha256)
-        )
-        position: Position = checkpoint.training["position"] if checkpoint else Position()
-        if world.leads:
-            for name in (CONFIG, LAST, BEST):  # the other files are written again at once
-                remove_unfinished(folder / name)
+        if checkpoint:
+            network, position = checkpoint.network(), checkpoint.training["position"]
+            spec = replace(checkpoint.spec, checkpoint_sha256=None)  # of calibrated weights, which change from here on
+        else:
+            network, position = network or new_network(chosen, feed.num_classes, world), Position()
+            spec = model_spec(chosen, network, feed.num_classes, dataset.name, teacher_sha256)
 
         if chosen.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
@@ -242,9 +243,7 @@ def check_same_work(world: World, config: TrainConfig, fingerprint: str, data: P
     every = world.gather([work])
     different = [name for name in work if any(each.get(name) != every[0].get(name) for each in every)]
     if "data set" in different:
-        problem = (
-            f"the data set {data} is not the same in all {world.size} processes: its names, labels or sizes differ"
-        )
+        problem = f"the data set {data} is not the same in all {world.size} processes: names, labels or sizes differ"
         raise DataError(problem, "Copy it from one machine to the others")
     if different:
         problem = f"the {world.size} processes differ in {', '.join(different)}"
@@ -367,10 +366,10 @@ def train_epoch(run: Run) -> bool:
                     run.warn(text)
             if any_bad:
                 step = 1 + min(world.gather([] if bad is None else [bad]))
-                remedy = (
-                    f"{LAST}, if there is one, is from before; try a new run with --precision fp32 or --clip-norm 10"
+                raise CheckFailedError(
+                    f"the loss of epoch {epoch}, step {step} is not finite in {run.folder}",
+                    f"{LAST}, if there is one, is from before; try a new run with --precision fp32 or --clip-norm 10",
                 )
-                raise CheckFailedError(f"the loss of epoch {epoch}, step {step} is not finite in {run.folder}", remedy)
             done, total, means = (epoch - 1) * len(batches) + position.step, config.epochs * len(batches), meter.means()
             speed = f"loss {means['loss']:.2f} · {means['images_per_second']:.0f} images/s"
             run.report("train", done, total, f"epoch {epoch}/{config.epochs} · {speed}")
@@ -411,8 +410,8 @@ def evaluate_network(run: Run) -> tuple[RetrievalFigures, ModelSpec | None] | No
     def rank() -> tuple[RetrievalFigures, ModelSpec | None]:
         rows, best, calibration = np.concatenate(embeddings), run.position.best, None
         result = evaluate_dataset(run.dataset, rows)
-        run.journal.record("evaluate", run.position.epoch, {**asdict(result.figures()), "rank5": result.rank(5)})
         figures = result.figures()
+        run.journal.record("evaluate", run.position.epoch, {**asdict(figures), "rank5": result.rank(5)})
         if best and figures.mAP <= best.mAP:
             return figures, None
         try:

@@ -154,6 +154,7 @@ def test_chosen_queries_have_a_match_and_are_as_stated() -> None:
         ("bounding_box_train/0002/a.jpg", None, ["bounding_box_train", "train, query and gallery"]),
         ("bounding_box_train/0002/a.jpg", FOLDERS, ["bounding_box_train", "train, query and gallery"]),
         ("a.jpg b.jpg", FOLDERS, ["folder per person"]),
+        ("train/a.jpg gallery/a/1.txt query/a/1.txt", FOLDERS, ["put the people into one folder"]),
         ("a.txt", None, ["docs/datasets.md"]),
         ("2024/05/07/a/1.jpg", None, ["2024/05/07/a/1.jpg", "--layout folders"]),
         ("a/1.jpg b/1.jpg", "folders:cam(", ["cam(", "regular expression"]),
@@ -267,6 +268,8 @@ def test_mars(mars: Path) -> None:
     assert dataset.gallery.pids.tolist() == [JUNK_PID, DISTRACTOR_PID, 1, 1, 2]
     assert dataset.train.pids.tolist() == [3, 3, 5] and dataset.train.camids.tolist() == [1, 1, 6]
     assert len({*dataset.train.tracks, *dataset.query.tracks, *dataset.gallery.tracks}) == 8
+    touch(mars / "bbox_test", "0000/0000C3T10000F001.jpg")  # pmm synth draws as many with many distractors
+    assert (scan(mars).gallery.pids == DISTRACTOR_PID).sum() == 2
 
 
 @pytest.mark.parametrize("name", ["query_IDX.mat", "tracks_test_info.mat", "test_name.txt"])

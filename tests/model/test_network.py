@@ -63,6 +63,7 @@ def test_given_negatives_repeat_a_step_and_training_mode_needs_identities():
         ({"mix": "mixup"}, "a-hard-mix, dropblock"),
         ({"backbone": "vgg"}, "resnet10, resnet18"),
         ({"height": 192, "width": 64, "mix_blocks": 8}, "1 to 7"),
+        ({"height": 48, "width": 32}, "smaller blocks"),
     ],
 )
 def test_a_wrong_argument_is_refused_with_the_choices(arguments, choices):

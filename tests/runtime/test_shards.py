@@ -19,9 +19,9 @@ import pytest
 
 import pmm_edge
 from pmm_edge.data.dataset import read
+from pmm_edge.data.loader import ahead
 from pmm_edge.errors import CheckFailedError, DataError, OutputError, PmmError, PmmWarning
 from pmm_edge.runtime import Embedder, embed_files
-from pmm_edge.runtime.embed_files import ahead
 from pmm_edge.runtime.shards import BAD_FOLDER, MANIFEST, EmbeddedShards, embed_shards
 from pmm_edge.runtime.storage import Storage
 from pmm_edge.spec import METADATA_KEY, ModelSpec
