@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock
-# Those that take minutes. compare_methods.py trains for hours; precision.py calibrates a ResNet-50 with three methods.
+# Those that take minutes; compare_methods.py trains for hours.
 BENCHMARKS := train_step data_pipeline retrieval evaluation inference embed gallery
 
 .venv/.train: pyproject.toml requirements.lock

@@ -18,18 +18,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from machine import machine
+from machine import end_with, machine
 from method_tables import mean_and_deviation
 
 from pmm_edge.bench.charts import COLORS, check_plot, log_ticks
 from pmm_edge.bench.timing import measure_latency
-from pmm_edge.console import INTERRUPTED, Report, print_line, print_table, progress
+from pmm_edge.console import Report, print_line, print_table, progress
 from pmm_edge.data.dataset import ReidDataset, scan
 from pmm_edge.errors import CheckFailedError, PmmError
 from pmm_edge.export import export
@@ -41,8 +40,11 @@ from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset
 from pmm_edge.spec import Precision, RetrievalFigures
 from pmm_edge.trainer.config import read_run_config
 
-PRECISIONS: dict[Precision, str] = {"fp32": "o", "int8": "s"}
-"""With their markers in the figure."""
+PRECISIONS: dict[Precision, dict[str, Any]] = {
+    "fp32": {"marker": "o", "linestyle": ""},
+    "int8": {"marker": "s", "linestyle": "", "markerfacecolor": "white"},
+}
+"""Precisions to compare, with their looks in the figure."""
 
 
 @dataclass
@@ -77,32 +79,28 @@ class Figures:
 
 
 def main() -> None:
-    options = parsed()
-    code = 0
-    try:
-        check_plot(options.picture)
-        if options.json:
-            check_output(options.json, [".json"])
-        if options.draw:
-            figures = decode_json(Figures, options.draw.read_bytes(), str(options.draw))
-        else:
-            with progress() as report:
-                figures, failures = measure(options, report)
-            for failure in failures:
-                print(f"error: {failure}", file=sys.stderr)
-                code = failure.exit_code
-        if options.json:
-            with written_whole(options.json) as temporary:
-                temporary.write_text(encode_json(figures), encoding="utf-8")
-        show(figures)
-        draw(figures, options.picture)
-        print_line(f"picture: {options.picture}")
-    except (PmmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    sys.exit(code)
+    end_with(run)
+
+
+def run() -> int:
+    options, failures = parsed(), list[CheckFailedError]()
+    check_plot(options.picture)
+    if options.json:
+        check_output(options.json, [".json"])
+    if options.draw:
+        figures = decode_json(Figures, options.draw.read_bytes(), str(options.draw))
+    else:
+        with progress() as report:
+            figures, failures = measure(options, report)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if options.json:
+        with written_whole(options.json) as temporary:
+            temporary.write_text(encode_json(figures), encoding="utf-8")
+    show(figures)
+    draw(figures, options.picture)
+    print(f"picture: {options.picture}")
+    return failures[0].exit_code if failures else 0
 
 
 def parsed() -> argparse.Namespace:
@@ -255,69 +253,33 @@ def show(figures: Figures) -> None:
 
 
 def draw(figures: Figures, path: Path) -> None:
-    """Draw mAP against the latency of the first batch size, with error bars over the seeds."""
+    """Draw mAP against the latency of the first batch size, with error bars over the seeds, the best model on top."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    batch, labels = figures.batches[0], []
+    batch = figures.batches[0]
     with rc_context({"font.size": 9, "text.parse_math": False}), written_whole(path) as temporary:
-        figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
         axes = figure.add_subplot()
-        for number, model in enumerate(figures.models):
-            color = COLORS[number % len(COLORS)]
+        best = {model.name: max(mean(one.mAP) for one in model.exports.values()) for model in figures.models}
+        for number, model in enumerate(sorted(figures.models, key=lambda model: -best[model.name])):
+            color, style = COLORS[number % len(COLORS)], ("-", "--", ":")[number // len(COLORS) % 3]
             points = []
             for precision, exports in model.exports.items():
                 x, y = exports.median_ms[batch], 100 * mean(exports.mAP)
                 error = 100 * stdev(exports.mAP) if len(exports.mAP) > 1 else None
-                face = color if precision == "fp32" else "white"
-                look: dict[str, Any] = {"markerfacecolor": face, "markersize": 6, "elinewidth": 0.8, "capsize": 2}
-                axes.errorbar(x, y, error, fmt=PRECISIONS[precision], color=color, zorder=3, **look)
+                axes.errorbar(x, y, error, color=color, zorder=3, **PRECISIONS[precision])
                 points.append((x, y))
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=0.8)
-            labels.append((model.name, points, color))
+            axes.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=1, label=model.name)
         for precision, marker in PRECISIONS.items():
-            face = "black" if precision == "fp32" else "white"
-            axes.plot([], [], marker, color="black", markerfacecolor=face, label=precision.upper())
+            axes.plot([], [], color="black", label=precision.upper(), **marker)
         axes.set(xlabel=f"latency in ms, batch {batch}", ylabel=f"mAP in % ({figures.data})", xscale="log")
-        axes.margins(0.12)
         log_ticks(axes.xaxis)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-        place_labels(axes, labels)
+        figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(temporary, format=path.suffix[1:].lower())
-
-
-def place_labels(axes: Any, labels: Sequence[tuple[str, Sequence[tuple[float, float]], str]]) -> None:
-    """Write each name at the place near its points that overlaps least with markers, lines and other names."""
-    axes.figure.canvas.draw()
-    pixels = [axes.transData.transform(points) for _, points, _ in labels]
-    taken: list[Any] = []  # boxes x0, y0, x1, y1 in pixels
-    for ends in pixels:
-        taken += [(x - 8, y - 8, x + 8, y + 8) for x, y in ends]
-        taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in np.linspace(ends[0], ends[-1], 30)]
-    scale, inside = axes.figure.dpi / 72, axes.bbox.extents
-    for number in np.argsort([-ends[0][1] for ends in pixels]):
-        name, _, color = labels[number]
-        text = axes.annotate(name, (0, 0), xycoords="figure pixels", color=color, fontsize=8, annotation_clip=False)
-        size = np.array(text.get_window_extent().size)
-        tried = list[tuple[float, Any]]()
-        for distance, point, *side in product((5, 9, 14, 20), pixels[number], (1, -1, 0), (0, 1, -1)):
-            corner = point + np.multiply(side, distance * scale) + size * (np.array(side) - 1) / 2
-            box = np.concatenate([corner, corner + size])
-            covered = _overlap(box, np.array(taken)).sum() + np.prod(size) - _overlap(box, inside).sum()
-            tried.append((covered + 10 * distance, box))
-        taken.append(min(tried, key=lambda one: one[0])[1])
-        text.xy = text.xyann = taken[-1][:2]
-
-
-def _overlap(box: Any, others: Any) -> Any:
-    """Areas that a box shares with others, (..., 4) arrays of x0, y0, x1, y1."""
-    sides = np.minimum(box[2:], others[..., 2:]) - np.maximum(box[:2], others[..., :2])
-    return np.prod(np.maximum(sides, 0), axis=-1)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,20 @@ different sizes do not compare: give runs of one input size. The baseline has on
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-import numpy as np
-from machine import machine
-from rich.console import Console
-from rich.table import Table
+from machine import end_with, machine
 
-from pmm_edge.console import progress
-from pmm_edge.errors import PmmError
-from pmm_edge.pictures.attention import Overlap, attention_of, overlap
-from pmm_edge.runs import BEST, about_run
-from pmm_edge.runtime.embed_files import find_images
+from pmm_edge.console import print_json, print_line, print_table, progress
+from pmm_edge.images import evenly
+from pmm_edge.pictures.attention import attention_of, overlap
+from pmm_edge.runs import data_of, resolve_checkpoint
+from pmm_edge.runtime.listing import find_images
 
 PAIRS = ("I-II", "I-III", "II-III")
 
 
-def main() -> None:
+def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders or checkpoints")
     parser.add_argument("--data", type=Path, help="data set, or other images; by default the first run's data set")
@@ -38,53 +34,33 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    try:
-        checkpoints = {path: path / BEST if path.is_dir() else path for path in options.runs}
-        source = options.data or _data_of(next(iter(checkpoints.values())))
-        paths = _images(source, options.limit)
-        found = {}
-        for name, path in checkpoints.items():
-            with progress() as report:
-                attention = attention_of(path, paths, device=options.device, report=report)
-            spec = attention.spec
-            found[name] = (spec.architecture, spec.mix, overlap(attention.maps, attention.stages))
-    except PmmError as error:
-        raise SystemExit(f"error: {error}") from error
+    checkpoints = {path: resolve_checkpoint(path) for path in options.runs}
+    source, layout = data_of(checkpoints[options.runs[0]], options.data)
+    images = find_images(source, layout)
+    paths = images.dataset.query.paths if images.dataset else images.paths
+    paths = [paths[row] for row in evenly(len(paths), options.limit or len(paths))]
+    found = {}
+    for name, path in checkpoints.items():
+        with progress() as report:
+            attention = attention_of(path, paths, device=options.device, report=report)
+        found[name] = attention.spec, overlap(attention.maps, attention.stages)
     where = machine("torch", "numpy")
     if options.json:
-        runs = [{"run": str(name), "method": method, **vars(figures)} for name, (method, _, figures) in found.items()]
-        print(json.dumps({"machine": where, "data": source.name, "runs": runs}, indent=2))
-        return
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(where, soft_wrap=True)
-    title = f"overlap of the stages' maps, mean over {len(paths):,} query images of {source.name}"
-    table = Table("run", "method", *PAIRS, "mean", "chance", "empty", title=title, title_justify="left")
-    for name, (method, mix, figures) in found.items():
-        label = f"{method} {mix}" if method == "pmm" else method
-        table.add_row(name.name if name.is_dir() else f"{name.parent.name}/{name.name}", label, *_row(figures))
-    console.print(table)
-
-
-def _row(figures: Overlap) -> list[str]:
-    values = [*map(figures.pairs.get, PAIRS), figures.mean, figures.chance]
-    return [*("–" if value is None else f"{value:.3f}" for value in values), str(figures.empty)]
-
-
-def _data_of(checkpoint: Path) -> Path:
-    about = about_run(checkpoint.parent)
-    if about is None:
-        raise SystemExit(f"error: {checkpoint} does not say which data set it belongs to. Name one with --data")
-    return Path(about.data)
-
-
-def _images(source: Path, limit: int | None) -> list[Path]:
-    images = find_images(source)
-    queries = (
-        np.arange(len(images.paths)) if images.labels is None else np.flatnonzero(images.labels["split"] == "query")
-    )
-    kept = queries if limit is None else queries[:: max(1, len(queries) // limit)][:limit]
-    return [images.paths[row] for row in kept]
+        runs = [{"run": name, "method": spec.architecture, **vars(figures)} for name, (spec, figures) in found.items()]
+        print_json({"machine": where, "data": source.name, "runs": runs})
+        return 0
+    rows = []
+    for name, (spec, figures) in found.items():
+        run = name.name if name.is_dir() else f"{name.parent.name}/{name.name}"
+        method = f"{spec.architecture} {spec.mix}" if spec.architecture == "pmm" else spec.architecture
+        values = [*map(figures.pairs.get, PAIRS), figures.mean, figures.chance]
+        cells = ["–" if value is None else f"{value:.3f}" for value in values]
+        rows.append([run, method, *cells, str(figures.empty)])
+    print_line(where)
+    title = f"overlap of the stages' maps, mean over {len(paths):,} images of {source.name}"
+    print_table(title, ["run", "method", *PAIRS, "mean", "chance", "empty"], rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end_with(run)

@@ -13,10 +13,9 @@ The weights are random: latency does not depend on them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,6 +26,7 @@ from inference import HEIGHT, WIDTH, random_checkpoint
 from machine import machine
 
 from pmm_edge.bench.timing import measure_latency
+from pmm_edge.console import print_json
 from pmm_edge.export import export
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embedder import INPUT, OUTPUT
@@ -98,7 +98,7 @@ def main() -> None:
         found = [agreement(onnx, crops, int(batch), arguments.rounds) for batch in arguments.batch.split(",")]
 
     if arguments.json:
-        print(json.dumps({"machine": where, **vars(arguments), "results": [asdict(one) for one in found]}, indent=2))
+        print_json({"machine": where, **vars(arguments), "results": found})
     else:
         print(where)
         print(f"PMM {arguments.backbone} {HEIGHT}×{WIDTH}, FP32, CPU, medians of {arguments.rounds} rounds")

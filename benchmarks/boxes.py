@@ -7,17 +7,14 @@ Needs opencv-python-headless, which the project does not install. All three embe
 - `cv2, one batch`: cuts, `cv2.resize` (bilinear, without antialiasing) and `cv2.cvtColor` for each box, one batch;
 - `cv2, loop`: the same, but one run of the network for each box.
 A second table leaves out the network; its last row converts the whole frame to RGB first, as the first step of many
-trackers does. Ratios are medians over the rounds, each of its own round.
+trackers does.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import cv2  # not installed with this project
@@ -25,26 +22,23 @@ import numpy as np
 from inference import random_checkpoint
 from machine import machine
 
+from pmm_edge.bench.timing import Workload, ratio_interval, time_interleaved
+from pmm_edge.console import print_json
 from pmm_edge.export import export
 from pmm_edge.images import cut_boxes, prepare_crops
 from pmm_edge.machine import threads
 from pmm_edge.runtime import load
 
 
-def compared(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Time the functions in turns: median milliseconds, and the median ratio to the first of the same round."""
-    for way in ways.values():
-        way()
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            taken[name].append(1000 * (time.perf_counter() - start))
-    first = next(iter(taken.values()))
+def compared(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, dict[str, float]]:
+    """Time the functions in turns: median milliseconds, and their ratio to those of the first."""
+    workloads = [Workload(way) for way in ways.values()]
+    time_interleaved(workloads, runs, 0.0)
+    turns = {name: workload.turns for name, workload in zip(ways, workloads, strict=True)}
+    first = workloads[0].turns
     return {
-        name: {"ms": median(times), "ratio": median(there / here for there, here in zip(times, first, strict=True))}
-        for name, times in taken.items()
+        name: {"ms": 1000 * float(np.median(own)), "ratio": ratio_interval(own, first)[0]}
+        for name, own in turns.items()
     }
 
 
@@ -99,7 +93,7 @@ def main() -> None:
     )
     where = machine("opencv-python-headless", "onnxruntime-gpu", "onnxruntime", "pillow", "numpy")
     if arguments.json:
-        print(json.dumps({"machine": where, "whole": whole, "without_network": before}, indent=2))
+        print_json({"machine": where, "whole": whole, "without_network": before})
         return
     print(where)
     print(f"PMM {embedder.spec.backbone} {height}×{width}, CPU, 1920×1080, {arguments.boxes} boxes")

@@ -12,7 +12,6 @@ nothing to resize: the difference between the two rows is that filter's.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,11 @@ import torch
 from machine import machine
 from PIL import Image
 
+from pmm_edge.console import print_json
 from pmm_edge.images import Pixels, resize_crop
+from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import find_images
+from pmm_edge.runtime.listing import find_images
 
 
 def frame_of(crops: list[Pixels]) -> tuple[np.ndarray, np.ndarray]:
@@ -37,22 +38,11 @@ def frame_of(crops: list[Pixels]) -> tuple[np.ndarray, np.ndarray]:
     return frame, np.array(boxes, np.float32)
 
 
-def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Cosine of each row of `ours` (N, D) and `theirs` (N, D), which has unit length."""
-    return (ours / np.linalg.norm(ours, axis=1, keepdims=True) * theirs).sum(axis=1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="an export with --input-form normalized")
     parser.add_argument("images", type=Path, help="a folder or data set")
-    parser.add_argument(
-        "--images",
-        dest="count",
-        type=int,
-        default=200,
-        help="how many: every k-th, or the first where there are fewer than twice as many",
-    )
+    parser.add_argument("--images", dest="count", type=int, default=200, help="number of images; default: %(default)s")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     from boxmot.reid.backends.onnx_backend import ONNXBackend  # not installed with this project
@@ -76,7 +66,7 @@ def main() -> None:
     where = machine("boxmot", "onnxruntime", "onnxruntime-gpu", "opencv-python", "opencv-python-headless", "pillow")
     sizes = sorted({crop.shape[:2] for crop in crops})
     if arguments.json:
-        print(json.dumps({"machine": where, "crops": len(crops), "sizes": sizes, "cosine": found}, indent=2))
+        print_json({"machine": where, "crops": len(crops), "sizes": sizes, "cosine": found})
         return
     print(where)
     shown = ", ".join(f"{height}x{width}" for height, width in sizes[:4]) + (" ..." if len(sizes) > 4 else "")

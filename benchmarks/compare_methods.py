@@ -17,17 +17,16 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from machine import machine
+from machine import end_with, machine
 from method_tables import Figures, Row, draw, rows_named, show, tables_of
-from rich.console import Console
 
-from pmm_edge.console import INTERRUPTED, progress
+from pmm_edge.console import INTERRUPTED, print_line, progress
 from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, PmmError
@@ -59,26 +58,19 @@ class Comparison:
 
 
 def main() -> None:
-    end_with(lambda: run(planned()))
+    end_with(run)
 
 
-def end_with(work: Callable[[], int]) -> None:
-    """Exit with the code of `work`; a wrong argument and Ctrl-C are one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # between trainings like Ctrl-C; a training saves first
-    try:
-        sys.exit(work())
-    except PmmError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
-def planned() -> Comparison:
-    """Parse the command line; every training is checked before the first one starts."""
+def run() -> int:
+    """Run the missing trainings, then print and draw all figures; return the exit code."""
     parser = parser_of_trainings(str(__doc__), Path("runs/compare-methods"))
     parser.add_argument("--methods", default="", help="rows of the tables, such as PMM,BDB,CutOut; default: all")
     options = parser.parse_args()
-    return comparison(options, rows_named(options.methods))
+    trainings = comparison(options, rows_named(options.methods))
+    found, code = figures_of(trainings)
+    if found:
+        _show(trainings, found)
+    return code
 
 
 def parser_of_trainings(text: str, out: Path) -> argparse.ArgumentParser:
@@ -96,7 +88,7 @@ def parser_of_trainings(text: str, out: Path) -> argparse.ArgumentParser:
 
 
 def comparison(options: argparse.Namespace, rows: Mapping[str, Row]) -> Comparison:
-    """Build the trainings from the arguments; raise PmmError if one of them is not possible."""
+    """Build the trainings from the arguments; raise PmmError, before the first one starts, if one is not possible."""
     base = choose_config(options.preset, settings=_settings(options))
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -133,17 +125,11 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def run(comparison: Comparison) -> int:
-    """Run the missing trainings, then print and draw all figures; return the exit code."""
-    found, code = figures_of(comparison)
-    _show(comparison, found)
-    return code
-
-
 def figures_of(comparison: Comparison) -> tuple[dict[str, list[Figures]], int]:
     """Run the missing trainings; return the figures of each row that has any, by seed, and the exit code."""
     found: dict[str, list[Figures]] = {}
     code = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # between trainings like Ctrl-C; a training saves first
     try:
         for seed in comparison.seeds:
             for name, row in comparison.rows.items():
@@ -169,11 +155,7 @@ def folder_of(comparison: Comparison, row: Row, seed: int) -> Path:
 
 
 def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
-    """The figures of a training, from an earlier comparison if there are any.
-
-    Raises:
-        StopRequestedError: the training was interrupted.
-    """
+    """The figures of a training, from an earlier comparison if there are any; StopRequestedError if it is stopped."""
     config = choose_config(config=comparison.base, settings={**row, "seed": seed})
     folder = folder_of(comparison, row, seed)
     result = folder / RESULT
@@ -199,18 +181,16 @@ def _trained(config: TrainConfig, comparison: Comparison, folder: Path) -> Train
 
 
 def _show(comparison: Comparison, found: dict[str, list[Figures]]) -> None:
-    if not found:
-        return
-    base, console = comparison.base, Console(markup=False, emoji=False)
-    console.print(machine("torch"), soft_wrap=True)
+    base = comparison.base
+    print_line(machine("torch"))
     what = f"{comparison.data.name}, {base.preset}: {base.backbone} {base.height}x{base.width}, {base.epochs} epochs"
     by_row = [(comparison.rows[name], figures) for name, figures in found.items()]
     for title, rows in tables_of(comparison.rows).items():
         shown = {name: figures for name, row in rows.items() for trained, figures in by_row if row == trained}
-        show(shown, rows, f"{title} · {what}, {base.precision}", console, comparison.data.name)
+        show(shown, rows, f"{title} · {what}, {base.precision}", comparison.data.name)
     picture = comparison.folder / "compare-methods.png"
     draw(found, picture)
-    console.print(f"picture: {picture}", soft_wrap=True)
+    print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

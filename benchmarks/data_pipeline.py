@@ -26,11 +26,10 @@ import numpy as np
 import torch
 from machine import machine
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from pmm_edge.console import print_line, print_table
 from pmm_edge.data.augment import augment
 from pmm_edge.data.dataset import Split, scan
 from pmm_edge.data.loader import Crops, identity_batches
@@ -85,34 +84,28 @@ def main() -> None:
     split = scan(options.data or cached_synthetic()).train
     values = {"batch": options.batch} if options.batch else {}
     config = choose_config(options.preset, settings={"device": options.device, **values})
-    console = Console()
-    console.print(machine("torch", "pillow"), soft_wrap=True)
+    print_line(machine("torch", "pillow"))
 
-    crops = Crops(split.paths, options.height, options.width)
-    rows = _speeds(crops, split, options)
-    title = f"{len(split):,} images at {options.height}x{options.width}, batches of {BATCH}"
-    table = Table("", "images/s", "ratio to the plain loader", title=title, title_justify="left")
-    for name, speeds in rows.items():
-        ratio = median(speeds) / median(rows[PLAIN])
-        table.add_row(name, f"{median(speeds):,.0f}", f"{ratio:.2f}")
-    console.print(table)
+    crops, size = Crops(split.paths, options.height, options.width), f"{options.height}x{options.width}"
+    speeds = {name: median(found) for name, found in _speeds(crops, split, options).items()}
+    rows = [(name, f"{speed:,.0f}", f"{speed / speeds[PLAIN]:.2f}") for name, speed in speeds.items()]
+    title = f"{len(split):,} images at {size}, batches of {BATCH}"
+    print_table(title, ("", "images/s", "ratio to the plain loader"), rows)
 
-    table = Table("", "seconds", "waits for data", title="share of a step's time", title_justify="left")
-    seconds, share = _sleeping_step(crops, split.pids, options.step)
-    table.add_row(
-        f"a step that sleeps, {options.height}x{options.width}, batch {BATCH}", f"{seconds:.3f}", _share(share)
-    )
-    seconds, share = _real_step(split, config, options.steps)
     work = f"{config.backbone} {config.height}x{config.width}, batch {config.batch}, {options.device}"
-    table.add_row(f"a step of pmm train, {work}", f"{seconds:.3f}", _share(share))
-    console.print(table)
+    steps = {
+        f"a step that sleeps, {size}, batch {BATCH}": _sleeping_step(crops, split.pids, options.step),
+        f"a step of pmm train, {work}": _real_step(split, config, options.steps),
+    }
+    rows = [(name, f"{seconds:.3f}", f"{100 * share:.2f} %") for name, (seconds, share) in steps.items()]
+    print_table("share of a step's time", ("", "seconds", "waits for data"), rows)
 
 
 def _speeds(crops: Crops, split: Split, options: argparse.Namespace) -> dict[str, list[float]]:
     """Images per second of each part, measured in turns, so that drift of the machine affects all alike."""
     plain = DataLoader(
         PlainImages(split.paths, options.height, options.width),
-        batch_sampler=_PlainSampler(split.pids),
+        batch_sampler=[batch.tolist() for batch in _batches(split.pids, seed=99)],
         num_workers=os.cpu_count() or 1,
         persistent_workers=True,
     )
@@ -136,19 +129,6 @@ def _speeds(crops: Crops, split: Split, options: argparse.Namespace) -> dict[str
         for name, part in parts.items():
             rows.setdefault(name, []).append(_images_per_second(part, options.device))
     return rows
-
-
-class _PlainSampler:
-    """The same batches as ours."""
-
-    def __init__(self, pids: np.ndarray) -> None:
-        self.batches = [batch.tolist() for batch in _batches(pids, seed=99)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def _batches(pids: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -205,10 +185,6 @@ def _real_step(train: Split, config: TrainConfig, steps: int) -> tuple[float, fl
         meter.add(loss, parts, step, config.batch)
     wait = meter.means()["data_wait"]  # waits for the device
     return (time.perf_counter() - start) / (len(batches) - 1), wait
-
-
-def _share(share: float) -> str:
-    return f"{100 * share:.2f} %"
 
 
 if __name__ == "__main__":

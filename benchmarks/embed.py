@@ -11,10 +11,8 @@ disturb the ratio of throughputs.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,14 +20,14 @@ from tempfile import TemporaryDirectory
 from inference import HEIGHT, WIDTH, random_checkpoint
 from machine import machine
 
+from pmm_edge.console import print_json
 from pmm_edge.data.synthetic import SyntheticConfig, make_synthetic
 from pmm_edge.export import export
 from pmm_edge.images import read_crops
 from pmm_edge.runtime import load
-from pmm_edge.runtime.embed_files import embed_files, find_images
+from pmm_edge.runtime.embed_files import embed_files
+from pmm_edge.runtime.listing import find_images
 from pmm_edge.runtime.shards import embed_shards
-
-CROPS = SyntheticConfig(train_identities=3, test_identities=3, cameras=2, images=4, height=128, width=64)
 
 
 def main() -> None:
@@ -44,7 +42,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         half = arguments.identities // 2
-        make_synthetic(folder / "crops", replace(CROPS, train_identities=half, test_identities=half))
+        make_synthetic(folder / "crops", SyntheticConfig(half, half, cameras=2, images=4, height=128, width=64))
         checkpoint = random_checkpoint(folder / "random.pt", arguments.backbone)
         embedder = load(export(checkpoint, out=folder / "model.onnx").files[0].path, "cpu")
         paths = find_images(folder / "crops").paths
@@ -61,20 +59,24 @@ def main() -> None:
             written = embed_shards(embedder, folder / "crops", folder / "shards", batch=arguments.batch)
             shards.append(len(paths) / written.seconds)
             shutil.rmtree(folder / "shards")
-    ratio = median(there / here for there, here in zip(whole, alone, strict=True))
     where = machine("onnxruntime-gpu", "onnxruntime", "pillow", "numpy")
-    result = {"images": len(paths), "alone": median(alone), "end_to_end": median(whole), "ratio": ratio}
-    result["processor_ratio"] = median(processor)
-    result["shards"] = median(shards)
-    result["shards_ratio"] = median(there / here for there, here in zip(shards, alone, strict=True))
+    result = {
+        "images": len(paths),
+        "alone": median(alone),
+        "end_to_end": median(whole),
+        "ratio": median(there / here for there, here in zip(whole, alone, strict=True)),
+        "processor_ratio": median(processor),
+        "shards": median(shards),
+        "shards_ratio": median(there / here for there, here in zip(shards, alone, strict=True)),
+    }
     if arguments.json:
-        print(json.dumps({"machine": where, **vars(arguments), **result}, indent=2))
+        print_json({"machine": where, **vars(arguments), **result})
         return
     print(where)
     print(f"PMM {arguments.backbone} {HEIGHT}×{WIDTH}, FP32, CPU, batch {arguments.batch}, {len(paths)} images")
     print(f"network alone, prepared arrays   {result['alone']:7.1f} images/s")
     print(f"pmm embed, from JPEG files       {result['end_to_end']:7.1f} images/s")
-    print(f"ratio, median of {arguments.rounds} rounds        {ratio:7.3f}")
+    print(f"ratio, median of {arguments.rounds} rounds        {result['ratio']:7.3f}")
     print(f"pmm embed, into Parquet shards   {result['shards']:7.1f} images/s")
     print(f"ratio                            {result['shards_ratio']:7.3f}")
     print(f"the same of processor time       {result['processor_ratio']:7.3f}")

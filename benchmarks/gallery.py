@@ -11,14 +11,13 @@ Queries are new images of the same people. Adding includes the index and waits u
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import tempfile
 from pathlib import Path
 from time import perf_counter, process_time
 
 import numpy as np
-from machine import machine
+from machine import machine, peak_memory
 from numpy.typing import NDArray
 
 from pmm_edge.gallery import EmbeddingModel, open_gallery
@@ -50,10 +49,6 @@ class People:
         return np.maximum(latent @ self.mixture, 0), pids, cameras
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
@@ -67,7 +62,7 @@ def main() -> None:
     try:
         gallery = open_gallery(work / "people", EmbeddingModel("0" * 64, spec), dtype=options.dtype)
         print(machine("faiss-cpu", "numpy"))
-        print(f"memory before the first row: {peak():.2f} GiB")
+        print(f"memory before the first row: {peak_memory():,.0f} MiB")
         adding = working = 0.0
         for start in range(0, options.rows, BLOCK):
             embeddings, pids, cameras = people.draw(min(BLOCK, options.rows - start), start)
@@ -80,7 +75,7 @@ def main() -> None:
             adding += (last := perf_counter() - began)
             working += process_time() - worked
             print(
-                f"{start + len(pids):>10,} rows, the last {len(pids):,} in {last:.1f} s, peak {peak():.2f} GiB",
+                f"{start + len(pids):>10,} rows, the last {len(pids):,} in {last:.1f} s, peak {peak_memory():,.0f} MiB",
                 flush=True,
             )
         info = gallery.info()
@@ -103,7 +98,7 @@ def main() -> None:
             ]
             recall = np.mean([len(a & b) / len(a) for a, b in zip(exact, found, strict=False)])
             print(f"{name}: median {p50:.1f} ms, p95 {p95:.1f} ms, worst {worst:.1f} ms; recall@10 {recall:.4f}")
-        print(f"peak memory {peak():.2f} GiB, mapped pages of the gallery and 0.6 GiB of the generator included")
+        print(f"peak memory {peak_memory():,.0f} MiB, with mapped pages of the gallery and 600 MiB of the generator")
     finally:
         shutil.rmtree(work)
 

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from machine import machine
-from precision import subset
 from torch import Tensor, nn
 
-from pmm_edge.data.dataset import scan
+from pmm_edge.data.dataset import ReidDataset, Split, scan
 from pmm_edge.export.graph import StrippedNetwork
-from pmm_edge.images import read_crops
+from pmm_edge.images import evenly, read_crops
 from pmm_edge.model import load_checkpoint
 from pmm_edge.retrieval.distances import cosines
 from pmm_edge.runtime.embed_files import evaluate_dataset
@@ -60,6 +59,16 @@ def forward(layer: nn.Conv2d | nn.Linear, in_half: bool, inputs: Tensor) -> Tens
     sums = half_sums(columns.transpose(1, 2).flatten(0, 1), layer.weight.flatten(1), bias)
     size = (inputs.shape[2] + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
     return sums.unflatten(0, (len(inputs), -1)).transpose(1, 2).unflatten(2, (size, -1))
+
+
+def subset(dataset: ReidDataset, images: int | None) -> ReidDataset:
+    """At most `images` images of query and gallery, evenly spaced."""
+
+    def part(split: Split) -> Split:
+        share = len(split) * (images or 0) // (len(dataset.query) + len(dataset.gallery))
+        return split.select(evenly(len(split), max(share, 1)))
+
+    return replace(dataset, query=part(dataset.query), gallery=part(dataset.gallery)) if images else dataset
 
 
 @torch.inference_mode()

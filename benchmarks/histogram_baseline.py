@@ -1,4 +1,4 @@
-"""How far color alone goes: Rank-1 and mAP of three histogram matchers on a Market-1501-style folder.
+"""How far color alone goes: Rank-1 and mAP of three histogram matchers on a data set.
 
     python benchmarks/histogram_baseline.py DATA [--json]
 
@@ -13,17 +13,18 @@ camera excluded, junk dropped, distractors kept.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from machine import end_with
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pmm_edge.retrieval import evaluate
+from pmm_edge.console import percent, print_json
+from pmm_edge.data.dataset import scan
+from pmm_edge.images import Pixels
+from pmm_edge.runtime.embed_files import evaluate_dataset
 
-Pixels = NDArray[np.uint8]
 STRIPES = 6
 
 
@@ -50,36 +51,23 @@ def _histogram(pixels: Pixels, bins: tuple[int, int, int]) -> NDArray[np.float32
     return np.sqrt(counts / counts.sum()).astype(np.float32)
 
 
-def read(
-    folder: Path, describe: Callable[[Image.Image], NDArray[np.float32]]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Features, pids and camids of the images in `folder`, without junk (-1)."""
-    paths = sorted(path for path in folder.glob("*.jpg") if not path.name.startswith("-1"))
-    if not paths:
-        raise SystemExit(f"no .jpg images in {folder}: name a folder in Market-1501's layout")
-    features = np.stack([describe(Image.open(path).convert("RGB")) for path in paths])
-    pids = np.array([int(path.name.split("_")[0]) for path in paths])
-    camids = np.array([int(path.name.split("_c")[1][0]) for path in paths])
-    return features, pids, camids
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Rank-1 and mAP of color histograms.")
-    parser.add_argument("data", type=Path, help="folder that holds query/ and bounding_box_test/")
+def run() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder of a data set")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    figures = {}
-    for name, describe in (("joint", joint), ("striped", striped), ("corrected", corrected)):
-        query, query_pids, query_camids = read(options.data / "query", describe)
-        gallery, pids, camids = read(options.data / "bounding_box_test", describe)
-        result = evaluate(query, gallery, query_pids, pids, query_camids, camids)
-        figures[name] = {"rank1": float(result.rank(1)), "mAP": float(result.mAP)}
+    dataset = scan(options.data, training=False).without_junk()
+    paths, figures = [*dataset.query.paths, *dataset.gallery.paths], {}
+    for describe in (joint, striped, corrected):
+        features = np.stack([describe(Image.open(path).convert("RGB")) for path in paths])
+        figures[describe.__name__] = evaluate_dataset(dataset, features)
     if options.json:
-        print(json.dumps(figures, indent=2))
+        print_json({name: {"rank1": result.rank(1), "mAP": result.mAP} for name, result in figures.items()})
     else:
-        for name, figure in figures.items():
-            print(f"{name:10s} Rank-1 {100 * figure['rank1']:5.1f} %   mAP {100 * figure['mAP']:5.1f} %")
+        for name, result in figures.items():
+            print(f"{name:10s} Rank-1 {percent(result.rank(1)):>5} %   mAP {percent(result.mAP):>5} %")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end_with(run)

@@ -7,9 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from pmm_edge.console import percent, print_table
 from pmm_edge.errors import PmmError, did_you_mean
 
 Row = dict[str, Any]
@@ -80,11 +78,7 @@ FIGURES = ("Rank-1", "mAP", "mAP@50")
 
 
 def rows_named(names: str) -> dict[str, Row]:
-    """The rows named by `PMM,BDB,...` (case does not matter); all rows for an empty string.
-
-    Raises:
-        PmmError: a name is unknown.
-    """
+    """The rows named by `PMM,BDB,...` in any case, all rows for an empty string; PmmError if one is unknown."""
     known = {name.lower(): name for name in ROWS}
     chosen = [name.strip().lower() for name in names.split(",") if name.strip()] or list(known)
     for name in chosen:
@@ -103,24 +97,23 @@ def tables_of(rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
     }
 
 
-def show(found: Mapping[str, Sequence[Figures]], rows: Iterable[str], title: str, console: Console, data: str) -> None:
+def show(found: Mapping[str, Sequence[Figures]], rows: Iterable[str], title: str, data: str) -> None:
     """Print the rows that have figures: number of seeds, mean and standard deviation over them, the paper's figures.
 
     These are of the data set `data` if the paper has it, else of Market-1501. The paper's Rank-1 is next to Rank-1, its
     mAP next to mAP@50, which is computed like it.
     """
-    source = next((name for name in PAPER if data.lower().replace("-", "").startswith(name.replace("-", ""))), None)
-    source = source or "market1501"
-    paper, note = PAPER[source], f"paper, {source}"
-    heads = ("Rank-1", f"Rank-1\n{note}", "mAP", "mAP@50", f"mAP\n{note}")
-    table = Table("", "seeds", *heads, title=title, title_justify="left")
+    plain = data.lower().replace("-", "")
+    source = next((name for name in PAPER if plain.startswith(name.replace("-", ""))), "market1501")
+    paper, note, table = PAPER[source], f"paper, {source}", []
     for name in rows:
         if found.get(name):
             rank1, mean_ap, at_50 = (mean_and_deviation([figures[key] for figures in found[name]]) for key in FIGURES)
-            theirs = [f"{value:.1f}" for value in paper[name]] if name in paper else ["", ""]
-            table.add_row(name, str(len(found[name])), rank1, theirs[0], mean_ap, at_50, theirs[1])
-    if table.row_count:
-        console.print(table)
+            theirs = [f"{value:.1f}" for value in paper.get(name, ())] or ["", ""]
+            table.append((name, str(len(found[name])), rank1, theirs[0], mean_ap, at_50, theirs[1]))
+    if table:
+        columns = ("", "seeds", "Rank-1", f"Rank-1\n{note}", "mAP", "mAP@50", f"mAP\n{note}")
+        print_table(title, columns, table)
 
 
 def draw(found: Mapping[str, Sequence[Figures]], path: Path) -> None:
@@ -146,5 +139,4 @@ def draw(found: Mapping[str, Sequence[Figures]], path: Path) -> None:
 
 def mean_and_deviation(values: list[float]) -> str:
     """Mean and standard deviation of fractions, in %."""
-    values = [100 * value for value in values]
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return percent(mean(values)) + (f" ± {percent(stdev(values))}" if len(values) > 1 else "")

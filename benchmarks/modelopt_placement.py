@@ -31,7 +31,7 @@ from pmm_edge.export.quantize import MAX_IMAGES_TENSORRT, quantize, read_calibra
 from pmm_edge.files import cache_folder
 from pmm_edge.images import network_input
 from pmm_edge.retrieval.distances import cosines
-from pmm_edge.runs import BEST, about_run
+from pmm_edge.runs import data_of, resolve_checkpoint
 from pmm_edge.runtime import load
 from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset
 from pmm_edge.spec import CalibrationMethod, Quantization
@@ -78,17 +78,17 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("--modelopt-python", type=Path, metavar="PATH", help="interpreter that imports modelopt")
     arguments = parser.parse_args()
-    about = about_run(arguments.run)
-    assert about, f"{arguments.run} is not a run folder"
+    checkpoint = resolve_checkpoint(arguments.run)
+    data, layout = data_of(checkpoint)
     python = arguments.modelopt_python or modelopt_python()
-    dataset = read(Path(about.data), about.layout).without_junk()
+    dataset = read(data, layout).without_junk()
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "fp32.onnx"
-        spec = export(arguments.run / BEST, out=source, input_form="normalized", opset=INT8_OPSET).files[0].spec
+        spec = export(checkpoint, out=source, input_form="normalized", opset=INT8_OPSET).files[0].spec
         parts = split(onnx.load(source))
-        crops = read_calibration(dataset.root, spec.input, about.layout, most=MAX_IMAGES_TENSORRT).ranges
+        crops = read_calibration(dataset.root, spec.input, layout, most=MAX_IMAGES_TENSORRT).ranges
         np.save(folder / "crops.npy", network_input(crops, spec.input))
         models = {"FP32": onnx.load(source)}
         for method, theirs in METHODS.items():

@@ -9,7 +9,6 @@ running already) to the last shard. Each pair of rounds gives a ratio, so that o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 from machine import machine
 
+from pmm_edge.console import print_json
 from pmm_edge.data.dataset import walk_files
 from pmm_edge.images import IMAGE_SUFFIXES
 from pmm_edge.runtime.shards import embed_shards
@@ -85,7 +85,7 @@ def main() -> None:
     result |= {"ray": median(two for _, two in rounds), "ratio": median(two / one for one, two in rounds)}
     where = machine("onnxruntime-gpu", "onnxruntime", "ray", "numpy")
     if given.json:
-        print(json.dumps({"machine": where, "rounds": rounds, **result}, indent=2))
+        print_json({"machine": where, "rounds": rounds, **result})
         return
     print(where)
     print(f"{given.model.name}, {len(paths):,} images, shards of {SHARD_ROWS}")

@@ -15,41 +15,25 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
+from evaluation import IDENTITIES, market_like
 from machine import machine
 from numpy.typing import NDArray
 
-from pmm_edge.retrieval import RetrievalResult, evaluate_distances, pairwise_distances
+from pmm_edge.retrieval import evaluate_distances, pairwise_distances
 
-QUERIES, GALLERY, IDENTITIES, DISTRACTORS, CAMERAS = 3368, 15913, 750, 2793, 6
 REPEATS = 7
 SUBSET_STEP = 16
 
-Labels = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
-
-def market_like(seed: int = 0) -> tuple[NDArray[np.float32], Labels]:
-    """Distances and labels of Market-1501's test set in numbers: 750 identities, distractors (pid 0), 6 cameras.
-
-    Embeddings scatter around their identity so that retrieval is good, not perfect.
-    """
-    rng = np.random.default_rng(seed)
-    centers = rng.standard_normal((IDENTITIES + 1, 64))
-    query_pids = rng.integers(1, IDENTITIES + 1, QUERIES)
-    gallery_pids = np.concatenate([rng.integers(1, IDENTITIES + 1, GALLERY - DISTRACTORS), np.zeros(DISTRACTORS, int)])
-    rng.shuffle(gallery_pids)
-
-    def embed(pids: NDArray[np.int64]) -> NDArray[np.float32]:
-        spread = np.where(pids == 0, 1.6, 1.1)[:, None]
-        return (centers[pids] * (pids > 0)[:, None] + spread * rng.standard_normal((len(pids), 64))).astype(np.float32)
-
-    distances = pairwise_distances(embed(query_pids), embed(gallery_pids))
-    cameras = rng.integers(0, CAMERAS, QUERIES), rng.integers(0, CAMERAS, GALLERY)
-    return distances, (query_pids, gallery_pids, *cameras)
-
-
-def plain_evaluate(distances: NDArray[np.float32], labels: Labels, max_rank: int = 50) -> tuple[float, float]:
+def plain_evaluate(
+    distances: NDArray[np.float32],
+    query_pids: NDArray[np.int64],
+    gallery_pids: NDArray[np.int64],
+    query_camids: NDArray[np.int64],
+    gallery_camids: NDArray[np.int64],
+    max_rank: int = 50,
+) -> tuple[float, float]:
     """Return mAP and Rank-1 by the protocol's definition: for each query, argsort, drop, walk."""
-    query_pids, gallery_pids, query_camids, gallery_camids = labels
     order = np.argsort(distances, axis=1, kind="stable")
     matches = gallery_pids[order] == query_pids[:, None]
     precisions, curves = [], []
@@ -71,31 +55,27 @@ def seconds(work: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-def assert_same(result: RetrievalResult, plain: tuple[float, float]) -> None:
-    np.testing.assert_allclose((result.mAP, result.rank(1)), plain, rtol=1e-9)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="run the plain implementation on all queries")
     step = 1 if parser.parse_args().full else SUBSET_STEP
 
-    distances, labels = market_like()
-    some = (labels[0][::step], labels[1], labels[2][::step], labels[3])
-    some_distances = distances[::step]
-    result = evaluate_distances(distances, *labels)
-    assert_same(evaluate_distances(some_distances, *some), plain_evaluate(some_distances, some))
+    features, labels = market_like(mixed=False)
+    distances = pairwise_distances(*features)
+    some = distances[::step], labels[0][::step], labels[1], labels[2][::step], labels[3]
+    result, ours = evaluate_distances(distances, *labels), evaluate_distances(*some)
+    np.testing.assert_allclose((ours.mAP, ours.rank(1)), plain_evaluate(*some), rtol=1e-9)
 
     untrained = np.random.default_rng(1).random(distances.shape, np.float32)
     fast = [seconds(lambda: evaluate_distances(distances, *labels)) for _ in range(REPEATS)]
     worst = [seconds(lambda: evaluate_distances(untrained, *labels)) for _ in range(REPEATS)]
-    plain_once = seconds(lambda: plain_evaluate(some_distances, some))
-    plain = plain_once * len(distances) / len(some_distances)
+    plain_once = seconds(lambda: plain_evaluate(*some))
+    plain = plain_once * len(distances) / len(some[0])
     floor = median(seconds(lambda: distances.max()) for _ in range(REPEATS))
 
     note = "measured once on all queries"
     if step > 1:
-        note = f"EXTRAPOLATED from {len(some_distances)} queries that took {plain_once:.2f} s"
+        note = f"EXTRAPOLATED from {len(some[0])} queries that took {plain_once:.2f} s"
     print(
         f"{len(distances):,} queries x {distances.shape[1]:,} gallery, float32 distances given, {IDENTITIES} identities"
     )

@@ -12,9 +12,10 @@ import argparse
 from pathlib import Path
 
 import openvino
+from half_sums import subset
 from machine import machine
-from precision import progress, subset
 
+from pmm_edge.console import about, print_line, print_table, progress
 from pmm_edge.data.dataset import scan
 from pmm_edge.images import Pixels, network_input
 from pmm_edge.retrieval.distances import cosines
@@ -44,21 +45,21 @@ def main() -> None:
     parser.add_argument("--as-written", action="store_true", help="do not let OpenVINO rearrange INT8 graphs")
     arguments = parser.parse_args()
 
-    dataset = subset(scan(arguments.data), arguments.images)
-    print(machine("onnxruntime-gpu", "onnxruntime", "openvino"))
+    dataset, first, rows = subset(scan(arguments.data), arguments.images), arguments.models[0], []
     paths = [*dataset.query.paths, *dataset.gallery.paths]
-    base = embed_files(load(arguments.models[0], "cpu"), paths, report=progress).embeddings
-    base_map = None if arguments.images else evaluate_dataset(dataset, base).mAP
-    print(f"closeness to {arguments.models[0].name} in ONNX Runtime on {len(base)} images", end="")
-    print("" if base_map is None else f"; its mAP is {100 * base_map:.2f}")
-    print(f"{'in OpenVINO':28}  cosine mean    cosine min" + ("" if base_map is None else "    mAP, points"))
-    for path in arguments.models:
-        embeddings = embed_files(OpenVinoEmbedder(path, arguments.as_written), paths, report=progress).embeddings
-        cosine = cosines(base, embeddings)
-        line = f"{path.name:28}  {cosine.mean():11.7f}  {cosine.min():12.7f}"
-        if base_map is not None:
-            line += f"  {100 * (evaluate_dataset(dataset, embeddings).mAP - base_map):+12.3f}"
-        print(line, flush=True)
+    with progress() as report:
+        base = embed_files(load(first, "cpu"), paths, report=report).embeddings
+        for path in arguments.models:
+            embedder = OpenVinoEmbedder(path, arguments.as_written)
+            found = embed_files(embedder, paths, report=about(path.name, report)).embeddings
+            cosine, change = cosines(base, found), ""
+            if not arguments.images:
+                before, after = (evaluate_dataset(dataset, embeddings).mAP for embeddings in (base, found))
+                change = f"{100 * (after - before):+.3f}"
+            rows.append([path.name, f"{cosine.mean():.7f}", f"{cosine.min():.7f}", change])
+    print_line(machine("onnxruntime-gpu", "onnxruntime", "openvino"))
+    title = f"closeness to {first.name} in ONNX Runtime on {len(base)} images"
+    print_table(title, ["in OpenVINO", "cosine mean", "cosine min", "mAP, points"], rows)
 
 
 if __name__ == "__main__":

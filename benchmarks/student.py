@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-from compare_methods import Comparison, comparison, end_with, figures_of, folder_of, parser_of_trainings
-from machine import machine
+from compare_methods import Comparison, comparison, figures_of, folder_of, parser_of_trainings
+from machine import end_with, machine
 from method_tables import Figures, Row, mean_and_deviation
 
 from pmm_edge.bench.evaluation import evaluate_model

@@ -18,13 +18,12 @@ from statistics import median
 
 import torch
 from machine import machine
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from pmm_edge.console import print_line, print_table
 from pmm_edge.model import PMM, StageOutput
 from pmm_edge.model.backbone import map_size
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, top_blocks
@@ -106,22 +105,19 @@ def main() -> None:
     for taken in rounds:
         taken["floor"] *= operations / (2 * PRODUCT_SIDES[device.type] ** 3)
 
-    console = Console()
-    console.print(machine("torch"), soft_wrap=True)
-    work = f"{options.backbone} {options.height}x{options.width}, batch {options.batch}, {options.dtype} on {device}"
-    table = Table("", "seconds", "lowest", "ratio to pmm train", title=work, title_justify="left")
+    print_line(machine("torch"))
+    rows = []
     for name in steps:
         times = [taken[name] for taken in rounds]
         ratio = median(taken[name] / taken["pmm train"] for taken in rounds)
-        table.add_row(name, f"{median(times):.3f}", f"{min(times):.3f}", f"{ratio:.3f}")
-    console.print(table)
+        rows.append((name, f"{median(times):.3f}", f"{min(times):.3f}", f"{ratio:.3f}"))
+    work = f"{options.backbone} {options.height}x{options.width}, batch {options.batch}, {options.dtype} on {device}"
+    print_table(work, ("", "seconds", "lowest", "ratio to pmm train"), rows)
     rate = operations / median(taken["floor"] for taken in rounds)
-    console.print(
-        f"floor: {operations / 1e9:.0f} GFLOP a step at {rate / 1e9:.0f} GFLOP/s; medians of {options.repeat}"
-    )
+    print_line(f"floor: {operations / 1e9:.0f} GFLOP a step at {rate / 1e9:.0f} GFLOP/s; medians of {options.repeat}")
     steps_in_all = PAPER_EPOCHS * MARKET_PEOPLE * PRESETS["market1501"].images_per_identity / options.batch
     hours = steps_in_all * median(taken["pmm train"] for taken in rounds) / 3600
-    console.print(f"the paper's {PAPER_EPOCHS} epochs on Market-1501 at this rate: {hours:.2g} hours")
+    print_line(f"the paper's {PAPER_EPOCHS} epochs on Market-1501 at this rate: {hours:.2g} hours")
 
 
 def step_of(

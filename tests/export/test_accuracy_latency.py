@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -149,23 +148,3 @@ def test_names_say_what_differs(script, monkeypatch, tmp_path):
     assert names() == ["baseline 512-d c", "baseline 512-d d"]
     specs = {"c": student, "d": student}
     assert names() == ["baseline"]
-
-
-def test_labels_do_not_overlap(script):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
-
-    random = np.random.default_rng(0)
-    figure = Figure(figsize=(7, 4.5), dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xscale="log", xlim=(0.3, 30), ylim=(30, 65))
-    axes.plot([], [], label="FP32")
-    axes.legend()
-    ends = [(float(10 ** random.uniform(-0.3, 1)), float(random.uniform(35, 60))) for _ in range(14)]
-    labels = [(f"model of number {number}", [(3 * x, y), (x, y - 1)], "black") for number, (x, y) in enumerate(ends)]
-    script.place_labels(axes, labels)
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert {text.get_text() for text in axes.texts} == {name for name, *_ in labels}
-    overlaps = [Bbox.intersection(one, other) for number, one in enumerate(boxes) for other in boxes[:number]]
-    assert all(box is None or box.width * box.height == 0 for box in overlaps)

@@ -29,7 +29,7 @@ def compare(monkeypatch, capsys, tiny_dataset, tmp_path):
         monkeypatch.setattr(sys, "argv", [*map(str, command)])
         with pytest.raises(SystemExit) as ended:
             importlib.import_module(script).main()
-        return ended.value.code, capsys.readouterr().out
+        return ended.value.code, *capsys.readouterr()
 
     yield run
     for number, handler in before.items():
@@ -55,7 +55,7 @@ def rows(printed):
 
 
 def test_a_row_of_both_tables_is_trained_once_and_reused(compare, trainings, tmp_path):
-    code, printed = compare("--methods", "pmm,A-Hard-Mix")
+    code, printed, _ = compare("--methods", "pmm,A-Hard-Mix")
     assert code == 0 and trainings == [("pmm", "a-hard-mix", 0)]
     shown = rows(printed)
     assert [row[0] for row in shown] == ["PMM", "A-Hard-Mix"], "only what was trained"
@@ -82,7 +82,7 @@ def test_a_student_is_compared_with_itself_without_a_teacher_and_with_its_teache
     monkeypatch.setattr(student, "export", lambda checkpoint, out, **_: exported.update({out: checkpoint}))
     monkeypatch.setattr(student, "load", loaded)
     command = ["--teacher", whole.folder, "--json", tmp_path / "student.json", "--seeds", "0,1"]
-    code, printed = compare(*command, script="student")
+    code, printed, _ = compare(*command, script="student")
     assert code == 0
     teacher = str(whole.folder / "best.pt")
     assert trainings == [("baseline", mix, seed) for seed in (0, 1) for mix in ("a-hard-mix", teacher)]
@@ -115,8 +115,8 @@ def test_a_student_is_compared_with_itself_without_a_teacher_and_with_its_teache
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_trained(compare, tmp_path, arguments, message):
-    code, _ = compare(*arguments)
-    assert message in str(code)
+    code, printed, errors = compare(*arguments)
+    assert (code, printed, errors.count("\n")) == (2, "", 1) and message in errors
     assert not (tmp_path / "out").exists()
 
 
@@ -124,6 +124,6 @@ def test_wrong_use_is_refused_before_anything_is_trained(compare, tmp_path, argu
 def test_a_wrong_teacher_is_refused_before_anything_is_trained(compare, tmp_path, name):
     if name != "missing.pt":
         (tmp_path / name).write_text("no network")
-    code, _ = compare("--teacher", tmp_path / name, script="student")
-    assert name in str(code)
+    code, _, errors = compare("--teacher", tmp_path / name, script="student")
+    assert code == 2 and name in errors
     assert not (tmp_path / "out").exists()
