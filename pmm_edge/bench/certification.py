@@ -1,15 +1,16 @@
 """Certificates: `pmm bench` certifies the models that passed, `pmm verify` checks models against their certificates."""
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pmm_edge import __version__
-from pmm_edge.bench.report import BenchReport, FailureKind, ModelReport
+from pmm_edge.bench.report import BenchReport, BenchWarning, FailureKind, ModelReport, WarningKind
 from pmm_edge.bench.tables import describe_warning
 from pmm_edge.console import Report, printable, silent
 from pmm_edge.data.dataset import data_sha256, read
@@ -22,6 +23,8 @@ from pmm_edge.runtime.model_file import read_model
 
 _NO_VERDICT = (FailureKind.CANNOT_RUN, FailureKind.EMBEDDING_SIZE)
 """Failures without a comparison."""
+_FOLDERS = re.compile(r"[^\s'\"]*/(?=[^\s/]+\.(?:onnx|engine|safetensors|pth?)\b)")
+"""Of model files in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
         images=report.images,
         report=_anonymous(msgspec.to_builtins(model)) | {"path": _name(model.path)},
         environment=msgspec.to_builtins(report.environment),
-        warnings=[describe_warning(warning) for warning in report.warnings],
+        warnings=list(map(_warning, report.warnings)),
         created=report.created,
         pmm_edge=__version__,
     )
@@ -104,6 +107,12 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
 
 def _name(path: str) -> str:
     return printable(Path(path).resolve().name)
+
+
+def _warning(warning: BenchWarning) -> str:
+    if warning.kind is WarningKind.UNREADABLE:
+        warning = replace(warning, model="of the data set")
+    return _FOLDERS.sub("", describe_warning(warning))
 
 
 def _anonymous(value: Any) -> Any:

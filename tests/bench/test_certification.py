@@ -11,7 +11,7 @@ from report_sample import passing_report
 
 import pmm_edge
 from pmm_edge.bench.certification import verify, write_certificates
-from pmm_edge.bench.report import BenchReport, Failure, FailureKind
+from pmm_edge.bench.report import BenchReport, BenchWarning, Failure, FailureKind, WarningKind
 from pmm_edge.data.dataset import data_sha256, scan
 from pmm_edge.errors import PmmError
 from pmm_edge.files import sha256
@@ -37,6 +37,9 @@ def paths_of(report: BenchReport) -> list[Path]:
 
 
 def test_models_that_passed(report: BenchReport, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    engine = f"{tmp_path}/export/model.engine cannot run here"
+    report.warnings.append(BenchWarning(WarningKind.UNREADABLE, f"{tmp_path}/0001_c1.jpg", detail="it is damaged"))
+    report.warnings.append(BenchWarning(WarningKind.NOT_MEASURED, detail=engine))
     found = write_certificates(report)
     assert found.written == [certificate_path(path) for path in paths_of(report)]
     assert (found.removed, found.refused) == ([], {})
@@ -50,6 +53,7 @@ def test_models_that_passed(report: BenchReport, tiny_checkpoint: Path, tmp_path
     assert certificate.pmm_edge == pmm_edge.__version__
     assert pmm_edge.load(paths_of(report)[0], "cpu", require_certificate=True).spec == certificate.spec
     assert not re.search(rf"{tmp_path}|\.jpg", found.written[0].read_text())
+    assert "it is damaged" in certificate.warnings[0] and certificate.warnings[1].startswith("model.engine cannot run")
 
 
 @pytest.mark.parametrize("complete", [True, False])
