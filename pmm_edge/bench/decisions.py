@@ -97,7 +97,7 @@ def compare_decisions(
         name: [_Matches(one, people, dataset) for one in getattr(calibration, name).thresholds]
         for name in get_args(Distance)
     }
-    farthest = [np.float32(max(one.threshold.distance for one in found)) for found in tallies.values()]
+    farthest = [np.float32(max((one.threshold.distance for one in found), default=-1)) for found in tallies.values()]
     sides = [(one[people.rows], one[len(query) + people.columns]) for one in (reference, candidate)]
     both = [both_distances(*side, *map(positive_lengths, side)) for side in sides]
     for (start, *before), (_, *now) in zip(*both, strict=True):

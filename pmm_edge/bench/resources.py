@@ -77,7 +77,9 @@ def environment(
     """Describe the machine, its clocks during the timings, the software, and the first GPU that a model runs on."""
     device = next((one.device for one in embedders if one.device.startswith("cuda")), "cpu")
     gpu, jetson = open_gpu(device), jetson_gpu(root) if device != "cpu" else None
-    max_hertz = text_of(jetson / "max_freq") if jetson else ""
+    max_mhz = gpu.max_mhz if gpu else None
+    if jetson and (hertz := text_of(jetson / "max_freq")).isdecimal():
+        max_mhz = int(hertz) // 10**6
     versions = {}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -99,7 +101,7 @@ def environment(
         gpu=gpu.name if gpu else None,
         driver=gpu.driver if gpu else None,
         gpu_clocks=_merged(latency.gpu_clocks for latency in latencies),
-        gpu_max_mhz=gpu.max_mhz if gpu else int(max_hertz) // 10**6 if max_hertz.isdecimal() else None,
+        gpu_max_mhz=max_mhz,
         os=platform.platform(),
         python=platform.python_version(),
         versions=versions,
@@ -218,7 +220,7 @@ def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, root
     """Measure the energy of the device, idle power included, while a model runs on `crops`, as in `embed_prepared`.
 
     Energy counters of GPUs update only a few times per second. Returns None if the machine has neither a GPU with such
-    a counter (NVML) nor the power rails of a Jetson (INA3221).
+    a counter (NVML) nor the power rails of a Jetson (INA3221), or if they could not be read.
     """
     gpu, rails = open_gpu(embedder.device), power_rails(root)
     if gpu and gpu.joules is None:
@@ -228,8 +230,11 @@ def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, root
     watts, stop = list[float](), Event()
 
     def sample() -> None:
-        while not watts or not stop.wait(RAIL_SAMPLE_SECONDS):
-            watts.append(sum(int(text_of(volts)) * int(text_of(amperes)) / 1e6 for volts, amperes in rails))
+        ended = False
+        while not ended:
+            with suppress(ValueError):  # a sensor that is busy has no value
+                watts.append(sum(int(text_of(volts)) * int(text_of(amperes)) / 1e6 for volts, amperes in rails))
+            ended = stop.wait(RAIL_SAMPLE_SECONDS)
 
     embedder.embed_prepared(crops)
     with ThreadPoolExecutor(1) as pool:
@@ -244,6 +249,11 @@ def measure_energy(embedder: Embedder, crops: Pixels, seconds: float = 5.0, root
         after = gpu.joules if gpu else None
         if sampled:
             sampled.result()
-    joules = mean(watts) * elapsed if before is None or after is None else after - before
+    if before is not None and after is not None:
+        joules = after - before
+    elif watts:
+        joules = mean(watts) * elapsed
+    else:
+        return None
     source: Literal["NVML", "INA3221"] = "NVML" if gpu else "INA3221"
     return Energy(joules / (runs * len(crops)), joules / elapsed, source, len(crops), elapsed)

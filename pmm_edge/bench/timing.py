@@ -173,6 +173,8 @@ def measure_cold_start(path: Path, device: str, batch: int, timeout: float = 600
         reason = lines[-1] if ended.returncode else ""
     except subprocess.TimeoutExpired:
         reason = f"no result after {timeout:.0f} s"
+    except OSError as error:  # such as no memory for another process
+        reason = str(error)
     if reason:
         raise ModelError(
             f"cannot run {path} in a separate process: {reason}",

@@ -93,6 +93,10 @@ def test_equal_models_make_equal_decisions() -> None:
         assert (one.fmr_ratio, one.fmr_ratio_low, one.fmr_ratio_high, one.changed, one.worst) == (1, 1, 1, 0, [])
         assert one.tmr_change == Change(0, 0, 0)
     assert failed_decisions(found, Gates(max_fmr_factor=1, max_tmr_drop=0)) == []
+    calibration = calibrate(dataset, embeddings)
+    euclidean = replace(calibration, cosine=replace(calibration.cosine, thresholds=()))
+    found = compare_decisions(embeddings, embeddings, dataset, euclidean, "")
+    assert {one.distance for one in found.thresholds} == {"euclidean"}
 
 
 def test_a_scaled_model_fails_by_euclidean_distance_alone() -> None:

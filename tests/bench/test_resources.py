@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pynvml
@@ -112,6 +113,9 @@ def test_an_orin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight_cores: N
     assert (found.cores, found.usable_cores, found.instruction_set) == (8, 6, "asimddp")
     assert (found.governors, found.clocks_locked) == (("schedutil",), True)
     assert (found.gpu_clocks, found.gpu_max_mhz) == (Clocks(612, 918), 918)
+    monkeypatch.setattr(resources, "open_gpu", lambda device: SimpleNamespace(name="Orin", driver="540", max_mhz=None))
+    found = environment([Engine("cuda:0", "tensorrt")], QUIET, root=tmp_path)
+    assert (found.gpu, found.gpu_max_mhz) == ("Orin", 918)  # NVML of a Jetson does not know its clocks
 
 
 def test_the_instruction_set(tmp_path: Path) -> None:
@@ -239,3 +243,20 @@ def test_energy_of_rails_and_gpus(tmp_path: Path, nvml: dict[str, object]) -> No
     nvml.clear()  # as on a Jetson, whose NVML has no energy counter
     found = measure_energy(Engine("cuda:1"), BATCH, 0.02, tmp_path)
     assert found.source == "INA3221"
+
+
+def test_energy_that_cannot_be_read_is_missing(
+    tmp_path: Path, nvml: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = iter([5000, 5000])  # one to see whether there is a counter, one before the runs, and none after them
+    nvml["nvmlDeviceGetTotalEnergyConsumption"] = lambda: next(counter, None)
+    assert measure_energy(Engine("cuda:1"), BATCH, 0.02, tmp_path) is None
+    sensor(tmp_path, "1-0040", 3, ("VDD_IN", 5000, 1000))
+    monkeypatch.setattr(resources, "RAIL_SAMPLE_SECONDS", 0.001)
+    values, text_of = iter(["", "5000"] * 10_000), resources.text_of  # busy every other time
+    monkeypatch.setattr(resources, "text_of", lambda file: next(values) if file.name == "in1_input" else text_of(file))
+    rails = resources.power_rails(tmp_path) or resources.power_rails(tmp_path)
+    monkeypatch.setattr(resources, "power_rails", lambda root: rails)
+    assert measure_energy(Engine(), BATCH, 0.05, tmp_path).watts == pytest.approx(5)
+    monkeypatch.setattr(resources, "text_of", lambda file: "")
+    assert measure_energy(Engine(), BATCH, 0.02, tmp_path) is None

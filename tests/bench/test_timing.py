@@ -1,5 +1,7 @@
 """Interleaved timing, latency and cold start. In the timing tests only the work moves the clock."""
 
+import errno
+import os
 from itertools import groupby
 from pathlib import Path
 
@@ -169,3 +171,12 @@ def test_a_process_that_fails_is_one_line(child: str, reason: str, monkeypatch: 
         measure_cold_start(Path("model.onnx"), "cpu", 1, timeout=1 if "sleep" in child else 60)
     assert "\n" not in str(caught.value)
     assert f"model.onnx in a separate process: {reason}" in str(caught.value)
+
+
+def test_without_memory_for_another_process_the_cold_start_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("subprocess.run", no_memory)
+    with pytest.raises(ModelError, match=r"model\.onnx"):
+        measure_cold_start(Path("model.onnx"), "cpu", 1)
