@@ -86,8 +86,7 @@ def check_plot(path: Path) -> None:
 
 
 def save_cmc_plot(path: Path, title: str, curves: Mapping[str, Sequence[float]]) -> None:
-    """Plot CMC curves, fractions by rank, into a PNG or SVG file; see `check_plot` for errors."""
-    check_plot(path)
+    """Plot CMC curves, fractions by rank, into a file that `check_plot` accepts."""
     from matplotlib import rc_context
 
     with rc_context(_STYLE), written_whole(path) as temporary:
@@ -98,8 +97,7 @@ def save_cmc_plot(path: Path, title: str, curves: Mapping[str, Sequence[float]])
 
 
 def save_threshold_plot(path: Path, title: str, found: FoundThresholds) -> None:
-    """Plot ROC and DET curves and the histograms of distances into a PNG or SVG file; see `check_plot` for errors."""
-    check_plot(path)
+    """Plot ROC and DET curves and the histograms of distances into a file that `check_plot` accepts."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

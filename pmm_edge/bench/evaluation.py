@@ -1,6 +1,6 @@
 """`pmm eval`: the retrieval of one model, optionally with mirror images and re-ranking."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pmm_edge.files import check_output
 from pmm_edge.retrieval import RetrievalResult
 from pmm_edge.runtime import Embedder, load
 from pmm_edge.runtime.embed_files import embed_dataset, evaluate_dataset, pool_dataset, require_tracklets, save_npz
+from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.spec import Distance
 
 
@@ -67,50 +68,40 @@ def evaluate_model(
         check_plot(cmc)
     if features:
         check_output(features, [".npz"])
-    embedder, found = load(model, device), []
+    embedder, evaluations = load(model, device), []
     for dataset in (one.without_junk() for one in datasets):
         step = about(dataset.name, report) if len(data) > 1 else report
-        results = _evaluate(embedder, dataset, distance, rerank, flip, tracklets, features, step)
-        found.append(Evaluation(embedder, dataset, results, distance))
+        embedded = embed_dataset(embedder, dataset, flip, step)
+        kinds = {"plain": embedded.embeddings} | ({} if embedded.flipped is None else {"flip": embedded.flipped})
+        if features:
+            _save_features(features, dataset, kinds)
+        rows = {name: (dataset, embeddings) for name, embeddings in kinds.items()}
+        if tracklets:
+            rows |= {_with("tracklets", name): pool_dataset(dataset, found) for name, found in kinds.items()}
+        results = {}
+        for reranked in (False, True)[: 1 + rerank]:
+            for kind, (ranked, embeddings) in rows.items():
+                row = _with("re-ranking", kind) if reranked else kind
+                results[row] = evaluate_dataset(ranked, embeddings, reranked, distance, about(kind, step))
+        evaluations.append(Evaluation(embedder, dataset, results, distance))
         if cmc:
             curves = {
                 f"{name}: Rank-1 {percent(one.rank(1))}, mAP {percent(one.mAP)}": one.cmc.tolist()
                 for name, one in results.items()
             }
             save_cmc_plot(cmc, printable(f"{dataset.name} · {model.name} · {distance} distance"), curves)
-    return found
+    return evaluations
 
 
-def _evaluate(
-    embedder: Embedder,
-    dataset: ReidDataset,
-    distance: Distance,
-    rerank: bool,
-    flip: bool,
-    tracklets: bool,
-    features: Path | None,
-    report: Report,
-) -> dict[str, RetrievalResult]:
-    """Embed a data set without junk once, save the embeddings, and rank them in each way."""
-    query, gallery = dataset.query, dataset.gallery
-    embedded = embed_dataset(embedder, dataset, flip, report)
-    kinds = {"plain": embedded.embeddings} | ({} if embedded.flipped is None else {"flip": embedded.flipped})
-    if features:
-        arrays: dict[str, ArrayLike] = {}
-        for side, split, part in (("query", query, slice(len(query))), ("gallery", gallery, slice(len(query), None))):
-            arrays |= {f"{side}_features{'_flip' * (kind == 'flip')}": found[part] for kind, found in kinds.items()}
-            arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
-            arrays[f"{side}_names"] = [path.name for path in split.paths]
-        save_npz(features, arrays)
-    rows = {name: (dataset, embeddings) for name, embeddings in kinds.items()}
-    if tracklets:
-        rows |= {_with("tracklets", name): pool_dataset(dataset, found) for name, found in kinds.items()}
-    results = {}
-    for reranked in (False, True)[: 1 + rerank]:
-        for kind, (ranked, embeddings) in rows.items():
-            row = _with("re-ranking", kind) if reranked else kind
-            results[row] = evaluate_dataset(ranked, embeddings, reranked, distance, about(kind, report))
-    return results
+def _save_features(path: Path, dataset: ReidDataset, kinds: Mapping[str, Embeddings]) -> None:
+    """Save the embeddings of each kind, `plain` or `flip`, for queries and gallery, with their labels and names."""
+    arrays: dict[str, ArrayLike] = {}
+    query, gallery = slice(len(dataset.query)), slice(len(dataset.query), None)
+    for side, split, part in (("query", dataset.query, query), ("gallery", dataset.gallery, gallery)):
+        arrays |= {f"{side}_features{'_flip' * (kind == 'flip')}": found[part] for kind, found in kinds.items()}
+        arrays |= {f"{side}_pids": split.pids, f"{side}_camids": split.camids}
+        arrays[f"{side}_names"] = [one.name for one in split.paths]
+    save_npz(path, arrays)
 
 
 def _with(addition: str, name: str) -> str:
