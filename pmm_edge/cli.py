@@ -324,7 +324,7 @@ def evaluate(
         facts = [render.evaluation_facts(one) for one in found]
         print_json(facts if len(facts) > 1 else facts[0])
     else:
-        render.show_evaluation(found[0]) if len(found) == 1 else render.show_evaluations(found)
+        render.show_evaluation(found)
     render.show_written(features, cmc)
 
 

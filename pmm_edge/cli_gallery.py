@@ -8,7 +8,7 @@ import typer
 import pmm_edge
 from pmm_edge import render
 from pmm_edge.cli_options import Device, Json, Layout, arg, opt, out_opt
-from pmm_edge.console import print_json, progress
+from pmm_edge.console import print_json, print_line, progress
 from pmm_edge.files import check_output
 from pmm_edge.spec import Distance
 
@@ -28,7 +28,7 @@ Embeds = Annotated[Path | None, typer.Option(help="Model that embeds images; not
 @gallery_app.command("add")
 def gallery_add(
     gallery: str = _gallery,
-    source: Path = arg(..., "Images as for pmm embed, or a .npz or .parquet file that it wrote.", "SOURCE"),
+    source: str = arg(..., "Images as for pmm embed, or a .npz or .parquet file that it wrote.", "SOURCE"),
     model: Embeds = None,
     pid: int | None = opt(None, "Identity of all rows. Default: that of the data set, or unknown."),
     camera: str | None = opt(None, "Camera of all rows. Default: that of the data set."),
@@ -107,7 +107,7 @@ def gallery_delete(
         opened = pmm_edge.open_gallery(gallery)
         count = opened.delete(pids=pid or None, sources=source or None, older_than=older_than, report=report)
     facts = {"deleted": count, "rows": opened.info().rows}
-    print_json(facts) if as_json else render.show_deleted(**facts)
+    print_json(facts) if as_json else print_line(f"deleted {count:,} rows; {facts['rows']:,} are left")
 
 
 @gallery_app.command("info")

@@ -197,24 +197,22 @@ def shareable(text: str) -> str:
     return " ".join(re.sub(folders, "…/", with_tilde(text)).split())
 
 
-TRAIN_MODULES = ("torch", "torchvision", "tensorboard", "tomli_w")
-
-
 def readiness(command: str, onnxruntime: Finding, tensorrt: Finding, rtx: Finding) -> Finding:
     """Whether a command can work, from the findings about the engines."""
     onnx = f"onnxruntime: {onnxruntime.detail}" if onnxruntime.status is Status.PROBLEM else ""
     trt = "" if tensorrt.status is Status.OK else tensorrt.detail
     engines = trt if rtx.status is not Status.OK else ""
     torch, export = absent(*CHECKPOINT_MODULES), absent(*EXPORT_MODULES)
+    faiss, qdrant = absent("faiss"), absent("qdrant_client")
     base, train = install(), install("train")
     needs = [  # commands, why they cannot work, what to do
         (COMMANDS, absent("numpy", "PIL"), base),
-        (["train"], absent(*TRAIN_MODULES), train),
+        (["train"], absent("torch", "torchvision", "tensorboard", "tomli_w"), train),
         (["export", "trt", "rtx"], onnx, base),  # engines are built from a file that ONNX Runtime has checked
         (["trt"], trt, tensorrt.remedy),
         (["rtx"], rtx.detail if rtx.status not in (Status.OK, Status.LIMITED) else "", rtx.remedy),
         (["visualize"], absent("matplotlib"), train),
-        (["gallery"], absent("faiss", "qdrant_client"), install("gallery")),
+        (["gallery"], faiss and qdrant and f"{faiss}, {qdrant}", install("gallery")),
         (EMBED, onnx and torch and engines and "no engine that runs models", train),
     ]
     limits = [  # commands, what of them does not work, what to do
@@ -224,6 +222,8 @@ def readiness(command: str, onnxruntime: Finding, tensorrt: Finding, rtx: Findin
         (EMBED, engines and f"no .engine files ({engines})", ""),  # nothing to install on a machine without a GPU
         (["bench"], torch and "needs --reference MODEL.onnx, because the default reference is a checkpoint", ""),
         (["visualize"], torch and "only galleries of exported models", train),
+        (["gallery"], faiss and f"no folders ({faiss})", install("gallery")),
+        (["gallery"], qdrant and f"no collections of Qdrant ({qdrant})", install("gallery")),
         (["embed"], absent("pyarrow") and "no .parquet files", install("parquet")),
     ]
     for rules, state, status in ((needs, "cannot work: ", Status.PROBLEM), (limits, "ready, but ", Status.LIMITED)):

@@ -191,30 +191,22 @@ def _figures(result: RetrievalResult) -> dict[str, float]:
     return {**ranks, "mAP": result.mAP, "mINP": result.mINP, "mAP@50": result.mAP_at_50}
 
 
-def show_evaluation(found: Evaluation) -> None:
-    """Print retrieval figures, one row for each way to use the model."""
-    model, queries = found.embedder.path.name, found.results["plain"].valid_queries
-    figures = {name: _figures(result) for name, result in found.results.items()}
-    names = [model if name == "plain" else f"{model} + {name}" for name in figures]
-    rows = [(name, *map(percent, values.values())) for name, values in zip(names, figures.values(), strict=True)]
-    counts = f"{queries:,} queries, {len(found.dataset.gallery):,} gallery images"
-    if (pooled := found.results.get("tracklets")) and (tracks := found.dataset.gallery.tracks) is not None:
-        counts += f" ({pooled.valid_queries:,} and {len({*tracks.tolist()}):,} tracklets)"
-    title = f"{found.dataset.name}: {counts}, {found.distance} distance"
-    print_table(title, ("model", *figures["plain"]), rows)
-    note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
-
-
-def show_evaluations(found: Sequence[Evaluation]) -> None:
-    """Print the retrieval of one model on several data sets."""
-    rows = []
+def show_evaluation(found: Sequence[Evaluation]) -> None:
+    """Print retrieval figures, one row for each data set and way to use the model, and the size of each data set."""
+    rows, sizes = [], []
     for one in found:
-        images = f"{len(one.dataset.query):,} + {len(one.dataset.gallery):,}"
+        gallery, queries = one.dataset.gallery, one.results["plain"].valid_queries
         for name, result in one.results.items():
             title = one.dataset.name if name == "plain" else f"{one.dataset.name} + {name}"
-            rows.append((title, images, *map(percent, (result.rank(1), result.mAP, result.mINP))))
-    title = f"{found[0].embedder.path.name}, {found[0].distance} distance"
-    print_table(title, ("data set", "query + gallery images", "Rank-1", "mAP", "mINP"), rows)
+            rows.append((title, *map(percent, _figures(result).values())))
+        sizes.append(f"{one.dataset.name}: {queries:,} queries, {len(gallery):,} gallery images")
+        if (pooled := one.results.get("tracklets")) and gallery.tracks is not None:
+            sizes[-1] += f" ({pooled.valid_queries:,} and {len({*gallery.tracks.tolist()}):,} tracklets)"
+    columns = ("data set", *_figures(found[0].results["plain"]))
+    print_table(f"{found[0].embedder.path.name}, {found[0].distance} distance", columns, rows)
+    for size in sizes:
+        print_line(escape(size))
+    note("[dim]mAP@50 is the mAP of the PMM paper, which cuts each ranking at 50; compare mAP with other work.[/]")
 
 
 def calibration_facts(result: CalibrationResult) -> dict[str, Any]:
@@ -283,11 +275,6 @@ def show_added(done: AddResult, gallery: str) -> None:
     left_out = {"known": done.known, "junk": done.junk, "unreadable": len(done.skipped)}
     rest = "".join(f", {count:,} {name}" for name, count in left_out.items() if count)
     print_line(f"{escape(gallery)}: added {done.added:,} rows{rest}; {done.rows:,} in all")
-
-
-def show_deleted(deleted: int, rows: int) -> None:
-    """Print what `pmm gallery delete` did."""
-    print_line(f"deleted {deleted:,} rows; {rows:,} are left")
 
 
 def search_facts(found: SearchResult) -> dict[str, Any]:

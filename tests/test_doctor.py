@@ -100,6 +100,9 @@ def test_commands_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("--deepstream", "raw", "--triton", "uint8"):  # not both of one file
         assert text in ready["export"].detail
     assert states(Finding(Status.PROBLEM, "broken"))["embed"].status is Status.PROBLEM  # nothing runs models
+    for missing, status in ((["faiss"], Status.LIMITED), (["faiss", "qdrant_client"], Status.PROBLEM)):
+        monkeypatch.setattr(errors, "find_spec", lambda module, missing=missing: module not in missing or None)
+        assert states(WORKING)["gallery"].status is status
 
 
 def test_nothing_that_is_shown_names_a_folder() -> None:

@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from pmm_edge.console import Report
 from pmm_edge.errors import DataError, OutputError, PmmError, absent, install
 from pmm_edge.files import decode_sealed, encode_sealed, written_whole
-from pmm_edge.gallery.gallery import FLAT_ROWS, Gallery, GalleryInfo, Hit, StoredType, Where, local_time
+from pmm_edge.gallery.gallery import FLAT_ROWS, Gallery, GalleryInfo, Hit, StoredType, Where
 from pmm_edge.gallery.index import IndexFacts, build_index, nearest_rows, search_index
-from pmm_edge.gallery.inputs import EmbeddingModel, Rows
+from pmm_edge.gallery.inputs import EmbeddingModel, Rows, local_time
 from pmm_edge.retrieval.distances import pairwise_distances
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embedder import Embeddings
@@ -64,7 +64,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What counts of a folder."""
+    """The model of a gallery, and the files that belong to it."""
 
     model: EmbeddingModel
     distance: Distance
@@ -259,6 +259,9 @@ class FolderGallery(Gallery):
         try:
             self._refresh()
             yield
+        except BaseException:
+            self._load()  # what was written before the error stays
+            raise
         finally:
             lock.release()
 
@@ -291,7 +294,7 @@ class FolderGallery(Gallery):
 
     def _commit(self, manifest: Manifest) -> None:
         with written_whole(self.folder / "gallery.json") as temporary:
-            temporary.write_text(encode_sealed(manifest))
+            temporary.write_text(encode_sealed(manifest), encoding="utf-8")
         if self._view is not None:
             self._view.manifest = manifest
 
@@ -355,34 +358,34 @@ class FolderGallery(Gallery):
     def _finish(self, report: Report) -> None:
         self._load()
         view, facts = self.view, self.view.manifest.index
-        count, grown = len(view), 0 if facts is None else int((view.numbers >= facts.below).sum())
+        count, new = len(view), facts
         if count < FLAT_ROWS:
-            if facts is None:
-                return
-            self._commit(replace(view.manifest, index=None))
+            new = None
         elif facts is None or count >= 4 * facts.trained or facts.removed > facts.trained // 4:
-            self._replace_index(*build_index(view, f"indexing {self.folder.name}", report))
-        elif grown >= max(TAIL, count // 100):
+            new = self._write_index(*build_index(view, f"indexing {self.folder.name}", report))
+        elif len(tail := np.flatnonzero(view.numbers >= facts.below)) >= max(TAIL, count // 100):
             index = view.load_index()
-            for positions, vectors in view.chunks(np.flatnonzero(view.numbers >= facts.below)):
+            for positions, vectors in view.chunks(tail):
                 index.add_with_ids(vectors, view.numbers[positions])
-            self._replace_index(index, replace(facts, below=view.manifest.next_number))
-        else:
-            return
-        self._refresh()
+            new = self._write_index(index, replace(facts, below=view.manifest.next_number))
+        if new != facts:
+            self._commit(replace(view.manifest, index=new))
+            self._refresh()
 
-    def _replace_index(self, index: Any, facts: IndexFacts) -> None:
+    def _write_index(self, index: Any, facts: IndexFacts) -> IndexFacts:
+        """Write an index, which counts once a manifest has the facts that are returned."""
         import faiss
 
         content, name = memoryview(faiss.serialize_index(index)), secrets.token_hex(8)
         with written_whole(self.folder / "data" / f"{name}.index") as temporary:
             temporary.write_bytes(content)
-        self._commit(replace(self.view.manifest, index=replace(facts, name=name, checksum=zlib.crc32(content))))
+        return replace(facts, name=name, checksum=zlib.crc32(content))
 
     def _nearest(self, queries: Embeddings, top: int, where: Where, exact: bool) -> tuple[int, list[list[Hit]]]:
         view = self.view
         mask = view.mask(where)
         count = len(view) if mask is None else int(mask.sum())
+        top = min(top, count)
         if exact or view.manifest.index is None or count < FLAT_ROWS:
             rows = view.chunks(None if mask is None else np.flatnonzero(mask))
             candidates = nearest_rows(queries, top + MARGIN, rows)
@@ -416,15 +419,14 @@ class FolderGallery(Gallery):
                 for part, vectors in view.chunks(positions):
                     new = self._extend(new, vectors, view.table[part], [view.source(one) for one in part.tolist()])
             kept += [new] if new.rows else []
-        numbers = view.numbers[mask]
-        if (facts := manifest.index) and (gone := numbers[numbers < facts.below]).size:
+        numbers, facts = view.numbers[mask], manifest.index
+        if facts and (gone := numbers[numbers < facts.below]).size:
             import faiss
 
             index = view.load_index()
             index.remove_ids(faiss.IDSelectorBatch(gone))
-            self._replace_index(index, replace(facts, removed=facts.removed + gone.size))
-            manifest = self.view.manifest
-        self._commit(replace(manifest, segments=tuple(kept)))
+            facts = self._write_index(index, replace(facts, removed=facts.removed + gone.size))
+        self._commit(replace(manifest, segments=tuple(kept), index=facts))
         self._refresh()
         left = self.view.mask(where)
         if left is not None and left.any():
@@ -435,14 +437,14 @@ class FolderGallery(Gallery):
 
     def info(self, check: bool = False) -> GalleryInfo:
         view, model = self.view, self._existing()
-        for segment, pages in zip(view.manifest.segments, view.maps, strict=True):
-            if check:
+        if check:
+            for segment, pages in zip(view.manifest.segments, view.maps, strict=True):
                 _verify(view.folder / f"{segment.name}.vectors", pages, segment.checksums[0])
-        if check and view.manifest.index:
-            view.load_index()
+            if view.manifest.index:
+                view.load_index()
         oldest, newest = map(local_time, (view.times.min(), view.times.max())) if len(view) else (None, None)
         cameras = sorted(filter(None, (view.manifest.cameras[number] for number in np.unique(view.cameras))))
-        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        size = sum(map(len, (*view.maps, *view.texts, view._index))) + view.table.nbytes
         identities = int((np.unique(view.pids) >= 0).sum())
         counts = len(view), identities, cameras, oldest, newest, size, view.manifest.index
         return GalleryInfo(self.location, model, self.distance, self.dtype, *counts)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pmm_edge.console import Report, silent
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, PmmError
+from pmm_edge.gallery.index import IndexFacts
 from pmm_edge.gallery.inputs import (
     PART_ROWS,
     EmbeddingModel,
@@ -24,6 +25,7 @@ from pmm_edge.gallery.inputs import (
     embed_rows,
     embedded_files,
     image_rows,
+    local_time,
     read_embedded,
     seconds,
 )
@@ -75,11 +77,6 @@ class Hit:
         return Hit(distance, None, number, None if pid == UNKNOWN else pid, camera, local_time(time), source)
 
 
-def local_time(seconds: float) -> datetime:
-    """The time of a row, in seconds since 1970, in the time zone of this machine."""
-    return datetime.fromtimestamp(seconds).astimezone()
-
-
 @dataclass(frozen=True)
 class SearchResult:
     """The nearest rows of one query, nearest first."""
@@ -127,8 +124,8 @@ class GalleryInfo:
     cameras: list[str]
     oldest: datetime | None
     newest: datetime | None
-    size: int | None = None  # bytes on disk; None on a server
-    index: Any = None  # of a folder with 100,000 rows or more: `IndexFacts`
+    size: int | None = None  # bytes of its rows and index; None on a server
+    index: IndexFacts | None = None  # of a folder with 100,000 rows or more
 
 
 class Gallery(ABC):
@@ -227,9 +224,8 @@ class Gallery(ABC):
                 junk = rows.pids == JUNK_PID
                 rows = rows.select(~junk)
                 rows = rows.labeled(**{"pids": np.where(rows.pids == DISTRACTOR_PID, UNKNOWN, rows.pids)} | labels)
-                new = ~self._known(rows.ids)
                 first = np.unique(rows.ids, return_index=True)[1]
-                new[np.delete(np.arange(len(new)), first)] = False
+                new = np.isin(np.arange(len(rows.ids)), first) & ~self._known(rows.ids)
                 rows = rows.select(new)
                 done.junk, done.known = done.junk + int(junk.sum()), done.known + int((~new).sum())
                 if listing and new.any():
@@ -362,11 +358,12 @@ class Gallery(ABC):
     def _queries(self, query: Any, report: Report) -> tuple[list[str], ArrayLike, Calibration | None]:
         """Return name and embedding of each query, and the thresholds of the model that computed them."""
         if files := embedded_files(query):
-            models, parts = zip(*chain.from_iterable(map(read_embedded, files)), strict=True)
-            for model in models:
+            parts = list(chain.from_iterable(map(read_embedded, files)))
+            for model, _ in parts:
                 self._check(model)
-            names = [name for part in parts for name in part.sources]
-            return names, np.concatenate([part.embeddings for part in parts]), models[0].spec.calibration
+            if not (names := [name for _, rows in parts for name in rows.sources]):
+                raise DataError(f"{query} contains no embeddings", "Name a file with at least one")
+            return names, np.concatenate([rows.embeddings for _, rows in parts]), parts[0][0].spec.calibration
         calibration = self._user_model.spec.calibration if self._user_model else None
         if isinstance(query, np.ndarray) and query.dtype.kind == "f":
             rows = np.atleast_2d(query)
@@ -419,6 +416,10 @@ def open_gallery(
     DataError if it is damaged or has another distance or dtype, PmmError if a package is missing or Qdrant does not
     answer.
     """
+    chosen = (("distance", distance, get_args(Distance)), ("dtype", dtype, get_args(StoredType)))
+    for name, wanted, known in chosen:
+        if wanted is not None and wanted not in known:
+            raise PmmError(f"unknown {name} '{wanted}'", f"Choose {' or '.join(known)}")
     user_model = load(model, device) if isinstance(model, str | Path) else model
     gallery: Gallery
     if client is not None or str(location).startswith(("http://", "https://")):
@@ -430,8 +431,8 @@ def open_gallery(
 
         gallery = FolderGallery(Path(location), user_model, distance, dtype)
     if gallery.model:
-        for name, wanted in (("distance", distance), ("dtype", dtype)):
-            if wanted and wanted != (own := getattr(gallery, name)):
+        for name, wanted, _ in chosen:
+            if wanted is not None and wanted != (own := getattr(gallery, name)):
                 problem = f"the {name} of {location} is {own}, not {wanted}"
                 raise DataError(problem, "Leave it out, or use another gallery")
         if gallery._user_model:

@@ -1,4 +1,4 @@
-"""The FAISS index of a folder: inverted lists of 128 principal components of 8 bits. Exact distances come after it."""
+"""The FAISS index of a folder: inverted lists of 128 principal components of 8 bits, which find candidates."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def nearest_rows(
 
 
 def build_index(view: View, what: str, report: Report) -> tuple[Any, IndexFacts]:
-    """Train an index, add all rows by their ascending numbers, and tune it until it finds the neighbors of some."""
+    """Train an index, add all rows by their ascending numbers, and tune it to the target recall."""
     import faiss
 
     count, numbers, generator = len(view), view.numbers, np.random.default_rng(0)

@@ -8,25 +8,23 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pmm_edge.console import Report
-from pmm_edge.errors import DataError, ModelError, PmmError, absent, install
+from pmm_edge.errors import DataError, ModelError, PmmError
 from pmm_edge.files import sha256
 from pmm_edge.images import BadImage
 from pmm_edge.retrieval.metrics import DISTRACTOR_PID
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embed_files import embed_parts
 from pmm_edge.runtime.listing import ImageListing, unpacked
-from pmm_edge.runtime.storage import Storage
+from pmm_edge.runtime.storage import Storage, require_pyarrow
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 PART_ROWS = 2048
 """Images are embedded and files are read in parts of this size, so that memory does not grow with their number."""
-_COLUMNS = {"path": "paths", "pid": "pids", "camid": "camids", "embedding": "embeddings"}  # of shards, as in a file
 _KINDS = {"ids": np.uint64, "pids": np.int64, "cameras": np.str_, "times": np.float64, "splits": np.str_}
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -76,9 +74,13 @@ class Rows:
         for name, given in labels.items():
             try:
                 values[name] = np.broadcast_to(np.asarray(given).astype(_KINDS[name]), count)
+                if name == "times" and count:
+                    for extreme in (values[name].min(), values[name].max()):
+                        local_time(extreme)
             except (ValueError, TypeError, OverflowError) as error:
                 problem = f"{name} cannot be used for {count} rows: {error}"
-                raise DataError(problem, "Pass one value, or one per row") from error
+                remedy = "Pass one value, or one per row; times are seconds since 1970"
+                raise DataError(problem, remedy) from error
         return replace(self, **values)
 
     def select(self, chosen: NDArray[np.bool_]) -> "Rows":
@@ -104,8 +106,7 @@ def read_embedded(path: Path) -> Iterator[tuple[EmbeddingModel, Rows]]:
                 columns = {name: file[name] for name in file.files}
             yield _model(columns.pop("spec").item(), "", path), _rows(columns)
             return
-        if missing := absent("pyarrow"):
-            raise PmmError(f"{path} cannot be read: {missing}", install("parquet"))
+        require_pyarrow(path)
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as table:
@@ -114,16 +115,18 @@ def read_embedded(path: Path) -> Iterator[tuple[EmbeddingModel, Rows]]:
             for batch in table.iter_batches(PART_ROWS):
                 columns = {}
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    if name in ("embedding", "embeddings"):
+                    if name.startswith("embedding"):
                         values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
                     else:
                         unknown = DISTRACTOR_PID if name == "pid" else ""
                         values = np.array([unknown if value is None else value for value in column.to_pylist()])
-                    columns[_COLUMNS.get(name, name)] = values
+                    columns[name] = values
                 yield model, _rows(columns)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist", "Create it with pmm embed") from error
-    except (ValueError, KeyError, EOFError, OSError, BadZipFile, AttributeError) as error:
+    except PmmError:
+        raise
+    except Exception as error:  # zipfile, NumPy and pyarrow raise errors of many types
         raise DataError(f"{path} is not a file of pmm embed, or is damaged: {error}", "Create it again") from error
 
 
@@ -138,9 +141,10 @@ def _model(spec: str, digest: str, path: Path) -> EmbeddingModel:
 def _rows(columns: dict[str, NDArray[Any]]) -> Rows:
     if len({len(values) for values in columns.values()}) != 1:
         raise ValueError("its columns differ in length")
-    names = {"pids": "pids", "camids": "cameras", "split": "splits"}
-    labels: dict[str, Any] = {names[name]: values for name, values in columns.items() if name in names}
-    return Rows.of(columns["embeddings"], list(map(str, columns["paths"].tolist())), **labels)
+    columns = {name.removesuffix("s"): values for name, values in columns.items()}  # path in shards, paths in a file
+    names = {"pid": "pids", "camid": "cameras", "split": "splits"}
+    labels: dict[str, Any] = {label: columns[name] for name, label in names.items() if name in columns}
+    return Rows.of(columns["embedding"], list(map(str, columns["path"].tolist())), **labels)
 
 
 def image_rows(listing: ImageListing, what: str, report: Report) -> Iterator[Rows]:
@@ -179,6 +183,11 @@ def seconds(moment: Moment) -> float:
         return moment.timestamp() if isinstance(moment, datetime) else float(moment)
     except (ValueError, OverflowError) as error:
         raise PmmError(f"'{moment}' is not a time", "Write it like 2026-11-27T08:00 or 2026-11-27") from error
+
+
+def local_time(seconds: float) -> datetime:
+    """Seconds since 1970 in the time zone of this machine; raise ValueError or OverflowError if it has no such year."""
+    return datetime.fromtimestamp(seconds).astimezone()
 
 
 def duration(age: timedelta | str) -> timedelta:

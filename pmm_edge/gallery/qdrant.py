@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pmm_edge.console import Report
 from pmm_edge.errors import DataError, OutputError, PmmError, absent, install
 from pmm_edge.files import decode_json, encode_json
-from pmm_edge.gallery.gallery import FLAT_ROWS, UNKNOWN, Gallery, GalleryInfo, Hit, Where, local_time
-from pmm_edge.gallery.inputs import EmbeddingModel, Rows
+from pmm_edge.gallery.gallery import FLAT_ROWS, UNKNOWN, Gallery, GalleryInfo, Hit, Where
+from pmm_edge.gallery.inputs import EmbeddingModel, Rows, local_time
 from pmm_edge.runtime import Embedder
 from pmm_edge.runtime.embedder import Embeddings
 from pmm_edge.spec import Distance, ModelSpec

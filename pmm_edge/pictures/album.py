@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pmm_edge.console import Report, silent
-from pmm_edge.data.dataset import ReidDataset, queries_with_match, read
+from pmm_edge.data.dataset import ReidDataset, queries_with_match
 from pmm_edge.errors import PmmError
 from pmm_edge.files import check_place, encode_json, written_whole
 from pmm_edge.images import evenly
@@ -80,17 +80,16 @@ def visualize(
         return np.sort(np.random.default_rng(seed).permutation(available)[:images])
 
     def dataset() -> ReidDataset:
-        if found.labels is None:
+        if found.dataset is None:
             problem = f"{source} is not a data set, and these pictures need identities"
             raise UnsuitableError(problem, "Name a data set with --data; --what cams accepts any images")
-        return read(source, layout)
+        return found.dataset
 
     def cams() -> Image.Image:
         from pmm_edge.pictures.attention import attention_of, cam_grid, overlap
 
-        labels = found.labels
-        rows = np.arange(len(found.paths)) if labels is None else np.flatnonzero(labels["split"] == "query")
-        paths = [found.paths[rows[at]] for at in evenly(len(rows), OVERLAP_IMAGES)]
+        paths = found.dataset.query.paths if found.dataset else found.paths
+        paths = [paths[row] for row in evenly(len(paths), OVERLAP_IMAGES)]
         attention = attention_of(path, paths, device=device, report=report)
         album.overlap = overlap(attention.maps, attention.stages)
         return cam_grid(attention, drawn(len(attention.paths)))

@@ -108,13 +108,13 @@ def draw_rankings(rankings: Sequence[Ranking], query: Split, gallery: Split, nam
 
 
 def draw_search(results: Sequence[SearchResult], out: Path) -> None:
-    """Draw each query and its hits, and write the picture; a gray field stands for what is not a readable image."""
+    """Draw one or more queries and their hits, and write the picture; gray stands for what is not a readable image."""
     rows = []
     for one in results:
         rows.append([Cell(_photo(one.query), one.verdict)])
         for hit in one.hits:
             who = "unknown" if hit.pid is None else f"pid {hit.pid}"
-            camera = hit.camera and f" · c{hit.camera}"
+            camera = hit.camera and f" · {'c' * hit.camera.isdecimal()}{hit.camera}"
             rows[-1].append(
                 Cell(_photo(hit.source), f"{who}{camera}\n{hit.distance:#.3g}".rstrip("."), hit.same_person)
             )
@@ -123,9 +123,7 @@ def draw_search(results: Sequence[SearchResult], out: Path) -> None:
         ["query", *map(str, range(1, max(map(len, rows))))],
         title="nearest rows of the gallery",
         note="Solid frame and tick: within the threshold. Dashed frame and cross: not. Below each hit: identity, camera"
-        f" and {results[0].distance} distance."
-        if results
-        else "",
+        f" and {results[0].distance} distance.",
         wide_before=[1],
     )
     with written_whole(out) as temporary:

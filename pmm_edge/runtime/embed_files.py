@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike
 from pmm_edge.console import Report, silent
 from pmm_edge.data.dataset import ReidDataset
 from pmm_edge.data.loader import ahead
-from pmm_edge.errors import CheckFailedError, DataError, PmmError, absent, install
+from pmm_edge.errors import CheckFailedError, DataError, PmmError
 from pmm_edge.files import check_output, sha256, written_whole
 from pmm_edge.images import IN_FIGURES, BadImage, Pixels, try_crop
 from pmm_edge.machine import threads
@@ -27,10 +26,8 @@ from pmm_edge.retrieval.thresholds import FoundThresholds, find_thresholds
 from pmm_edge.retrieval.tracklets import pool
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.runtime.listing import ImageList, Item, find_images
-from pmm_edge.runtime.storage import Storage
+from pmm_edge.runtime.storage import Storage, require_pyarrow
 from pmm_edge.spec import METADATA_KEY, Distance, ModelSpec, RetrievalFigures
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +59,7 @@ class EmbeddedFiles:
         import pyarrow as pa
         import pyarrow.parquet
 
-        columns["paths"] = [name.encode("utf-8", "backslashreplace").decode() for name in self.images.names]
+        columns["paths"] = list(map(utf8, self.images.names))
         table = pa.table(columns | {"embeddings": list(self.embeddings)}, metadata={METADATA_KEY: self.spec.to_json()})
         with written_whole(path) as temporary, temporary.open("wb") as file:
             pyarrow.parquet.write_table(table, file)
@@ -82,12 +79,6 @@ def embed_parts(
     """Embed shards in batches within a shard, reading and decoding the next ones on other threads."""
     size, empty = embedder.spec.input, np.empty((0, embedder.spec.embedding_size), np.float32)
 
-    def batches() -> Iterator[list[Item]]:
-        for shard in shards:
-            images = iter(shard)
-            while own := list(islice(images, batch or embedder.chunk)):
-                yield own
-
     def decode(item: Item) -> Pixels | BadImage:
         if item.error:
             return BadImage(item.path, item.error)
@@ -101,8 +92,16 @@ def embed_parts(
             return BadImage(item.path, "it does not exist")
         return try_crop(item.path, size.height, size.width, content)
 
-    with closing(ahead(batches(), 2)) as read:
-        for items, images in decode_ahead(read, decode):
+    def batches() -> Iterator[tuple[list[Item], Iterator[Pixels | BadImage]]]:
+        with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
+            for shard in shards:
+                images = iter(shard)
+                while items := list(islice(images, batch or embedder.chunk)):
+                    yield items, pool.map(decode, items)
+
+    with closing(ahead(batches(), 3)) as decoding:
+        for items, decoded in decoding:
+            images = list(decoded)
             reasons = [image.reason if isinstance(image, BadImage) else "" for image in images]
             done = [item._replace(error=reason, content=None) for item, reason in zip(items, reasons, strict=True)]
             crops = [image for image in images if not isinstance(image, BadImage)]
@@ -114,25 +113,15 @@ def embed_parts(
             yield Part(done, embedder.embed_prepared(pixels), flipped)
 
 
-def decode_ahead(
-    batches: Iterable[Sequence[T]], decode: Callable[[T], Pixels | BadImage]
-) -> Iterator[tuple[Sequence[T], list[Pixels | BadImage]]]:
-    """Yield each batch with its decoded images, decoding two batches ahead."""
-    pending: deque[tuple[Sequence[T], Iterator[Pixels | BadImage]]] = deque()
-    with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
-        for batch in batches:
-            pending.append((batch, pool.map(decode, batch)))
-            if len(pending) > 2:
-                first, images = pending.popleft()
-                yield first, list(images)
-        for batch, images in pending:
-            yield batch, list(images)
-
-
 def save_npz(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
     """Write arrays atomically to a file that `numpy.load` opens without pickle."""
     with written_whole(path) as temporary, temporary.open("wb") as file:  # np.savez would append .npz to a name
         np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes any of them for allow_pickle
+
+
+def utf8(text: str) -> str:
+    """Escape the bytes of a path that are not UTF-8, which Parquet cannot store."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def embed_files(
@@ -202,7 +191,7 @@ def embed_files(
         kept = [row for row, item in enumerate(items) if not item.error]
         labels = found.labels and {name: values[kept] for name, values in found.labels.items()}
         paths, names = [found.paths[row] for row in kept], [found.names[row] for row in kept]
-        found = ImageList(found.source, paths, names, labels)
+        found = replace(found, paths=paths, names=names, labels=labels)
     embeddings = embeddings[:, :rows]
     flipped = embeddings.mean(axis=0) if flip else None
     engine = embedder.backend, embedder.device
@@ -215,12 +204,6 @@ def embed_files(
             embedded = replace(embedded, spec=named)
         embedded.save(Path(out))
     return embedded
-
-
-def require_pyarrow(out: str | Path) -> None:
-    """Raise PmmError if Parquet files cannot be written."""
-    if missing := absent("pyarrow"):
-        raise PmmError(f"writing {out} requires pyarrow: {missing}", f"{install('parquet')}, or write a .npz file")
 
 
 def _pooled(embedded: EmbeddedFiles) -> EmbeddedFiles:
@@ -236,7 +219,7 @@ def _pooled(embedded: EmbeddedFiles) -> EmbeddedFiles:
     labels = {name: values[first] for name, values in (labels or {}).items()} | {"frames": frames[order]}
     rows, flipped = pool(embedded.embeddings, tracks)[1][order], embedded.flipped
     flipped = None if flipped is None else pool(flipped, tracks)[1][order]
-    images = ImageList(images.source, paths, names, labels, images.dataset)
+    images = replace(images, paths=paths, names=names, labels=labels)
     return replace(embedded, images=images, embeddings=rows, flipped=flipped)
 
 
@@ -249,17 +232,15 @@ def require_tracklets(dataset: ReidDataset) -> None:
 
 
 def pool_dataset(dataset: ReidDataset, embeddings: Embeddings) -> tuple[ReidDataset, Embeddings]:
-    """Pool the embeddings of the queries of a data set followed by its gallery: a data set of tracklets, and theirs.
+    """Pool the embeddings of the queries of a data set followed by its gallery, which must have tracklets.
 
-    Each tracklet is listed as its first image. The data set must have tracklets.
+    Returns the data set with the first image of each tracklet, and an embedding for each.
     """
-    sides, pooled, done = [], [], 0
-    for split in (dataset.query, dataset.gallery):
+    sides, pooled = [], []
+    for split, rows in zip((dataset.query, dataset.gallery), np.split(embeddings, [len(dataset.query)]), strict=True):
         assert split.tracks is not None
-        _, first = np.unique(split.tracks, return_index=True)
-        sides.append(split.select(first))
-        pooled.append(pool(embeddings[done : done + len(split)], split.tracks)[1])
-        done += len(split)
+        sides.append(split.select(np.unique(split.tracks, return_index=True)[1]))
+        pooled.append(pool(rows, split.tracks)[1])
     return replace(dataset, query=sides[0], gallery=sides[1]), np.concatenate(pooled)
 
 

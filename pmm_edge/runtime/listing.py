@@ -6,13 +6,14 @@ import hashlib
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, repeat
 from operator import itemgetter
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,10 +63,7 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         names = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
         images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
     elif source.is_dir():
-        try:
-            paths = [*walk_files(source, deep=True, ignored=ignored)]
-        except OSError as error:
-            raise DataError(f"cannot read {source}: {error.strerror}", "Check its permissions") from error
+        paths = list(_below(source, ignored))
         images = ImageList("folder", paths, [path.relative_to(source).as_posix() for path in paths])
     elif source.suffix.lower() in IMAGE_SUFFIXES and source.is_file():
         images = ImageList("image", [source], [source.name])
@@ -76,6 +74,13 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         raise no_images(source, ignored)
     warn_ignored(source, ignored)
     return images
+
+
+def _below(folder: Path, ignored: Counter[str], suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
+    try:
+        yield from walk_files(folder, True, ignored, suffixes)
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}", "Check its permissions") from error
 
 
 def read_list(path: Path) -> Iterator[str]:
@@ -110,12 +115,15 @@ class Item(NamedTuple):
     error: str = ""  # why it cannot be read
 
 
+Number = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # int64, as it is stored
+
+
 @dataclass(frozen=True)
 class Labels:
     """The JSON file of an image in a tar file."""
 
-    pid: int | None = None
-    camid: int | None = None
+    pid: Number | None = None
+    camid: Number | None = None
     split: str | None = None
 
 
@@ -129,9 +137,10 @@ class ImageListing:
         self.digest = ""
 
     def shards(self) -> Iterator[list[Item]]:
-        """Yield each shard: its images or its tar file."""
-        self.files, number, shard, digest = 0, 0, list[Item](), hashlib.sha256()
-        for item in self._items():
+        """Yield each shard: its images or its tar file; raise DataError if there are none."""
+        self.files, number, shard = 0, 0, list[Item]()
+        digest, ignored = hashlib.sha256(), Counter[str]()
+        for item in self._items(ignored):
             in_tar = is_tar(item.path)
             size = self.storage.size(item.path) if in_tar else ""
             digest.update(os.fsencode(f"{item.name}\0{item.pid}\0{item.camid}\0{item.split}\0{size}\n"))
@@ -140,18 +149,18 @@ class ImageListing:
                 number, shard = number + 1, []
             shard.append(item._replace(shard=number))
             self.files += 1
-        if shard:
-            yield shard
+        if not shard:
+            raise no_images(Path(str(self.source)), ignored)
+        yield shard
+        warn_ignored(self.storage.root, ignored)
         self.count, self.digest = number + 1, digest.hexdigest()
 
-    def _items(self) -> Iterator[Item]:
-        source, path, ignored, empty = self.source, self.storage.root, Counter[str](), True
+    def _items(self, ignored: Counter[str]) -> Iterator[Item]:
+        source, path, suffixes = self.source, self.storage.root, {*IMAGE_SUFFIXES, ".tar"}
         if self.storage.remote:
-            files = [path] if self.storage.size(path) is not None else self.storage.files(deep=True)
-            files = [file for file in files if file.suffix.lower() in (*IMAGE_SUFFIXES, ".tar")]
-            if not files:
-                raise no_images(Path(str(source)), ignored)
-            yield from (Item(file, file.relative_to(path).as_posix() if file != path else file.name) for file in files)
+            for file in [path] if self.storage.size(path) is not None else self.storage.files(deep=True):
+                if file.suffix.lower() in suffixes:
+                    yield Item(file, file.relative_to(path).as_posix() if file != path else file.name)
             return
         is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
         if not isinstance(source, str | Path) or self.layout or is_image or is_dataset(path):
@@ -159,12 +168,8 @@ class ImageListing:
             columns = [found.labels[name].tolist() if found.labels else repeat(None) for name in _LABELS]
             yield from map(Item, found.paths, found.names, *columns)
         elif path.is_dir():
-            for file in walk_files(path, True, ignored, {*IMAGE_SUFFIXES, ".tar"}):
-                empty = False
+            for file in _below(path, ignored, suffixes):
                 yield Item(file, file.relative_to(path).as_posix())
-            if empty:
-                raise no_images(path, ignored)
-            warn_ignored(path, ignored)
         elif is_tar(path) and path.is_file():
             yield Item(path, path.name)
         else:
@@ -177,7 +182,7 @@ def is_tar(path: Path) -> bool:
 
 
 def unpacked(items: Iterable[Item], storage: Storage) -> Iterator[Item]:
-    """Yield images, in place of a tar file those in it."""
+    """Yield the images; a tar file is replaced by the images in it."""
     for item in items:
         yield from _read_tar(item, storage) if is_tar(item.path) else (item,)
 
@@ -217,14 +222,13 @@ def _read_tar(source: Item, storage: Storage) -> Iterator[Item]:
                 elif suffix == ".json":
                     label = decode_json(Labels, content or b"", member.name)
                 elif suffix == ".cls":
-                    label = replace(label, pid=int(content or b""))
-            except (DataError, ValueError) as wrong:
+                    label = replace(label, pid=msgspec.convert(int(content or b""), Number))
+            except (DataError, ValueError, msgspec.ValidationError) as wrong:
                 error = f"wrong labels in {member.name}: {wrong}"
         for member, content in images:
             problem = "" if problem == empty else problem
-            if content is None:
-                error = f"it has {member.size:,} bytes, more than {MEMBER_LIMIT:,}"
+            too_large = "" if content is not None else f"it has {member.size:,} bytes, more than {MEMBER_LIMIT:,}"
             path, name = source.path / member.name, f"{source.name}/{member.name}"
-            yield Item(path, name, label.pid, label.camid, label.split, source.shard, content, error)
+            yield Item(path, name, label.pid, label.camid, label.split, source.shard, content, too_large or error)
     if problem:
         yield source._replace(error=problem)

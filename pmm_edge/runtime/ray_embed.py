@@ -37,7 +37,7 @@ class Worker:
         self.job, self.model = job, model
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Embed and write one shard; return its counts, or an error that repeating it cannot mend."""
+        """Embed and write one shard; return its counts, or an error that a retry cannot fix."""
         try:
             return {"outcome": pickle.dumps(self._embed(pickle.loads(row["shard"])))}
         except PmmError as error:
@@ -63,11 +63,11 @@ class Worker:
 def embed_on_ray(address: str, workers: int | None, job: Job, shards: Iterable[list[Item]]) -> Iterator[EmbeddedShards]:
     """Embed shards on the cluster at `address`, and yield the counts of each that is finished, in any order.
 
-    Raises PmmError if Ray is not installed or the cluster does not answer, and the error of a worker that cannot go on.
+    Raises PmmError if Ray is not installed or the cluster does not answer, and the error that stopped a worker.
     """
     if missing := absent("ray"):
         raise PmmError(f"--ray requires Ray: {missing}", install("ray"))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray reports to its developers
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     import ray

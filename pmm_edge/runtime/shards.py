@@ -24,10 +24,10 @@ from pmm_edge.data.loader import ahead
 from pmm_edge.errors import CheckFailedError, DataError, ModelError, OutputError, PmmError, PmmWarning
 from pmm_edge.files import check_new_folder, decode_json, encode_json, json_digest, remove_unfinished, sha256
 from pmm_edge.images import BadImage
-from pmm_edge.runtime.embed_files import Part, embed_parts, require_pyarrow
+from pmm_edge.runtime.embed_files import Part, embed_parts, utf8
 from pmm_edge.runtime.embedder import Embedder, Embeddings
 from pmm_edge.runtime.listing import ImageListing, Item, unpacked
-from pmm_edge.runtime.storage import Storage
+from pmm_edge.runtime.storage import Storage, require_pyarrow
 from pmm_edge.spec import METADATA_KEY, ModelSpec
 
 EmbeddingType = Literal["float32", "float16"]
@@ -215,8 +215,9 @@ def _finished(result: EmbeddedShards, report: Report) -> set[int]:
         number = int(digits) if (digits := path.stem.removeprefix("shard-")).isdecimal() else -1
         try:
             rows, bad = _check_shard(result.storage, path, manifest, number)
-        except (ArithmeticError, KeyError, OSError, ValueError) as error:
-            # The errors of pyarrow are of these types.
+        except PmmError:
+            raise
+        except Exception as error:  # pyarrow raises errors of many types
             warnings.warn(f"{path} is damaged and is written again: {error}", PmmWarning, stacklevel=3)
             continue
         finished.add(number)
@@ -258,7 +259,7 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
     total = 0
 
     def table(items: list[Item], schema: Any, last: Any) -> Any:
-        rows = [(_utf8(item.name), item.pid, item.camid, item.split) for item in items]
+        rows = [(utf8(item.name), item.pid, item.camid, item.split) for item in items]
         columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), schema.types, strict=False)]
         return pa.Table.from_arrays([*columns, last], schema=schema)
 
@@ -286,12 +287,7 @@ def write_shard(result: EmbeddedShards, number: int, parts: Iterable[Part], repo
             bad_schema = pa.schema({**labels, "error": pa.string()}, metadata)
             place = result.storage.written(path.parent / BAD_FOLDER / path.name)
             with place as other, ParquetWriter(other, bad_schema, **options) as bad_writer:
-                bad_writer.write_table(table(bad, bad_schema, pa.array([_utf8(item.error) for item in bad])))
+                bad_writer.write_table(table(bad, bad_schema, pa.array([utf8(item.error) for item in bad])))
         writer.add_key_value_metadata({"pmm_edge.rows": str(total), "pmm_edge.bad": str(len(bad))})
     result.rows, result.bad = result.rows + total, result.bad + len(bad)
     result.skipped += [BadImage(item.path, item.error) for item in bad[: LISTED - len(result.skipped)]]
-
-
-def _utf8(text: str) -> str:
-    """Escape the bytes of a path that are not UTF-8, which Parquet cannot store."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pmm_edge.errors import DataError, OutputError, PmmError
+from pmm_edge.errors import DataError, OutputError, PmmError, absent, install
 from pmm_edge.files import written_whole
 
 
@@ -25,6 +25,7 @@ class Storage:
         """Open a path or URL; raise PmmError if no file system of pyarrow knows it, or its bucket cannot be found."""
         if "://" not in (text := str(location)):
             return Storage(Path(location))
+        require_pyarrow(text)
         from pyarrow.fs import FileSystem
 
         try:
@@ -79,3 +80,9 @@ class Storage:
                 file.write(buffer.getbuffer())
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error}", "Check the bucket and its permissions") from error
+
+
+def require_pyarrow(location: str | Path) -> None:
+    """Raise PmmError if pyarrow, which a URL or Parquet file requires, is not installed."""
+    if missing := absent("pyarrow"):
+        raise PmmError(f"{location} requires pyarrow: {missing}", f"{install('parquet')}, or use local .npz files")

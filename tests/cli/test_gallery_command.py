@@ -74,9 +74,11 @@ def test_a_collection_of_qdrant(pmm: Callable, run: Path, tiny_dataset: Path, mo
     assert set(asked) == {"http://server:6333"}
 
 
-def test_missing_packages_and_help(pmm: Callable, pmm_without: Callable, tmp_path: Path) -> None:
+def test_missing_packages_and_help(pmm: Callable, pmm_without: Callable, tiny_onnx: Path, tmp_path: Path) -> None:
     for absent, place in (("faiss", tmp_path / "people"), ("qdrant_client", "http://127.0.0.1:9/people")):
         assert ".[gallery]" in pmm_without(absent, "gallery", "info", place).error
+    in_bucket = ("gallery", "add", tmp_path / "people", "s3://bucket/crops", "--model", tiny_onnx, "--device", "cpu")
+    assert ".[parquet]" in pmm_without("pyarrow", *in_bucket).error
     commands = typer.main.get_command(cli.app).commands["gallery"].commands
     assert list(commands) == ["add", "search", "delete", "info"]
     for name, command in commands.items():

@@ -32,9 +32,7 @@ TINY = ["--height", 96, "--width", 64, "--epochs", 1, "--batch", 8, "--erase-siz
 def test_ctrl_c_is_one_line_and_leaves_no_file(
     pmm: Callable, tiny_onnx: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sys.modules["pmm_edge.runtime.embed_files"], "decode_ahead", Mock(side_effect=KeyboardInterrupt)
-    )
+    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "ahead", Mock(side_effect=KeyboardInterrupt))
     for arguments in (("embed", "-o", tmp_path / "e.npz"), ("eval", "--features", tmp_path / "e.npz")):
         ended = pmm(arguments[0], tiny_onnx, tiny_dataset, *arguments[1:])
         assert ended.exit_code == 130
@@ -299,6 +297,8 @@ def test_eval_on_several_data_sets(pmm: Callable, tiny_onnx: Path, tiny_dataset:
     assert (both.json[1]["queries"], both.json[1]["gallery"]) == (6, 6)  # two people of three cameras with two images
     assert str(people) in both.stderr  # the split was chosen
     shown = pmm(*arguments, "--flip").ok.stdout
-    assert [shown.count(name) for name in ("tiny", "people", "12 + 12", "6 + 6", "+ flip")] == [2] * 5
+    assert [shown.count(name) for name in ("tiny ", "people ", "12 queries, 12 ", "6 queries, 6 ", "+ flip")] == [
+        *(2, 2, 1, 1, 2)
+    ]
     assert "--cmc" in pmm(*arguments, "--cmc", tmp_path / "cmc.png").error
     assert "nowhere" in pmm(*arguments, tmp_path / "nowhere").error

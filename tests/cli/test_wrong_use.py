@@ -140,7 +140,7 @@ def folder(run: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (here / "people.csv").write_text("path,pid,camid,split\nmissing.jpg,1,1,train\n")
     for blocked in ("blocked.onnx", "taken.safetensors", "built.engine", "blocked.npz"):
         (here / blocked).mkdir()
-    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "decode_ahead", None)
+    monkeypatch.setattr(sys.modules["pmm_edge.runtime.embed_files"], "ahead", None)
     monkeypatch.setattr("pmm_edge.export.graph.onnx_graph", None)
     return here
 

@@ -4,8 +4,11 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 import pmm_edge
 from pmm_edge.errors import DataError, OutputError
 from pmm_edge.gallery import Gallery
+from pmm_edge.gallery.folder import FolderGallery, Manifest, Segment
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -80,8 +84,11 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
     gallery = pmm_edge.open_gallery(folder, model_of())
     add(gallery, 70 * expected)
     gallery.delete(pids=[7 * expected])
-    manifest, files = gallery.view.manifest, {path.name.split(".")[0] for path in (folder / "data").iterdir()}
-    assert files == {one.name for one in (*manifest.segments, manifest.index) if one}
+    manifest, files = gallery.view.manifest, list((folder / "data").iterdir())
+    assert {path.name.split(".")[0] for path in files} == {
+        one.name for one in (*manifest.segments, manifest.index) if one
+    }
+    assert gallery.info().size == sum(path.stat().st_size for path in files)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
@@ -98,6 +105,21 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
         assert contents(tmp_path / "people") == list(range(70))
     add(gallery, 70)
     assert contents(tmp_path / "people") == list(range(140))
+
+
+def test_what_was_added_before_an_error_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery, extend = pmm_edge.open_gallery(tmp_path / "people", model_of()), FolderGallery._extend
+
+    def full(self: FolderGallery, segment: Segment, *rows: Any) -> Segment:
+        if self.view.manifest.segments:
+            raise OSError(28, "No space left on device")
+        return extend(self, segment, *rows)
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError):
+        patched.setattr(FolderGallery, "_extend", full)
+        add(gallery, 0, 200)
+    assert gallery.info(check=True).rows == len(gallery.search(vectors(np.arange(1)), top=200)[0].hits) == 150
+    assert contents(tmp_path / "people") == list(range(150))
 
 
 def test_a_reader_keeps_its_view(tmp_path: Path) -> None:
@@ -134,6 +156,39 @@ def test_deleted_rows_are_in_no_file(tmp_path: Path) -> None:
     assert gallery.search(np.zeros((1, SIZE), np.float32))[0].hits == []
     add(gallery, 0)
     assert contents(tmp_path / "people") == list(range(70))
+
+
+def test_deleted_rows_leave_the_index_and_the_segments_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery, commit, done = pmm_edge.open_gallery(tmp_path / "people", model_of()), FolderGallery._commit, []
+    for first in range(0, 490, 70):
+        add(gallery, first)
+
+    def killed_after_the_first(self: FolderGallery, manifest: Manifest) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(commit(self, manifest))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(FolderGallery, "_commit", killed_after_the_first)
+        for pid in (3, 4):
+            gallery.delete(pids=[pid])
+    left = pmm_edge.open_gallery(tmp_path / "people")
+    assert left.info().index
+    for exact in (True, False):
+        assert len(left.search(vectors(np.arange(30, 31)), top=500, exact=exact)[0].hits) == left.info().rows == 480
+
+
+def test_names_survive_any_locale(tmp_path: Path) -> None:
+    script = (
+        "import sys, numpy as np, pmm_edge; from gallery.conftest import SIZE, model_of\n"
+        "gallery = pmm_edge.open_gallery(sys.argv[1], model_of())\n"
+        "gallery.add(np.ones((1, SIZE)), sources=['a'], cameras='stra\\xdfe')"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    tests, paths = Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")
+    environment = os.environ | locale | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), paths])}
+    subprocess.run([sys.executable, "-c", script, tmp_path / "people"], check=True, env=environment)
+    assert pmm_edge.open_gallery(tmp_path / "people").info().cameras == ["straße"]
 
 
 def test_one_writer(tmp_path: Path) -> None:

@@ -151,7 +151,11 @@ def test_wrong_use(opened: Callable[..., Gallery]) -> None:
     ):
         with pytest.raises(error):
             gallery.add(values, sources=["c", "d"])
-    for label in ({"pids": [1, 2, 3]}, {"pids": "x"}, {"times": "noon"}):
+    milliseconds = 1000 * time.time()
+    for label in (
+        *({"pids": [1, 2, 3]}, {"pids": "x"}, {"times": "noon"}),
+        *({"times": moment} for moment in (milliseconds, [0, np.nan], np.inf)),
+    ):
         with pytest.raises(PmmError):
             gallery.add(rows, sources=["c", "d"], **label)
     for age in ("30", "d", "thirty days", "1y"):
@@ -164,6 +168,9 @@ def test_wrong_use(opened: Callable[..., Gallery]) -> None:
     with pytest.raises(PmmError, match="model"):
         opened().search("query.jpg")
     assert gallery.info().rows == 2
+    for wrong in ({"distance": "manhattan"}, {"dtype": "float64"}):  # no such gallery must be created
+        with pytest.raises(PmmError, match=next(iter(wrong.values()))):
+            opened(model_of(), **wrong)
 
 
 def test_a_server_that_does_not_answer_and_other_collections(client: QdrantClient) -> None:
@@ -239,6 +246,17 @@ def test_a_checkpoint_and_its_exports_are_one_model(
     assert found.hits[0].distance < 0.01
 
 
+def test_damaged_files_of_embed_are_one_error(tmp_path: Path) -> None:
+    path, spec = tmp_path / "e.npz", model_of(checkpoint_sha256=64 * "a").spec.to_json()
+    np.savez_compressed(path, spec=spec, paths=["a"], embeddings=np.ones((1, SIZE), np.float32))
+    whole = path.read_bytes()
+    name = whole.rindex(b"PK\1\2")
+    for at in (whole.index(b"spec.npy") + 100, name + 10):  # compressed data, and the method of compression
+        path.write_bytes(whole[:at] + b"\xff\xff" + whole[at + 2 :])
+        with pytest.raises(DataError, match=r"e\.npz"):
+            pmm_edge.open_gallery(tmp_path / "people").add(path)
+
+
 def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
     random, folder = np.random.default_rng(0), tmp_path / "embeddings"
     folder.mkdir()
@@ -254,7 +272,11 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
         table = pa.table({**columns, "split": pa.nulls(4, pa.string()), "embedding": embedding}, metadata=metadata)
         pq.write_table(table, folder / f"shard-{number:06d}.parquet")
     gallery = pmm_edge.open_gallery(tmp_path / "people", model_of())
+    pq.write_table(table[:0], tmp_path / "empty.parquet")
+    assert gallery.add(tmp_path / "empty.parquet").added == 0
     done = gallery.add(folder)
+    with pytest.raises(DataError, match=r"empty\.parquet"):
+        gallery.search(tmp_path / "empty.parquet")
     assert (done.added, done.junk, done.rows) == (6, 2, 6)
     hits = {hit.source: (hit.pid, hit.camera) for hit in gallery.search(values[:1].astype(np.float32))[0].hits}
     assert hits["1-0"] == (5, "1")

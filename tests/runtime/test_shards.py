@@ -2,14 +2,18 @@
 
 import io
 import json
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.dataset
@@ -130,6 +134,20 @@ def test_tar_files(onnx: Embedder, tiny_dataset: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tars"]  # nothing is extracted
 
 
+def test_what_cannot_be_stored_of_a_tar_file(
+    onnx: Embedder, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = next((tiny_dataset / "query").iterdir()).read_bytes()
+    too_large = json.dumps({"camid": 2**63}).encode()
+    members = {"1.a.jpg": bytes(len(image) + 1), "1.b.jpg": image, "2.jpg": image, "2.json": too_large}
+    tar = write_tar(tmp_path / "a.tar", members | {"3.jpg": image, "3.cls": b"9" * 30, "4.jpg": image, "4.cls": b"4"})
+    monkeypatch.setattr("pmm_edge.runtime.listing.MEMBER_LIMIT", len(image))
+    embed_shards(onnx, tar, tmp_path / "out")
+    rows, bad = table(tmp_path / "out"), table(tmp_path / "out", BAD_FOLDER)
+    assert (rows["path"].to_pylist(), rows["pid"].to_pylist()) == (["a.tar/1.b.jpg", "a.tar/4.jpg"], [None, 4])
+    assert bad["path"].to_pylist() == ["a.tar/1.a.jpg", "a.tar/2.jpg", "a.tar/3.jpg"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "cut between members", "header", "not a tar"])
 def test_a_damaged_tar_file_is_one_bad_row(onnx: Embedder, tiny_dataset: Path, tmp_path: Path, damage: str) -> None:
     images = [path.read_bytes() for path in sorted((tiny_dataset / "query").iterdir())[:4]]
@@ -165,12 +183,16 @@ def test_finished_shards_are_kept_and_damaged_ones_are_written_again(
     flipped = bytearray(expected[victims[2].name])
     flipped[half] ^= 1
     victims[2].write_bytes(flipped)
+    footer = expected[victims[3].name]  # a schema that pyarrow does not support: integers of 128 bits
+    (schema,) = re.findall(rb"ARROW:schema\x18[\x80-\xff]*[\x00-\x7f]([\w+/=]+)", footer)
+    wrong = b64encode(b64decode(schema).replace(struct.pack("<i", 64), struct.pack("<i", 128)))
+    victims[3].write_bytes(footer.replace(schema, wrong))
     (bad,) = [path for path in (folder / BAD_FOLDER).iterdir() if path.name == "shard-000004.parquet"]
     bad.unlink()
     with pytest.warns(PmmWarning) as warned:
         again = embed_shards(onnx, crops, folder, shard_rows=5, batch=2)
-    assert len([one for one in warned if issubclass(one.category, PmmWarning)]) == 3
-    assert (again.kept, again.embedded, again.rows, again.bad) == (1, 16, 21, 2)
+    assert len([one for one in warned if issubclass(one.category, PmmWarning)]) == 4
+    assert (again.kept, again.embedded, again.rows, again.bad) == (0, 21, 21, 2)
     assert contents(folder) == expected
     last = embed_shards(onnx, crops, folder, shard_rows=5, batch=2)
     assert (last.kept, last.embedded, last.rows, last.bad, last.skipped) == (5, 0, 21, 2, [])
@@ -200,9 +222,13 @@ def test_other_runs_are_refused_and_nothing_is_lost(
 
 def test_wrong_use(onnx: Embedder, crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    for source in ("empty", "missing", "missing.tar"):
+    (tmp_path / "empty.txt").touch()
+    for source in (*(tmp_path / name for name in ("empty", "empty.txt", "missing", "missing.tar")), []):
         with pytest.raises(DataError):
-            embed_shards(onnx, tmp_path / source, tmp_path / "out")
+            embed_shards(onnx, source, tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="crops"):
+        patched.setattr("os.listdir", Mock(side_effect=PermissionError(13, "Permission denied")))
+        embed_shards(onnx, crops, tmp_path / "out")
     for wrong in ({"batch": 0}, {"shard_rows": 0}):
         with pytest.raises(PmmError):
             embed_shards(onnx, crops, tmp_path / "out", **wrong)
