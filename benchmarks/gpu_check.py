@@ -32,6 +32,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130
+STOPPED = {"timeout": "the time limit of the stage", "interrupted": "interrupted"}
+"""Status of a stage that was killed -> why it left something out."""
 BASE = ("numpy", "PIL", "typer", "rich", "msgspec", "jinja2", "filelock", "pynvml", "onnxruntime", "torch")
 TRAINING = (*BASE, "torchvision", "safetensors", "tensorboard", "tomli_w")
 QUANTIZATION = ("onnxruntime.quantization", "onnxruntime.transformers")  # which the first one imports
@@ -96,6 +98,7 @@ def main() -> None:
         return
     if set(options.stages) - STAGES.keys() or not options.stages or options.limit <= 0:
         parser.error(f"--stages takes letters of {''.join(sorted(STAGES))}, --limit a positive number")
+    deadline = time.monotonic() + options.limit
     stages = {letter: stage for letter, stage in STAGES.items() if letter in options.stages}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
@@ -106,7 +109,9 @@ def main() -> None:
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site)]
             subprocess.run([*install, *wheels], check=True)
             sys.path.insert(0, str(site))
-        sys.exit(plan(options, stages) if options.dry_run else run_stages(options, stages, Path(folder), site))
+        sys.exit(
+            plan(options, stages) if options.dry_run else run_stages(options, stages, Path(folder), site, deadline)
+        )
 
 
 def plan(options: argparse.Namespace, stages: dict[str, Stage]) -> int:
@@ -122,9 +127,9 @@ def plan(options: argparse.Namespace, stages: dict[str, Stage]) -> int:
     return 0
 
 
-def run_stages(options: argparse.Namespace, stages: dict[str, Stage], work: Path, site: Path) -> int:
+def run_stages(options: argparse.Namespace, stages: dict[str, Stage], work: Path, site: Path, deadline: float) -> int:
     """Run stages one after the other, each with its share of the time that is left; return the exit code."""
-    path, deadline = options.output / "gpu_check.json", time.monotonic() + options.limit
+    path = options.output / "gpu_check.json"
     report: dict[str, Any] = {"schema": 1, "stages": {}}
     with suppress(OSError, ValueError):  # stages of an earlier run
         report = json.loads(path.read_text("utf-8"))
@@ -174,6 +179,9 @@ def run_process(
         found = {"figures": [], "skipped": [], "errors": [], "facts": {}}
         with suppress(OSError, ValueError):
             found = json.loads(partial.read_text("utf-8"))
+        part = found.pop("part", None) or "startup"
+        if status in STOPPED:
+            found["skipped"].append(f"{part} and all that follows: {STOPPED[status]}")
         return {"status": status, "limit": round(limit)} | found
 
     try:

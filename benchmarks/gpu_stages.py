@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from gpu_check import ROOT, STAGES, write
 
+TRTEXEC_FOLDER = "/usr/src/tensorrt/bin"  # of NVIDIA's packages and containers, not on the PATH
 PACKAGES = ("torchvision", "triton", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "cuda-bindings")
-
 
 FULL = Namespace(
     device="cuda:0",
@@ -99,12 +99,16 @@ class Check:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Record an error in the block; the rest of the stage still runs."""
+        """Record an error in the block; the rest of the stage still runs. A killed stage names the part it was in."""
+        outer, self.found["part"] = self.found.get("part"), name
+        self.save()
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             self.fail(f"{name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        finally:
+            self.found["part"] = outer
 
 
 def run_stage(letter: str, work: Path, options: Namespace) -> None:
@@ -419,8 +423,8 @@ def measure_engines(check: Check) -> None:
             engines[name] = built.path
     if engines:
         _compare(check, engines, checkpoint, data)
-    if not (trtexec := shutil.which("trtexec")):
-        check.skip("trtexec", "not on the PATH")
+    if not (trtexec := shutil.which("trtexec") or shutil.which("trtexec", path=TRTEXEC_FOLDER)):
+        check.skip("trtexec", f"neither on the PATH nor in {TRTEXEC_FOLDER}")
         return
     for name, path in engines.items():
         for batch in check.sizes.batches:

@@ -263,6 +263,8 @@ def export(
     gpus = tuple(gpu.lower().split(",")) if gpu else RTX_DEFAULT if rtx else ()
     settings = BuildSettings(batch, workspace_gib, level, hardware_compatible, version_compatible, timing_cache, gpus)
     if rtx and spec.precision == "int8":
+        if "sm75" in gpus:
+            raise PmmError("NVIDIA lists no INT8 for Turing (sm75)", "Omit it, or export with --precision fp16")
         text = "TensorRT for RTX may not run INT8 convolutions in INT8: NVIDIA lists only INT8 weights"
         warnings.warn(f"{text}. --precision fp16 is the one to use", PmmWarning, stacklevel=2)
     if trt and triton and batch.minimum != 1:

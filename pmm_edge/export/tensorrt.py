@@ -4,11 +4,12 @@ import hashlib
 import json
 import re
 import shlex
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,10 @@ def compile_network(
     builder = trt.Builder(logger)
     # TensorRT 11 has only strongly typed networks and ignores the flag; TensorRT 10 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(file.content):
+    parser, monitor = trt.OnnxParser(network, logger), progress_monitor(trt, name, report)
+    with _cancelled_by_ctrl_c(monitor):
+        is_parsed = parser.parse(file.content)
+    if not is_parsed:
         problems = []
         for problem in (parser.get_error(index) for index in range(parser.num_errors)):
             node = f"{problem.node_operator()} {problem.node_name()}".strip()
@@ -208,21 +211,20 @@ def compile_network(
     profile = builder.create_optimization_profile()
     profile.set_shape(INPUT, shape(batch.minimum), shape(batch.optimal), shape(batch.maximum))
     config.add_optimization_profile(profile)
-    config.progress_monitor = monitor = progress_monitor(trt, name, report)
+    config.progress_monitor = monitor
     if timing_cache:
         # TensorRT returns None for a damaged cache and False for one of another device; both mean to start afresh.
         known = timing_cache.read_bytes() if timing_cache.is_file() else b""
         cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
-    plan = builder.build_serialized_network(network, config)
-    if monitor.caught:
-        raise monitor.caught
+    with _cancelled_by_ctrl_c(monitor):
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ModelError(
             f"{settings.compiler} {trt.__version__} cannot build {file.path}{last_error(logger)}",
             "Turing (sm75) needs --precision fp16; omit it or export FP16"
-            if "sm75" in settings.gpus
+            if "sm75" in settings.gpus and spec.precision != "fp16"
             else "If memory ran out, choose a smaller --batch-profile or --workspace",
         )
     if timing_cache:
@@ -234,7 +236,7 @@ def compile_network(
 def progress_monitor(trt: Any, name: str, report: Report) -> Any:
     """Return a progress monitor that reports each outermost phase, with the current inner phase as detail.
 
-    An exception (usually Ctrl-C) cannot pass through TensorRT: it cancels the build and is in `caught` after it.
+    An exception cannot pass through TensorRT: it cancels the build and is in `caught` after it.
     """
 
     class Monitor(trt.IProgressMonitor):
@@ -267,6 +269,25 @@ def progress_monitor(trt: Any, name: str, report: Report) -> Any:
                 self.caught = self.caught or error
 
     return Monitor()
+
+
+@contextmanager
+def _cancelled_by_ctrl_c(monitor: Any) -> Iterator[None]:
+    """Let Ctrl-C cancel what TensorRT does; raise what `monitor` has caught after it.
+
+    Python would raise KeyboardInterrupt in the next method that TensorRT calls, which prints it and goes on.
+    """
+    default = signal.default_int_handler
+    is_default = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is default
+    if is_default:
+        signal.signal(signal.SIGINT, lambda *_: setattr(monitor, "caught", monitor.caught or KeyboardInterrupt()))
+    try:
+        yield
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, default)
+    if monitor.caught:
+        raise monitor.caught
 
 
 # What an engine says about its precision: the inspectors of TensorRT 10 and 11 describe layers in different words.

@@ -24,6 +24,7 @@ def run_stage(letter, work, options):
     figure = {{"table": "t", "row": what, "figure": "x, ms", "value": 1.5}}
     found = {{"figures": [figure], "skipped": [], "facts": {{}}}}
     found["errors"] = ["part: it failed"] if what == "error" else []
+    found["part"] = "inner" if what == "hang" else None
     if what == "skip":
         found |= {{"figures": [], "skipped": ["everything: no GPU"]}}
     (work / f"{{letter}}.json").write_text(json.dumps(found))
@@ -85,6 +86,7 @@ def test_stages_that_fail_crash_or_hang_do_not_stop_the_others(command, tmp_path
     assert found["b"]["errors"] == ["exit code 7: the last words"]
     assert found["c"]["figures"][0]["value"] == 1.5, "what a stage found before its limit is kept"
     assert found["c"]["limit"] == 2 and 1.9 < found["c"]["seconds"] < 20
+    assert [text.partition(" ")[0] for text in found["c"]["skipped"]] == ["inner"], "the part that was stopped"
     assert not list(tmp_path.glob("gpu_check-*")), "the temporary folder"
     page = (tmp_path / "out" / "gpu_check.md").read_text()
     assert "| | x, ms |" in page and "| hang | 1.5 |" in page and "- skipped: everything: no GPU" in page

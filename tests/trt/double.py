@@ -96,7 +96,6 @@ def cuda_runtime(gpu: FakeGpu) -> SimpleNamespace:
         "GetDeviceProperties": lambda device: SimpleNamespace(name=gpu.name.encode(), major=gpu.major, minor=gpu.minor),
         "SetDevice": lambda device: None,
         "RuntimeGetVersion": lambda: 12060,
-        "DriverGetVersion": lambda: 12080,
         "GetErrorName": lambda error: error.name.encode(),
         "GetErrorString": lambda error: b"what went wrong",
         "StreamCreateWithFlags": lambda flags: STREAM * (flags == api.cudaStreamNonBlocking),

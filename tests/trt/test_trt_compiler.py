@@ -3,9 +3,13 @@
 Its API is that of TensorRT 11. The doubles of the other tests keep what needs a GPU.
 """
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +91,18 @@ def test_exported_networks(
     width = max(stop for _, stop in network.stages.values())
     spec = ModelSpec(method, backbone, 4, InputSpec(96, 64, form), width, network.stages, normalized_output=normalized)
     exported = graph.inference_network(network, spec.input, normalized)
+
+    @cache
+    def parts_in(opset: int) -> graph.Parts:
+        return graph.split(graph.onnx_graph(exported, spec, opset))
+
     images = np.random.default_rng(0).integers(0, 256, (4, 96, 64, 3), dtype=np.uint8)
     sizes = {}
     precisions = {"resnet50": ("fp16",), "mobilenet_v3_large": ("int8",), "efficientnet_b0": ("int8",)}
     for number, precision in enumerate(precisions.get(backbone, ("fp32", "fp16", "int8"))):
         quantization = None
         lowest = INT8_OPSET if precision == "int8" else opset
-        parts = graph.split(graph.onnx_graph(exported, spec, max(opset, lowest)))
+        parts = parts_in(max(opset, lowest))
         content = parts.network
         if precision == "fp16":
             content, _ = cast_to_fp16(parts.network)
@@ -105,6 +114,7 @@ def test_exported_networks(
         path = tmp_path / f"{precision}.onnx"
         onnx.save(graph.finalize(parts.join(content), described, static), path)
         gpus = RTX_DEFAULT if "resnet" in backbone else RTX_DEFAULT[1:2]  # each takes seconds for so many layers
+        gpus = ("sm75", *gpus[1:]) if precision == "fp16" else gpus  # Turing can run nothing else
         built = build(path, replace(SETTINGS, batch=BatchProfile.chosen(None, static), gpus=gpus))
         assert built.manifest.spec.precision == precision
         sizes[precision] = built.path.stat().st_size
@@ -135,6 +145,8 @@ def test_gpus(build: Callable, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:  # Turing has no FP32 products
         build(path, replace(SETTINGS, gpus=("sm75", "sm86")))
     assert "--precision fp16" in caught.value.remedy
+    assert "node_of_embeddings" in caught.value.problem
+    assert build(path, replace(SETTINGS, workspace_gib=0.5, optimization_level=5)).manifest.engine_size > 0
 
 
 def with_node(path: Path, operator: str, *inputs: str, **constants: np.ndarray) -> Path:
@@ -185,9 +197,20 @@ def test_progress_and_ctrl_c(build: Callable, tmp_path: Path) -> None:
     assert not SETTINGS.engine_path(path).exists()
 
 
+def test_a_signal_while_the_compiler_runs_cancels_it(build: Callable, tmp_path: Path) -> None:
+    """It arrives while TensorRT computes, so that Python sees it only in the next method that TensorRT calls."""
+    path = color_network(tmp_path / "model.onnx")
+    ctrl_c = threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        build(path, report=lambda *_: None if ctrl_c.ident else ctrl_c.start())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not SETTINGS.engine_path(path).exists()
+
+
 def test_the_command(rtx: Any, record_property: Callable, pmm: Callable, tmp_path: Path, monkeypatch: Any) -> None:
     """`pmm export --rtx`, `pmm verify`, and loading without a driver."""
     path = color_network(tmp_path / "model.onnx", precision="int8", quantization=Quantization("tensorrt", "minmax", 4))
+    assert "sm75" in pmm("export", path, "--rtx", "--gpu", "sm75,sm86").error
     ended = pmm("export", path, "--rtx", "--gpu", "SM86,sm89", "--batch-profile", "1,2,4")
     assert ended.exit_code == 0, ended.stderr
     assert "--precision fp16" in ended.stderr  # INT8 convolutions are not in NVIDIA's support matrix
