@@ -217,7 +217,7 @@ class FolderGallery(Gallery):
         self._sorted_ids = np.empty(0, np.uint64)
         self._load()
         if self._view is None and folder.exists():
-            ours = ("data", "lock", "gallery")  # also what a killed process left
+            ours = ("lock", "gallery")  # what a process leaves that was killed before the first manifest was there
             if not folder.is_dir() or any(path.name.lstrip(".").split(".")[0] not in ours for path in folder.iterdir()):
                 raise DataError(f"{folder} is not a gallery", "Name a gallery, or a folder that does not exist yet")
 
@@ -284,7 +284,7 @@ class FolderGallery(Gallery):
         with self._reported():
             (self.folder / "data").mkdir(exist_ok=True)
             for path in (self.folder / "data").iterdir():
-                if path.name not in named:
+                if path.name not in named and path.suffix in (*SUFFIXES, ".index", ".tmp"):
                     path.unlink()
 
     def _create(self, model: EmbeddingModel) -> None:

@@ -430,11 +430,10 @@ def open_gallery(
         from pmm_edge.gallery.folder import FolderGallery
 
         gallery = FolderGallery(Path(location), user_model, distance, dtype)
-    if gallery.model:
-        for name, wanted, _ in chosen:
-            if wanted is not None and wanted != (own := getattr(gallery, name)):
-                problem = f"the {name} of {location} is {own}, not {wanted}"
-                raise DataError(problem, "Leave it out, or use another gallery")
-        if gallery._user_model:
-            gallery._check(gallery._user_model)
+    for name, wanted, _ in chosen:
+        if wanted is not None and wanted != (own := getattr(gallery, name, wanted)):  # a new folder has neither yet
+            problem = f"the {name} of {location} is {own}, not {wanted}"
+            raise DataError(problem, "Leave it out, or use another gallery")
+    if gallery._user_model:
+        gallery._check(gallery._user_model)
     return gallery

@@ -221,8 +221,26 @@ def test_damage_is_one_error(tmp_path: Path) -> None:
                 damaged.unlink()
             with pytest.raises(DataError, match=copy.name):
                 pmm_edge.open_gallery(copy).info(check=True)
-    (tmp_path / "crops").mkdir()
-    (tmp_path / "crops" / "a.jpg").touch()
-    for wrong in (tmp_path / "crops", tmp_path / "crops" / "a.jpg"):
+
+
+def test_a_folder_that_is_no_gallery_keeps_its_files(tmp_path: Path) -> None:
+    """Neither images in a folder `data` nor a gallery without its manifest are taken for the remains of a process."""
+    image, lost = tmp_path / "project" / "data" / "a.jpg", tmp_path / "lost"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    add(pmm_edge.open_gallery(lost, model_of()), 0)
+    (lost / "gallery.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    for wrong in (image, image.parent, image.parents[1], lost):
         with pytest.raises(DataError, match=wrong.name):
-            pmm_edge.open_gallery(wrong, model_of())
+            add(pmm_edge.open_gallery(wrong, model_of()), 0)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".gallery.json.01234567.tmp").touch()
+    add(pmm_edge.open_gallery(tmp_path / "killed", model_of()), 0)
+    (tmp_path / "killed" / "data" / "notes.txt").touch()
+    (tmp_path / "killed" / "data" / "left.rows").touch()
+    add(pmm_edge.open_gallery(tmp_path / "killed", model_of()), 70)
+    left = {path.name for path in (tmp_path / "killed").rglob("*")}
+    assert "notes.txt" in left and "left.rows" not in left
+    assert contents(tmp_path / "killed") == list(range(140))

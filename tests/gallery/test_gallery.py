@@ -181,6 +181,8 @@ def test_a_server_that_does_not_answer_and_other_collections(client: QdrantClien
     from qdrant_client.models import Distance as Metric
     from qdrant_client.models import VectorParams
 
+    with pytest.raises(DataError, match="float16"):  # before the collection exists, as afterwards
+        pmm_edge.open_gallery("people", model_of(), dtype="float16", client=client)
     client.create_collection("other", vectors_config=VectorParams(size=4, distance=Metric.EUCLID))
     with pytest.raises(DataError, match="other"):
         pmm_edge.open_gallery("other", client=client)
