@@ -64,7 +64,9 @@ def gallery_search(
     before: str | None = opt(None, "Search only rows before this time."),
     fmr: float | None = opt(None, "False-match rate of the threshold. Default: 0.001, as far as calibrated."),
     exact: bool = opt(False, "Compare every row instead of using the index.", "--exact"),
-    out: Path | None = out_opt(None, "Draw the rows whose sources are image files.", "FILE.png|.jpg"),
+    out: Path | None = out_opt(
+        None, "Draw the rows whose sources are image files, of up to 100 queries.", "FILE.png|.jpg"
+    ),
     device: Device = None,
     as_json: Json = False,
 ) -> None:

@@ -250,7 +250,7 @@ class Gallery(ABC):
         query: Any,
         *,
         top: int = 10,
-        cameras: Sequence[str] | None = None,
+        cameras: str | Sequence[str] | None = None,
         since: Moment | None = None,
         before: Moment | None = None,
         fmr: float | None = None,
@@ -279,7 +279,7 @@ class Gallery(ABC):
         names, queries, calibration = self._queries(query, report)
         threshold = self._threshold(calibration or model.spec.calibration, fmr)
         first, end = (None if moment is None else seconds(moment) for moment in (since, before))
-        where = Where(cameras, first, end)
+        where = Where(_listed(cameras), first, end)
         searched, found = self._nearest(self._checked(queries), top, where, exact)
         if threshold:
             found = [[replace(hit, same_person=hit.distance <= threshold.distance) for hit in hits] for hits in found]
@@ -291,8 +291,8 @@ class Gallery(ABC):
     def delete(
         self,
         *,
-        pids: Sequence[int] | None = None,
-        sources: Sequence[str] | None = None,
+        pids: int | Sequence[int] | None = None,
+        sources: str | Sequence[str] | None = None,
         older_than: timedelta | str | None = None,
         report: Report = silent,
     ) -> int:
@@ -306,7 +306,7 @@ class Gallery(ABC):
             raise PmmError("deleting needs an identity, a source or an age", "Name what to delete")
         before = None if older_than is None else time.time() - duration(older_than).total_seconds()
         with self._writing():
-            return self._remove(Where(before=before, pids=pids, sources=sources), report)
+            return self._remove(Where(before=before, pids=_listed(pids), sources=_listed(sources)), report)
 
     def _existing(self) -> EmbeddingModel:
         if self.model is None:
@@ -386,6 +386,11 @@ class Gallery(ABC):
             if fmr is None:  # too few people for the default
                 return None
             raise
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """One value or several as a list."""
+    return None if values is None else np.atleast_1d(values).tolist()
 
 
 def open_gallery(

@@ -16,7 +16,7 @@ from pmm_edge.errors import PmmError
 from pmm_edge.files import check_place, encode_json, written_whole
 from pmm_edge.images import evenly
 from pmm_edge.pictures import UnsuitableError
-from pmm_edge.pictures.galleries import TOP, gallery_grid
+from pmm_edge.pictures.galleries import MOST, TOP, gallery_grid
 from pmm_edge.runs import data_of, resolve_checkpoint, run_of
 from pmm_edge.runtime import load
 from pmm_edge.runtime.listing import find_images
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pmm_edge.pictures.attention import Overlap
 
 Kind = Literal["cams", "galleries", "mixing"]
-MOST = 100
 OVERLAP_IMAGES = 256
 """Number of evenly spaced images that the overlap is measured on: a few seconds on a CPU."""
 

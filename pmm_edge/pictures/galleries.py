@@ -20,6 +20,8 @@ from pmm_edge.runtime import Embedder, embed_files
 from pmm_edge.runtime.embedder import Embeddings
 
 TOP = 10
+MOST = 100
+"""Maximum number of rows of a picture, and of hits in a row; the size of what matplotlib draws is limited."""
 PHOTO = (208, 104)
 """Height and width of the pictures in pixels."""
 
@@ -108,11 +110,11 @@ def draw_rankings(rankings: Sequence[Ranking], query: Split, gallery: Split, nam
 
 
 def draw_search(results: Sequence[SearchResult], out: Path) -> None:
-    """Draw one or more queries and their hits, and write the picture; gray stands for what is not a readable image."""
+    """Draw one or more queries and their hits, up to `MOST` of each; gray stands for what is not a readable image."""
     rows = []
-    for one in results:
+    for one in results[:MOST]:
         rows.append([Cell(_photo(one.query), one.verdict)])
-        for hit in one.hits:
+        for hit in one.hits[:MOST]:
             who = "unknown" if hit.pid is None else f"pid {hit.pid}"
             camera = hit.camera and f" · {'c' * hit.camera.isdecimal()}{hit.camera}"
             rows[-1].append(

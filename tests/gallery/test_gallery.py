@@ -104,6 +104,15 @@ def test_a_gallery_is_its_rows(storage: str, distance: Distance, tmp_path: Path,
         assert info.index.trained >= 400
 
 
+def test_a_filter_is_one_value_or_several(opened: Callable[..., Gallery]) -> None:
+    gallery, rows = opened(model_of()), np.eye(4, SIZE, dtype=np.float32)
+    gallery.add(rows, sources=["ab", "a", "b", "c"], pids=[1, 2, 3, 3], cameras=["", "lob", "lobby", "b"])
+    for cameras, found in (("lobby", ["b"]), (["lobby", ""], ["ab", "b"])):
+        hits = gallery.search(rows[:1], cameras=cameras)[0].hits
+        assert sorted(hit.source for hit in hits) == found
+    assert (gallery.delete(sources="ab"), gallery.delete(pids=3), gallery.info().rows) == (1, 2, 1)
+
+
 def test_the_threshold_decides(opened: Callable[..., Gallery]) -> None:
     embeddings, gallery = np.eye(3, SIZE, dtype=np.float32), opened(model_of())
     gallery.add(embeddings, sources=["a", "b", "c"], pids=[4, 5, -1])

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import pmm_edge
 from pmm_edge.data.dataset import Split, read
-from pmm_edge.pictures.galleries import draw_rankings, gallery_grid, rank
+from pmm_edge.gallery import Hit, SearchResult
+from pmm_edge.pictures.galleries import MOST, draw_rankings, draw_search, gallery_grid, rank
 from pmm_edge.retrieval import evaluate, pairwise_distances
 
 
@@ -58,3 +60,14 @@ def test_the_drawing_follows_the_ranking(tiny_dataset: Path) -> None:
         pixels = np.asarray(draw_rankings(found, dataset.query, dataset.gallery, "name"))
         colors = [bool((pixels == color).all(axis=2).any()) for color in ((10, 125, 51), (200, 16, 46))]
         assert colors == [right, wrong]
+
+
+def test_a_search_of_any_size_is_drawn(tmp_path: Path) -> None:
+    hit = Hit.of(1.0, 7, 3, "lobby", 0.0, "no image")
+    one = SearchResult("no image", [hit], 1, "euclidean", None)
+    heights = []
+    for count in (MOST, 3 * MOST):  # matplotlib draws at most 65,536 pixels
+        draw_search([one] * count, tmp_path / "hits.png")
+        with Image.open(tmp_path / "hits.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] == heights[1]
