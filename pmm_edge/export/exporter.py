@@ -204,8 +204,9 @@ def export(
 
     # Describe the network, and name a file for each input form that is needed.
     source = resolve_checkpoint(Path(checkpoint) if checkpoint else None)
-    out, deepstream, triton = (Path(path) if path else None for path in (out, deepstream, triton))
-    loaded, smaller = None, None
+    paths = out, deepstream, triton, calibration
+    out, deepstream, triton, calibration = (Path(path) if path else None for path in paths)
+    loaded = smaller = None
     if source.suffix == ".onnx":
         embedder = OnnxEmbedder(open_model(source), "cpu")
         spec, form = embedder.spec, embedder.spec.input.form
@@ -291,9 +292,9 @@ def export(
         # Read the images to calibrate and to compare on.
         crops = None
         if precision != "fp32":
-            data = Path(calibration) if calibration else None
+            data = calibration
             with suppress(DataError):  # the checkpoint is not in a run
-                data, layout = data_of(source, data, layout)
+                data, layout = data_of(source, calibration, layout)
             if data and (calibration or data.is_dir()):
                 fewest = quantize.MIN_IMAGES if precision == "int8" else 1
                 most = quantize.MAX_IMAGES_TENSORRT if float16_scales else quantize.MAX_IMAGES
@@ -303,16 +304,16 @@ def export(
             else:
                 text = "FP16 was not checked on images: a value beyond its range would become infinite"
                 warnings.warn(f"{text}. Add --calibration", PmmWarning, stacklevel=2)
-        if crops:
-            every = np.concatenate([crops.ranges, crops.selection, crops.held_out])
-            images = crops.held_out if precision == "int8" else every
+        if crops and precision == "int8":
+            images = crops.held_out
+        elif crops:
+            images = np.concatenate([crops.ranges, crops.selection, crops.held_out])
         else:
             shape = (4, spec.input.height, spec.input.width, 3)
             images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
         if embedding_size and smaller:
-            data = Path(calibration) if calibration else None
-            loaded = reduce.reduce_checkpoint(source, loaded, embedding_size, whiten, data, layout, report)
+            loaded = reduce.reduce_checkpoint(source, loaded, embedding_size, whiten, calibration, layout, report)
             source = smaller
 
         # Write one ONNX file for each input form. They share one network, whose precision is reduced once.
@@ -321,9 +322,14 @@ def export(
             "onnxruntime": onnxruntime.__version__,
             "opset": str(graph_opset),
         }
-        quantization, digest = spec.quantization, loaded.spec.checkpoint_sha256 or sha256(source)
-        spec = replace(loaded.spec, precision=precision, quantization=quantization, checkpoint_sha256=digest)
-        spec = replace(spec, normalized_output=normalize_output, tools=tools)
+        spec = replace(
+            loaded.spec,
+            precision=precision,
+            quantization=spec.quantization,
+            checkpoint_sha256=loaded.spec.checkpoint_sha256 or sha256(source),
+            normalized_output=normalize_output,
+            tools=tools,
+        )
         if normalize_output:  # the Euclidean distance of such embeddings ranks as their cosine does
             thresholds = spec.calibration and spec.calibration.of_unit_length()
             spec = replace(spec, retrieval=spec.retrieval_cosine, calibration=thresholds)

@@ -100,7 +100,7 @@ def _merge_heads(heads: list[Head]) -> nn.Linear:
 
 
 def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = 18) -> onnx.ModelProto:
-    """Trace a network in evaluation mode into an ONNX model with a dynamic batch and the spec as metadata."""
+    """Trace a network in evaluation mode into an ONNX model with a dynamic batch, which `finalize` completes."""
     # torch specializes a graph that was traced with a batch of one.
     example = torch.zeros(spec.input.shape(2), dtype=getattr(torch, spec.input.dtype))
     with warnings.catch_warnings():
@@ -128,7 +128,7 @@ def onnx_graph(network: nn.Module, spec: ModelSpec, opset: int = 18) -> onnx.Mod
         for node in model.graph.node:  # the conversion keeps an attribute of reductions that opset 17 does not have
             for attribute in [entry for entry in node.attribute if entry.name == "noop_with_empty_axes"]:
                 node.attribute.remove(attribute)
-    return finalize(model, spec)
+    return model
 
 
 def finalize(model: onnx.ModelProto, spec: ModelSpec, static_batch: int | None = None) -> onnx.ModelProto:

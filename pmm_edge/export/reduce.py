@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from pmm_edge import __version__
 from pmm_edge.console import Report, about
@@ -180,9 +179,5 @@ def principal_projection(embeddings: Embeddings, size: int, whiten: bool = False
         weight = axes / np.sqrt(variances[:size])[:, None]
         bias = -weight @ mean
     layer = nn.Linear(rows.shape[1], size)
-    layer.weight, layer.bias = (nn.Parameter(_float32(values)) for values in (weight, bias))
+    layer.weight, layer.bias = (nn.Parameter(torch.from_numpy(rows.astype(np.float32))) for rows in (weight, bias))
     return layer, min(share, 1.0)
-
-
-def _float32(values: NDArray[np.float64]) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32))
