@@ -108,9 +108,14 @@ def with_tilde(text: str) -> str:
     return re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text) if len(home) > 1 else text
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
-    return OutputError(f"cannot write {path}: {reason}", "Choose a folder that is writable and has space left")
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Raise OutputError, which names `path`, in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write {path}: {error.strerror or error}"
+        raise OutputError(problem, "Choose a folder that is writable and has space left") from error
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:
@@ -122,21 +127,19 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
 
 def check_place(path: Path) -> None:
     """Check that a file can be written, before minutes of work; raise OutputError otherwise."""
-    try:
+    with _reported(path):
         _check_parents(path)
         if path.is_dir():
             raise OutputError(f"cannot write {path}: it is a folder", "Choose another name")
-        with tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
-            pass
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())).close()
 
 
 def check_new_folder(path: Path, remedy: str = "Name a folder that does not exist yet") -> None:
     """Check that a folder can be created and is not there yet, or empty; raise OutputError otherwise."""
-    _check_parents(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} exists and is not an empty folder", remedy)
+    with _reported(path):
+        _check_parents(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"{path} exists and is not an empty folder", remedy)
 
 
 def _check_parents(path: Path) -> None:
@@ -154,14 +157,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     file that it points to is written.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    try:
-        with _temporary(path) as temporary:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    with _reported(path), _temporary(path) as temporary:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextmanager
@@ -171,12 +171,9 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     Raises OutputError if `path` exists and is not empty, or cannot be written.
     """
     check_new_folder(path)
-    try:
-        with _temporary(path, 0o777) as temporary:
-            yield temporary
-            temporary.replace(path)  # also an empty folder
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    with _reported(path), _temporary(path, 0o777) as temporary:
+        yield temporary
+        temporary.replace(path)  # also an empty folder
 
 
 @contextmanager

@@ -122,6 +122,8 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "x", tmp_path / "full", tmp_path / "file"):
         with pytest.raises(OutputError):
             check_new_folder(path)
+    with pytest.raises(OutputError), folder_written_whole(tmp_path / ("x" * 300)):
+        pass
     check_place(tmp_path / "a" / "b" / "c")
     check_new_folder(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()

@@ -172,20 +172,20 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
     if (kind and kind not in LAYOUTS) or (pattern and kind != FOLDERS):
         remedy = f"{did_you_mean(layout, LAYOUTS)}Choose one of {', '.join(LAYOUTS)}"
         raise DataError(f"unknown layout {layout}", remedy)
-    is_csv = kind == CSV or (not kind and root.suffix.lower() == ".csv" and root.is_file())
-    if not (root.is_file() if is_csv else root.is_dir()):
-        remedy = "Name a CSV file" if is_csv else f"Pass the folder that contains {TRAIN}/, or run pmm synth"
-        raise DataError(f"{root} is not a {'file' if is_csv else 'folder'}", remedy)
-    if root.name in ("", ".."):  # folder names matter below, and "." has none
-        root = root.resolve()
-    kinds = _cuhk03_kinds(root)
-    if layout in kinds:
-        root = kinds[layout]
-    elif layout is None and len(kinds) > 1:
-        problem = f"{root} contains CUHK03-NP with detected and with labeled boxes"
-        raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
     ignored, rows, reading = Counter[str](), people.Rows(), Reading()
     try:
+        is_csv = kind == CSV or (not kind and root.suffix.lower() == ".csv" and root.is_file())
+        if not (root.is_file() if is_csv else root.is_dir()):
+            remedy = "Name a CSV file" if is_csv else f"Pass the folder that contains {TRAIN}/, or run pmm synth"
+            raise DataError(f"{root} is not a {'file' if is_csv else 'folder'}", remedy)
+        if root.name in ("", ".."):  # folder names matter below, and "." has none
+            root = root.resolve()
+        kinds = _cuhk03_kinds(root)
+        if layout in kinds:
+            root = kinds[layout]
+        elif layout is None and len(kinds) > 1:
+            problem = f"{root} contains CUHK03-NP with detected and with labeled boxes"
+            raise DataError(problem, f"Pass {' or '.join(map(str, kinds.values()))}")
         if is_csv:
             found, (rows, reading) = CSV, people.read_csv(root)
         elif kind == FOLDERS:
@@ -222,7 +222,7 @@ def read(root: Path, layout: str | None = None) -> ReidDataset:
 def is_dataset(root: Path) -> bool:
     """Whether a folder has one of the known layouts, complete or not, or a file is a CSV file of labels.
 
-    A folder per person may as well be any folder of images, so that it must be named as such: `--layout folders`.
+    A folder per person could be any folder of images, so it must be named explicitly: `--layout folders`.
     """
     known = _is_msmt17(root) or _is_market(root) or _is_mars(root) or _is_converted_cuhk03(root)
     return known or bool(_cuhk03_kinds(root)) or people.is_csv(root)
@@ -363,9 +363,9 @@ def _read_converted_cuhk03(root: Path) -> list[Split]:
 
 
 def _read_msmt17(root: Path, layout: str | None) -> tuple[str, list[Split]]:
-    """Read the four lists. Identities there start at 0, a distractor elsewhere, for training and again for testing.
+    """Read the four lists, in which the identities for training and those for testing are both numbered from 0.
 
-    Therefore training identities are shifted by one, and test identities follow the last training identity.
+    Elsewhere 0 is a distractor: training identities are shifted by one, and test identities follow the last of them.
     """
     version = layout or ("msmt17-v2" if (root / "mask_train_v2").is_dir() else "msmt17-v1")
     train_folder, test_folder = (root / name for name in _MSMT17_SETS[version][:2])

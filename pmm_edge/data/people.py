@@ -26,7 +26,7 @@ from pmm_edge.retrieval.metrics import DISTRACTOR_PID, JUNK_PID
 SPLITS = ("train", "query", "gallery")
 COLUMNS = ("path", "pid", "camid", "split")
 NOBODY = {"-1": JUNK_PID, "0000": DISTRACTOR_PID}
-"""Names that stand for no person, as in Market-1501. `0` is a person."""
+"""Names that mean no person, as in Market-1501. `0` is a person."""
 _CAMERA_TOKEN = re.compile(r"(?<![a-z])c(?:am(?:era)?)?[_-]?(\d{1,9})(?!\d)", re.IGNORECASE | re.ASCII)
 _MARS_NAME = re.compile(r"(\d{4}|00-1)C(\d)T(\d{4,9})F\d{3,}\.jpg", re.ASCII)
 _MATLAB_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}

@@ -255,7 +255,7 @@ def _read_torch_file(path: Path, content: bytes | None = None) -> Any:
             # torch stores a CRC-32 of each tensor, and of all else, but does not compare them.
             if zipfile.is_zipfile(file):
                 archive = zipfile.ZipFile(file)
-                # Nor does it read what a bit of the attributes, which no checksum covers, declares a folder.
+                # Nor does it read an entry that an attribute, which no checksum covers, declares a folder.
                 if damaged := archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
                     raise zipfile.BadZipFile(damaged)
             file.seek(0)

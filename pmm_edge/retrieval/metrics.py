@@ -18,7 +18,7 @@ from pmm_edge.retrieval.reranking import rerank_distances
 from pmm_edge.spec import Distance, RetrievalFigures
 
 JUNK_PID, DISTRACTOR_PID = -1, 0
-"""Market-1501's labels of gallery images in which nobody is sought. Junk is neither a person nor a distractor and is
+"""Market-1501's labels of gallery images that no query looks for. Junk is neither a person nor a distractor and is
 dropped; distractors show people outside the query set and count as wrong answers."""
 _COUNT_FROM = 64  # with more images than this for each match, counting is faster than sorting
 PAPER_CUTOFF = 50  # the released evaluation code cuts rankings here before the average precision

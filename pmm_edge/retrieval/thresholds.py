@@ -246,7 +246,7 @@ class _Tally:
 
     def _shrink(self) -> None:
         values, places = map(np.concatenate, zip(*self._parts, strict=True))
-        # Of equal values at the cut none are kept, however many there are: `nearest` knows that they are there.
+        # No value equal to the cut is kept, however many there are; `nearest` adds them again.
         self._below = np.partition(values, self._nearest - 1)[self._nearest - 1]
         kept = values < self._below
         self._parts, self._size = [(values[kept], places[kept])], int(np.count_nonzero(kept))
@@ -282,5 +282,5 @@ def _thresholds(name: Distance, rates: Sequence[float], tally: _Tally, people: P
 
 
 def _accepted(rate: float, pairs: int) -> int:
-    """Number of pairs that a rate is at most; 0.001 x 3,000 is 3, whatever floating point makes of it."""
+    """The largest number of pairs whose share is at most `rate`: 3 for 0.001 of 3,000, despite rounding errors."""
     return int(rate * pairs * (1 + 1e-9))

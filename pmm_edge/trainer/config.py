@@ -196,7 +196,7 @@ def choose_config(
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return decode_toml(dict[str, Any], path.read_text("utf-8", "surrogateescape"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise PmmError(f"cannot read {path}: {error}", "Name a TOML file, as config.toml of a run") from error
 
 

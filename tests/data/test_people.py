@@ -240,6 +240,7 @@ def test_other_files_are_no_csv_of_labels(table: Path) -> None:
     assert not is_dataset(table.parent / "list.csv") and find_images(table.parent / "list.csv").source == "list"
     refused(table.parent / "list.csv", "no column path")
     refused(table.parent / "none.csv", "is not a folder")
+    refused(table.parent / ("x" * 300), "x" * 300)
     refused(table.parent, "is not a file", layout=CSV)
     os.mkfifo(table.parent / "pipe.csv")
     refused(table.parent / "pipe.csv", "is not a file", layout=CSV)
