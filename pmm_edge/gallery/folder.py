@@ -116,14 +116,12 @@ class View:
     index = cached_property(load_index)  # to search it
 
     def take(self, positions: NDArray[np.int64]) -> Embeddings:
-        """The vectors at some ascending positions: (N,) -> (N, D) float32.
+        """The vectors at one or more ascending positions: (N,) -> (N, D) float32.
 
         They are read, not mapped: the kernel maps up to 2 MB around each row, which would count as our memory.
         """
         size = self.manifest.model.spec.embedding_size
         taken = np.empty((len(positions), size), self.manifest.dtype)
-        if not len(positions):
-            return taken.astype(np.float32)
         content, width = taken.data.cast("B"), size * taken.itemsize
         segments = np.searchsorted(self.starts, positions, side="right") - 1
         breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(segments) != 0)) + 1
@@ -163,8 +161,6 @@ class View:
         found = search_index(self.index, queries, count, probes, selector)
         positions = np.where(found < 0, -1, np.searchsorted(self.numbers, found))
         tail = np.flatnonzero(self.numbers >= facts.below if mask is None else mask & (self.numbers >= facts.below))
-        if not len(tail):
-            return positions
         return np.concatenate([positions, nearest_rows(queries, want, self.chunks(tail))], axis=1)
 
     def mask(self, where: Where) -> NDArray[np.bool_] | None:

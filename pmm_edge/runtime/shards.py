@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -147,6 +147,10 @@ def embed_shards(
     require_pyarrow(out)
     if shard_rows < 1 or (batch is not None and batch < 1):
         raise PmmError(f"shards of {shard_rows} and batches of {batch} images are impossible", "Choose 1 or more")
+    if dtype not in (known := get_args(EmbeddingType)):
+        raise PmmError(f"embeddings cannot be stored as {dtype}", f"Choose {' or '.join(known)}")
+    if workers is not None and ray is None:
+        raise PmmError("workers are processes on a Ray cluster", "Add --ray local, or leave out --workers")
     target, listing = Storage.of(out), ImageListing(images, layout, shard_rows)
     if target.remote is None and not (target.root / MANIFEST).exists():
         remove_unfinished(target.root / MANIFEST)  # of a run that was killed at its start

@@ -229,7 +229,7 @@ def test_wrong_use(onnx: Embedder, crops: Path, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patched, pytest.raises(DataError, match="crops"):
         patched.setattr("os.listdir", Mock(side_effect=PermissionError(13, "Permission denied")))
         embed_shards(onnx, crops, tmp_path / "out")
-    for wrong in ({"batch": 0}, {"shard_rows": 0}):
+    for wrong in ({"batch": 0}, {"shard_rows": 0}, {"dtype": "float64"}, {"workers": 2}):
         with pytest.raises(PmmError):
             embed_shards(onnx, crops, tmp_path / "out", **wrong)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
