@@ -73,7 +73,10 @@ class Rows:
         values, count = dict[str, Any](), len(self.sources)
         for name, given in labels.items():
             try:
-                values[name] = np.broadcast_to(np.asarray(given).astype(_KINDS[name]), count)
+                array = np.asarray(given)
+                values[name] = np.broadcast_to(array.astype(_KINDS[name]), count)
+                if name in ("ids", "pids") and array.dtype.kind in "if" and (values[name] != array).any():
+                    raise ValueError("a value is negative or not a whole number")
                 if name == "times" and count:
                     for extreme in (values[name].min(), values[name].max()):
                         local_time(extreme)

@@ -162,7 +162,7 @@ def test_wrong_use(opened: Callable[..., Gallery]) -> None:
             gallery.add(values, sources=["c", "d"])
     milliseconds = 1000 * time.time()
     for label in (
-        *({"pids": [1, 2, 3]}, {"pids": "x"}, {"times": "noon"}),
+        *({"pids": [1, 2, 3]}, {"pids": "x"}, {"pids": [1.5, 2]}, {"ids": [-1, 2]}, {"times": "noon"}),
         *({"times": moment} for moment in (milliseconds, [0, np.nan], np.inf)),
     ):
         with pytest.raises(PmmError):
