@@ -240,16 +240,15 @@ def prepare(
         # No compiler can follow Grad-CAM, which asks autograd for a gradient in the middle.
         for part in (network.backbone, network.bottleneck) if network.max_heads else (network.backbone,):
             part.compile()
-    device_ids = [device] if device.type == "cuda" else None
-    forward: nn.Module = network
-    projection = None
+    student = None
     if teacher_size is not None:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            forward = student = Student(network, teacher_size).to(device)
-        projection = student.projection
+            student = Student(network, teacher_size).to(device)
+    forward: nn.Module = student or network
     trained = forward.parameters()
     if world.size > 1:  # the phases of refined part pooling leave parameters out
+        device_ids = [device] if device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids, find_unused_parameters=config.rpp)
     update = get_ema_multi_avg_fn(config.ema)
     average = AveragedModel(network, multi_avg_fn=update, use_buffers=True) if config.ema else None
@@ -259,6 +258,7 @@ def prepare(
         trained, lr=config.lr, weight_decay=config.weight_decay, fused=True, capturable=bool(step_graph)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    projection = student.projection if student else None
     return Trainee(network, forward, optimizer, scaler, average, device, dtype, step_graph, projection=projection)
 
 

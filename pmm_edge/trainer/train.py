@@ -398,8 +398,8 @@ def evaluate_epoch(run: Run) -> bool:
 def evaluate_network(run: Run) -> tuple[RetrievalFigures, ModelSpec | None] | None:
     """Embed query and gallery in float32, evaluate, and record the figures; None if interrupted.
 
-    Returns the figures by Euclidean distance and, if they are the best so far, the spec with all figures and decision
-    thresholds. The first process ranks.
+    Returns the figures by Euclidean distance and, if they are the best of this training so far, the spec with all
+    figures and decision thresholds. The first process ranks.
     """
     model = run.trainee.evaluated
     parts = for_all_images(run, model, run.crops, "embed", lambda images, _: model(images))
@@ -412,8 +412,8 @@ def evaluate_network(run: Run) -> tuple[RetrievalFigures, ModelSpec | None] | No
         result = evaluate_dataset(run.dataset, rows)
         figures = result.figures()
         run.journal.record("evaluate", run.position.epoch, {**asdict(figures), "rank5": result.rank(5)})
-        if best and figures.mAP <= best.mAP:
-            return figures, None
+        if run.position.before is None or (best and figures.mAP <= best.mAP):
+            return figures, None  # all that is kept of a network before training, or of one that is not the best
         try:
             calibration = dataset_thresholds(run.dataset, rows, run.data_sha256()).calibration
         except DataError as error:

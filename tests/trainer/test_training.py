@@ -65,7 +65,9 @@ def test_the_best_checkpoint_has_the_average_and_its_figures_and_nothing_for_res
 def test_the_best_checkpoint_has_decision_thresholds_if_the_test_people_suffice(run, crowd, tmp_path):
     few = run(epochs=1)
     assert few.calibration is None and "no decision thresholds" in (few.folder / "log.txt").read_text()
-    many = train(crowd, config=SHORT, out=tmp_path / "many")
+    events = []
+    many = train(crowd, config=SHORT, out=tmp_path / "many", report=lambda what, *_: events.append(what))
+    assert events.index("train") < events.index("hashing the data"), "an untrained network needs no thresholds"
     spec = load_checkpoint(many.folder / "best.pt").spec
     assert (spec.calibration, spec.retrieval) == (many.calibration, many.best)
     assert spec.calibration.identities == 20 and spec.calibration.impostor_pairs == 60 * 19 * 2
