@@ -35,7 +35,7 @@ from pmm_edge.gallery.inputs import EmbeddingModel
 from pmm_edge.runs import CONFIG, resolve_checkpoint
 from pmm_edge.runtime import load
 from pmm_edge.trainer.config import DEFAULT_PRESET, TrainConfig, choose_config
-from pmm_edge.trainer.train import TrainResult, train
+from pmm_edge.trainer.train import train
 
 RESULT = "result.json"
 
@@ -160,7 +160,13 @@ def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
     folder = folder_of(comparison, row, seed)
     result = folder / RESULT
     if not result.exists():
-        trained = _trained(config, comparison, folder)
+        print(folder, file=sys.stderr)
+        with progress() as report:
+            if (folder / CONFIG).exists():
+                trained = train(resume=folder, report=report)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)  # a run that was killed before it wrote its settings
+                trained = train(comparison.data, config=config, layout=comparison.layout, out=folder, report=report)
         if trained.finished and trained.best:
             figures = {"Rank-1": trained.best.rank1, "mAP": trained.best.mAP, "mAP@50": trained.best.mAP_at_50}
             with written_whole(result) as temporary:
@@ -169,15 +175,6 @@ def _figures(comparison: Comparison, row: Row, seed: int) -> Figures:
         if trained.stop_requested:
             raise StopRequestedError
     return json.loads(result.read_text())
-
-
-def _trained(config: TrainConfig, comparison: Comparison, folder: Path) -> TrainResult:
-    print(f"{folder}", file=sys.stderr)
-    with progress() as report:
-        if (folder / CONFIG).exists():
-            return train(resume=folder, report=report)
-        shutil.rmtree(folder, ignore_errors=True)  # a run that was killed before it wrote its settings
-        return train(comparison.data, config=config, layout=comparison.layout, out=folder, report=report)
 
 
 def _show(comparison: Comparison, found: dict[str, list[Figures]]) -> None:

@@ -155,17 +155,15 @@ def _images_per_second(batches: Iterable[torch.Tensor], device: str) -> float:
 
 def _sleeping_step(crops: Crops, pids: np.ndarray, step: float) -> tuple[float, float]:
     """Seconds per step including the wait, and the fraction spent waiting, with decoded images."""
-    waited, steps, start = 0.0, 0, time.perf_counter()
-    ahead = crops.prefetched(_batches(pids, 0))
-    while True:
+    batches = _batches(pids, 0)
+    waited, start, ahead = 0.0, time.perf_counter(), crops.prefetched(batches)
+    for _ in batches:
         before = time.perf_counter()
-        if next(ahead, None) is None:
-            break
+        next(ahead)
         waited += time.perf_counter() - before
-        steps += 1
         time.sleep(step)
     total = time.perf_counter() - start
-    return total / steps, waited / total
+    return total / len(batches), waited / total
 
 
 def _real_step(train: Split, config: TrainConfig, steps: int) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from pmm_edge.model.backbone import map_size
 from pmm_edge.model.mixing import draw_negatives, grad_cam, mix, top_blocks
 from pmm_edge.model.network import average_pool, max_pool
 from pmm_edge.runtime.torch_backend import torch_device
-from pmm_edge.trainer.config import PRESETS, choose_config
+from pmm_edge.trainer.config import PRESETS, TrainConfig, choose_config
 from pmm_edge.trainer.step import PAPER_EPOCHS, Shard, prepare, train_step
 
 PRODUCT_SIDES = {"cpu": 2048, "cuda": 8192}
@@ -130,8 +130,7 @@ def step_of(
 ) -> Callable:
     """A function that takes a step of the paper's training; without `graph`, never as a CUDA graph."""
     torch.manual_seed(0)
-    settings = {"height": options.height, "width": options.width, "compile": compiled}
-    config = choose_config("market1501", settings={**settings, "erase_size": min(64, options.width)})
+    config = _config(options, compiled)
     trainee = prepare(network(MARKET_PEOPLE, options.backbone, config.mix_blocks), config, device, dtype)
     if network is TextbookPMM or not graph:
         trainee.step_graph = None  # the loops of the textbook wait for the GPU, which a graph cannot
@@ -140,8 +139,13 @@ def step_of(
     return lambda: train_step(trainee, [Shard(crops, pids, seed=0)], config)
 
 
+def _config(options: argparse.Namespace, compiled: bool = False) -> TrainConfig:
+    settings = {"height": options.height, "width": options.width, "compile": compiled}
+    return choose_config("market1501", settings={**settings, "erase_size": min(64, options.width)})
+
+
 def _mixing(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable:
-    network = PMM(751, options.backbone).to(device)
+    network = PMM(MARKET_PEOPLE, options.backbone, _config(options).mix_blocks).to(device)
     shape = (options.batch, network.backbone.channels, *map_size(options.height, options.width))
     features = torch.rand(shape, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
     pids = (torch.arange(options.batch) // 4).to(device)

@@ -53,8 +53,8 @@ class _Matches:
         """Return rates and their intervals."""
         people, threshold = self.people, self.threshold
         before, now = map(int, self.impostors.sum(axis=(1, 2)))
-        # Half a pair more, so that the ratio exists where a model has no false match. Draws where neither has are no
-        # evidence.
+        # Half a pair is added, so that the ratio is defined for a model without false matches. Draws in which neither
+        # model has any are no evidence.
         drawn = np.stack([people.drawn(side) for side in self.impostors])
         drawn = drawn[:, drawn.any(axis=0)] + 0.5
         low, high = np.quantile(drawn[1] / drawn[0], (0.025, 0.975)) if drawn.size else (1.0, 1.0)

@@ -91,8 +91,8 @@ def check_embeddings(
 ) -> list[Invariant]:
     """Check embeddings of all images, (N, D): `finite`, `distinct` (`crops` are these rows) and `unit length`."""
     finite = finite_rows(embeddings)
-    found = [_none(InvariantName.FINITE, ~finite, paths)]
-    distinct = _none(InvariantName.DISTINCT, (embeddings == 0).all(axis=1), paths)
+    found = [_no_row(InvariantName.FINITE, ~finite, paths)]
+    distinct = _no_row(InvariantName.DISTINCT, (embeddings == 0).all(axis=1), paths)
     for (one, crop), (other, other_crop) in combinations(zip(rows, crops, strict=True), 2):
         differ = np.abs(crop - other_crop.astype(np.float32)).mean() >= MIN_DIFFERENCE
         if distinct.held and differ and (embeddings[one] == embeddings[other]).all():
@@ -108,7 +108,7 @@ def check_embeddings(
     return found
 
 
-def _none(name: InvariantName, bad: NDArray[np.bool_], paths: Sequence[Path]) -> Invariant:
+def _no_row(name: InvariantName, bad: NDArray[np.bool_], paths: Sequence[Path]) -> Invariant:
     first = str(paths[int(bad.argmax())]) if bad.any() else ""
     return Invariant(name, not bad.any(), image=first, images=int(bad.sum()))
 

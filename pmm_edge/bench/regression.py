@@ -190,8 +190,8 @@ def _changes(old: ModelReport, new: ModelReport, same: set[str]) -> Iterator[Met
             before, now = scale * before, scale * now
             worse, better = _IS_WORSE[unit](before, now, noise), _IS_WORSE[unit](now, before, noise)
             outcome: Outcome = "worse" if worse else "better" if better else "same"
-            told = ("batch", "scope", "distance", "nominal") if isinstance(news[key], Latency | Decision) else ()
-            where = {each: getattr(news[key], each, None) for each in told}
+            named = ("batch", "scope", "distance", "nominal") if isinstance(news[key], Latency | Decision) else ()
+            where = {each: getattr(news[key], each, None) for each in named}
             yield MetricChange(Path(new.path).name, path, label, unit, before, now, noise, outcome, **where)
 
 

@@ -66,7 +66,7 @@ def noise_warnings(latencies: Sequence[Latency], before: MachineState, root: Pat
         found.append(BenchWarning(WarningKind.BUSY, value=before.load, limit=quiet))
     if noisy := [latency.variation for latency in latencies if latency.variation > MAX_VARIATION]:
         found.append(BenchWarning(WarningKind.NOISY, "", max(noisy), MAX_VARIATION, len(noisy), len(latencies)))
-    if events := _throttle_events(root) - before.throttle_events:
+    if (events := _throttle_events(root) - before.throttle_events) > 0:  # a core that was switched off has no counter
         found.append(BenchWarning(WarningKind.THROTTLED, count=events))
     return found
 

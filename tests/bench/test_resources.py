@@ -161,6 +161,7 @@ def test_noise(tmp_path: Path) -> None:
     write(tmp_path, {"sys/class/hwmon/hwmon2/oc1_event_cnt": 3})
     (found,) = noise_warnings([timed()], before._replace(load=0), tmp_path)
     assert (found.kind, found.count) == (WarningKind.THROTTLED, 2)
+    assert not noise_warnings([timed()], before._replace(load=0, throttle_events=9), tmp_path)
 
 
 # GPUs and clocks

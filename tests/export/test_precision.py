@@ -111,16 +111,21 @@ class Graph:
         return [self.producer[name].op_type for name in node.input]
 
 
+def value_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Data type of each value and constant, by name."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+
+
 def test_fp16_is_float16_from_first_convolution_to_output(fp16: ExportedFile, tiny_export: ExportedFile) -> None:
     assert fp16.cosine_min >= 0.9999
     assert fp16.size < 0.51 * tiny_export.size
     assert (fp16.spec.precision, fp16.spec.quantization) == ("fp16", None)
     assert 0 < fp16.largest_value < FLOAT16_MAX
     model = onnx.load(fp16.path)
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    values = (*inferred.value_info, *inferred.input, *inferred.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    types = value_types(model)
     assert (types["images"], types["embeddings"]) == (TensorProto.UINT8, TensorProto.FLOAT)
     for node in model.graph.node:
         if node.op_type not in ("Cast", "Transpose", "Mul"):  # preprocessing, and the casts at both ends
@@ -187,10 +192,7 @@ def test_weights_round_to_their_neighbors_and_keep_each_channels_sum(target: str
 def test_what_is_not_int8_for_tensorrt_is_float16(int8: dict[str, ExportedFile]) -> None:
     """From the first convolution to the output; preprocessing is float32, as in FP16 exports."""
     graph = Graph(int8["tensorrt"].path)
-    inferred = onnx.shape_inference.infer_shapes(graph.model).graph
-    values = (*inferred.value_info, *inferred.input, *inferred.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    types |= {tensor.name: tensor.data_type for tensor in graph.model.graph.initializer}
+    types = value_types(graph.model)
     assert (types["images"], types["embeddings"]) == (TensorProto.UINT8, TensorProto.FLOAT)
     seen = Counter[str]()
     names = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "float16", TensorProto.INT8: "int8"}
