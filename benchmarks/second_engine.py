@@ -51,7 +51,7 @@ def main() -> None:
         base = embed_files(load(first, "cpu"), paths, report=report).embeddings
         for path in arguments.models:
             embedder = OpenVinoEmbedder(path, arguments.as_written)
-            found = embed_files(embedder, paths, report=about(path.name, report)).embeddings
+            found = embed_files(embedder, paths, report=about("OpenVINO", report)).embeddings
             cosine, change = cosines(base, found), ""
             if not arguments.images:
                 before, after = (evaluate_dataset(dataset, embeddings).mAP for embeddings in (base, found))
