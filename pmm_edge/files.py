@@ -1,4 +1,4 @@
-"""Files: typed JSON and TOML, atomic writes, hashes and cache folders."""
+"""Files: typed JSON, atomic writes, hashes and cache folders."""
 
 import fcntl
 import glob
@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -18,11 +17,6 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from pmm_edge.errors import DataError, OutputError, PmmError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 T = TypeVar("T")
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # Python's characters for the bytes of a path that is not UTF-8
@@ -82,14 +76,6 @@ def decode_sealed(kind: type[T], text: bytes, source: str, error: type[PmmError]
 def json_digest(content: dict[str, Any]) -> str:
     """SHA-256 of JSON with sorted keys and no spaces."""
     return hashlib.sha256(encode_json(content, indent=0).encode()).hexdigest()
-
-
-def decode_toml(kind: type[T], text: str, source: str) -> T:
-    """Decode TOML into `kind` as `decode_json` does; an integer is accepted where a float is expected."""
-    try:
-        return msgspec.convert(tomllib.loads(text), type=kind)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as reason:  # ValueError: also for 5,000 digits
-        raise PmmError(f"{source} is not valid: {reason}", "Correct that entry") from reason
 
 
 def cache_folder() -> Path:

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
-
-from pmm_edge.files import tomllib
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "docker").iterdir())
@@ -13,7 +12,7 @@ FILES = sorted((ROOT / "docker").iterdir())
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_container_files(file: Path) -> None:
-    text, project = file.read_text(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text, project = file.read_text(), msgspec.toml.decode((ROOT / "pyproject.toml").read_text())["project"]
     ((extra, more),) = re.findall(r"pip install --no-cache-dir '\.\[(\w+)\]'(?: '(.*)')?", text)
     assert extra in project["optional-dependencies"]
     requirements = [one for group in project["optional-dependencies"].values() for one in group]

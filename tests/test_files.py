@@ -1,4 +1,4 @@
-"""Typed JSON and TOML name the wrong entry, files are written whole or not at all, and runs are found again."""
+"""Typed JSON names the wrong entry, files are written whole or not at all, and runs are found again."""
 
 import fcntl
 import os
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pmm_edge.errors import DataError, ModelError, OutputError, PmmError
+from pmm_edge.errors import DataError, ModelError, OutputError
 from pmm_edge.files import (
     check_new_folder,
     check_place,
     decode_json,
-    decode_toml,
     encode_json,
     folder_written_whole,
     remove_unfinished,
@@ -55,13 +54,6 @@ def test_wrong_json() -> None:
             with pytest.raises(kind) as caught:
                 decode_json(Whole, text, "x.json", kind)
             assert entry in caught.value.problem
-
-
-def test_toml() -> None:
-    assert decode_toml(Whole, 'name = "a"\nparts = []\nratio = 1', "it") == Whole("a", [], 1.0)
-    for text in ("name =", 'name = "a"\nparts = [{size = "1"}]'):
-        with pytest.raises(PmmError):
-            decode_toml(Whole, text, "it")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from pmm_edge.errors import ModelError, PmmError, did_you_mean
-from pmm_edge.files import decode_toml
 from pmm_edge.runs import CONFIG, about_run, never_began
 from pmm_edge.spec import MAX_SIDE, Method, Mix
 
@@ -195,9 +194,11 @@ def choose_config(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return decode_toml(dict[str, Any], path.read_text("utf-8", "surrogateescape"), str(path))
+        return msgspec.toml.decode(path.read_text("utf-8", "surrogateescape"))
     except OSError as error:
         raise PmmError(f"cannot read {path}: {error}", "Name a TOML file, as config.toml of a run") from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits
+        raise PmmError(f"{path} is not valid: {error}", "Correct that entry") from error
 
 
 def _override(base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:

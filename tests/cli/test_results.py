@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import msgspec
 import numpy as np
 import pytest
 from color_network import color_network
@@ -19,7 +20,6 @@ from PIL import Image
 import pmm_edge
 from pmm_edge.bench.evaluation import evaluate_model
 from pmm_edge.errors import OutputError
-from pmm_edge.files import decode_toml
 from pmm_edge.render import bench_command
 from pmm_edge.retrieval.distances import unit_length
 from pmm_edge.runs import AboutRun, new_run_folder
@@ -55,11 +55,11 @@ def test_a_run(pmm: Callable, tiny_dataset: Path, tmp_path: Path) -> None:
 def test_print_config_prints_toml_that_repeats_the_run(pmm: Callable, tmp_path: Path) -> None:
     path = "/weights/" + "a long name " * 15 + '/:smile:/[bold]\t"x".pth'
     printed = pmm("train", "--preset", "market1501", "--epochs", 7, "--backbone-weights", path, "--print-config").stdout
-    settings = decode_toml(dict, printed, "it")
+    settings = msgspec.toml.decode(printed)
     assert (settings["preset"], settings["epochs"], settings["backbone_weights"]) == ("market1501", 7, path)
     (tmp_path / "run.toml").write_text(printed)
     assert pmm("train", "--config", tmp_path / "run.toml", "--print-config").stdout == printed
-    assert decode_toml(dict, pmm("train", "--print-config").stdout, "it")["preset"] == "quick"
+    assert msgspec.toml.decode(pmm("train", "--print-config").stdout)["preset"] == "quick"
 
 
 def test_print_config_of_a_run_trains_nothing(pmm: Callable, run: Path) -> None:

@@ -100,7 +100,10 @@ def test_settings_that_did_not_exist_when_a_run_started_are_defaults_and_not_tho
         ("embedding_size = 0", "1"),
         ('method = "pcb"\nembedding_size = 256', "--embedding-size"),
         ('method = "cama"\nembedding_size = 256', "--embedding-size"),
-        ("epochs = [", ""),
+        ("epochs = [", "entry"),
+        ("epochs = " + "9" * 5000, "entry"),
+        ("epochs = " + "[" * 9999, "entry"),
+        ("epochs = [1]", "int"),
     ],
 )
 def test_a_wrong_setting_is_refused(tmp_path, toml, remedy):
