@@ -296,9 +296,7 @@ def show_search(found: Sequence[SearchResult]) -> None:
         false = f"{found[0].expected_false_matches:.3g} rows of other people are expected within it"
         note(f"[dim]threshold {threshold.distance:.4g}, false-match rate {threshold.fmr:g} per row: {false}[/]")
     elif found:
-        note(
-            "[dim]no threshold: the model was exported before pmm calibrate; one exported later needs a new gallery[/]"
-        )
+        note("[dim]no threshold: run pmm calibrate and pmm export, and search with that model[/]")
 
 
 def show_gallery(found: GalleryInfo) -> None:

@@ -378,7 +378,7 @@ class Gallery(ABC):
 
     def _threshold(self, calibration: Calibration | None, fmr: float | None) -> Threshold | None:
         if calibration is None and fmr is not None:
-            remedy = "Run pmm calibrate, export the model, and create the gallery again"
+            remedy = "Run pmm calibrate and pmm export, and open the gallery with that model"
             raise ModelError(f"the model of {self.location} has no decision thresholds", remedy)
         try:
             return calibration.threshold(FMR if fmr is None else fmr, self.distance) if calibration else None

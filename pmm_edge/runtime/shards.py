@@ -215,7 +215,6 @@ def _finished(result: EmbeddedShards, report: Report) -> set[int]:
     for path in result.storage.files(deep=False):
         if path.suffix != ".parquet":
             continue
-        report("checking finished shards", len(finished), manifest.shards)
         number = int(digits) if (digits := path.stem.removeprefix("shard-")).isdecimal() else -1
         try:
             rows, bad = _check_shard(result.storage, path, manifest, number)
@@ -225,6 +224,7 @@ def _finished(result: EmbeddedShards, report: Report) -> set[int]:
             warnings.warn(f"{path} is damaged and is written again: {error}", PmmWarning, stacklevel=3)
             continue
         finished.add(number)
+        report("checking finished shards", len(finished), manifest.shards)
         result.rows, result.bad, result.kept = result.rows + rows, result.bad + bad, result.kept + 1
     return finished
 
