@@ -75,7 +75,6 @@ _CUHK03_NAME = re.compile(r"([1-9])_(\d{3,4})_([12])_\d{1,3}\.png", re.ASCII)
 # Folders that hold a split, not a person.
 _SPLIT_NAMES = {*people.SPLITS, "test", "val", "validation", "train_all", TRAIN, GALLERY, "bbox_train", "bbox_test"}
 _PER_PERSON = "For a folder per person, name the folders train, query and gallery, or put the people into one folder"
-_LABELS = ("pids", "camids")
 _OTHER_FORMATS = re.compile(r"\.(avif|cr2|dng|gif|hei[cf]|j2k|jfif|jp2|jpe|jxl|nef|p[bgnp]m|tga|tiff?)")
 
 
@@ -93,13 +92,11 @@ class Split:
         return len(self.paths)
 
     def select(self, rows: Sequence[int] | NDArray[np.intp]) -> Split:
-        """The images at these indices."""
         rows = np.asarray(rows, np.intp)
         tracks = None if self.tracks is None else self.tracks[rows]
         return Split([self.paths[row] for row in rows], self.pids[rows], self.camids[rows], tracks)
 
     def without(self, bad: Collection[Path]) -> Split:
-        """Without images that cannot be read."""
         return self.select([row for row, path in enumerate(self.paths) if path not in bad])
 
     @property
@@ -109,7 +106,6 @@ class Split:
 
     @property
     def size(self) -> SplitSize:
-        """The size as papers count it."""
         return SplitSize(self.identities, int((self.pids != JUNK_PID).sum()))
 
 
@@ -434,20 +430,22 @@ def combine(datasets: Sequence[ReidDataset]) -> ReidDataset:
     Raises DataError if a data set is named twice or has no people to train on.
     """
     first, *others = datasets
-    parts, last = [first.train], [max(getattr(one, name).max() for one in first.splits.values()) for name in _LABELS]
+    if not others:
+        return first
+    parts, splits = [first.train], first.splits.values()
+    last_pid, last_camid = max(split.pids.max() for split in splits), max(split.camids.max() for split in splits)
     for number, one in enumerate(others, 1):
         train = one.train
         if any(one.root.resolve() == other.root.resolve() for other in datasets[:number]):
             raise DataError(f"{one.root} is named twice", "Name each data set once")
         if not train.identities:
             raise DataError(f"the training set of {one.root} has no identities", "Leave it out, or correct its labels")
-        pids = np.where(train.pids > DISTRACTOR_PID, train.pids + last[0], train.pids)
-        parts.append(Split(train.paths, pids, train.camids + last[1] + 1))
-        last = [max(last[0], pids.max()), parts[-1].camids.max()]
-    if not others:
-        return first
-    labels = (np.concatenate([getattr(part, name) for part in parts]) for name in _LABELS)
-    train = Split([path for part in parts for path in part.paths], *labels)
+        pids = np.where(train.pids > DISTRACTOR_PID, train.pids + last_pid, train.pids)
+        camids = train.camids + last_camid + 1
+        parts.append(Split(train.paths, pids, camids))
+        last_pid, last_camid = max(last_pid, pids.max()), camids.max()
+    pids, camids = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pids", "camids"))
+    train = Split([path for part in parts for path in part.paths], pids, camids)
     return replace(first, name="+".join(one.name for one in datasets), train=train)
 
 
