@@ -4,7 +4,7 @@ Train the student both ways, export it and its teacher in INT8 for CPUs, and tim
 on identities not seen in training, with mean and standard deviation over the seeds, operations and latency. Finished
 trainings are reused from the output folder: run the same command again to continue an interrupted comparison.
 
-    python benchmarks/student.py --teacher runs/teacher --set backbone=mobilenet_v3_small  # the synthetic data set
+    python benchmarks/student.py --teacher runs/teacher --set backbone=mobilenet_v3_small --set lr=1e-3 --set epochs=144
     python benchmarks/student.py DATA --teacher best.pt --preset edge --seeds 0,1,2 --json student.json
 
 Measure latency on an idle machine.
