@@ -35,9 +35,9 @@ INTERRUPTED = 130
 STOPPED = {"timeout": "the time limit of the stage", "interrupted": "interrupted"}
 """Status of a stage that was killed -> why it left something out."""
 BASE = ("numpy", "PIL", "typer", "rich", "msgspec", "jinja2", "filelock", "pynvml", "onnxruntime", "torch")
-TRAINING = (*BASE, "torchvision", "safetensors", "tensorboard", "tomli_w")
+TRAINING = (*BASE, "torchvision", "safetensors", "tensorboard", "absl", "tomli_w")  # tensorboard imports absl
 QUANTIZATION = ("onnxruntime.quantization", "onnxruntime.transformers")  # which the first one imports
-EXPORT = (*BASE, "torchvision", "safetensors", "onnx", "onnxscript", *QUANTIZATION)
+EXPORT = (*BASE, "torchvision", "safetensors", "onnx", "onnxscript", "onnx_ir", *QUANTIZATION)
 
 
 @dataclass(frozen=True)

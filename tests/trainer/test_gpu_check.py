@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_an_interrupt_ends_all_processes(command, tmp_path):
     wait_for(lambda: not alive((tmp_path / "grandchild").read_text()))
 
 
+def test_a_stage_of_the_real_check_runs_in_a_process_of_its_own(tmp_path):
+    """Without TensorRT, stage e finds nothing but the reason."""
+    command = [sys.executable, BENCHMARKS / "gpu_check.py", "--small", "--stages", "e", "--output", tmp_path / "out"]
+    script = "import sys; sys.modules['tensorrt'] = None"
+    (tmp_path / "sitecustomize.py").write_text(script)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode == 0
+    (stage,) = report_in(tmp_path).values()
+    assert (stage["status"], stage["small"], len(stage["skipped"]), stage["errors"]) == ("skipped", True, 1, [])
+    assert stage["skipped"][0].startswith("TensorRT: ")
+
+
 @pytest.fixture
 def stages(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -146,10 +159,10 @@ def stages(monkeypatch, tmp_path):
 def run(stages, tmp_path):
     """Run a stage in this process; return its figures by table, row and name."""
 
-    def run(letter, method_epochs=1, **other):
+    def run(letter, method_epochs=1, seconds=60, **other):
         sizes = {**vars(stages.SMALL), "step": Namespace(backbone="tiny", height=96, width=32, batch=8), "rows": "PMM"}
         sizes["methods"] = stages.SMALL.methods | {"backbone": "tiny"}
-        check = stages.Check(letter, tmp_path, Namespace(**{**sizes, **other}), 60, method_epochs)
+        check = stages.Check(letter, tmp_path, Namespace(**{**sizes, **other}), seconds, method_epochs)
         stages.RUN[letter](check)
         assert json.loads((tmp_path / f"{letter}.json").read_text())["errors"] == check.found["errors"], "saved"
         figures = {}
@@ -290,6 +303,9 @@ def test_gpu_tests_are_counted_by_outcome(run, stages, monkeypatch, tmp_path):
     assert figures["pytest -m gpu"]["tests"] == {"passed": 2, "failed": 1, "error": 0, "skipped": 1}
     assert len(found["errors"]) == 1 and "test_fails" in found["errors"][0]
     assert len(found["skipped"]) == 1 and "no TensorRT" in found["skipped"][0]
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --unknown\n")
+    _, found = run("b")
+    assert len(found["errors"]) == 1 and "exit code 4" in found["errors"][0]
 
 
 def test_the_machine_is_described(run, monkeypatch):
@@ -299,3 +315,96 @@ def test_the_machine_is_described(run, monkeypatch):
     _, found = run("a")
     assert found["facts"].keys() >= {"processor", "packages", "doctor, TensorRT"}
     assert torch.__version__ in found["facts"]["packages"]
+
+
+def test_a_gpu_is_described(run, monkeypatch):
+    from pmm_edge import doctor
+    from pmm_edge.bench import resources
+
+    about = Namespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: about)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    monkeypatch.setattr(resources, "open_gpu", lambda device: Namespace(driver="580.1", max_mhz=1980))
+    monkeypatch.setattr(doctor, "examine", lambda: {"checks": {}})
+    facts = run("a")[1]["facts"]
+    assert facts["GPU"] == "NVIDIA H100, 80 GiB, compute capability 9.0, cuDNN 91300"
+    assert facts["driver"] == "580.1, highest SM clock 1980 MHz"
+
+
+def test_waits_and_memory_of_a_gpu_are_counted(stages, monkeypatch):
+    modes, calls = [], []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    texts = ("called a synchronizing CUDA operation", "called a synchronizing CUDA operation", "another warning")
+    assert stages._synchronizations(lambda: [warnings.warn(text, stacklevel=1) for text in texts]) == 2
+    with pytest.raises(ZeroDivisionError):
+        stages._synchronizations(lambda: 1 / 0)
+    assert modes == ["warn", "default"] * 2
+    assert stages._peak_memory() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 29)
+    stages.reset_memory()
+    assert calls == ["empty_cache", "reset_peak_memory_stats"] and stages._peak_memory() == 1.5
+
+
+def test_an_error_in_a_part_leaves_the_rest(stages, tmp_path):
+    check = stages.Check("c", tmp_path, stages.SMALL, 60, 1)
+    with check.part("whole"):
+        with check.part("first"):
+            assert json.loads((tmp_path / "c.json").read_text())["part"] == "first"
+            raise ValueError("it failed\nfor a long reason")
+        assert check.found["part"] == "whole"
+    assert check.found["errors"] == ["first: ValueError: it failed"] and check.found["part"] is None
+
+
+@pytest.mark.parametrize(
+    ("compiled", "seconds", "reason"), [(0.5, 60, ""), (1.0, 60, "1.00"), (0.5, 0, "0 s are left")]
+)
+def test_compiled_epochs_need_a_faster_step_and_time(compiled, seconds, reason, run, stages, monkeypatch):
+    import train_step
+
+    def step_of(network, options, device, dtype, **choice):
+        return Namespace(seconds=compiled if choice.get("compiled") else 1.0)
+
+    trained = []
+    monkeypatch.setattr(train_step, "step_of", step_of)
+    monkeypatch.setattr(train_step, "seconds", lambda step, device, count=1: getattr(step, "seconds", 1.0))
+    monkeypatch.setattr(stages, "_train_epochs", lambda check, name, compiled: trained.append((name, compiled)))
+    figures, found = run("c", seconds=seconds)
+    assert not found["errors"]
+    goal = figures["Goals on an H100"]["--compile, times as fast as without"]
+    assert goal == {"measured": 1 / compiled, "goal": "at least 1.2", "met": "no" if compiled == 1 else "yes"}
+    assert trained == [("bf16", False), *[("bf16, --compile", True)] * (not reason)]
+    assert [reason in text for text in found["skipped"]] == [True] * bool(reason)
+
+
+def test_a_network_is_drawn_if_none_was_trained_and_only_what_runs_is_compared(run, stages, monkeypatch, tmp_path):
+    from pmm_edge.errors import PmmError
+    from pmm_edge.runtime import onnx_backend
+
+    def refused(*_):
+        raise PmmError("no CUDA", "")
+
+    compared = []
+    monkeypatch.setattr(stages, "_export", lambda check, checkpoint, data, precision: checkpoint.with_suffix(".onnx"))
+    monkeypatch.setattr(stages, "_compare", lambda check, models, *others: compared.append((models, *others)))
+    monkeypatch.setattr(onnx_backend, "open_session", refused)
+    _, found = run("d")
+    (models, checkpoint, data, device) = compared[0]
+    assert list(models) == ["exported weights in PyTorch"] and device == "cpu"
+    assert checkpoint.is_file() and (data / "bounding_box_train").is_dir()
+    assert [text.partition(":")[0] for text in found["skipped"]] == ["a trained network", "ONNX Runtime CUDA"]
+
+
+def test_a_model_that_fails_its_gates_fails_the_stage(stages, monkeypatch, tiny_checkpoint, tiny_dataset, tmp_path):
+    import pmm_edge.bench as bench
+
+    failure = Namespace(kind=Namespace(value="cosine"), detail="0.5, at least 0.9")
+    model = Namespace(parity=None, retrieval=None, retrieval_change=None, failures=[failure])
+    monkeypatch.setattr(bench, "bench", lambda *_, **__: Namespace(report=Namespace(models=[model], images=3)))
+    check = stages.Check("d", tmp_path, Namespace(**{**vars(stages.SMALL), "batches": ()}), 60, 1)
+    stages._compare(check, {"export": Path("export.safetensors")}, tiny_checkpoint, tiny_dataset, "cpu")
+    assert check.found["errors"] == ["parity of export: cosine 0.5, at least 0.9"]
+    assert check.found["figures"][0]["value"] == "failed"

@@ -12,12 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import double
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[2]
 TENSORRT = (
@@ -65,7 +65,9 @@ def installed(package: str, *more: str) -> Path:
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+    with FileLock(cache / "lock"), tempfile.TemporaryDirectory(dir=cache) as temporary:
+        if folder.is_dir():  # another process has installed it
+            return folder
         made, source = Path(temporary, "made"), Path(temporary, "empty.c")
         options = ["--no-deps"] if package in TENSORRT or more else []
         run(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(made), *options, package, *more)
@@ -74,8 +76,7 @@ def installed(package: str, *more: str) -> Path:
             major = package.partition("==")[2].partition(".")[0]
             for library in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
                 run("gcc", "-shared", "-fPIC", str(source), "-o", str(made / f"lib{library}.so.{major}"))
-        with suppress(OSError):  # another process was faster
-            made.rename(folder)
+        made.rename(folder)
     return folder
 
 

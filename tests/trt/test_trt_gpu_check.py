@@ -17,10 +17,10 @@ def test_engines_are_built_compared_and_timed(
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import gpu_stages
 
+    monkeypatch.setattr(gpu_stages, "TRTEXEC_FOLDER", str(tmp_path))
     trtexec = tmp_path / "trtexec"
     trtexec.write_text("#!/bin/sh\necho '[I] GPU Compute Time: min = 1 ms, mean = 2 ms, median = 1.25 ms, p = 3 ms'\n")
     trtexec.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(gpu_stages, "_checkpoint", lambda check: (onnx, tiny_dataset))
     monkeypatch.setattr(gpu_stages, "_export", lambda *_: onnx)
     monkeypatch.setattr(tensorrt, "read_precision", lambda *_: PrecisionCount({"FP32": 9}, {"FP32": 3, "FP16": 1}))
