@@ -23,6 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from machine import end_with, machine
 from method_tables import Figures, Row, draw, rows_named, show, tables_of
 
@@ -30,7 +31,7 @@ from pmm_edge.console import INTERRUPTED, print_line, progress
 from pmm_edge.data.dataset import scan
 from pmm_edge.data.synthetic import cached_synthetic
 from pmm_edge.errors import CheckFailedError, PmmError
-from pmm_edge.files import decode_toml, written_whole
+from pmm_edge.files import written_whole
 from pmm_edge.gallery.inputs import EmbeddingModel
 from pmm_edge.runs import CONFIG, resolve_checkpoint
 from pmm_edge.runtime import load
@@ -119,8 +120,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         if name in ("preset", "method", "mix", "seed"):
             raise PmmError(f"--set {name}: the rows differ in it", "Use --preset, --methods or --seeds")
         try:
-            values |= decode_toml(dict[str, Any], f"{name} = {value}", "--set")
-        except PmmError:  # text without quotes, such as 3x2
+            values |= msgspec.toml.decode(f"{name} = {value}")
+        except (msgspec.MsgspecError, ValueError, RecursionError):  # text without quotes, such as 3x2
             values[name] = value
     return values
 
