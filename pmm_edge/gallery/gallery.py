@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -28,6 +28,7 @@ from pmm_edge.gallery.inputs import (
     local_time,
     read_embedded,
     seconds,
+    whole_numbers,
 )
 from pmm_edge.images import BadImage
 from pmm_edge.retrieval.distances import check_matrix, finite_rows, unit_length
@@ -250,7 +251,7 @@ class Gallery(ABC):
         query: Any,
         *,
         top: int = 10,
-        cameras: str | Sequence[str] | None = None,
+        cameras: str | Collection[str] | None = None,
         since: Moment | None = None,
         before: Moment | None = None,
         fmr: float | None = None,
@@ -279,7 +280,7 @@ class Gallery(ABC):
         names, queries, calibration = self._queries(query, report)
         threshold = self._threshold(calibration or model.spec.calibration, fmr)
         first, end = (None if moment is None else seconds(moment) for moment in (since, before))
-        where = Where(_listed(cameras), first, end)
+        where = Where(None if cameras is None else list(map(str, _listed(cameras))), first, end)
         searched, found = self._nearest(self._checked(queries), top, where, exact)
         if threshold:
             found = [[replace(hit, same_person=hit.distance <= threshold.distance) for hit in hits] for hits in found]
@@ -291,22 +292,28 @@ class Gallery(ABC):
     def delete(
         self,
         *,
-        pids: int | Sequence[int] | None = None,
-        sources: str | Sequence[str] | None = None,
+        pids: int | Collection[int] | None = None,
+        sources: str | Collection[str] | None = None,
         older_than: timedelta | str | None = None,
         report: Report = silent,
     ) -> int:
         """Delete the rows that meet all given conditions, verify that none is left, and return their number.
 
         `older_than` is a duration such as `30d`, `12h` or `90m`, compared with the time of each row. Raises DataError
-        if there is no gallery, PmmError without a condition, OutputError if the gallery cannot be written.
+        if there is no gallery, PmmError without a condition or for pids that are not whole numbers, OutputError if the
+        gallery cannot be written.
         """
         self._existing()
         if pids is None and sources is None and older_than is None:
             raise PmmError("deleting needs an identity, a source or an age", "Name what to delete")
         before = None if older_than is None else time.time() - duration(older_than).total_seconds()
+        try:
+            numbers = None if pids is None else whole_numbers(_listed(pids), np.int64).tolist()
+        except (ValueError, TypeError, OverflowError) as error:
+            raise PmmError(f"{pids} cannot be identities: {error}", "Pass whole numbers") from error
+        texts = None if sources is None else _listed(sources)
         with self._writing():
-            return self._remove(Where(before=before, pids=_listed(pids), sources=_listed(sources)), report)
+            return self._remove(Where(before=before, pids=numbers, sources=texts), report)
 
     def _existing(self) -> EmbeddingModel:
         if self.model is None:
@@ -388,9 +395,9 @@ class Gallery(ABC):
             raise
 
 
-def _listed(values: Any) -> list[Any] | None:
+def _listed(values: Any) -> list[Any]:
     """One value or several as a list."""
-    return None if values is None else np.atleast_1d(values).tolist()
+    return [values] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
 
 
 def open_gallery(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pmm_edge.console import Report
 from pmm_edge.errors import DataError, ModelError, PmmError
@@ -73,10 +73,9 @@ class Rows:
         values, count = dict[str, Any](), len(self.sources)
         for name, given in labels.items():
             try:
-                array = np.asarray(given)
-                values[name] = np.broadcast_to(array.astype(_KINDS[name]), count)
-                if name in ("ids", "pids") and array.dtype.kind in "if" and (values[name] != array).any():
-                    raise ValueError("a value is negative or not a whole number")
+                kind = _KINDS[name]
+                array = whole_numbers(given, kind) if name in ("ids", "pids") else np.asarray(given).astype(kind)
+                values[name] = np.broadcast_to(array, count)
                 if name == "times" and count:
                     for extreme in (values[name].min(), values[name].max()):
                         local_time(extreme)
@@ -89,6 +88,18 @@ class Rows:
     def select(self, chosen: NDArray[np.bool_]) -> "Rows":
         """The rows where (N,) `chosen` is True."""
         return self if chosen.all() else Rows(*(values[chosen] for values in vars(self).values()))
+
+
+def whole_numbers(values: ArrayLike, kind: DTypeLike) -> NDArray[Any]:
+    """Convert to a type of integers; raise ValueError, TypeError or OverflowError for what it cannot represent."""
+    array = np.asarray(values)
+    if array.dtype.kind == "f" and not isinstance(values, np.ndarray):
+        array = np.asarray(values, object)  # NumPy rounds Python's integers if one of them needs 64 bits
+    with np.errstate(invalid="ignore"):
+        numbers = array.astype(kind)
+    if array.dtype.kind in "iufO" and (numbers != array).any():
+        raise ValueError("a value is not a whole number, or out of range")
+    return numbers
 
 
 def embedded_files(source: object) -> list[Path]:

@@ -152,7 +152,8 @@ class ImageListing:
         if not shard:
             raise no_images(Path(str(self.source)), ignored)
         yield shard
-        warn_ignored(self.storage.root, ignored)
+        if not self.count:  # it was not reported in an earlier pass
+            warn_ignored(self.storage.root, ignored)
         self.count, self.digest = number + 1, digest.hexdigest()
 
     def _items(self, ignored: Counter[str]) -> Iterator[Item]:

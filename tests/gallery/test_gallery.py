@@ -106,11 +106,12 @@ def test_a_gallery_is_its_rows(storage: str, distance: Distance, tmp_path: Path,
 
 def test_a_filter_is_one_value_or_several(opened: Callable[..., Gallery]) -> None:
     gallery, rows = opened(model_of()), np.eye(4, SIZE, dtype=np.float32)
-    gallery.add(rows, sources=["ab", "a", "b", "c"], pids=[1, 2, 3, 3], cameras=["", "lob", "lobby", "b"])
-    for cameras, found in (("lobby", ["b"]), (["lobby", ""], ["ab", "b"])):
+    gallery.add(rows, sources=["ab", "a", "b", "c"], pids=[1, 2, 3, 3], cameras=["", "lob", "lobby", "7"])
+    for cameras, found in (("lobby", ["b"]), (["lobby", ""], ["ab", "b"]), ({"lobby", ""}, ["ab", "b"]), (7, ["c"])):
         hits = gallery.search(rows[:1], cameras=cameras)[0].hits
         assert sorted(hit.source for hit in hits) == found
-    assert (gallery.delete(sources="ab"), gallery.delete(pids=3), gallery.info().rows) == (1, 2, 1)
+    assert (gallery.delete(sources={"ab"}), gallery.delete(pids=np.array([3.0])), gallery.info().rows) == (1, 2, 1)
+    assert (gallery.delete(sources="ab"), gallery.delete(sources="a"), gallery.info().rows) == (0, 1, 0)
 
 
 def test_the_threshold_decides(opened: Callable[..., Gallery]) -> None:
@@ -139,6 +140,9 @@ def test_age_and_ids(tmp_path: Path) -> None:
     assert [gallery.delete(older_than=age) for age in ("1d", "23h", timedelta(hours=22))] == [2, 0, 1]
     assert gallery.delete(sources=["video.mp4"]) == 1
     assert [hit.source for hit in gallery.search(rows[:1])[0].hits] == ["y"]
+    large = [1, 2**63 + 1, 2**63 + 2]  # NumPy makes float64 of this list, in which two of them are equal
+    assert gallery.add(rows[:3], sources=["z"] * 3, ids=large).added == 3
+    assert {hit.id for hit in gallery.search(rows[:1])[0].hits} > {*large}
 
 
 def test_wrong_use(opened: Callable[..., Gallery]) -> None:
@@ -162,7 +166,8 @@ def test_wrong_use(opened: Callable[..., Gallery]) -> None:
             gallery.add(values, sources=["c", "d"])
     milliseconds = 1000 * time.time()
     for label in (
-        *({"pids": [1, 2, 3]}, {"pids": "x"}, {"pids": [1.5, 2]}, {"ids": [-1, 2]}, {"times": "noon"}),
+        *({"pids": [1, 2, 3]}, {"pids": "x"}, {"pids": [1.5, 2]}, {"pids": np.array([np.nan, 2])}, {"times": "noon"}),
+        *({"pids": np.array([2**63, 2], np.uint64)}, {"ids": [-1, 2]}),
         *({"times": moment} for moment in (milliseconds, [0, np.nan], np.inf)),
     ):
         with pytest.raises(PmmError):
@@ -170,6 +175,9 @@ def test_wrong_use(opened: Callable[..., Gallery]) -> None:
     for age in ("30", "d", "thirty days", "1y"):
         with pytest.raises(PmmError, match=age):
             gallery.delete(older_than=age)
+    for pids in (1.5, [1.5], [2**63], [None], "x"):  # no other person must be deleted
+        with pytest.raises(PmmError):
+            gallery.delete(pids=pids)
     with pytest.raises(PmmError):
         gallery.delete()
     with pytest.raises(PmmError):

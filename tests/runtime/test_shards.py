@@ -238,6 +238,13 @@ def test_wrong_use(onnx: Embedder, crops: Path, tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_ignored_is_one_warning(onnx: Embedder, crops: Path, tmp_path: Path) -> None:
+    (crops / "cam0" / "animation.gif").touch()
+    with pytest.warns(PmmWarning, match="gif") as caught:
+        embed_shards(onnx, crops, tmp_path / "out")
+    assert len(caught) == 1
+
+
 def test_an_image_that_appears_meanwhile(onnx: Embedder, crops: Path, tmp_path: Path) -> None:
     def add(what: str, *_: object) -> None:
         if what.startswith("embedding"):
