@@ -23,7 +23,11 @@ from pmm_edge.runtime.model_file import read_model
 
 _NO_VERDICT = (FailureKind.CANNOT_RUN, FailureKind.EMBEDDING_SIZE)
 """Failures without a comparison."""
-_FOLDERS = re.compile(r"[^\s'\"]*/(?=[^\s/]+\.(?:onnx|engine|safetensors|pth?)\b)")
+_MODEL = r"\.(?:onnx|engine|safetensors|pth?)\b"
+_FOLDERS = re.compile(
+    rf"(?:(?<!\S)|(?<=['\"(]))[~.]{{,2}}/(?:(?:(?!{_MODEL})[^/\n])*/)*(?=[^/\n]*{_MODEL})"  # may contain spaces
+    rf"|[^\s'\"]*/(?=[^\s/]+{_MODEL})"
+)
 """Of model files in a sentence."""
 
 

@@ -20,8 +20,8 @@ def normalize(crops: Tensor) -> Tensor:
     (N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, channels-last in memory.
     """
     scale, shift = _scale_and_shift(crops.device, crops.shape[2])
-    images = crops.float()
-    images.view(*images.shape[:2], -1).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
+    images = crops.contiguous().to(torch.float32, copy=True)
+    images.flatten(2).mul_(scale).sub_(shift)  # whole rows use SIMD, three channels do not
     return images.permute(0, 3, 1, 2)
 
 

@@ -14,6 +14,10 @@ def crops():
 def test_normalize_is_the_imagenet_formula(crops):
     expected = (crops.numpy() / 255.0 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     np.testing.assert_allclose(normalize(crops).numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
+    planes, floats = crops.permute(0, 3, 1, 2).contiguous(), crops.float()
+    assert torch.equal(normalize(planes.permute(0, 2, 3, 1)), normalize(crops))  # of any strides
+    assert torch.equal(normalize(floats), normalize(crops)) and torch.equal(floats, crops.float())
+    assert normalize(crops[:0]).shape == (0, 3, 24, 12)
 
 
 def test_half_are_flipped_and_half_have_a_square_erased(crops):
