@@ -123,6 +123,7 @@ def test_invalid_options_are_rejected_before_any_work(
     (tmp_path / "full" / "taken" / "file").touch()
     with pytest.raises(error) as caught:
         export(tiny_checkpoint, **{"out": "model.onnx"} | options)
+    assert type(caught.value) is error, "a later check has refused it"
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
