@@ -311,6 +311,9 @@ def test_gpu_tests_are_counted_by_outcome(run, stages, monkeypatch, tmp_path):
     assert figures["pytest -m gpu"]["tests"] == {"passed": 2, "failed": 1, "error": 0, "skipped": 1}
     assert len(found["errors"]) == 1 and "test_fails" in found["errors"][0]
     assert len(found["skipped"]) == 1 and "no TensorRT" in found["skipped"][0]
+    (tmp_path / "tests" / "test_some.py").write_text("\n".join([*lines[:2], lines[-1]]))
+    figures, found = run("b")
+    assert not figures and len(found["skipped"]) == 1, "so that the stage does not read as ok"
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --unknown\n")
     _, found = run("b")
     assert len(found["errors"]) == 1 and "exit code 4" in found["errors"][0]
