@@ -181,7 +181,8 @@ def export(
     if result.failures:
         raise result.failures[-1]
     if result.files and not result.engine:
-        note(f"next: [bold]{escape(render.bench_command(result))}[/] compares it with the checkpoint")
+        which = "them" if len(result.files) > 1 else "it"
+        note(f"next: [bold]{escape(render.bench_command(result))}[/] compares {which} with the checkpoint")
 
 
 _gate, _speed = partial(opt, panel="Gates"), partial(opt, panel="Speed")
@@ -576,7 +577,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"this command needs {error.name}. {install('train')}", 2
     if hasattr(error, "format_message"):  # usage errors are click's, which typer bundles in some versions
         remedy = FOREIGN_FLAGS.get(getattr(error, "option_name", ""), "Add -h for help")
-        return f"{error.format_message().rstrip('.')}. {remedy}", 2
+        return f"{error.format_message().replace('Value error, ', '').rstrip('.')}. {remedy}", 2
     return "", 1
 
 

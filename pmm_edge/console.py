@@ -104,12 +104,13 @@ def progress() -> Iterator[Report]:
     If Ctrl-C ends the block, say so.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),  # in a narrow terminal, the bar is what shrinks
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[detail]}", style="dim", markup=False),
         console=err(),
     )
@@ -163,10 +164,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     print_line(f"[bold]{escape(title)}[/]")  # rich would wrap a path in the table's own title
     table = Table()
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(printable(cell, "\n" * (number > 0))) for number, cell in enumerate(row)))
-    out().print(table)
+    if rows:
+        out().print(table)
 
 
 def percent(fraction: float) -> str:

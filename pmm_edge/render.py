@@ -68,9 +68,12 @@ def show_export(result: ExportResult) -> None:
         rows = []
         for file in result.files:
             form, closeness = file.spec.input.form, (f"{file.departure:.1e}", f"{file.cosine_mean:.6f}")
-            rows.append((file.path.name, f"{file.size / 1e6:.1f}", describe_precision(file.spec), form, *closeness))
-        columns = ("file", "MB", "precision", "input", "max difference", "mean cosine")
+            rows.append((file.path.name, f"{file.size / 1e6:.1f}", file.spec.precision, form, *closeness))
+        columns = ("file", "MB", "precision", "input", "max\ndifference", "mean\ncosine")
         print_table(f"exported to {result.files[0].path.parent}", columns, rows)
+        for file in result.files:
+            if file.spec.quantization:
+                print_line(escape(f"{file.path.name}: {describe_precision(file.spec)}"))
         if how := result.files[0].spec.reduction:
             _show_reduction(how, result.files[0].spec.embedding_size)
         if (search := result.files[0].search) and search.layers:
@@ -222,12 +225,13 @@ def show_calibration(result: CalibrationResult) -> None:
     for name in get_args(Distance):
         for one in getattr(found, name).thresholds:
             fmr, tmr = one.fmr_interval, one.tmr_interval
-            intervals = f"{fmr[0]:.2g} to {fmr[1]:.2g}", f"{percent(tmr[0])} to {percent(tmr[1])}"
-            rows.append((name, f"{one.fmr:g}", intervals[0], f"{one.distance:.4g}", percent(one.tmr), intervals[1]))
+            false, true = f"({fmr[0]:.2g}…{fmr[1]:.2g})", f"({percent(tmr[0])}…{percent(tmr[1])})"
+            rates = f"{one.fmr:g}\n{false}", f"{percent(one.tmr)}\n{true}"
+            rows.append((name, f"{one.distance:.4g}", *rates))
     title = f"{result.model} · {found.dataset}: {found.identities:,} people, {found.genuine_pairs:,} pairs of one"
     title += f" person, {found.impostor_pairs:,} of different people"
-    columns = ("distance", "false-match\nrate", "95 % interval,\nother people", "threshold", "true-match\nrate, %")
-    print_table(title, (*columns, "95 % interval,\nother people"), rows)
+    print_table(title, ("distance", "threshold", "false-match rate", "true-match rate, %"), rows)
+    print_line("in parentheses: the 95 % interval for other people")
     eer = ", ".join(f"{name} {percent(getattr(found, name).eer)} %" for name in get_args(Distance))
     print_line(f"equal error rate: {eer}")
     for rate, pairs in result.found.refused.items():
@@ -291,12 +295,13 @@ def show_search(found: Sequence[SearchResult]) -> None:
             who, when = "–" if hit.pid is None else str(hit.pid), f"{hit.time:%Y-%m-%d %H:%M:%S}"
             rows.append((hit.source, f"{hit.distance:.4g}", same[hit.same_person], who, hit.camera or "–", when))
         title = f"{one.query}: {one.verdict}, {one.searched:,} rows searched"
-        print_table(title, ("source", f"{one.distance} distance", "same person", "pid", "camera", "time"), rows)
+        print_table(title, ("source", f"{one.distance}\ndistance", "same\nperson", "pid", "camera", "time"), rows)
     if found and (threshold := found[0].threshold):
         false = f"{found[0].expected_false_matches:.3g} rows of other people are expected within it"
         note(f"[dim]threshold {threshold.distance:.4g}, false-match rate {threshold.fmr:g} per row: {false}[/]")
     elif found:
-        note("[dim]no threshold: run pmm calibrate and pmm export, and search with that model[/]")
+        calibrated = "if the model has been calibrated, choose a rate with --fmr"
+        note(f"[dim]no threshold: {calibrated}; otherwise run pmm calibrate and pmm export, and use that model[/]")
 
 
 def show_gallery(found: GalleryInfo) -> None:

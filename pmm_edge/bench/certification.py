@@ -156,7 +156,8 @@ def verify(
         raise PmmError(f"--digest was given for {len(models)} models", "Verify one model at a time")
     for path in (*models, *([reference] if reference else [])):
         if not path.is_file():
-            raise ModelError(f"{path} does not exist", "Name a file that pmm bench has measured")
+            problem = f"{path} is a folder" if path.is_dir() else f"{path} does not exist"
+            raise ModelError(problem, "Name a file that pmm bench has measured")
     data_hash, reference_hash = None, read_model(reference).sha256 if reference else None
     if data is not None:
         dataset = read(data, layout)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import onnxruntime
@@ -192,7 +192,17 @@ def export(
     float16_scales = precision == "int8" and target != "cpu"
     opsets = range(INT8_OPSET if float16_scales else OPSETS[0], OPSETS[-1] + 1)
     graph_opset = opset or (INT8_OPSET if float16_scales else OPSET)
+    choices: tuple[tuple[str, str | None, Any], ...] = (
+        ("precision", precision, Precision),
+        ("input form", input_form, InputForm),
+        ("target", target, QuantizationTarget),
+        ("calibration method", calibration_method, CalibrationMethod),
+    )
     for is_valid, value, remedy in (
+        *(
+            (value is None or value in get_args(kind), f"{name} '{value}'", f"Choose {', '.join(get_args(kind))}")
+            for name, value, kind in choices
+        ),
         (opset is None or opset in opsets, f"opset {opset} for this precision", f"Choose {opsets[0]} to {opsets[-1]}"),
         (embedding_size is None or embedding_size >= 1, f"embedding size {embedding_size}", "Choose 1 or more"),
         (static_batch is None or static_batch >= 1, f"static batch {static_batch}", "Choose 1 or more"),

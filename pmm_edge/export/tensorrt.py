@@ -81,12 +81,13 @@ def build_engine(
             machine = this_machine(trt, cuda)
             cuda.release()
     except NotOnThisMachineError as error:
-        # Folders of this machine do not exist on the target.
-        command = settings.command(Path(onnx_path.name), Path(out.name), also)
-        raise NotOnThisMachineError(
-            f"{onnx_path} is ready, but its engine cannot be built here: {error}",
-            f"{'Then' if settings.gpus else 'Copy it to the target and'} run: {command}",
-        ) from error
+        if settings.gpus:  # what is missing can be installed here
+            remedy = f"Then run: {settings.command(onnx_path, out, also)}"
+        else:  # folders of this machine do not exist on the target
+            command = settings.command(Path(onnx_path.name), Path(out.name), also)
+            remedy = f"Copy it to the target and run: {command}"
+        problem = f"{onnx_path} is ready, but its engine cannot be built here: {error}"
+        raise NotOnThisMachineError(problem, remedy) from error
     logger, started, cache = error_logger(trt), time.perf_counter(), None
     if settings.timing_cache and not settings.gpus:  # TensorRT for RTX measures nothing when it builds
         key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{machine.tensorrt} {machine.gpu}").strip("-")

@@ -210,7 +210,7 @@ class Gallery(ABC):
         done, listing = AddResult(), None
         parts: Iterable[tuple[EmbeddingModel, Rows]]
         with self._writing():
-            if sources is not None:
+            if sources is not None or isinstance(source, np.ndarray):
                 parts = [self._array(source, sources)]
             elif files := embedded_files(source):
                 parts = chain.from_iterable(map(read_embedded, files))
@@ -354,7 +354,9 @@ class Gallery(ABC):
             raise PmmError("images can only be embedded with a model", "Name the model of the gallery (--model)")
         return self._embedder
 
-    def _array(self, values: ArrayLike, sources: Sequence[str]) -> tuple[EmbeddingModel, Rows]:
+    def _array(self, values: ArrayLike, sources: Sequence[str] | None) -> tuple[EmbeddingModel, Rows]:
+        if sources is None:
+            raise DataError("an array does not say where its rows come from", "Pass sources, a name for each row")
         if self._user_model is None:
             raise PmmError("an array does not say which model computed it", "Pass the model to open_gallery")
         embeddings = check_matrix(values, "embeddings")

@@ -66,6 +66,9 @@ def read_certificate(model: Path) -> Certificate:
     path = certificate_path(model)
     try:
         text = path.read_bytes()
+    except FileNotFoundError as error:
+        problem = f"{model} has no certificate, {path.name}"
+        raise CertificateError(problem, "Run pmm bench, which certifies models that pass") from error
     except OSError as error:
         problem = f"cannot read {path}, the certificate of {model}: {error.strerror}"
         raise CertificateError(problem, "Run pmm bench, which certifies models that pass") from error

@@ -140,6 +140,7 @@ def test_commands(pmm, calibrated, normalized, crowd):
     shown = pmm("calibrate", calibrated, crowd).ok
     assert load_checkpoint(calibrated).spec.checkpoint_sha256 == trained, "also if it is calibrated again"
     assert "0.01" in shown.stdout and "pmm export" in shown.stderr
+    assert max(len(line) for line in shown.stdout.splitlines() if line.startswith("│")) <= 80
     images = sorted((crowd / "query").iterdir())
     for other, code in ((images[0], 0), (images[-1], 1)):
         ended = pmm("match", normalized, images[0], other, "--fmr", 0.01, "--json")

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 
 import pmm_edge
-from pmm_edge import cli
+from pmm_edge import cli, console
 from pmm_edge.console import note, print_json, print_table, progress
 from pmm_edge.data.synthetic import SyntheticConfig
 from pmm_edge.errors import PmmError, PmmWarning
@@ -130,6 +131,19 @@ for call in (lambda: pmm.export("none.pt"), lambda: pmm.bench("none.onnx", refer
 """
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stdout.count("none.pt") == 2
+
+
+def test_a_narrow_terminal_loses_no_figure_and_no_name(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    name, figures = "model-int8-tensorrt-raw.onnx", ["0.996687", "2.4e-06", "(+0.00…+0.00)"]
+    monkeypatch.setattr(console, "out", lambda: Console(width=60))
+    print_table("", ("model", "cosine", "largest", "change"), [(name, *figures)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    cells = [line.strip("│").split("│") for line in lines if line.startswith("│")]
+    assert "".join(row[0].strip() for row in cells) == name
+    assert [cell.strip() for cell in cells[0][1:]] == figures
+    print_table("no rows", ("model", "cosine"), [])
+    assert capsys.readouterr().out.split() == ["no", "rows"]
 
 
 def test_output_arrives_unchanged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,10 @@ def test_a_session(pmm: Callable, run: Path, tiny_dataset: Path) -> None:
     assert Image.open("hits.png").width > 500
     first = found["hits"][0]
     assert Path(first["source"]).is_relative_to(tiny_dataset)
-    assert str(first["pid"]) in pmm(*search).ok.stdout
+    printed = pmm(*search).ok.stdout
+    assert str(first["pid"]) in printed
+    header = next(line for line in printed.splitlines() if line.startswith("┃"))
+    assert len(header) - header.index("┃", 1) <= 65  # of a terminal's 80 columns; the source is wrapped
     assert pmm("gallery", "delete", "people", "--source", first["source"], "--json").json == {"deleted": 1, "rows": 11}
     assert "deleted 2 " in pmm("gallery", "delete", "people", "--pid", first["pid"]).ok.stdout
     info = pmm("gallery", "info", "people", "--check", "--json").json

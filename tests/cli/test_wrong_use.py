@@ -69,6 +69,7 @@ WRONG_USE = {
     "bench --compare absent.json absent.json": "absent.json",
     "verify missing.onnx": "missing.onnx",
     "verify model.onnx --data none": "none",
+    "verify data": "data is a folder",
     # eval, embed, visualize
     "eval missing.onnx data": "missing.onnx",
     "eval missing data": "it does not exist",

@@ -87,6 +87,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 INVALID: list[tuple[type[PmmError], dict[str, object]]] = [
+    (PmmError, {"precision": "int4"}),
+    (PmmError, {"input_form": "rgb"}),
+    (PmmError, {"precision": "int8", "target": "gpu"}),
+    (PmmError, {"precision": "int8", "calibration_method": "max"}),
     (PmmError, {"opset": 16}),
     (PmmError, {"opset": 18, "precision": "int8"}),
     (PmmError, {"opset": 17, "precision": "int8", "target": "tensorrt"}),

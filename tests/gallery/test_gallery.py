@@ -164,6 +164,8 @@ def test_wrong_use(opened: Callable[..., Gallery]) -> None:
     ):
         with pytest.raises(error):
             gallery.add(values, sources=["c", "d"])
+    with pytest.raises(DataError, match="sources"):
+        gallery.add(rows)
     milliseconds = 1000 * time.time()
     for label in (
         *({"pids": [1, 2, 3]}, {"pids": "x"}, {"pids": [1.5, 2]}, {"pids": np.array([np.nan, 2])}, {"times": "noon"}),

@@ -257,6 +257,9 @@ def test_without_tensorrt_the_command_for_the_target_is_reported(
     assert isinstance(failure, NotOnThisMachineError)
     command = "pmm export model.onnx --trt --batch-profile 1,16,64 --out x.engine"
     assert failure.remedy.endswith(f"{command} --triton {repository} --triton-name people")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    (failure,) = export(onnx, rtx=True, gpu="sm86").failures  # it can be built on this machine, where the file is
+    assert failure.remedy.endswith(f"pmm export {onnx} --rtx --gpu sm86 --batch-profile 1,16,64")
     assert not repository.exists()
     ended = pmm("export", onnx, "--trt")
     assert ended.exit_code == 1
