@@ -560,15 +560,15 @@ def main() -> None:
             code = app(arguments, standalone_mode=False)
     except Exception as error:
         text, code = _explain(error)
-        if not text or len(arguments) < len(sys.argv) - 1:
+        if text is None or len(arguments) < len(sys.argv) - 1:
             raise
-        if _reports_first(text):
+        if text and _reports_first(text):
             note(f"[bold red]error:[/] {escape(text)}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """The message and exit code of an error that a user can act on; no message for a mistake in the program."""
+def _explain(error: Exception) -> tuple[str | None, int]:
+    """The message and exit code of an error that a user can act on; None for a mistake in the program."""
     if isinstance(error, PmmError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
@@ -577,8 +577,9 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"this command needs {error.name}. {install('train')}", 2
     if hasattr(error, "format_message"):  # usage errors are click's, which typer bundles in some versions
         remedy = FOREIGN_FLAGS.get(getattr(error, "option_name", ""), "Add -h for help")
-        return f"{error.format_message().replace('Value error, ', '').rstrip('.')}. {remedy}", 2
-    return "", 1
+        problem = error.format_message().replace("Value error, ", "").rstrip(".")
+        return problem and f"{problem}. {remedy}", 2  # without arguments, the help has been printed
+    return None, 1
 
 
 def _reports_first(text: str) -> bool:

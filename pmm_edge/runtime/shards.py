@@ -155,8 +155,10 @@ def embed_shards(
     if target.remote is None and not (target.root / MANIFEST).exists():
         remove_unfinished(target.root / MANIFEST)  # of a run that was killed at its start
         check_new_folder(target.root)
+    listed = 0
     for items in listing.shards():
-        report("listing images", 0, 0, f"{items[0].shard * shard_rows:,}")
+        listed += len(items)
+        report("listing files", listed, listed)
     embedder = model if isinstance(model, Embedder) else load(model, device)
     digest = sha256(embedder.path)
     checkpoint = embedder.spec.checkpoint_sha256 or digest

@@ -146,6 +146,13 @@ def folder(run: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return here
 
 
+@pytest.mark.parametrize("arguments", [(), ("gallery",)])
+def test_without_a_command_the_help_is_printed(pmm: Callable, arguments: tuple[str, ...]) -> None:
+    ended = pmm(*arguments)
+    assert (ended.exit_code, ended.stderr) == (2, "")
+    assert "Usage" in ended.stdout
+
+
 def test_wrong_use(folder: Path, pmm: Callable) -> None:
     before = sorted(folder.rglob("*"))
     for arguments, reason in WRONG_USE.items():
