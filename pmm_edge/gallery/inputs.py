@@ -129,7 +129,7 @@ def read_embedded(path: Path) -> Iterator[tuple[EmbeddingModel, Rows]]:
             for batch in table.iter_batches(PART_ROWS):
                 columns = {}
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    if name.startswith("embedding"):
+                    if name in ("embedding", "embeddings"):
                         values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
                     else:
                         unknown = DISTRACTOR_PID if name == "pid" else ""

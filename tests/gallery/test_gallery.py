@@ -288,6 +288,7 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
             "path": [f"{number}-{row}" for row in range(4)],
             "pid": [5, None, -1, 0],
             "camid": [1, None, 2, None],
+            "embedding_note": ["a column of the user"] * 4,
         }
         embedding = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), SIZE)
         table = pa.table({**columns, "split": pa.nulls(4, pa.string()), "embedding": embedding}, metadata=metadata)
