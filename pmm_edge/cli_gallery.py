@@ -8,7 +8,7 @@ import typer
 import pmm_edge
 from pmm_edge import render
 from pmm_edge.cli_options import Device, Json, Layout, arg, opt, out_opt
-from pmm_edge.console import print_json, print_line, progress
+from pmm_edge.console import note, print_json, print_line, progress
 from pmm_edge.files import check_output
 from pmm_edge.spec import Distance
 
@@ -110,6 +110,8 @@ def gallery_delete(
         count = opened.delete(pids=pid or None, sources=source or None, older_than=older_than, report=report)
     facts = {"deleted": count, "rows": opened.info().rows}
     print_json(facts) if as_json else print_line(f"deleted {count:,} rows; {facts['rows']:,} are left")
+    if source and not count:
+        note("[yellow]no row meets the conditions:[/] name a source exactly as pmm gallery search --json prints it")
 
 
 @gallery_app.command("info")

@@ -37,8 +37,10 @@ LISTED = 20
 
 
 def show_written(*files: Path | None) -> None:
-    """Name the files that a command wrote."""
-    if written := [escape(str(file)) for file in files if file]:
+    """Name the files that a command wrote; those in the working directory, relative to it."""
+    here = Path.cwd()
+    short = (file.relative_to(here) if file.is_relative_to(here) else file for file in files if file)
+    if written := [escape(str(file)) for file in short]:
         note(f"[dim]wrote {', '.join(written)}[/]")
 
 

@@ -48,6 +48,8 @@ def test_a_session(pmm: Callable, run: Path, tiny_dataset: Path) -> None:
     header = next(line for line in printed.splitlines() if line.startswith("┃"))
     assert len(header) - header.index("┃", 1) <= 65  # of a terminal's 80 columns; the source is wrapped
     assert pmm("gallery", "delete", "people", "--source", first["source"], "--json").json == {"deleted": 1, "rows": 11}
+    nothing = pmm("gallery", "delete", "people", "--source", Path(first["source"]).name)
+    assert (nothing.exit_code, "--json" in nothing.stderr) == (0, True)
     assert "deleted 2 " in pmm("gallery", "delete", "people", "--pid", first["pid"]).ok.stdout
     info = pmm("gallery", "info", "people", "--check", "--json").json
     assert (info["rows"], info["identities"], info["cameras"]) == (9, 3, ["1", "2", "3"])
