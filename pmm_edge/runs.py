@@ -6,6 +6,7 @@ reduced-256/  (of `pmm export --embedding-size`: run.json  best.pt  export/model
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -90,7 +91,10 @@ def resolve_checkpoint(path: Path | None) -> Path:
     file = path / BEST if path.is_dir() else path
     if not file.is_file():
         problem = f"{path} is a folder without {BEST}" if path.is_dir() else f"{path} does not exist"
-        raise ModelError(problem, "Name a run folder, a checkpoint or a model file")
+        remedy = "Name a run folder, a checkpoint or a model file"
+        if (path / LAST).is_file():  # interrupted before the first evaluation
+            remedy = f"Continue the run with pmm train --resume {shlex.quote(str(path))}, or name its {LAST}"
+        raise ModelError(problem, remedy)
     return file
 
 

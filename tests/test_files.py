@@ -153,6 +153,10 @@ def test_a_run_folder_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
         (run / "best.pt").touch()
         os.utime(run / "best.pt", (9 - age, 9 - age))  # the older run ended later
     assert resolve_checkpoint(None) == runs[1] / "best.pt"
+    (tmp_path / "interrupted").mkdir()
+    (tmp_path / "interrupted/last.pt").touch()
+    with pytest.raises(ModelError, match=r"--resume .*interrupted"):
+        resolve_checkpoint(tmp_path / "interrupted")
     assert resolve_checkpoint(runs[0]) == resolve_checkpoint(runs[0] / "best.pt") == runs[0] / "best.pt"
 
 

@@ -196,7 +196,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return msgspec.toml.decode(path.read_text("utf-8", "surrogateescape"))
     except OSError as error:
-        raise PmmError(f"cannot read {path}: {error}", "Name a TOML file, as config.toml of a run") from error
+        raise PmmError(f"cannot read {path}: {error.strerror}", "Name a TOML file, as config.toml of a run") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits
         raise PmmError(f"{path} is not valid: {error}", "Correct that entry") from error
 
