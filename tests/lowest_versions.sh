@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, "tests")
+import msgspec
 from conftest import write_tiny_checkpoint
 
 from pmm_edge.export import export
-from pmm_edge.files import decode_toml
 
 work = Path(sys.argv[1])
-project = decode_toml(dict, Path("pyproject.toml").read_text(), "pyproject.toml")["project"]
+project = msgspec.toml.decode(Path("pyproject.toml").read_text())["project"]
 lowest = [line.replace(">=", "==", 1) for line in (*project["dependencies"], *project["optional-dependencies"]["train"])]
 tools = [line for line in lowest if line.partition("==")[0] in ("matplotlib", "onnx", "tomli-w")]  # of the tests
 (work / "base.txt").write_text("\n".join(lowest[: len(project["dependencies"])]))
