@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pmm_edge.errors import DataError, PmmWarning
 from pmm_edge.machine import threads
@@ -74,9 +74,12 @@ def try_crop(path: Path, height: int, width: int, content: bytes | None = None) 
             return BadImage(path, "it is not a regular file")  # opening a pipe would wait for a writer
         with Image.open(path if content is None else BytesIO(content), formats=IMAGE_FORMATS) as image:
             return resize_crop(_upright(image), height, width)
+    except FileNotFoundError:
+        return BadImage(path, "it does not exist")
+    except UnidentifiedImageError:  # its text repeats the path, or shows an address in memory
+        return BadImage(path, f"it is not an image in one of the formats {', '.join(IMAGE_FORMATS)}")
     except Exception as error:  # Pillow's decoders also raise struct.error, IndexError and others on corrupt files
-        reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        return BadImage(path, reason)
+        return BadImage(path, getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def _upright(image: Image.Image) -> Image.Image:

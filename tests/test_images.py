@@ -69,7 +69,9 @@ def test_corrupt_files_are_bad_images(tmp_path: Path) -> None:
     for content in files:
         path.write_bytes(content)
         bad = try_crop(path, 96, 64)
-        assert isinstance(bad, BadImage) and bad.path == path and bad.reason
+        assert isinstance(bad, BadImage) and bad.path == path and bad.reason and str(path) not in bad.reason
+        inside = try_crop(path, 96, 64, content)  # of a tar file
+        assert isinstance(inside, BadImage) and inside.reason == bad.reason
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("pipe.png", "", "missing.png"):
         assert isinstance(try_crop(tmp_path / name, 96, 64), BadImage)

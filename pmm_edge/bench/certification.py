@@ -1,6 +1,5 @@
 """Certificates: `pmm bench` certifies the models that passed, `pmm verify` checks models against their certificates."""
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from typing import Any
 import msgspec
 
 from pmm_edge import __version__
-from pmm_edge.bench.report import BenchReport, BenchWarning, FailureKind, ModelReport, WarningKind
+from pmm_edge.bench.report import BenchReport, FailureKind, ModelReport, WarningKind
 from pmm_edge.bench.tables import describe_warning
 from pmm_edge.console import Report, printable, silent
 from pmm_edge.data.dataset import data_sha256, read
@@ -23,12 +22,6 @@ from pmm_edge.runtime.model_file import read_model
 
 _NO_VERDICT = (FailureKind.CANNOT_RUN, FailureKind.EMBEDDING_SIZE)
 """Failures without a comparison."""
-_MODEL = r"\.(?:onnx|engine|safetensors|pth?)\b"
-_FOLDERS = re.compile(
-    rf"(?:(?<!\S)|(?<=['\"(]))[~.]{{,2}}/(?:(?:(?!{_MODEL})[^/\n])*/)*(?=[^/\n]*{_MODEL})"  # may contain spaces
-    rf"|[^\s'\"]*/(?=[^\s/]+{_MODEL})"
-)
-"""Of model files in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ def _certificate(report: BenchReport, model: ModelReport) -> Certificate:
         images=report.images,
         report=_anonymous(msgspec.to_builtins(model)) | {"path": _name(model.path)},
         environment=msgspec.to_builtins(report.environment),
-        warnings=list(map(_warning, report.warnings)),
+        warnings=_warnings(report),
         created=report.created,
         pmm_edge=__version__,
     )
@@ -113,10 +106,19 @@ def _name(path: str) -> str:
     return printable(Path(path).resolve().name)
 
 
-def _warning(warning: BenchWarning) -> str:
-    if warning.kind is WarningKind.UNREADABLE:
-        warning = replace(warning, model="of the data set")
-    return _FOLDERS.sub("", describe_warning(warning))
+def _warnings(report: BenchReport) -> list[str]:
+    measured = (report.reference, *report.models)
+    paths = [*(model.path for model in measured), *(warning.model for warning in report.warnings)]
+    folders = {f"{Path(path).parent}/" for path in paths} - {"./"}
+    texts = []
+    for warning in report.warnings:
+        if warning.kind is WarningKind.UNREADABLE:
+            warning = replace(warning, model="of the data set")
+        text = describe_warning(warning)
+        for folder in sorted(folders, key=len, reverse=True):  # one may contain another
+            text = text.replace(folder, "")
+        texts.append(text)
+    return texts
 
 
 def _anonymous(value: Any) -> Any:

@@ -118,7 +118,7 @@ def bench(
             if path.resolve() in [one.resolve() for one in named] or (path == paths[-1] and not others):
                 raise
             # One of all exports of a run, such as an engine for another machine.
-            missing.append(BenchWarning(WarningKind.NOT_MEASURED, detail=str(error)))
+            missing.append(BenchWarning(WarningKind.NOT_MEASURED, str(path), detail=str(error)))
     base = base or _reference_of(others[0])
     source, layout = data_of(base if run_of(base) else paths[0], Path(data) if data else None, layout)
     images = bench_images(source, limit, layout, report)

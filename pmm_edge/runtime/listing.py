@@ -63,7 +63,7 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
         names = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
         images, ignored = ImageList(dataset.layout, paths, names, labels, dataset), Counter(dataset.ignored)
     elif source.is_dir():
-        paths = list(_below(source, ignored))
+        paths = list(_files_below(source, ignored))
         images = ImageList("folder", paths, [path.relative_to(source).as_posix() for path in paths])
     elif source.suffix.lower() in IMAGE_SUFFIXES and source.is_file():
         images = ImageList("image", [source], [source.name])
@@ -76,7 +76,7 @@ def find_images(source: str | Path | Sequence[str | Path], layout: str | None = 
     return images
 
 
-def _below(folder: Path, ignored: Counter[str], suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
+def _files_below(folder: Path, ignored: Counter[str], suffixes: Collection[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
     try:
         yield from walk_files(folder, True, ignored, suffixes)
     except OSError as error:
@@ -169,7 +169,7 @@ class ImageListing:
             columns = [found.labels[name].tolist() if found.labels else repeat(None) for name in _LABELS]
             yield from map(Item, found.paths, found.names, *columns)
         elif path.is_dir():
-            for file in _below(path, ignored, suffixes):
+            for file in _files_below(path, ignored, suffixes):
                 yield Item(file, file.relative_to(path).as_posix())
         elif is_tar(path) and path.is_file():
             yield Item(path, path.name)

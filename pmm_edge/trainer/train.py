@@ -187,7 +187,7 @@ def train(
 
         checkpoint, network = None, None if resume else new_network(chosen, feed.num_classes, world)
 
-        def lock_folder() -> Path:
+        def open_folder() -> Path:
             place = folder or new_run_path(chosen.preset)
             stack.enter_context(run_lock(place))
             if resume is None:
@@ -201,7 +201,7 @@ def train(
                 remove_unfinished(place / name)
             return place
 
-        folder = world.first(lock_folder)  # the other processes stop here if the first one is refused
+        folder = world.first(open_folder)  # the other processes stop here if the first one is refused
         if resume:
             checkpoint = world.first(lambda: load_state(folder, chosen, fingerprint, teacher_sha256))
             if world.leads and about:

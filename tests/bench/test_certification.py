@@ -15,6 +15,7 @@ from pmm_edge.bench.report import BenchReport, BenchWarning, Failure, FailureKin
 from pmm_edge.data.dataset import data_sha256, scan
 from pmm_edge.errors import PmmError
 from pmm_edge.files import sha256
+from pmm_edge.images import BadImage, try_crop
 from pmm_edge.runtime.certificate import certificate_path, check_certificate
 
 FAILED = [Failure(FailureKind.COSINE)]
@@ -37,9 +38,14 @@ def paths_of(report: BenchReport) -> list[Path]:
 
 
 def test_models_that_passed(report: BenchReport, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    engine = f"{tmp_path}/of Jane/model.engine cannot run here; {tmp_path}/model.onnx can"
-    report.warnings.append(BenchWarning(WarningKind.UNREADABLE, f"{tmp_path}/0001_c1.jpg", detail="it is damaged"))
-    report.warnings.append(BenchWarning(WarningKind.NOT_MEASURED, detail=engine))
+    (tmp_path / "0001_c1.jpg").write_text("not an image")
+    image = try_crop(tmp_path / "0001_c1.jpg", 8, 8)
+    assert isinstance(image, BadImage)
+    report.warnings.append(BenchWarning(WarningKind.UNREADABLE, str(image.path), detail=image.reason))
+    engine, onnx = f"{tmp_path}/of Jane/model.engine", paths_of(report)[0]
+    text = f"{engine} cannot run here; {onnx} can"
+    report.warnings.append(BenchWarning(WarningKind.NOT_MEASURED, engine, detail=text))
+    report.warnings.append(BenchWarning(WarningKind.NOT_MEASURED, detail=text))
     found = write_certificates(report)
     assert found.written == [certificate_path(path) for path in paths_of(report)]
     assert (found.removed, found.refused) == ([], {})
@@ -53,8 +59,9 @@ def test_models_that_passed(report: BenchReport, tiny_checkpoint: Path, tmp_path
     assert certificate.pmm_edge == pmm_edge.__version__
     assert pmm_edge.load(paths_of(report)[0], "cpu", require_certificate=True).spec == certificate.spec
     assert not re.search(rf"{tmp_path}|Jane|\.jpg", found.written[0].read_text())
-    assert "it is damaged" in certificate.warnings[0]
-    assert certificate.warnings[1].startswith("model.engine cannot run here; model.onnx can")
+    assert image.reason in certificate.warnings[0]
+    named = f"model.engine cannot run here; {onnx.name} can"
+    assert certificate.warnings[1:] == [f"model.engine: {named}", named]
 
 
 @pytest.mark.parametrize("complete", [True, False])
